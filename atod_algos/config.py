@@ -1,7 +1,8 @@
 """The settings of a training run, and the two profiles that fill in what was not given.
 
 Every default stands once: either here in ``TrainConfig``, or, where it depends on the size of the models, in ``BUILTIN`` (the
-reference models that come with the project) or ``PUBLISHED`` (real checkpoints; the values of the released scripts).
+reference models that come with the project; ``BUILTIN_WORLDS`` where environments differ) or ``PUBLISHED`` (real checkpoints; the
+values of the released scripts).
 """
 
 from __future__ import annotations
@@ -82,9 +83,7 @@ class TrainConfig:
 
 
 BUILTIN: dict[str, Any] = {
-    "steps": 150,
     "style": "compact",
-    "max_turns": 14,
     "max_response": 24,
     "max_context": 1024,
     "eval_temperature": 1.0,
@@ -93,7 +92,13 @@ BUILTIN: dict[str, Any] = {
     "lr_floor": 0.1,
     "adam_beta2": 0.99,
 }
-"""Settings for the reference models; see docs/reference-models.md for how they were found."""
+"""Settings for all reference models; see docs/training.md."""
+
+BUILTIN_WORLDS: dict[str, dict[str, Any]] = {
+    "atod/ALFWorld-v0": {"steps": 150, "max_turns": 14},
+    "atod/WebShop-v0": {"steps": 100, "max_turns": 8},
+}
+"""Registered id -> what the reference models of that environment need beside, or instead of, ``BUILTIN``."""
 
 PUBLISHED: dict[str, Any] = {
     "steps": 150,
@@ -110,8 +115,13 @@ PUBLISHED: dict[str, Any] = {
 """Settings of the released scripts for ALFWorld (max_turns: the environment's own 50)."""
 
 
+def builtin_profile(env: str) -> dict[str, Any]:
+    """Settings for the reference models of an environment, given its registered id."""
+    return BUILTIN | BUILTIN_WORLDS.get(env, {})
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what was left open from the profile of the student."""
-    profile = BUILTIN if config.student == "builtin" else PUBLISHED
+    profile = builtin_profile(config.env) if config.student == "builtin" else PUBLISHED
     missing = {name: value for name, value in profile.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)

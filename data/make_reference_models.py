@@ -26,12 +26,12 @@ from agents.chat import ChatFormat
 from agents.models import REFERENCE
 from agents.reference.tokenizer import train_tokenizer
 from atod_algos.cli import train
-from atod_algos.config import BUILTIN as PROFILE
-from atod_algos.config import TrainConfig, resolve
+from atod_algos.config import TrainConfig, builtin_profile, resolve
 from atod_algos.grpo import GRPO
 from atod_algos.imitation import ImitationOptions, demonstrate, imitate
 from atod_envs.alfworld.household import tables
 
+PROFILE = builtin_profile("atod/ALFWorld-v0")
 STUDENT = {
     "hidden_size": 96,
     "num_hidden_layers": 2,

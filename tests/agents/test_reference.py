@@ -6,10 +6,12 @@ import pytest
 from agents.chat import ChatFormat, first_difference
 from agents.engines.transformers import TransformersEngine
 from agents.models import REFERENCE, load_model, require_same_tokenizer
-from atod_algos.config import BUILTIN
+from atod_algos.config import builtin_profile
 from atod_algos.evaluate import evaluate
 from atod_algos.rollout import Rollout
 from atod_envs.errors import AtodError
+
+PROFILE = builtin_profile("atod/ALFWorld-v0")
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +26,11 @@ def teacher():
 
 def success(loaded, n):
     def world():
-        return gym.make("atod/ALFWorld-v0", data="builtin", split="valid_unseen", max_turns=BUILTIN["max_turns"])
+        return gym.make("atod/ALFWorld-v0", data="builtin", split="valid_unseen", max_turns=PROFILE["max_turns"])
 
-    engine = TransformersEngine(loaded.model, slots=n, max_context=BUILTIN["max_context"])
+    engine = TransformersEngine(loaded.model, slots=n, max_context=PROFILE["max_context"])
     rollout = Rollout(
-        engine, ChatFormat(loaded.tokenizer), world, style=BUILTIN["style"], max_tokens=BUILTIN["max_response"]
+        engine, ChatFormat(loaded.tokenizer), world, style=PROFILE["style"], max_tokens=PROFILE["max_response"]
     )
     env = world()
     return evaluate(rollout, env.unwrapped.tasks.panel(n)).success
