@@ -67,6 +67,7 @@ class Trainer:
         probe = make_env(config)
         text_env = cast("TextEnv", probe.unwrapped)
         self.world, self.splits, self.tasks = text_env.env_key, text_env.splits, text_env.tasks
+        self.data_version = text_env.data_version
         probe.close()
         self.student = self._load(config.student, "student")
         self.teacher = self._other(config.teacher, "teacher") if "teacher" in algorithm.scores else None
@@ -256,7 +257,7 @@ class Trainer:
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save(self, name: str) -> Path:
-        extra = {"step": self.step, "best": self.best, "algorithm": self.algorithm.name}
+        extra = {"step": self.step, "best": self.best, "algorithm": self.algorithm.name, "data": self.data_version}
         return save_checkpoint(
             self.run.checkpoints,
             name,
@@ -267,10 +268,19 @@ class Trainer:
         )
 
     def resume(self) -> int:
-        """Load the newest checkpoint of the run's folder; return the step it was taken after (0 without one)."""
+        """Load the newest checkpoint of the run's folder; return the step it was taken after (0 without one).
+
+        Raises:
+            AtodError: the checkpoint is broken, or was trained on other data.
+        """
         path = latest_checkpoint(self.run.checkpoints)
         if path is not None:
             state, extra = load_checkpoint(path, self.student.model)
+            if extra["data"] != self.data_version:
+                raise AtodError(
+                    f"{path} was trained on the data {extra['data']!r}, but {self.config.env} now plays {self.data_version!r}; "
+                    "give the old data back (--data, or the environment's variable), or start another run with --run"
+                )
             self.learner.load_state(state)
             self.step, self.best = int(extra["step"]), dict(extra["best"])
         return self.step

@@ -127,4 +127,5 @@ class RecordTurns(gym.Wrapper[str, str, str, str]):
             stop_reason=self._stop or StopReason.ABORTED,
             policy_version=self.policy_version,
             labels={label: str(info[label])} if label in info else {},
+            data_version=env.data_version,
         )

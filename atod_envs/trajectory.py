@@ -94,6 +94,7 @@ class Trajectory:
         stop_reason: why the episode ended.
         policy_version: version of the weights that sampled; -1 for a policy without weights.
         labels: what evaluation groups by, e.g. ``{"alfworld/task_type": ...}``.
+        data_version: what the tasks were made of; empty if the environment does not say, or in files of older versions.
         schema: version of this schema.
     """
 
@@ -110,6 +111,7 @@ class Trajectory:
     stop_reason: StopReason
     policy_version: int = -1
     labels: Mapping[str, str] = field(default_factory=dict)
+    data_version: str = ""
     schema: int = SCHEMA
 
     @property
@@ -276,6 +278,7 @@ def _parquet_schema(pa: Any) -> Any:
             ("stop_reason", pa.binary()),
             ("policy_version", pa.int64()),
             ("labels", pa.map_(pa.binary(), pa.binary())),
+            ("data_version", pa.binary()),
             ("schema", pa.int32()),
         ],
         metadata={"atod.trajectory.schema": str(SCHEMA)},

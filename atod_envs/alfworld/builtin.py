@@ -25,7 +25,10 @@ SIZES: Mapping[str, int] = MappingProxyType({"train": 3000, "valid_seen": 300, "
 ROOT = "builtin"
 """First part of every task id."""
 
-_KEY = "atod/builtin/1"  # a new number makes a new world: published results name it through their task ids' meaning
+VERSION = 1
+"""A new number makes a new world; trajectories and checkpoints record it."""
+
+_KEY = f"atod/builtin/{VERSION}"
 _SEEN_FLATS, _UNSEEN_FLATS = 48, 24
 _PATTERN = re.compile(rf"{ROOT}/(?P<split>[a-z_]+)/[^/]+/trial_T(?P<index>[0-9]{{8}})")
 

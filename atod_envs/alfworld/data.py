@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from atod_envs.alfworld.game import TASK_TYPES, Game
-from atod_envs.alfworld.index import GAME_FILE, Entry, open_index, read_trajectory
+from atod_envs.alfworld.index import GAME_FILE, Entry, open_index, read_trajectory, version_of
 from atod_envs.errors import DataError, UnknownName
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class Source(Protocol):
     """A split of games."""
 
     split: str
+    data_version: str
 
     @property
     def task_ids(self) -> Sequence[str]:
@@ -149,6 +150,7 @@ class FolderSource:
                 f"expected folders with {GAME_FILE}, see alfworld-download"
             )
         self.task_ids = tuple(self._entries)
+        self.data_version = f"{RELEASE}/{split}/{version_of(entry for entry in entries if entry.playable)}"
         self._games = GameCache(lambda task_id: Game.load(self.content(task_id)))
 
     def game(self, task_id: str) -> Game:
@@ -180,6 +182,7 @@ class BuiltinSource:
         from atod_envs.alfworld import builtin
 
         self.split = split
+        self.data_version = f"{BUILTIN}/{builtin.VERSION}"
         self.skipped = 0
         ids = builtin.task_ids(split)
         self.task_ids = tuple(sorted(task_id for task_id in ids if self.task_type(task_id) in task_types))

@@ -84,6 +84,7 @@ class ALFWorldEnv(TextEnv):
             raise ValueError(f"backend={backend!r}; expected one of: {', '.join(BACKENDS)}")
         self.source = open_source(data, split, task_types=task_types, strict=strict)
         super().__init__(TaskSet(split, self.source.task_ids), max_turns=max_turns, render_mode=render_mode)
+        self.data_version = self.source.data_version
         self._human_goals = human_goals
         self._put_alias = put_alias
         self._reference: Reference | None = None

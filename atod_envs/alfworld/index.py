@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 GAME_FILE, TRAJECTORY_FILE = "game.tw-pddl", "traj_data.json"
 
-FORMAT = 1
+FORMAT = 2
 """Changes whenever an older cache file would say other things than a fresh look: new fields, filters, engine rules."""
 
 Stamp = tuple[int, int]
@@ -43,6 +43,7 @@ class Entry:
         trajectory: the same of `traj_data.json`.
         task_type: one of the six types; empty if the folder is not played.
         walkthrough: number of commands of the stored solution.
+        digest: of the game file's content; empty if the folder is not played.
         excluded: why the reference's filters leave it out; empty if they do not.
         broken: what is wrong with its files; empty if nothing is.
     """
@@ -52,6 +53,7 @@ class Entry:
     trajectory: Stamp
     task_type: str = ""
     walkthrough: int = 0
+    digest: str = ""
     excluded: str = ""
     broken: str = ""
 
@@ -96,8 +98,10 @@ def examine(root: Path, task_id: str, game: Stamp, trajectory: Stamp) -> Entry:
     """Read one trial folder and apply the filters."""
     folder = root / task_id
 
-    def entry(task_type: str = "", walkthrough: int = 0, excluded: str = "", broken: str = "") -> Entry:
-        return Entry(task_id, game, trajectory, task_type, walkthrough, excluded, broken)
+    def entry(
+        task_type: str = "", walkthrough: int = 0, digest: str = "", excluded: str = "", broken: str = ""
+    ) -> Entry:
+        return Entry(task_id, game, trajectory, task_type, walkthrough, digest, excluded, broken)
 
     if "movable" in task_id or "Sliced" in task_id:
         return entry(excluded="movable receptacle or sliced object")
@@ -112,7 +116,16 @@ def examine(root: Path, task_id: str, game: Stamp, trajectory: Stamp) -> Entry:
         return entry(broken=str(error))
     if loaded.solvable is not True:
         return entry(excluded="not marked as solvable")
-    return entry(task_type, len(loaded.walkthrough))
+    content = (folder / GAME_FILE).read_bytes()
+    return entry(task_type, len(loaded.walkthrough), blake2b(content, digest_size=8).hexdigest())
+
+
+def version_of(entries: Iterable[Entry]) -> str:
+    """A digest of games' ids and contents: equal for equal games, wherever and whenever they were unpacked."""
+    digest = blake2b(digest_size=6)
+    for entry in sorted(entries, key=lambda entry: entry.task_id):
+        digest.update(f"{entry.task_id}\0{entry.digest}\n".encode())
+    return digest.hexdigest()
 
 
 def read_trajectory(folder: Path) -> Mapping[str, object]:

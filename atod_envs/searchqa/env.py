@@ -69,6 +69,8 @@ class SearchQAEnv(TextEnv):
         super().__init__(load_tasks(data, split, dataset), max_turns=max_turns, render_mode=render_mode)
         self._service = load_service(data, retriever, corpus)
         self.blocking = not isinstance(self._service, LocalSearch)
+        searched = self._service.corpus.checksum[:12] if isinstance(self._service, LocalSearch) else "remote"
+        self.data_version = f"questions/{self.tasks.version}/{searched}"
         self._topk = topk
         self._question: Question
 

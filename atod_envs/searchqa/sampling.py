@@ -5,6 +5,9 @@ The invariant: draws, orders and panels depend on the question ids, the proporti
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,6 +45,14 @@ class QuestionSet(TaskSet):
         self.weights = dict(weights) if weights is not None else {n: float(len(t)) for n, t in self.by_dataset.items()}
         total = sum(self.weights[name] for name in self.by_dataset)
         self._chances = np.cumsum([self.weights[name] / total for name in self.by_dataset])
+
+    @functools.cached_property
+    def version(self) -> str:
+        """A digest of the questions and their answers: equal questions give equal versions."""
+        digest = hashlib.blake2b(digest_size=6)
+        for task_id, question in sorted(self.questions.items()):
+            digest.update(json.dumps([task_id, question.text, question.answers]).encode())
+        return digest.hexdigest()
 
     def draw(self, rng: np.random.Generator) -> str:
         """Draw a data set by its weight, then one of its questions uniformly."""

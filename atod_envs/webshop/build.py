@@ -57,7 +57,8 @@ def build_store(files: CatalogueFiles, folder: Path) -> Store:
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.part-"))
     try:
         _write_products(read_products(files), _read_packed(files.human), part)
-        (part / "store.json").write_text(json.dumps({"version": STORE_VERSION}), encoding="utf-8")
+        about = {"version": STORE_VERSION, "content": _content(files)}
+        (part / "store.json").write_text(json.dumps(about), encoding="utf-8")
         store = Store(part)
         if not len(store):
             raise DataError(f"{files.items}: holds no usable product")
@@ -71,6 +72,15 @@ def build_store(files: CatalogueFiles, folder: Path) -> Store:
         shutil.rmtree(part, ignore_errors=True)
         raise
     return Store(folder)
+
+
+def _content(files: CatalogueFiles) -> str:
+    """A digest of the official files' content, in a fixed order."""
+    found = hashlib.blake2b(digest_size=6)
+    for path in files.present():
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
 
 
 def read_products(files: CatalogueFiles) -> Iterator[Product]:

@@ -73,6 +73,7 @@ class WebShopEnv(TextEnv):
         store = open_store(data)
         self._goals = _goals(store, goals, goal_seed, None)
         super().__init__(split_goals(self._goals, split, split_style), max_turns=max_turns, render_mode=render_mode)
+        self.data_version = f"{store.name}/{goals}-{goal_seed}"
         self.shop = _shop(store, search, show_attributes, nouns)
         self.observation_mode: ObservationMode = observation_mode
         self.session: Session | None = None

@@ -32,7 +32,7 @@ from atod_envs.webshop.records import unpack
 if TYPE_CHECKING:
     from atod_envs.retrieval import BM25Index
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 """Version of the layout; raising it makes every cached store be built anew."""
 CACHE_VARIABLE = "ATOD_CACHE"
 KEPT_PRODUCTS = 2048
@@ -68,6 +68,7 @@ class Store:
         has_instruction: (rows,) whether the product has a synthetic instruction.
         folds: (rows,) a number below ``FOLDS`` that products with the same title or instruction share.
         human_rows: (instructions,) row of the product of every human instruction, in catalogue order.
+        name: stands for the content: equal files give equal names.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -81,6 +82,7 @@ class Store:
         if about.get("version") != STORE_VERSION:
             version = about.get("version")
             raise DataError(f"{folder}: store version {version!r}, expected {STORE_VERSION}; delete the folder")
+        self.name = f"products/{about['content']}"
         self._cards = Blobs(folder / "cards")
         self._details = Blobs(folder / "details")
         self._asins: Array = np.load(folder / "asins.npy", mmap_mode="r")

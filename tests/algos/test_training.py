@@ -99,6 +99,13 @@ def test_stopped_and_resumed_equals_uninterrupted(options, tmp_path):
         assert torch.equal(tensor, weights(tmp_path / "parts", 6)[name])
 
 
+def test_other_data_than_the_run_was_trained_on_is_refused(options, tmp_path, capsys, monkeypatch):
+    main(ATOD, [*options, "--steps", "2", "--run", str(tmp_path / "r")])
+    monkeypatch.setattr("toy.ToyEnv.data_version", "toy/2")
+    message = failing(ATOD, [*options, "--steps", "4", "--run", str(tmp_path / "r")], capsys)
+    assert "was trained on the data ''" in message and "now plays 'toy/2'" in message and "--run" in message
+
+
 def spawn(options, run, steps):
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import toyworld\n"
     code += "from atod_algos.cli import main; from atod_algos.atod import ATOD; main(ATOD, sys.argv[1:])"
