@@ -45,7 +45,11 @@ class Algorithm(Protocol):
 
     @property
     def scores(self) -> frozenset[str]:
-        """Which log-probs it wants beside the student's: a subset of {"teacher", "reference"}."""
+        """Which log-probs it wants beside the student's: a subset of {"teacher", "reference", "base", "divergence", "support"}.
+
+        "base" is a third model's; "divergence" compares the whole distributions of student and teacher; for "support" the
+        algorithm also answers :class:`Supported`.
+        """
 
     rules: ClassVar[Mapping[str, Mapping[str, Any]]]
     """What ``--rules paper`` and ``--rules released`` preset: option name -> value."""
@@ -65,6 +69,24 @@ class Algorithm(Protocol):
 
     def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
         """A further loss for each of some tokens, from their current log-probs; None for none."""
+
+
+class Supported(Protocol):
+    """What an algorithm answers beside, if its ``scores`` name "support": it learns from more than the sampled token."""
+
+    @property
+    def support(self) -> int:
+        """How many of the teacher's likeliest tokens are kept in the place of each sampled one (S)."""
+
+    def support_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor:
+        """A further loss for each of some tokens, from the student's current log-probs [m, S] of the teacher's likeliest."""
+
+
+class Selective(Protocol):
+    """What an algorithm answers beside, if its ``limits`` ask for more than one round of episodes."""
+
+    def informative(self, batch: TokenBatch) -> np.ndarray:
+        """Which groups of a batch have something to teach (booleans along axis G); the others are played again."""
 
 
 def find_algorithm(name: str) -> type[Algorithm]:

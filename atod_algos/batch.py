@@ -153,13 +153,25 @@ class Scores:
         student_M: under the weights that rolled out, recomputed by the learner's model (the paper's pi_old).
         teacher_M: under the teacher, on the same ids; ``None`` where no algorithm asked for it.
         reference_M: under the initial student.
+        base_M: under a third model, the teacher as it was before its own training.
         entropy_M: entropy of the student's whole distribution at each token, in nats.
+        teacher_entropy_M: the same of the teacher's.
+        reverse_kl_M: KL(student || teacher) over the whole vocabulary at each token, in nats.
+        support_MS: ids of the teacher's S likeliest tokens in the place of each token.
+        teacher_support_MS: their log-probs under the teacher.
+        vocabulary: how many ids student and teacher share; 0 where their distributions were not compared.
     """
 
     student_M: np.ndarray
     teacher_M: np.ndarray | None = None
     reference_M: np.ndarray | None = None
+    base_M: np.ndarray | None = None
     entropy_M: np.ndarray | None = None
+    teacher_entropy_M: np.ndarray | None = None
+    reverse_kl_M: np.ndarray | None = None
+    support_MS: np.ndarray | None = None
+    teacher_support_MS: np.ndarray | None = None
+    vocabulary: int = 0
 
     def require_teacher(self) -> np.ndarray:
         """The teacher's log-probs.

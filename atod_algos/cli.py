@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Common:
-    rules: Literal["paper", "released"] = "paper"
-    """Presets where the paper and the released code differ: 'paper' follows the equations, 'released' the authors' code."""
+    rules: str = "paper"
+    """Presets where sources differ: 'paper' follows the equations, 'released' the authors' code; some algorithms know more."""
     dry_run: bool = False
     """Print the effective settings and stop."""
     verbose: bool = False
@@ -42,7 +42,7 @@ def with_rules(algorithm: type[Any], rules: str) -> Any:
 
     Args:
         algorithm: its class.
-        rules: ``"paper"`` or ``"released"``.
+        rules: one of the algorithm's ``rules``.
     """
     return _override(algorithm(), algorithm.rules[rules])
 

@@ -24,6 +24,8 @@ class TrainConfig:
     """Model to train: a folder, a hub id, or 'builtin'."""
     teacher: str = "builtin"
     """Frozen teacher, for algorithms that ask for one; must share the student's tokenizer."""
+    base: str | None = None
+    """Third model, for algorithms that ask for one (G-OPD: the teacher before its own training); by default the initial student."""
     run: str | None = None
     """Run folder; by default runs/<algorithm>-<environment>-seed<seed>. An unfinished run in it is resumed."""
     seed: int = 0

@@ -3,13 +3,35 @@
 Objective
     A_i  = (r_i - mean r) / (std r + eps)                        within the group of G attempts at a task   (eq 2)
     L    = -E min(eta A, clip(eta, 1 - e, 1 + e) A)              averaged as --loss-agg says                (eqs 3, 4)
+           + beta (e^x - x - 1),  x = log pi_ref - log pi_theta  KL to the initial student, k3              (--kl-coef)
 
-Differences from DeepSeekMath: no KL term unless ``--kl-coef`` is given; sampling and update share one temperature.
-``--rules released`` follows the baseline as the ATOD authors ran it: statistics over turn rows, an invalid-action
-penalty, token mean, dual clip, an entropy bonus and KL to the initial student (low-variance "k3") at 0.01.
-``--no-group-std`` with ``--loss-agg token_mean`` is Dr. GRPO's advantage; ``--clip-high 0.28`` DAPO's clip.
+``--rules`` presets its well-known forms; every entry is an option of its own:
+
+                        paper            released          deepseek         dr_grpo        dapo
+    --group-stats       trajectory       turn_row          trajectory       trajectory     trajectory
+    --group-std         yes              yes               yes              no             yes
+    --loss-agg          trajectory_mean  token_mean        trajectory_mean  constant       token_mean
+    --clip-high         0.2              0.2               0.2              0.2            0.28
+    --kl-coef           0                0.01              0.04             0              0
+    --sampling-rounds   1                1                 1                1              10
+    --invalid-penalty   0                0.1               0                0              0
+    --dual-clip         0                3                 0                0              0
+    --entropy-coef      0                0.001             0                0              0
+
+    paper     the ATOD paper's text                       deepseek  DeepSeekMath (arXiv 2402.03300)
+    released  the baseline as the ATOD authors ran it     dr_grpo   Dr. GRPO (arXiv 2503.20783)
+                                                          dapo      DAPO (arXiv 2503.14476)
+
+Differences: the average of eq 4 is over whole trajectories, of which DeepSeekMath's single answer is the one-turn case; the
+deviation is the sample's (ddof 1; the papers are silent, the released code has it). Dr. GRPO's constant divisor is
+--length-divisor for each trajectory; verl divides by the padded length and not by the number of trajectories, which is the same
+direction at another length. DAPO's dynamic sampling plays further tasks until --tasks-per-step groups hold both good and bad
+attempts; where DAPO's recipe stops the run after 10 rounds, the step goes on with the groups it has. What counts as different is
+the task's reward, without the penalty for invalid actions. DAPO's penalty for over-long answers is left out: a response is bounded by
+--max-response, and its reward is the environment's.
 
     python -m atod_algos.grpo --env atod/ALFWorld-v0
+    python -m atod_algos.grpo --env atod/ALFWorld-v0 --rules dapo
 """
 
 from __future__ import annotations
@@ -42,12 +64,17 @@ class GRPO:
             "objective": {"dual_clip": 3.0, "loss_agg": "token_mean", "entropy_coef": 0.001},
             "kl_coef": 0.01,
         },
+        "deepseek": {"kl_coef": 0.04},
+        "dr_grpo": {"group": {"group_std": False}, "objective": {"loss_agg": "constant"}},
+        "dapo": {"objective": {"loss_agg": "token_mean", "clip_high": 0.28}, "sampling_rounds": 10},
     }
 
     group: GroupOptions = field(default_factory=GroupOptions)
     objective: Objective = field(default_factory=Objective)
     kl_coef: float = 0.0
-    """Weight of the KL to the initial student: 0 (ATOD paper, section 4.1), 0.01 (released scripts)."""
+    """Weight of the KL to the initial student: 0 (ATOD paper, section 4.1), 0.01 (released scripts), 0.04 (DeepSeekMath)."""
+    sampling_rounds: int = 1
+    """Rounds of episodes a step may play to find --tasks-per-step groups whose rewards differ; 1 takes every group, 10 is DAPO's bound."""
 
     @property
     def scores(self) -> frozenset[str]:
@@ -55,8 +82,12 @@ class GRPO:
         return frozenset({"reference"}) if self.kl_coef else frozenset()
 
     def limits(self, step: int) -> RolloutLimits:
-        """No limit of its own."""
-        return RolloutLimits()
+        """Several rounds where the groups are chosen."""
+        return RolloutLimits(rounds=self.sampling_rounds)
+
+    def informative(self, batch: TokenBatch) -> np.ndarray:
+        """Groups whose rewards differ; in the others every advantage is 0 (DAPO's dynamic sampling)."""
+        return differing_groups(task_reward(batch, self.group), batch.group_N)
 
     def reward(self, batch: TokenBatch) -> np.ndarray:
         """R(tau), scaled."""
@@ -78,6 +109,14 @@ def task_reward(batch: TokenBatch, group: GroupOptions) -> np.ndarray:
     """Training reward of each trajectory (axis N): success or score, scaled."""
     base_N = batch.success_N.astype(np.float64) if group.reward == "success" else batch.score_N
     return np.asarray(group.reward_scale * base_N)
+
+
+def differing_groups(reward_N: np.ndarray, group_N: np.ndarray) -> np.ndarray:
+    """Which groups hold more than one value of the reward (axis G)."""
+    low_G, high_G = np.full(group_N.max() + 1, np.inf), np.full(group_N.max() + 1, -np.inf)
+    np.minimum.at(low_G, group_N, reward_N)
+    np.maximum.at(high_G, group_N, reward_N)
+    return np.asarray(high_G > low_G)
 
 
 def grpo_token_advantage(batch: TokenBatch, group: GroupOptions) -> np.ndarray:

@@ -16,11 +16,24 @@ import numpy as np
 import torch
 
 from atod_algos.batch import TokenBatch
-from atod_algos.scoring import micro_batches, row_logprobs
+from atod_algos.scoring import micro_batches, predict
 from atod_envs.errors import AtodError
 
 AuxiliaryLoss = Callable[[torch.Tensor, np.ndarray], torch.Tensor | None]
 """Current log-probs of some tokens, and their indices on axis M -> a loss for each of them, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class SupportTerm:
+    """A loss on more than the sampled token.
+
+    Attributes:
+        ids_MS: S token ids in the place of each sampled token.
+        loss: their current log-probs [m, S] for some tokens, and the tokens' indices on axis M -> a loss for each token.
+    """
+
+    ids_MS: np.ndarray
+    loss: Callable[[torch.Tensor, np.ndarray], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,8 +46,11 @@ class Objective:
     """Ratios above 1 + clip_high are clipped (eq 4); DAPO raises it to 0.28."""
     dual_clip: float = 0.0
     """Bounds the loss of tokens with a negative advantage at dual_clip x |A|: 0 is off (paper), 3 in the released code."""
-    loss_agg: Literal["trajectory_mean", "token_mean"] = "trajectory_mean"
-    """Average: 'trajectory_mean' of token means (eq 4), or 'token_mean' over all tokens of a mini-batch (released code)."""
+    loss_agg: Literal["trajectory_mean", "turn_mean", "token_mean", "constant"] = "trajectory_mean"
+    """Average: 'trajectory_mean' of token means (eq 4), 'turn_mean' of token means (verl's seq-mean-token-mean, whose sequences
+    are turns), 'token_mean' over a mini-batch (released code, DAPO), or 'constant': trajectory sums over --length-divisor (Dr. GRPO)."""
+    length_divisor: float = 512.0
+    """What a trajectory's token sum is divided by under 'constant'; 512 is the published longest response."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus: 0 (paper), 0.001 (released code)."""
 
@@ -84,23 +100,26 @@ def surrogate(ratio: torch.Tensor, advantage: torch.Tensor, objective: Objective
     return loss, active
 
 
-def aggregation_weights(batch: TokenBatch, chosen_N: np.ndarray, how: str) -> np.ndarray:
-    """Weight of each sampled token in the loss of a mini-batch; they sum to 1.
+def aggregation_weights(batch: TokenBatch, chosen_N: np.ndarray, objective: Objective) -> np.ndarray:
+    """Weight of each sampled token in the loss of a mini-batch; all but ``constant`` sum to 1.
 
     Args:
         batch: the batch.
         chosen_N: which trajectories belong to the mini-batch.
-        how: ``trajectory_mean`` (eq 4) or ``token_mean``.
+        objective: how to average.
 
     Returns:
         Weights on axis M, 0 outside the mini-batch.
     """
     inside_M = chosen_N[batch.trajectory_M]
-    if how == "token_mean":
+    if objective.loss_agg == "token_mean":
         return np.asarray(inside_M / max(1, int(inside_M.sum())))
-    tokens_N = np.bincount(batch.trajectory_M, minlength=len(chosen_N))
-    speaking = int((chosen_N & (tokens_N > 0)).sum())
-    return np.asarray(inside_M / (max(1, speaking) * np.maximum(tokens_N, 1)[batch.trajectory_M]))
+    if objective.loss_agg == "constant":
+        return np.asarray(inside_M / (max(1, int(chosen_N.sum())) * objective.length_divisor))
+    unit_M = batch.turn_M if objective.loss_agg == "turn_mean" else batch.trajectory_M
+    tokens_U = np.bincount(unit_M[inside_M], minlength=int(unit_M.max(initial=-1)) + 1)
+    speaking = int((tokens_U > 0).sum())
+    return np.asarray(inside_M / (max(1, speaking) * np.maximum(tokens_U, 1)[unit_M]))
 
 
 def learning_rate(options: OptimizerOptions, step: int) -> float:
@@ -143,6 +162,7 @@ class Learner:
         temperature: float,
         seed: int,
         auxiliary: AuxiliaryLoss | None = None,
+        support: SupportTerm | None = None,
     ) -> dict[str, float]:
         """One training step: every trajectory is used once, in ``minibatches`` optimizer updates.
 
@@ -155,6 +175,7 @@ class Learner:
             temperature: of the sampling.
             seed: shuffles trajectories into mini-batches.
             auxiliary: a further loss for each token, added with the same weights.
+            support: a further loss from more than the sampled tokens, added with the same weights.
 
         Returns:
             Metrics under ``actor/``.
@@ -172,7 +193,8 @@ class Learner:
         for part in parts:
             chosen_N = np.zeros(len(batch.group_N), dtype=bool)
             chosen_N[part] = True
-            self._minibatch(batch, chosen_N, advantage_M, old_logprobs_M, objective, temperature, auxiliary, sums)
+            further = (auxiliary, support)
+            self._minibatch(batch, chosen_N, advantage_M, old_logprobs_M, objective, temperature, further, sums)
             norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, options.grad_clip))
             if not math.isfinite(norm):
                 self._optimizer.zero_grad(set_to_none=True)
@@ -195,17 +217,25 @@ class Learner:
         old_logprobs_M: np.ndarray,
         objective: Objective,
         temperature: float,
-        auxiliary: AuxiliaryLoss | None,
+        further: tuple[AuxiliaryLoss | None, SupportTerm | None],
         sums: _Sums,
     ) -> None:
-        weight_M = aggregation_weights(batch, chosen_N, objective.loss_agg)
+        auxiliary, support = further
+        weight_M = aggregation_weights(batch, chosen_N, objective)
         rows = np.flatnonzero(chosen_N[batch.trajectory_B])
         if not len(rows):
             return
+        inside = int(chosen_N[batch.trajectory_M].sum())
         for micro in micro_batches([len(batch.rows[row]) for row in rows], self.options.token_budget):
-            index_M, logprobs, entropy = row_logprobs(
-                self.model, batch, rows[micro], temperature=temperature, entropy=True
+            found = predict(
+                self.model,
+                batch,
+                rows[micro],
+                temperature=temperature,
+                entropy=True,
+                support_MS=None if support is None else support.ids_MS,
             )
+            index_M, logprobs, entropy = found.index_M, found.logprobs, found.entropy
             weight = self._tensor(weight_M[index_M])
             advantage = self._tensor(advantage_M[index_M])
             log_ratio = logprobs - self._tensor(old_logprobs_M[index_M])
@@ -213,13 +243,17 @@ class Learner:
             total = (weight * loss).sum()
             if objective.entropy_coef:
                 total = total - objective.entropy_coef * (weight * entropy).sum()
+            n = len(index_M)
+            share = n / inside
             extra = auxiliary(logprobs, index_M) if auxiliary is not None else None
             if extra is not None:
                 total = total + (weight * extra).sum()
-                sums.add("auxiliary_loss", float((weight * extra).sum().detach()), float(weight.sum()))
+                sums.add("auxiliary_loss", float((weight * extra).sum().detach()), share)
+            if support is not None and found.support is not None:
+                extra = support.loss(found.support, index_M)
+                total = total + (weight * extra).sum()
+                sums.add("support_loss", float((weight * extra).sum().detach()), share)
             total.backward()  # type: ignore[no-untyped-call]
-            n = len(index_M)
-            share = float(weight.sum())
             sums.add("pg_loss", float((weight * loss).sum().detach()), share)
             sums.add("entropy_loss", float(entropy.detach().sum()), n)
             sums.add("pg_clipfrac", float(clipped.sum()), n)

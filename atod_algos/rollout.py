@@ -44,9 +44,12 @@ class RolloutLimits:
 
     Attributes:
         max_turns: turns before an episode is cut; ``None`` leaves the environment's own limit.
+        rounds: how often a step may play further tasks until it has enough groups that the algorithm learns from; at most
+            once where it is 1, and then every group counts.
     """
 
     max_turns: int | None = None
+    rounds: int = 1
 
 
 @dataclass(slots=True)

@@ -8,13 +8,14 @@ recomputed in the backward pass instead of kept.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from atod_algos.batch import TokenBatch
+from atod_algos.batch import Scores, TokenBatch
 
 _CHUNK_LOGITS = 1 << 24
 """Most logits alive at once (64 MiB in float32)."""
@@ -38,59 +39,68 @@ def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[np.ndarray]:
         start += count
 
 
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What a model predicts for the sampled tokens of some rows.
+
+    Attributes:
+        index_M: [m] indices of the tokens into axis M.
+        logprobs: [m] log-probs of the sampled tokens.
+        entropy: [m] entropies in nats; zeros where they were not asked for.
+        support: [m, S] log-probs of the support tokens; None without a support.
+    """
+
+    index_M: np.ndarray
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    support: torch.Tensor | None
+
+
 def head_logprobs(
-    hidden: torch.Tensor, targets: torch.Tensor, head: Any, temperature: float, entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target, and the entropy of each distribution.
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    head: Any,
+    temperature: float,
+    entropy: bool,
+    support: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probability of each target and of each support token, and the entropy of each distribution.
 
     Args:
-        hidden: [M, D] states that predict the targets.
-        targets: [M] token ids.
+        hidden: [m, D] states that predict the targets.
+        targets: [m] token ids.
         head: the model's output head.
         temperature: divides the logits.
         entropy: whether entropies are wanted; zeros otherwise.
+        support: [m, S] further token ids; ``None`` is the same as S = 0.
 
     Returns:
-        [M] log-probs and [M] entropies in nats, float32.
+        [m] log-probs, [m] entropies in nats, and [m, S] log-probs of the support, float32.
     """
+    asked = targets.new_empty((len(targets), 0)) if support is None else support
 
-    def part(states: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = head(states).float() / temperature
-        logprobs = torch.log_softmax(logits, dim=-1)
+    def part(
+        states: torch.Tensor, ids: torch.Tensor, more: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logprobs = torch.log_softmax(head(states).float() / temperature, dim=-1)
         spread = -(logprobs.exp() * logprobs).sum(-1) if entropy else torch.zeros_like(logprobs[:, 0])
-        return logprobs.gather(1, ids[:, None])[:, 0], spread
+        return logprobs.gather(1, ids[:, None])[:, 0], spread, logprobs.gather(1, more)
 
     size = max(1, _CHUNK_LOGITS // int(head.weight.shape[0]))
     if len(targets) <= size:
-        return part(hidden, targets)
+        return part(hidden, targets, asked)
     pieces = [
-        checkpoint(part, states, ids, use_reentrant=False)
-        for states, ids in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+        checkpoint(part, *piece, use_reentrant=False)
+        for piece in zip(torch.split(hidden, size), torch.split(targets, size), torch.split(asked, size), strict=True)
     ]
-    return torch.cat([logprobs for logprobs, _ in pieces]), torch.cat([spread for _, spread in pieces])
+    logprobs, spread, others = zip(*pieces, strict=True)
+    return torch.cat(logprobs), torch.cat(spread), torch.cat(others)
 
 
-def row_logprobs(
-    model: Any,
-    batch: TokenBatch,
-    rows: np.ndarray,
-    *,
-    temperature: float,
-    entropy: bool = False,
-) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-    """Run some rows of a batch through a model.
+def _states(model: Any, batch: TokenBatch, rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """Run rows through a model's decoder: indices into axis M, the [m, D] states that predict those tokens, and their ids.
 
     Rows are padded on the right; with causal attention no real token sees the padding, so no mask is needed.
-
-    Args:
-        model: a causal language model.
-        batch: the batch.
-        rows: which of its rows.
-        temperature: divides the logits.
-        entropy: whether entropies are wanted.
-
-    Returns:
-        Indices into axis M of the tokens in these rows, their log-probs, and the entropies.
     """
     device = next(model.parameters()).device
     place = np.full(len(batch.rows), -1)
@@ -104,10 +114,42 @@ def row_logprobs(
     tokens = torch.from_numpy(ids).to(device)
     states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
     at_line, at_column = torch.from_numpy(line).to(device), torch.from_numpy(column).to(device)
-    logprobs, spread = head_logprobs(
-        states[at_line, at_column - 1], tokens[at_line, at_column], model.get_output_embeddings(), temperature, entropy
+    return index_M, states[at_line, at_column - 1], tokens[at_line, at_column]
+
+
+def predict(
+    model: Any,
+    batch: TokenBatch,
+    rows: np.ndarray,
+    *,
+    temperature: float,
+    entropy: bool = False,
+    support_MS: np.ndarray | None = None,
+) -> Predictions:
+    """Run some rows of a batch through a model.
+
+    Args:
+        model: a causal language model.
+        batch: the batch.
+        rows: which of its rows.
+        temperature: divides the logits.
+        entropy: whether entropies are wanted.
+        support_MS: ids of further tokens whose log-probs are wanted in the place of each sampled one.
+    """
+    index_M, states, targets = _states(model, batch, rows)
+    support = None if support_MS is None else torch.from_numpy(support_MS[index_M]).long().to(targets.device)
+    logprobs, spread, others = head_logprobs(
+        states, targets, model.get_output_embeddings(), temperature, entropy, support
     )
-    return index_M, logprobs, spread
+    return Predictions(index_M, logprobs, spread, None if support is None else others)
+
+
+def row_logprobs(
+    model: Any, batch: TokenBatch, rows: np.ndarray, *, temperature: float, entropy: bool = False
+) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """:func:`predict` without a support: indices into axis M, log-probs, entropies."""
+    found = predict(model, batch, rows, temperature=temperature, entropy=entropy)
+    return found.index_M, found.logprobs, found.entropy
 
 
 def score(
@@ -136,3 +178,70 @@ def score(
             entropy_M[index_M] = spread.double().cpu().numpy()
     model.train(was_training)
     return logprobs_M, entropy_M
+
+
+def compare(
+    student: Any, teacher: Any, batch: TokenBatch, *, temperature: float, budget: int = 16384, support: int = 0
+) -> Scores:
+    """Compare two models' whole distributions at every sampled token, without gradients and in bounded memory.
+
+    Both distributions of a chunk of tokens exist at the same time, and of each only its statistics are kept. Models of one
+    family pad their vocabularies differently; ids that only one of them has are never sampled, so the divergence is taken over
+    the ids that both have, both distributions made to sum to 1 there.
+
+    Args:
+        student: the learner's model.
+        teacher: a model that shares its tokenizer.
+        batch: the batch.
+        temperature: that of the sampling, for both.
+        budget: tokens of a micro-batch.
+        support: how many of the teacher's likeliest tokens to keep at each token (all of a smaller vocabulary).
+
+    Returns:
+        Scores with everything but reference and base.
+    """
+    n = batch.n_tokens
+    heads = student.get_output_embeddings(), teacher.get_output_embeddings()
+    shared = min(int(head.weight.shape[0]) for head in heads)
+    size = max(1, _CHUNK_LOGITS // (4 * shared))  # two distributions, and the terms of two sums over them
+    width = min(support, shared)
+    student_M, teacher_M, entropy_M, teacher_entropy_M, kl_M = (np.zeros(n) for _ in range(5))
+    ids_MS = np.zeros((n, width), dtype=np.int32) if support else None
+    logprobs_MS = np.zeros((n, width), dtype=np.float32) if support else None
+    modes = student.training, teacher.training
+    student.eval(), teacher.eval()
+    with torch.no_grad():
+        for rows in micro_batches([len(row) for row in batch.rows], budget):
+            index_M, own_states, targets = _states(student, batch, rows)
+            _, their_states, _ = _states(teacher, batch, rows)
+            for start in range(0, len(index_M), size):
+                chunk = slice(start, start + size)
+                at, ids = index_M[chunk], targets[chunk, None]
+                own, theirs = (
+                    torch.log_softmax(head(states[chunk]).float() / temperature, dim=-1)
+                    for head, states in zip(heads, (own_states, their_states), strict=True)
+                )
+                student_M[at] = _numbers(own.gather(1, ids)[:, 0])
+                teacher_M[at] = _numbers(theirs.gather(1, ids)[:, 0])
+                entropy_M[at] = _numbers(-(own.exp() * own).sum(-1))
+                teacher_entropy_M[at] = _numbers(-(theirs.exp() * theirs).sum(-1))
+                if ids_MS is not None and logprobs_MS is not None:
+                    best = theirs[:, :shared].topk(width, dim=-1)
+                    ids_MS[at], logprobs_MS[at] = best.indices.cpu().numpy(), best.values.cpu().numpy()
+                own, theirs = (torch.log_softmax(part[:, :shared], dim=-1) for part in (own, theirs))
+                kl_M[at] = _numbers((own.exp() * (own - theirs)).sum(-1).clamp(min=0))
+    student.train(modes[0]), teacher.train(modes[1])
+    return Scores(
+        student_M,
+        teacher_M,
+        entropy_M=entropy_M,
+        teacher_entropy_M=teacher_entropy_M,
+        reverse_kl_M=kl_M,
+        support_MS=ids_MS,
+        teacher_support_MS=logprobs_MS,
+        vocabulary=shared,
+    )
+
+
+def _numbers(values: torch.Tensor) -> np.ndarray:
+    return np.asarray(values.double().cpu().numpy())

@@ -20,17 +20,18 @@ import atod_envs
 from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
 from agents.models import LoadedModel, load_model, require_same_tokenizer
-from atod_algos.algorithm import Algorithm
+from atod_algos.algorithm import Algorithm, Supported
 from atod_algos.batch import Scores, TokenBatch, make_batch
 from atod_algos.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from atod_algos.config import TrainConfig
 from atod_algos.diagnostics import batch_metrics, sampler_metrics, turn_table
 from atod_algos.evaluate import Evaluation, evaluate
-from atod_algos.learner import Learner, OptimizerOptions
+from atod_algos.learner import Learner, OptimizerOptions, SupportTerm
 from atod_algos.progress import Progress
-from atod_algos.rollout import EpisodeSpec, Rollout, derive_seed
+from atod_algos.rollout import Rollout, derive_seed
 from atod_algos.runlog import RunFolder
-from atod_algos.scoring import score
+from atod_algos.sampling import StepSampler
+from atod_algos.scoring import compare, score
 from atod_envs.errors import AtodError, UnknownName
 from atod_envs.text_env import TextEnv
 
@@ -72,6 +73,7 @@ class Trainer:
         self.student = self._load(config.student, "student")
         self.teacher = self._other(config.teacher, "teacher") if "teacher" in algorithm.scores else None
         self.reference = self._other(config.student, "student") if "reference" in algorithm.scores else None
+        self.base = self._other(config.base or config.student, "student") if "base" in algorithm.scores else None
         chat = ChatFormat(self.student.tokenizer)
         self.learner = Learner(
             self.student.model,
@@ -107,7 +109,9 @@ class Trainer:
         self.selection = rollout(self.splits[1], _given(config.eval_temperature, "eval_temperature"))
         self.step = 0
         self.best: dict[str, float] = {"success": -1.0, "step": 0}
-        self._order: tuple[int, tuple[str, ...]] = (-1, ())
+        self.sampler = StepSampler(
+            self.tasks, seed=config.seed, tasks_per_step=config.tasks_per_step, group_size=config.group_size
+        )
 
     def _load(self, name: str, role: str) -> LoadedModel:
         return load_model(name, role, world=self.world, device=self.device)
@@ -145,11 +149,7 @@ class Trainer:
         torch.manual_seed(seed)
         clock = _Clock()
         self._sync(step - 1)
-        specs = self._specs(step)
-        progress.phase(f"rollout of {len(specs)} episodes")
-        groups = self.training.play_groups(
-            specs, algorithm.limits(step), lambda n: progress.phase(f"rollout {n}/{len(specs)}")
-        )
+        groups, sampling = self.sampler.play(step, algorithm, self.training, progress.phase)
         batch = make_batch(groups)
         clock.lap("rollout")
         progress.phase("scoring")
@@ -167,12 +167,18 @@ class Trainer:
             temperature=config.temperature,
             seed=derive_seed(seed, "minibatches"),
             auxiliary=lambda logprobs, index_M: algorithm.auxiliary_loss(logprobs, index_M, scores),
+            support=self._support_term(scores),
         )
         clock.lap("update")
         if config.keep_trajectories and step % config.keep_trajectories == 0:
             self.run.store(step, batch.trajectories, turn_table(step, batch, scores, advantages.weight_K))
         clock.lap("store")
-        metrics |= advantages.metrics | batch_metrics(batch, algorithm.reward(batch)) | sampler_metrics(batch, scores)
+        metrics |= (
+            sampling
+            | advantages.metrics
+            | batch_metrics(batch, algorithm.reward(batch))
+            | sampler_metrics(batch, scores)
+        )
         return metrics | clock.metrics(batch)
 
     def _sync(self, version: int) -> None:
@@ -180,19 +186,13 @@ class Trainer:
         self.engine.load_weights(self.student.model.named_parameters())
         self.engine.version = version
 
-    def _specs(self, step: int) -> list[EpisodeSpec]:
-        """The episodes of a step: the next tasks of the epoch's order, each ``group_size`` times."""
-        config = self.config
-        per_step = _given(config.tasks_per_step, "tasks_per_step")
-        specs = []
-        for place in range((step - 1) * per_step, step * per_step):
-            epoch, index = divmod(place, len(self.tasks))
-            if self._order[0] != epoch:
-                self._order = (epoch, self.tasks.order(derive_seed(config.seed, "epoch", epoch)))
-            task = self._order[1][index]
-            for member in range(config.group_size):
-                specs.append(EpisodeSpec(task, f"{step}/{place}", derive_seed(config.seed, step, place, member)))
-        return specs
+    def _support_term(self, scores: Scores) -> SupportTerm | None:
+        if scores.support_MS is None:
+            return None
+        algorithm = cast("Supported", self.algorithm)
+        return SupportTerm(
+            scores.support_MS, lambda logprobs, index_M: algorithm.support_loss(logprobs, index_M, scores)
+        )
 
     def _score(self, batch: TokenBatch) -> Scores:
         temperature, budget = self.config.temperature, self.config.token_budget
@@ -200,11 +200,26 @@ class Trainer:
         def under(model: LoadedModel | None) -> Any:
             return None if model is None else score(model.model, batch, temperature=temperature, budget=budget)[0]
 
-        student_M, teacher_M = under(self.student), under(self.teacher)
+        wanted = self.algorithm.scores
+        if self.teacher is not None and wanted & {"divergence", "support"}:
+            size = cast("Supported", self.algorithm).support if "support" in wanted else 0
+            scores = compare(
+                self.student.model,
+                self.teacher.model,
+                batch,
+                temperature=temperature,
+                budget=budget,
+                support=size,
+            )
+        else:
+            scores = Scores(under(self.student), under(self.teacher))
         limit = _given(self.config.gap_clip, "gap_clip")
+        teacher_M = scores.teacher_M
         if teacher_M is not None and limit:
-            teacher_M = student_M + np.clip(teacher_M - student_M, -limit, limit)
-        return Scores(student_M, teacher_M, under(self.reference))
+            teacher_M = scores.student_M + np.clip(teacher_M - scores.student_M, -limit, limit)
+        return dataclasses.replace(
+            scores, teacher_M=teacher_M, reference_M=under(self.reference), base_M=under(self.base)
+        )
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 

@@ -192,8 +192,8 @@ def test_surrogate(golden, name, dual):
             eta += [r for r, m in zip(ratios, turn["mask"], strict=True) if m]
     loss, _ = surrogate(torch.tensor(eta, dtype=torch.float64), advantage, Objective(dual_clip=dual))
     chosen = np.ones(len(batch.group_N), bool)
-    token = (loss.numpy() * aggregation_weights(batch, chosen, "token_mean")).sum()
-    trajectory = (loss.numpy() * aggregation_weights(batch, chosen, "trajectory_mean")).sum()
+    token = (loss.numpy() * aggregation_weights(batch, chosen, Objective(loss_agg="token_mean"))).sum()
+    trajectory = (loss.numpy() * aggregation_weights(batch, chosen, Objective())).sum()
     close(token, expected[name]["loss_token_mean"])
     close(trajectory, expected[name]["loss_trajectory_mean_of_token_mean_eq4"])
 

@@ -130,7 +130,7 @@ def test_gradient_does_not_depend_on_the_micro_batches_and_equals_the_formula(to
         small, _ = gradient(model, batch, advantage, old, objective, 1)
         plain = copy.deepcopy(model)
         loss = torch.zeros(())
-        weights = aggregation_weights(batch, np.ones(len(batch.group_N), bool), how)
+        weights = aggregation_weights(batch, np.ones(len(batch.group_N), bool), objective)
         for row in range(len(batch.rows)):
             _, logprobs, _ = scoring.row_logprobs(plain, batch, np.array([row]), temperature=1.0)
             inside = np.flatnonzero(batch.row_M == row)
