@@ -80,6 +80,10 @@ class ChatFormat:
             kept.pop()
         return str(self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text as it stands, outside of any message."""
+        return self._encode(text)
+
     def encode_response(self, text: str) -> list[int]:
         """Ids of a response that somebody else wrote (a demonstration), with the stop token."""
         return [*self._encode(text), self.stop_ids[0]]

@@ -78,3 +78,32 @@ def expert_for(env: gym.Env[str, str]) -> ExpertAgent:
         raise UnknownName("scripted expert", key, EXPERTS)
     module, name = EXPERTS[key].split(":")
     return ExpertAgent(getattr(importlib.import_module(module), name)())
+
+
+def expert_solution(env: gym.Env[str, str], task_id: str, seed: int) -> tuple[Decision, ...]:
+    """What the scripted expert does in one episode.
+
+    Plays the episode on the raw environment, below all wrappers; reset the environment before it is used again.
+
+    Args:
+        env: the environment, wrapped or not.
+        task_id: the task.
+        seed: of the episode.
+
+    Returns:
+        The expert's decisions if they solve the task, none otherwise.
+
+    Raises:
+        UnknownName: the environment has no expert.
+    """
+    world, expert = env.unwrapped, expert_for(env)
+    observation, info = world.reset(seed=seed, options={"task_id": task_id})
+    expert.reset(observation, info)
+    decisions: list[Decision] = []
+    while True:
+        decision = expert.act()
+        decisions.append(decision)
+        observation, _, terminated, truncated, info = world.step(decision.action)
+        if terminated or truncated:
+            return tuple(decisions) if info["success"] else ()
+        expert.observe(decision.action, observation, info)

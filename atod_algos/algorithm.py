@@ -1,4 +1,4 @@
-"""What an algorithm is: four questions that the trainer asks.
+"""What an algorithm is: the few questions that the trainer asks.
 
 The trainer knows no algorithm by name. An outside package adds one through the entry-point group ``atod.algorithms``: a
 frozen dataclass whose fields are its options and which answers the protocol below.
@@ -17,6 +17,7 @@ from atod_algos.batch import Scores, TokenBatch
 from atod_algos.learner import Objective
 from atod_algos.rollout import RolloutLimits
 from atod_envs.errors import UnknownName
+from atod_envs.trajectory import Trajectory
 
 if TYPE_CHECKING:
     import torch
@@ -45,10 +46,11 @@ class Algorithm(Protocol):
 
     @property
     def scores(self) -> frozenset[str]:
-        """Which log-probs it wants beside the student's: a subset of {"teacher", "reference", "base", "divergence", "support"}.
+        """Which log-probs it wants beside the student's.
 
-        "base" is a third model's; "divergence" compares the whole distributions of student and teacher; for "support" the
-        algorithm also answers :class:`Supported`.
+        A subset of {"teacher", "reference", "base", "divergence", "support", "privileged"}. "base" is a third model's;
+        "divergence" compares the whole distributions of student and teacher; for "support" the algorithm also answers
+        :class:`Supported`, for "privileged" :class:`Privileged`.
         """
 
     rules: ClassVar[Mapping[str, Mapping[str, Any]]]
@@ -87,6 +89,17 @@ class Selective(Protocol):
 
     def informative(self, batch: TokenBatch) -> np.ndarray:
         """Which groups of a batch have something to teach (booleans along axis G); the others are played again."""
+
+
+class Privileged(Protocol):
+    """What an algorithm answers beside, if its ``scores`` name "privileged"."""
+
+    def privileged_text(self, trajectory: Trajectory) -> str:
+        """What the student is shown in front of everything else when it is scored as its own teacher.
+
+        Raises:
+            AtodError: there is nothing to show for this trajectory's task.
+        """
 
 
 def find_algorithm(name: str) -> type[Algorithm]:

@@ -38,7 +38,7 @@ from atod_algos.advantages import GroupOptions
 from atod_algos.algorithm import Advantages
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.diagnostics import teacher_metrics, term_metrics, weight_metrics
-from atod_algos.grpo import grpo_token_advantage, task_reward
+from atod_algos.grpo import grpo_metrics, grpo_token_advantage, task_reward
 from atod_algos.learner import Objective
 from atod_algos.rollout import RolloutLimits
 
@@ -117,7 +117,8 @@ class ATOD:
 
         metrics = {"atod/kl_coef": kappa, "atod/rl_coef": rho, "atod/anneal_progress": p}
         metrics |= {"atod/kl_coef_base": self.kappa_init, "atod/rl_coef_base": self.rho_init}
-        metrics |= term_metrics(opd_M, rl_M) | teacher_metrics(scores, self.name)
+        metrics |= grpo_metrics(batch, self.group)
+        metrics |= term_metrics(opd_M, rl_M) | teacher_metrics(batch, scores, self.name)
         metrics |= weight_metrics(weights, batch, self.tdur_min_turns)
         return Advantages(opd_M + rl_M, metrics, weight_K)
 

@@ -3,12 +3,15 @@
 Every quantity that is computed per token lives in an array with one entry for each *sampled* token (axis M), in the order
 trajectory, turn, token. Prompts and observations have no entry at all, so they cannot leak into a mean, a minimum or a
 loss. The invariant: ``rows[row_M[i]][column_M[i]]`` is the id that was sampled.
+
+Only the policy's own turns are on axis K. Turns that somebody else played (an expert's, before the policy took over) are part of
+the prompt that follows them, and of nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -38,7 +41,8 @@ class TokenBatch:
         turn_M: its turn, an index into axis K.
         sampler_logprobs_M: log-probability that the engine sampled it with.
         trajectory_K: trajectory of each turn, an index into axis N.
-        index_K: place of the turn in its trajectory, from 0.
+        index_K: place of the turn in its trajectory, from 0; turns that somebody else played count.
+        prompt_length_K: tokens of the turn's prompt.
         valid_K: the environment understood the turn's action and the response had the right form.
         group_N: group of each trajectory.
         success_N: task solved.
@@ -53,6 +57,7 @@ class TokenBatch:
     sampler_logprobs_M: np.ndarray
     trajectory_K: np.ndarray
     index_K: np.ndarray
+    prompt_length_K: np.ndarray
     valid_K: np.ndarray
     group_N: np.ndarray
     success_N: np.ndarray
@@ -83,7 +88,7 @@ class TokenBatch:
 
     @property
     def turns_N(self) -> np.ndarray:
-        """Number of turns of each trajectory."""
+        """Number of the policy's turns of each trajectory."""
         return np.bincount(self.trajectory_K, minlength=len(self.group_N))
 
 
@@ -103,6 +108,7 @@ def make_batch(groups: Sequence[Group], layout: RowLayout = RowLayout.MERGED) ->
     row_M, column_M, turn_M, sampler_M = [], [], [], []
     trajectory_K: list[int] = []
     index_K: list[int] = []
+    prompt_length_K: list[int] = []
     valid_K: list[bool] = []
     kept: list[Trajectory] = []
     group_N: list[int] = []
@@ -112,6 +118,8 @@ def make_batch(groups: Sequence[Group], layout: RowLayout = RowLayout.MERGED) ->
                 continue
             ids: tuple[int, ...] = ()
             for turn in trajectory.turns:
+                if not turn.prompt_ids:
+                    continue  # played by somebody else, who has no tokens
                 continues = bool(ids) and turn.prompt_ids[: len(ids)] == ids
                 if turn.response_ids and not (continues and layout is RowLayout.MERGED):
                     rows.append(np.empty(0, dtype=np.int64))
@@ -124,6 +132,7 @@ def make_batch(groups: Sequence[Group], layout: RowLayout = RowLayout.MERGED) ->
                     sampler_M.append(np.array(turn.logprobs))
                 trajectory_K.append(len(kept))
                 index_K.append(turn.index)
+                prompt_length_K.append(len(turn.prompt_ids))
                 valid_K.append(turn.valid and turn.format_ok)
             kept.append(trajectory)
             group_N.append(group_index)
@@ -137,11 +146,31 @@ def make_batch(groups: Sequence[Group], layout: RowLayout = RowLayout.MERGED) ->
         sampler_logprobs_M=np.concatenate(sampler_M),
         trajectory_K=np.array(trajectory_K, dtype=np.int64),
         index_K=np.array(index_K, dtype=np.int64),
+        prompt_length_K=np.array(prompt_length_K, dtype=np.int64),
         valid_K=np.array(valid_K, dtype=bool),
         group_N=np.array(group_N, dtype=np.int64),
         success_N=np.array([t.success for t in kept], dtype=bool),
         score_N=np.array([t.score for t in kept], dtype=np.float64),
         trajectories=tuple(kept),
+    )
+
+
+def put_in_front(batch: TokenBatch, ids_N: Sequence[Sequence[int]]) -> TokenBatch:
+    """The same sampled tokens, seen by a reader who was shown something more before everything else.
+
+    Args:
+        batch: the batch.
+        ids_N: token ids that go in front of every row of a trajectory.
+
+    Returns:
+        A batch with the same axis M in longer rows; nothing is cut.
+    """
+    ahead_B = [np.asarray(ids_N[n], dtype=np.int64) for n in batch.trajectory_B]
+    longer_B = np.array([len(ids) for ids in ahead_B], dtype=np.int64)
+    return replace(
+        batch,
+        rows=tuple(np.concatenate([ids, row]) for ids, row in zip(ahead_B, batch.rows, strict=True)),
+        column_M=batch.column_M + longer_B[batch.row_M],
     )
 
 
@@ -154,6 +183,7 @@ class Scores:
         teacher_M: under the teacher, on the same ids; ``None`` where no algorithm asked for it.
         reference_M: under the initial student.
         base_M: under a third model, the teacher as it was before its own training.
+        privileged_M: under the weights that rolled out, had they been shown the algorithm's privileged text.
         entropy_M: entropy of the student's whole distribution at each token, in nats.
         teacher_entropy_M: the same of the teacher's.
         reverse_kl_M: KL(student || teacher) over the whole vocabulary at each token, in nats.
@@ -166,6 +196,7 @@ class Scores:
     teacher_M: np.ndarray | None = None
     reference_M: np.ndarray | None = None
     base_M: np.ndarray | None = None
+    privileged_M: np.ndarray | None = None
     entropy_M: np.ndarray | None = None
     teacher_entropy_M: np.ndarray | None = None
     reverse_kl_M: np.ndarray | None = None

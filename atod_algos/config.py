@@ -78,6 +78,8 @@ class TrainConfig:
     """Steps between checkpoints; the last two and the best are kept."""
     keep_trajectories: int = 1
     """Store the trajectories of every n-th step; 0 stores none."""
+    keep_tokens: bool = False
+    """Store, with the trajectories, every sampled token's log-probs under student and teacher."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the models run."""
     threads: int = 0

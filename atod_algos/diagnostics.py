@@ -14,24 +14,26 @@ import numpy as np
 from atod_algos.advantages import TurnWeights
 from atod_algos.batch import Scores, TokenBatch
 
+MOST_TURNS = 50
+"""Quantities by turn index are given for the first turns only, as published; the turn table holds all of them."""
+
 
 def batch_metrics(batch: TokenBatch, reward_N: np.ndarray) -> dict[str, float]:
     """Success, reward, length and validity of a batch.
 
     ``critic/rewards/mean`` averages over turns, as published, so long episodes weigh more; ``episode/reward/mean`` is per
-    trajectory.
+    trajectory. An algorithm that takes a penalty for invalid actions overrides the former (``row_reward_metrics``).
     """
     turns_N = batch.turns_N
     tokens_N = np.bincount(batch.trajectory_M, minlength=len(reward_N))
     groups = [batch.success_N[batch.group_N == g] for g in np.unique(batch.group_N)]
-    return {
+    return row_reward_metrics(batch, reward_N, 0.0) | {
         "episode/success": float(batch.success_N.mean()),
         "episode/score": float(batch.score_N.mean()),
         "episode/reward/mean": float(reward_N.mean()),
         "episode/length/mean": float(turns_N.mean()),
         "episode/tokens/mean": float(tokens_N.mean()),
         "episode/valid_action_ratio": float(batch.valid_K.mean()),
-        "critic/rewards/mean": float(reward_N[batch.trajectory_K].mean()),
         "group/all_fail": float(np.mean([not g.any() for g in groups])),
         "group/all_success": float(np.mean([bool(g.all()) for g in groups])),
         "response_length/mean": batch.n_tokens / max(1, len(batch.trajectory_K)),
@@ -46,34 +48,48 @@ def sampler_metrics(batch: TokenBatch, scores: Scores) -> dict[str, float]:
     return {"sampler/logprob_gap_mean": float(gap_M.mean()), "sampler/logprob_gap_max": float(gap_M.max())}
 
 
-def teacher_metrics(scores: Scores, name: str) -> dict[str, float]:
+def row_reward_metrics(batch: TokenBatch, reward_N: np.ndarray, invalid_penalty: float) -> dict[str, float]:
+    """Mean over turns of the episode's reward less the turn's own penalty, as published."""
+    mean = float((reward_N[batch.trajectory_K] - invalid_penalty * ~batch.valid_K).mean())
+    return {"critic/rewards/mean": mean, "critic/score/mean": mean}
+
+
+def teacher_metrics(batch: TokenBatch, scores: Scores, name: str) -> dict[str, float]:
     """The gap to the teacher: its mean is minus a sampled estimate of the reverse KL, so at most 0 in expectation.
 
     Args:
+        batch: the batch.
         scores: log-probs of student and teacher.
         name: the algorithm's, the first part of the keys.
     """
-    delta_M = scores.require_teacher() - scores.student_M
-    return {
+    student_M, teacher_M = scores.student_M, scores.require_teacher()
+    delta_M = teacher_M - student_M
+    metrics = {
         f"{name}/teacher_student_gap_mean": float(delta_M.mean()),
         f"{name}/teacher_student_gap_std": float(np.sqrt((delta_M**2).mean())),
         f"{name}/raw_kl_mean": float(np.abs(delta_M).mean()),
     }
+    index_M = batch.index_K[batch.turn_M]
+    speaks_K = batch.n_K > 0
+    for index in np.unique(index_M[index_M < MOST_TURNS]):
+        at_M = index_M == index
+        metrics[f"sod_turn/disagreement/turn_{index}"] = float(np.abs(delta_M[at_M]).mean())
+        metrics[f"sod_turn/student_entropy/turn_{index}"] = float(-student_M[at_M].mean())
+        metrics[f"sod_turn/teacher_entropy/turn_{index}"] = float(-teacher_M[at_M].mean())
+        metrics[f"sod_turn/count/turn_{index}"] = float((speaks_K & (batch.index_K == index)).sum())
+    return metrics
 
 
 def term_metrics(opd_M: np.ndarray, rl_M: np.ndarray) -> dict[str, float]:
     """Size of the distillation and the reward term, coefficients included, over all sampled tokens."""
-    opd, rl = float(np.abs(opd_M).sum()), float(np.abs(rl_M).sum())
-    n = max(1, len(opd_M))
-    return {
-        "atod/opd_abs_mean": opd / n,
-        "atod/rl_abs_mean": rl / n,
-        "atod/opd_rl_ratio": opd / max(rl, 1e-8),
-        "atod/opd_mean": float(opd_M.mean()),
-        "atod/opd_std": float(opd_M.std()),
-        "atod/opd_min": float(opd_M.min()),
-        "atod/opd_max": float(opd_M.max()),
-    }
+    metrics = {"atod/opd_rl_ratio": float(np.abs(opd_M).sum() / max(np.abs(rl_M).sum(), 1e-8))}
+    for term, value_M in (("opd", opd_M), ("rl", rl_M)):
+        metrics[f"atod/{term}_abs_mean"] = float(np.abs(value_M).mean())
+        metrics[f"atod/{term}_mean"] = float(value_M.mean())
+        metrics[f"atod/{term}_std"] = float(value_M.std())
+        metrics[f"atod/{term}_min"] = float(value_M.min())
+        metrics[f"atod/{term}_max"] = float(value_M.max())
+    return metrics
 
 
 def weight_metrics(weights: TurnWeights, batch: TokenBatch, min_turns: int) -> dict[str, float]:
@@ -95,7 +111,7 @@ def weight_metrics(weights: TurnWeights, batch: TokenBatch, min_turns: int) -> d
         "tip/avg_n_turns_per_traj": float(batch.turns_N.mean()),
         "tip/avg_max_div": float(largest_N.mean()),
     }
-    for index in np.unique(batch.index_K[computed_K]):
+    for index in np.unique(batch.index_K[computed_K & (batch.index_K < MOST_TURNS)]):
         at = weights.weight_K[computed_K & (batch.index_K == index)]
         metrics[f"tip/turn_{index}_mean_weight"] = float(at.mean())
         metrics[f"tip/turn_{index}_std_weight"] = float(at.std())
@@ -103,34 +119,87 @@ def weight_metrics(weights: TurnWeights, batch: TokenBatch, min_turns: int) -> d
     return metrics
 
 
-def turn_table(step: int, batch: TokenBatch, scores: Scores, weight_K: np.ndarray | None) -> dict[str, list[Any]]:
-    """One entry a turn for everything that the published figures need.
+def turn_table(
+    step: int,
+    batch: TokenBatch,
+    scores: Scores,
+    reward_N: np.ndarray,
+    weight_K: np.ndarray | None,
+    *,
+    tokens: bool = False,
+) -> dict[str, list[Any]]:
+    """Everything that the published figures need, so that they can be redrawn offline: columns, one entry a turn.
 
-    Columns: step, group, trajectory, turn, n (tokens), sum_abs_gap, sum_gap, sum_sq_gap, sum_surprise (-log pi_S),
-    weight, valid, success, score, length (turns), prompt_length. Gap columns are absent without a teacher.
+    ======================  ====================================================================================
+    step                    training step, from 1
+    group                   uid of the group
+    trajectory              line of the episode in the step's trajectory file, from 0
+    trajectory_uid          uid of the trajectory: group and member
+    turn                    index of the turn in its episode, from 0
+    n                       N_k, sampled tokens: the response's length
+    prompt_length           tokens of the prompt
+    valid                   the action was understood and the response had the right form
+    reward                  training reward of the episode, scaled, without penalties
+    success, score          outcome of the episode
+    length                  turns of the episode that the policy played
+    sum_surprise            sum over the turn's tokens of -log pi_S; h_k is this over n
+    sum_teacher_surprise    the same under the teacher
+    sum_gap                 sum of Delta = log pi_T - log pi_S
+    sum_abs_gap             sum of |Delta|; d_k is this over n
+    sum_sq_gap              sum of Delta squared
+    sum_privileged_gap      sum of log pi_S(with privileged text) - log pi_S
+    weight                  w_k
+    token_ids               the sampled ids, a list for each turn
+    token_student           their log-probs under the student
+    token_teacher           their log-probs under the teacher
+    ======================  ====================================================================================
+
+    Columns of a teacher, of privileged text and of weights are there where the algorithm has them; those of tokens where they
+    are asked for (``--keep-tokens``).
+
+    Args:
+        step: training step.
+        batch: its data.
+        scores: the log-probs.
+        reward_N: training reward of each trajectory.
+        weight_K: weights of the turns.
+        tokens: keep the values of single tokens.
     """
     n_turns = len(batch.trajectory_K)
 
     def total(value_M: np.ndarray) -> list[float]:
         return [float(x) for x in np.bincount(batch.turn_M, value_M, minlength=n_turns)]
 
-    prompts = [len(turn.prompt_ids) for trajectory in batch.trajectories for turn in trajectory.turns]
+    groups = [trajectory.group_id for trajectory in batch.trajectories]
+    uids = [f"{group}/{groups[:n].count(group)}" for n, group in enumerate(groups)]
     table: dict[str, list[Any]] = {
         "step": [step] * n_turns,
-        "group": [batch.trajectories[i].group_id for i in batch.trajectory_K],
+        "group": [groups[n] for n in batch.trajectory_K],
         "trajectory": batch.trajectory_K.tolist(),
+        "trajectory_uid": [uids[n] for n in batch.trajectory_K],
         "turn": batch.index_K.tolist(),
         "n": batch.n_K.tolist(),
-        "sum_surprise": total(-scores.student_M),
+        "prompt_length": batch.prompt_length_K.tolist(),
         "valid": batch.valid_K.tolist(),
+        "reward": reward_N[batch.trajectory_K].tolist(),
         "success": batch.success_N[batch.trajectory_K].tolist(),
         "score": batch.score_N[batch.trajectory_K].tolist(),
         "length": batch.turns_N[batch.trajectory_K].tolist(),
-        "prompt_length": prompts,
+        "sum_surprise": total(-scores.student_M),
     }
     if scores.teacher_M is not None:
         gap_M = scores.teacher_M - scores.student_M
         table |= {"sum_gap": total(gap_M), "sum_abs_gap": total(np.abs(gap_M)), "sum_sq_gap": total(gap_M**2)}
+        table["sum_teacher_surprise"] = total(-scores.teacher_M)
+    if scores.privileged_M is not None:
+        table["sum_privileged_gap"] = total(scores.privileged_M - scores.student_M)
     if weight_K is not None:
         table["weight"] = [float(w) for w in weight_K]
+    if tokens:
+        ends = np.cumsum(batch.n_K)[:-1]
+        ids_M = np.array([batch.rows[row][column] for row, column in zip(batch.row_M, batch.column_M, strict=True)])
+        kept = {"ids": ids_M, "student": scores.student_M, "teacher": scores.teacher_M}
+        for name, value_M in kept.items():
+            if value_M is not None:
+                table[f"token_{name}"] = [part.tolist() for part in np.split(value_M, ends)]
     return table

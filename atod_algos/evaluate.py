@@ -53,6 +53,11 @@ class Evaluation:
         """Mean number of turns."""
         return sum(len(t.turns) for t in self.trajectories) / max(1, len(self.trajectories))
 
+    @property
+    def score(self) -> float:
+        """Mean task score, in [0, 1]."""
+        return sum(t.score for t in self.trajectories) / max(1, len(self.trajectories))
+
     def by_label(self) -> dict[str, Evaluation]:
         """The same, split by the first label (task type, data set, category)."""
         parts: dict[str, list[Trajectory]] = {}

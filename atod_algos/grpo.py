@@ -45,6 +45,7 @@ import numpy as np
 from atod_algos.advantages import GroupOptions, reward_advantage
 from atod_algos.algorithm import Advantages
 from atod_algos.batch import Scores, TokenBatch
+from atod_algos.diagnostics import row_reward_metrics
 from atod_algos.learner import Objective
 from atod_algos.rollout import RolloutLimits
 
@@ -95,14 +96,13 @@ class GRPO:
 
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """Every token of a turn gets the turn's group-relative advantage (eq 2)."""
-        return Advantages(grpo_token_advantage(batch, self.group))
+        return Advantages(grpo_token_advantage(batch, self.group), grpo_metrics(batch, self.group))
 
     def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
-        """Beta D_KL(pi_theta || pi_ref) by k3: e^x - x - 1 with x = log pi_ref - log pi_theta."""
+        """Beta D_KL(pi_theta || pi_ref), by k3."""
         if not self.kl_coef or scores.reference_M is None:
             return None
-        x = logprobs.new_tensor(scores.reference_M[index_M]) - logprobs
-        return self.kl_coef * (x.exp() - x - 1)
+        return self.kl_coef * k3(logprobs, logprobs.new_tensor(scores.reference_M[index_M]))
 
 
 def task_reward(batch: TokenBatch, group: GroupOptions) -> np.ndarray:
@@ -123,6 +123,17 @@ def grpo_token_advantage(batch: TokenBatch, group: GroupOptions) -> np.ndarray:
     """A^GRPO of each sampled token (axis M)."""
     advantage_K = reward_advantage(task_reward(batch, group), batch.group_N, batch.trajectory_K, batch.valid_K, group)
     return np.asarray(advantage_K[batch.turn_M])
+
+
+def grpo_metrics(batch: TokenBatch, group: GroupOptions) -> dict[str, float]:
+    """The reward that the group's statistics were made of, penalties included."""
+    return row_reward_metrics(batch, task_reward(batch, group), group.invalid_penalty)
+
+
+def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Low-variance estimate of KL(pi_theta || pi_ref) for each token: e^x - x - 1 with x = log pi_ref - log pi_theta."""
+    x = reference - logprobs
+    return x.exp() - x - 1
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class OPD:
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """A_t = Delta_t (eq 7)."""
         delta_M = scores.require_teacher() - scores.student_M
-        return Advantages(self.opd_coef * delta_M, teacher_metrics(scores, self.name))
+        return Advantages(self.opd_coef * delta_M, teacher_metrics(batch, scores, self.name))
 
     def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
         """None."""

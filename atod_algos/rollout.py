@@ -3,6 +3,9 @@
 Every episode submits its next turn as soon as its own environment has answered; nothing waits for the slowest, and a
 finished episode costs nothing more. The invariant: what an episode samples depends on its task, its seed and the weights,
 not on which other episodes run beside it, because each request draws from its own random stream.
+
+An algorithm may let the environment's scripted expert play an episode's first turns. They are executed and recorded, but
+they have no token ids: to the policy they are part of its prompt, and nothing is learned from them.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ from typing import Any, cast
 
 import gymnasium as gym
 
+from agents.base import Decision
 from agents.chat import ChatFormat
 from agents.engines.base import Completion, Engine, SamplingParams
+from agents.expert import expert_solution
 from atod_envs.prompting import Layout, Prompted, PromptStyle
 from atod_envs.recording import RecordTurns
 from atod_envs.text_env import TextEnv
@@ -46,10 +51,14 @@ class RolloutLimits:
         max_turns: turns before an episode is cut; ``None`` leaves the environment's own limit.
         rounds: how often a step may play further tasks until it has enough groups that the algorithm learns from; at most
             once where it is 1, and then every group counts.
+        expert_leaves: the scripted expert plays all but this many of the last turns of its own solution, and the policy
+            goes on from there; ``None`` lets the policy play alone. A task that the expert does not solve has no such
+            turns. What the expert plays depends on the task and the episode's seed only.
     """
 
     max_turns: int | None = None
     rounds: int = 1
+    expert_leaves: int | None = None
 
 
 @dataclass(slots=True)
@@ -149,7 +158,11 @@ class Rollout:
             while waiting and len(running) + len(stepping) < self.concurrency:
                 index, spec = waiting.pop()
                 episode = _Episode(index, spec, self._environment(limits))
-                ask(episode, self._begin(episode), True)
+                message, trajectory = self._begin(episode, limits)
+                if trajectory is None:
+                    ask(episode, message, True)
+                else:
+                    end(episode, trajectory)
             for completion in self.engine.step():
                 episode = running.pop(completion.request_id)
                 self._note(episode, completion)
@@ -193,11 +206,26 @@ class Rollout:
         text_env.max_turns = own if limits is None or limits.max_turns is None else min(own, limits.max_turns)
         return env
 
-    def _begin(self, episode: _Episode) -> str:
-        episode.env.group_id = episode.spec.group_id
-        episode.env.policy_version = self.engine.version
-        message, _ = episode.env.reset(seed=episode.spec.seed, options={"task_id": episode.spec.task_id})
-        return message
+    def _begin(self, episode: _Episode, limits: RolloutLimits | None) -> tuple[str, Trajectory | None]:
+        """Start an episode and play the expert's turns of it; the first message to the policy, or the end."""
+        spec, env = episode.spec, episode.env
+        ahead: Sequence[Decision] = ()
+        if limits is not None and limits.expert_leaves is not None:
+            solution = expert_solution(env, spec.task_id, spec.seed)
+            ahead = solution[: max(0, len(solution) - limits.expert_leaves)]
+        env.group_id, env.policy_version = spec.group_id, self.engine.version
+        message, _ = env.reset(seed=spec.seed, options={"task_id": spec.task_id})
+        for decision in ahead:
+            response = cast("Prompted", env.env).style.respond(decision.action, decision.thought)
+            before = (
+                episode.conversation + self.chat.continuation(message) if episode.turn else self.chat.opening(message)
+            )
+            episode.conversation = before + self.chat.encode_response(response)
+            episode.turn += 1
+            message, _, terminated, truncated, info = env.step(response)
+            if terminated or truncated:
+                return message, info["trajectory"]
+        return message, None
 
     def _params(self, episode: _Episode) -> SamplingParams:
         return SamplingParams(

@@ -4,7 +4,8 @@
     metrics.jsonl             one line a step
     tensorboard/              the same as event files, where tensorboard is installed
     trajectories/step_*.jsonl.gz   the episodes (``atod_envs.trajectory``)
-    turns/step_*.json.gz      per-turn quantities from which the published figures are redrawn
+    turns/step_*.json.gz      columns, one entry a turn, from which the published figures are redrawn; what each column
+                              holds is said by ``atod_algos.diagnostics.turn_table``
     checkpoints/              see ``atod_algos.checkpoint``
     result.json               the final table
 

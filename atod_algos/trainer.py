@@ -20,8 +20,8 @@ import atod_envs
 from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
 from agents.models import LoadedModel, load_model, require_same_tokenizer
-from atod_algos.algorithm import Algorithm, Supported
-from atod_algos.batch import Scores, TokenBatch, make_batch
+from atod_algos.algorithm import Algorithm, Privileged, Supported
+from atod_algos.batch import Scores, TokenBatch, make_batch, put_in_front
 from atod_algos.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from atod_algos.config import TrainConfig
 from atod_algos.diagnostics import batch_metrics, sampler_metrics, turn_table
@@ -74,7 +74,7 @@ class Trainer:
         self.teacher = self._other(config.teacher, "teacher") if "teacher" in algorithm.scores else None
         self.reference = self._other(config.student, "student") if "reference" in algorithm.scores else None
         self.base = self._other(config.base or config.student, "student") if "base" in algorithm.scores else None
-        chat = ChatFormat(self.student.tokenizer)
+        self.chat = chat = ChatFormat(self.student.tokenizer)
         self.learner = Learner(
             self.student.model,
             OptimizerOptions(
@@ -170,15 +170,12 @@ class Trainer:
             support=self._support_term(scores),
         )
         clock.lap("update")
+        reward_N = algorithm.reward(batch)
         if config.keep_trajectories and step % config.keep_trajectories == 0:
-            self.run.store(step, batch.trajectories, turn_table(step, batch, scores, advantages.weight_K))
+            table = turn_table(step, batch, scores, reward_N, advantages.weight_K, tokens=config.keep_tokens)
+            self.run.store(step, batch.trajectories, table)
         clock.lap("store")
-        metrics |= (
-            sampling
-            | advantages.metrics
-            | batch_metrics(batch, algorithm.reward(batch))
-            | sampler_metrics(batch, scores)
-        )
+        metrics |= sampling | batch_metrics(batch, reward_N) | sampler_metrics(batch, scores) | advantages.metrics
         return metrics | clock.metrics(batch)
 
     def _sync(self, version: int) -> None:
@@ -218,8 +215,27 @@ class Trainer:
         if teacher_M is not None and limit:
             teacher_M = scores.student_M + np.clip(teacher_M - scores.student_M, -limit, limit)
         return dataclasses.replace(
-            scores, teacher_M=teacher_M, reference_M=under(self.reference), base_M=under(self.base)
+            scores,
+            teacher_M=teacher_M,
+            reference_M=under(self.reference),
+            base_M=under(self.base),
+            privileged_M=self._score_privileged(batch),
         )
+
+    def _score_privileged(self, batch: TokenBatch) -> Any:
+        """The student as its own teacher: shown the algorithm's privileged text in front of everything else."""
+        if "privileged" not in self.algorithm.scores:
+            return None
+        text = cast("Privileged", self.algorithm).privileged_text
+        shown = put_in_front(batch, [self.chat.encode(text(trajectory)) for trajectory in batch.trajectories])
+        longest, limit = max(len(row) for row in shown.rows), int(self.student.model.config.max_position_embeddings)
+        if longest > limit:
+            raise AtodError(
+                f"privileged text and episode are {longest} tokens, but the student reads {limit}; nothing is cut, so lower "
+                f"--max-context by {longest - limit} or shorten the text"
+            )
+        temperature, budget = self.config.temperature, self.config.token_budget
+        return score(self.student.model, shown, temperature=temperature, budget=budget)[0]
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
@@ -231,9 +247,9 @@ class Trainer:
             self.best = {"success": result.success, "step": float(self.step)}
             self._save("best")
         progress.validation(self.step, result.success, len(result.trajectories))
-        return {"val/success_rate": result.success, "val/length": result.length} | {
-            f"val/{label}_success_rate": part.success for label, part in result.by_label().items()
-        }
+        metrics = {"val/success_rate": result.success, "val/length": result.length}
+        metrics[f"val/{self.world}_task_score"] = result.score
+        return metrics | {f"val/{label}_success_rate": part.success for label, part in result.by_label().items()}
 
     def evaluate_on(self, rollout: Rollout, split: str, n_tasks: int, progress: Progress) -> Evaluation:
         """Play the fixed panel of a split with whatever weights the engine holds."""

@@ -57,6 +57,7 @@ def batch_of(trajectories) -> tuple[TokenBatch, Scores, np.ndarray]:
         sampler_logprobs_M=np.array(student),
         trajectory_K=np.array(trajectory_K),
         index_K=np.array(index_K),
+        prompt_length_K=np.zeros(len(index_K), int),
         valid_K=np.array(valid_K),
         group_N=np.unique(groups, return_inverse=True)[1],
         success_N=reward_N > 0,
