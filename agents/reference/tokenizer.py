@@ -30,6 +30,7 @@ def train_tokenizer(
     words: int = 400,
     things: int = 256,
     tags: Iterable[str] = (),
+    stock: Iterable[str] = (),
     extra: Iterable[str] = (),
 ) -> Any:
     """Make a tokenizer from a sample of texts.
@@ -40,7 +41,8 @@ def train_tokenizer(
         words: most frequent words that become one token.
         things: most frequent numbered things that become one token.
         tags: strings that always are one token.
-        extra: words that get a token although the sample may lack them.
+        stock: phrases that are one token wherever no word runs on behind them.
+        extra: words and parts of words that get a token although the sample may lack them.
 
     Returns:
         A ``transformers`` fast tokenizer with a chat template.
@@ -48,7 +50,7 @@ def train_tokenizer(
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tags = tuple(tags)
+    tags, fixed = tuple(tags), tuple(stock)
     thing_count: Counter[str] = Counter()
     phrase_count: Counter[str] = Counter()
     word_count: Counter[str] = Counter()
@@ -61,22 +63,24 @@ def train_tokenizer(
             word_count.update(re.findall(r" ?[A-Za-z]+| ?[0-9]+|[^A-Za-z0-9]", run))
     classes = {thing.split()[0] for thing in thing_count}
 
-    def stock(phrase: str) -> bool:
+    def names_nothing(phrase: str) -> bool:
         """A phrase that names no thing: those must stay words of their own, to be copied."""
         return 1 < len(phrase) <= 40 and not phrase.isspace() and classes.isdisjoint(re.findall("[a-z]+", phrase))
 
-    chosen_phrases = [p for p, n in _common(phrase_count) if n >= 20 and stock(p)][:phrases]
+    chosen_phrases = [p for p, n in _common(phrase_count) if n >= 20 and names_nothing(p)][:phrases]
     chosen_words = [w for w, n in _common(word_count) if n >= 2][:words]
     chosen_things = [t for t, _ in _common(thing_count)][:things]
-    pieces = [*tags, *chosen_things, *chosen_phrases, *chosen_words, *extra, *(f" {n}" for n in range(31))]
+    pieces = [*tags, *fixed, *chosen_things, *chosen_phrases, *chosen_words, *extra, *(f" {n}" for n in range(31))]
     vocabulary: dict[str, float] = dict.fromkeys(SPECIAL, 0.0)
     vocabulary |= {f"<0x{byte:02X}>": -20.0 for byte in range(256)}
     # Among ways to cut a text, the fewest pieces win; equal scores make that a matter of counting.
     vocabulary |= {piece: -10.0 for piece in pieces if piece not in vocabulary}
 
     tokenizer = Tokenizer(models.Unigram(list(vocabulary.items()), unk_id=0, byte_fallback=True))
-    alternatives = [*sorted({*tags, *chosen_phrases}, key=lambda p: (-len(p), p))]
-    pattern = "|".join([*(re.escape(p) for p in alternatives), THING, r" ?[A-Za-z]+", r" ?[0-9]+", r"[^A-Za-z0-9]"])
+    alternatives = sorted({*tags, *fixed, *chosen_phrases}, key=lambda p: (-len(p), p))
+    bounded = {p for p in fixed if p[-1].isalpha()}
+    escaped = [re.escape(p) + ("(?![A-Za-z])" if p in bounded else "") for p in alternatives]
+    pattern = "|".join([*escaped, THING, r" ?[A-Za-z]+", r" ?[0-9]+", r"[^A-Za-z0-9]"])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     fast = PreTrainedTokenizerFast(

@@ -76,16 +76,17 @@ class SearchQAExpert:
         if self._see(observation) and self._advised:
             self._searched.add(self._advised)
         if self._form is None:
-            return _answer(UNKNOWN)
+            return _answer(UNKNOWN, "what is asked?")
         found: list[str] = []
         for name in self._named:
             value, gap = self._follow(self._form.subject, name, self._form.path)
             if gap is not None:
-                return self._search(gap)
+                return self._search(gap, found)
             found.append(value)
         if self._form.kind != "comparison":
-            return _answer(found[0])
-        return _answer(min(zip(found, self._named, strict=True))[1])
+            return _answer(found[0], f"found {_words(self._form.path[-1])}")
+        (first, name), (second, _) = sorted(zip(found, self._named, strict=True))
+        return _answer(name, f"{first} before {second}")
 
     def _see(self, observation: str) -> bool:
         """Remember the passages in an observation; whether it was the answer to a search."""
@@ -108,14 +109,19 @@ class SearchQAExpert:
                 return facts[fact]
         return None
 
-    def _search(self, gap: _Gap) -> ExpertMove:
+    def _search(self, gap: _Gap, found: Sequence[str]) -> ExpertMove:
         """Search for the name, a second time with what it is; then give up."""
+        thought = ", ".join([*found, f"find {_words(gap.fact)}"])
         for query in (gap.name, f"{gap.name} {gap.kind}"):
             if query.lower() not in self._searched:
                 self._advised = query.lower()
-                return ExpertMove(f"<search>{query}</search>", f"find {gap.fact.replace('_', ' ')} of {gap.name}")
-        return _answer(UNKNOWN)
+                return ExpertMove(f"<search>{query}</search>", thought)
+        return _answer(UNKNOWN, f"no {_words(gap.fact)}")
 
 
-def _answer(answer: str) -> ExpertMove:
-    return ExpertMove(f"<answer>{answer}</answer>", f"the answer is {answer}")
+def _words(fact: str) -> str:
+    return fact.replace("_", " ")
+
+
+def _answer(answer: str, thought: str) -> ExpertMove:
+    return ExpertMove(f"<answer>{answer}</answer>", thought)

@@ -33,6 +33,7 @@ _SURNAME_ENDS: Final = ("ek", "sen", "ov", "ini", "ard", "os", "wick", "ane")
 _ROLES: Final = ("painter", "poet", "composer", "sculptor", "surveyor", "physician", "weaver", "sailor", "printer")
 _WORK_FORMS: Final = ("novel", "film", "ballet", "play", "symphony", "ballad")
 _SCHOOL_KINDS: Final = ("Academy", "College", "Institute", "Lyceum")
+_ORDINALS: Final = ("Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh")
 _EVENT_KINDS: Final = ("Battle", "Festival", "Congress", "Regatta", "Siege", "Expedition")
 _ADJECTIVES_TEXT: Final = """
 amber ashen bitter bright broken crimson distant empty frozen gentle gilded grey hidden hollow humble iron ivory jade
@@ -154,12 +155,21 @@ class Names:
     def derived(self, name: str) -> str:
         """A name that was composed elsewhere, with a number in words appended while it is taken."""
         fresh = name
-        for ordinal in ("Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh"):
+        for ordinal in _ORDINALS:
             if fresh.lower() not in self._taken:
                 break
             fresh = f"{ordinal} {name}"
         self._taken.add(fresh.lower())
         return fresh
+
+
+def name_parts() -> list[str]:
+    """Everything that names are put together from: syllables and words, with a blank where a word begins."""
+    syllables = [onset + vowel + coda for onset in _ONSETS for vowel in _VOWELS for coda in dict.fromkeys(_CODAS)]
+    words = [word.title() for word in (*_ADJECTIVES, *_NOUNS, *_SCHOOL_KINDS, *_EVENT_KINDS, *_ORDINALS, "the")]
+    words += [*_ROLES, *_WORK_FORMS, "of"]
+    ends = [*_CITY_ENDS, *_REGION_ENDS, *_SURNAME_ENDS]
+    return [*syllables, *ends, *(f" {syllable.capitalize()}" for syllable in syllables), *(f" {word}" for word in words)]
 
 
 def make_part(dice: Dice, names: Names, scale: float) -> list[Entity]:

@@ -149,6 +149,16 @@ FORMS: Final = tuple(_form(row) for row in _FORM_TABLE.strip().splitlines())
 KINDS: Final = ("single", "bridge", "comparison", "compositional")
 
 
+def stock_phrases() -> list[str]:
+    """The fixed text of all sentences and questions: what stands between slots, without the blank before a slot."""
+    sentences = [template for groups in SENTENCES.values() for group in groups for template in group]
+    # Sentences follow a title or another sentence, so there is a blank before them; questions come first.
+    templates = [f" {template}" for template in (*sentences, *ALIAS_SENTENCE.values())]
+    templates += [template for form in FORMS for template in form.templates]
+    phrases = {part.rstrip() for template in templates for part in re.split(r"\{\w+\}", template)}
+    return sorted(phrases - {""})
+
+
 def _pattern(template: str) -> re.Pattern[str]:
     """A template as a regular expression with a group for each slot; a slot that occurs twice must agree."""
     seen: set[str] = set()

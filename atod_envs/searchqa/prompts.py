@@ -94,7 +94,8 @@ class CompactStyle:
         observation = history.observations[-1]
         passages = read_information(observation)
         if passages:
-            return "\n".join(f"{title}: {' '.join(text.split())}" for title, text in passages)
+            # The blank before the title makes a name the same tokens here as inside a sentence, so it can be copied.
+            return "\n".join(f"- {title}: {' '.join(text.split())}" for title, text in passages)
         return "No results." if observation else COMPACT_HINT
 
     def parse(self, response: str) -> Parsed:
