@@ -1,18 +1,23 @@
-"""Rebuild the small models that come with the project: ``make models``, or ``python data/make_reference_models.py [OUT]``.
+"""Rebuild the small models that come with the project: ``make models``, or ``python data/make_reference_models.py [WORLD ...]``.
 
-    tokenizer   from the scripted expert's episodes in the built-in world
-    student     a two-layer Qwen3, stopped early in imitating the expert: it speaks the language and seldom succeeds
-    teacher     a larger Qwen3 that imitates longer, mostly from states that its own actions led to, and is then improved by GRPO
+For each world (``alfworld``, ``searchqa``; all by default):
+
+    tokenizer   its tokens are the world's things, or the parts of its names, and its stock phrases
+    student     a small Qwen3, stopped early in imitating the scripted expert: it speaks the language and seldom succeeds
+    teacher     a larger Qwen3 that imitates longer, mostly from states that its own actions led to; ALFWorld's is then improved
+                by GRPO
 
 One thread and fixed seeds: on the same machine the same bits come out. It takes the better part of an hour on one core.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
-import sys
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,37 +35,58 @@ from atod_algos.config import TrainConfig, builtin_profile, resolve
 from atod_algos.grpo import GRPO
 from atod_algos.imitation import ImitationOptions, demonstrate, imitate
 from atod_envs.alfworld.household import tables
+from atod_envs.searchqa.generate import name_parts
+from atod_envs.searchqa.language import FACTS, stock_phrases
 
-PROFILE = builtin_profile("atod/ALFWorld-v0")
-STUDENT = {
-    "hidden_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "intermediate_size": 288,
-}
-TEACHER = {
-    "hidden_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "intermediate_size": 288,
-}
-STUDENT_IMITATION = ImitationOptions(rounds=10, episodes=256, lr=4e-3, last_beta=0.4, seed=1)
-TEACHER_IMITATION = ImitationOptions(rounds=60, episodes=320, lr=4e-3, seed=2)
-TEACHER_GRPO_STEPS = 20
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""What a shipped model consists of."""
 
 
-def world() -> gym.Env[str, str]:
+@dataclass(frozen=True)
+class Recipe:
+    """How the models of one world are made.
+
+    Attributes:
+        env: registered id of the environment.
+        world: makes the raw environment that is imitated in.
+        tokenizer: makes the tokenizer.
+        shapes: by role, the arguments of ``Qwen3Config`` that set the size.
+        imitation: by role, how long it imitates.
+        grpo_steps: steps of GRPO after the teacher's imitation.
+    """
+
+    env: str
+    world: Callable[[], gym.Env[str, str]]
+    tokenizer: Callable[[], Any]
+    shapes: Mapping[str, Mapping[str, int]]
+    imitation: Mapping[str, ImitationOptions]
+    grpo_steps: int = 0
+
+
+def shape(width: int, layers: int) -> dict[str, int]:
+    """Size of a model; six heads, of which two have keys and values of their own."""
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "intermediate_size": 3 * width,
+    }
+
+
+# --- ALFWorld -----------------------------------------------------------------------------------------------------------
+
+
+def household() -> gym.Env[str, str]:
     """The built-in world's training split."""
     return gym.make("atod/ALFWorld-v0", data="builtin", split="train", max_turns=20)
 
 
-def make_tokenizer() -> Any:
+def household_tokenizer() -> Any:
     """A tokenizer from the expert's episodes, with words for everything a household can hold."""
     bare = train_tokenizer(["a b"], tags=["<think>"])
-    tasks = world().unwrapped.tasks  # type: ignore[attr-defined]
-    shown = demonstrate(tasks[:600], world, ChatFormat(bare), style="compact", seed=0)
+    tasks = household().unwrapped.tasks  # type: ignore[attr-defined]
+    shown = demonstrate(tasks[:600], household, ChatFormat(bare), style="compact", seed=0)
     texts = []
     for trajectory in shown.trajectories:
         texts += [trajectory.task, trajectory.final_observation]
@@ -75,92 +101,154 @@ def household_words() -> list[str]:
     return sorted(f" {name.lower()}" for name in names)
 
 
-def new_model(tokenizer: Any, shape: dict[str, int], seed: int) -> Any:
+# --- Search-QA ----------------------------------------------------------------------------------------------------------
+
+
+def encyclopedia() -> gym.Env[str, str]:
+    """The built-in world's training questions."""
+    return gym.make("atod/SearchQA-v0", data="builtin", split="train")
+
+
+def encyclopedia_tokenizer() -> Any:
+    """A tokenizer from the grammar: syllables, words of titles, halves of years, stock phrases, and the searcher's thoughts.
+
+    It holds no name whole, so the names of the test questions are as new to the models as those of any other encyclopedia.
+    """
+    facts = sorted({fact.replace("_", " ") for known in FACTS.values() for fact in known})
+    thoughts = [f" {verb} {fact}" for verb in ("find", "found") for fact in facts]
+    numbers = [*(f" {n}" for n in range(10, 20)), *(f"{n:02d}" for n in range(100)), *"0123456789"]
+    return train_tokenizer(
+        [],
+        tags=["<think>", " </think><search>", " </search>", " </think><answer>", " </answer>"],
+        stock=[*stock_phrases(), *thoughts, " before", " or"],
+        extra=[*name_parts(), *numbers, *"\n-:.,?"],
+    )
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "alfworld": Recipe(
+        "atod/ALFWorld-v0",
+        household,
+        household_tokenizer,
+        {"student": shape(96, 2), "teacher": shape(96, 3)},
+        {
+            "student": ImitationOptions(rounds=10, episodes=256, lr=4e-3, last_beta=0.4, seed=1),
+            "teacher": ImitationOptions(rounds=60, episodes=320, lr=4e-3, seed=2),
+        },
+        grpo_steps=20,
+    ),
+    "searchqa": Recipe(
+        "atod/SearchQA-v0",
+        encyclopedia,
+        encyclopedia_tokenizer,
+        {"student": shape(96, 2), "teacher": shape(96, 3)},
+        {
+            "student": ImitationOptions(rounds=10, episodes=256, lr=4e-3, last_beta=0.4, seed=1),
+            "teacher": ImitationOptions(rounds=40, episodes=320, lr=4e-3, last_beta=0.5, seed=2),
+        },
+    ),
+}
+"""By the environment's key."""
+
+
+def new_model(tokenizer: Any, size: Mapping[str, int], seed: int) -> Any:
     """A Qwen3 with random weights, drawn wider than the library's default, which learns slowly at this size."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        head_dim=shape["hidden_size"] // shape["num_attention_heads"],
+        head_dim=size["hidden_size"] // size["num_attention_heads"],
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
-        **shape,
+        **size,
     )
     model = Qwen3ForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
-                parameter.normal_(0, 0.05 if "embed" in name else shape["hidden_size"] ** -0.5)
+                parameter.normal_(0, 0.05 if "embed" in name else size["hidden_size"] ** -0.5)
     return model
 
 
-def imitator(tokenizer: Any, shape: dict[str, int], options: ImitationOptions, out: Path) -> None:
+def imitator(recipe: Recipe, role: str, tokenizer: Any, out: Path) -> None:
     """Make a model imitate the expert, and save it."""
-    model = new_model(tokenizer, shape, options.seed)
+    profile, options = builtin_profile(recipe.env), recipe.imitation[role]
+    model = new_model(tokenizer, recipe.shapes[role], options.seed)
     started = time.monotonic()
     imitate(
         model,
         ChatFormat(tokenizer),
-        world,
+        recipe.world,
         options,
-        style="compact",
-        max_tokens=PROFILE["max_response"],
-        max_context=PROFILE["max_context"],
+        style=profile["style"],
+        max_tokens=profile["max_response"],
+        max_context=profile["max_context"],
         on_round=lambda n, loss: print(
-            f"{out.name}: round {n}, loss {loss:.4f}, {time.monotonic() - started:.0f} s", flush=True
+            f"{out}: round {n}, loss {loss:.4f}, {time.monotonic() - started:.0f} s", flush=True
         ),
     )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def main() -> None:
-    """Build everything into a scratch folder, then put it in place."""
-    torch.set_num_threads(1)
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else REFERENCE / "alfworld"
-    scratch = Path("runs/reference-models")
-    tokenizer = make_tokenizer()
-    imitator(tokenizer, STUDENT, STUDENT_IMITATION, scratch / "student")
-    imitator(tokenizer, TEACHER, TEACHER_IMITATION, scratch / "teacher-imitation")
+def improve(recipe: Recipe, start: Path, run: Path) -> Path:
+    """Train a model by GRPO; return the folder of its best checkpoint."""
+    profile = builtin_profile(recipe.env)
     config = TrainConfig(
-        student=str(scratch / "teacher-imitation"),
+        env=recipe.env,
+        student=str(start),
         data="builtin",
-        run=str(scratch / "teacher-grpo"),
-        steps=TEACHER_GRPO_STEPS,
-        **GRPO_SETTINGS,
+        run=str(run),
+        steps=recipe.grpo_steps,
+        eval_every=5,
+        eval_tasks=300,
+        lr=2e-4,
+        lr_floor=0.1,
+        threads=1,
+        **{name: profile[name] for name in PLAYED_ALIKE},
     )
     train(resolve(config), GRPO(), "paper")
-    shutil.copytree(scratch / "teacher-grpo" / "checkpoints" / "best", scratch / "teacher", dirs_exist_ok=True)
-    for role in ("student", "teacher"):
-        target = out / role
+    return run / "checkpoints" / "best"
+
+
+PLAYED_ALIKE = ("style", "max_turns", "max_response", "max_context", "eval_temperature", "adam_beta2")
+"""Settings of the teacher's GRPO that are those of the built-in run."""
+
+
+def make(key: str, out: Path) -> None:
+    """Build the models of one world into a scratch folder, then put them in place."""
+    recipe, scratch = RECIPES[key], Path("runs/reference-models") / key
+    tokenizer = recipe.tokenizer()
+    made = {role: scratch / role for role in recipe.imitation}
+    for role, folder in made.items():
+        imitator(recipe, role, tokenizer, folder)
+    if recipe.grpo_steps:
+        made["teacher"] = improve(recipe, made["teacher"], scratch / "teacher-grpo")
+    for role, folder in made.items():
+        target = out / key / role
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
-        for name in (
-            "config.json",
-            "model.safetensors",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "chat_template.jinja",
-        ):
-            shutil.copy(scratch / role / name, target / name)
+        for name in FILES:
+            shutil.copy(folder / name, target / name)
         print(f"wrote {target}")
 
 
-GRPO_SETTINGS = {
-    "style": PROFILE["style"],
-    "max_turns": PROFILE["max_turns"],
-    "max_response": PROFILE["max_response"],
-    "max_context": PROFILE["max_context"],
-    "eval_temperature": PROFILE["eval_temperature"],
-    "eval_every": 5,
-    "eval_tasks": 300,
-    "lr": 2e-4,
-    "lr_floor": 0.1,
-    "adam_beta2": PROFILE["adam_beta2"],
-    "threads": 1,
-}
+def main() -> None:
+    """Build what was asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("worlds", nargs="*", metavar="WORLD", help=f"of {', '.join(RECIPES)}; default: all")
+    parser.add_argument(
+        "--out", type=Path, default=REFERENCE, help="folder of the models; default: where they are loaded from"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if unknown := set(options.worlds) - set(RECIPES):
+        parser.error(f"no recipe for {', '.join(sorted(unknown))}; expected some of {', '.join(RECIPES)}")
+    for key in options.worlds or RECIPES:
+        make(key, options.out)
+
 
 if __name__ == "__main__":
     main()

@@ -163,7 +163,7 @@ def test_the_other_styles(made):
     assert "you MUST call a search engine" in prompted(env, "figure8").reset(seed=0)[0]
     compact = prompted(env, "compact")
     assert compact.reset(seed=0)[0] == QUESTION
-    assert compact.step("<search>a</search>")[0] == "A: first\nB: second\nC: third"
+    assert compact.step("<search>a</search>")[0] == "- A: first\n- B: second\n- C: third"
     assert compact.step("what?")[0] == COMPACT_HINT
     for style in env.prompt_styles().values():
         for action in ("<search>a b</search>", "<answer>Rome</answer>"):
