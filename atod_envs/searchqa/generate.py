@@ -169,7 +169,12 @@ def name_parts() -> list[str]:
     words = [word.title() for word in (*_ADJECTIVES, *_NOUNS, *_SCHOOL_KINDS, *_EVENT_KINDS, *_ORDINALS, "the")]
     words += [*_ROLES, *_WORK_FORMS, "of"]
     ends = [*_CITY_ENDS, *_REGION_ENDS, *_SURNAME_ENDS]
-    return [*syllables, *ends, *(f" {syllable.capitalize()}" for syllable in syllables), *(f" {word}" for word in words)]
+    return [
+        *syllables,
+        *ends,
+        *(f" {syllable.capitalize()}" for syllable in syllables),
+        *(f" {word}" for word in words),
+    ]
 
 
 def make_part(dice: Dice, names: Names, scale: float) -> list[Entity]:
