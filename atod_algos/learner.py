@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from atod_algos.batch import TokenBatch
-from atod_algos.scoring import micro_batches, predict
+from atod_algos.scoring import predict, split_rows
 from atod_envs.errors import AtodError
 
 AuxiliaryLoss = Callable[[torch.Tensor, np.ndarray], torch.Tensor | None]
@@ -76,7 +76,7 @@ class OptimizerOptions:
     minibatches: int = 4
     """Optimizer updates a step; each takes its share of the step's trajectories."""
     token_budget: int = 16384
-    """Tokens of a micro-batch, padding included. Lower it where memory runs out; results do not change."""
+    """Tokens of a micro-batch. Lower it where memory runs out; results do not change."""
 
 
 def surrogate(ratio: torch.Tensor, advantage: torch.Tensor, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,7 +226,7 @@ class Learner:
         if not len(rows):
             return
         inside = int(chosen_N[batch.trajectory_M].sum())
-        for micro in micro_batches([len(batch.rows[row]) for row in rows], self.options.token_budget):
+        for micro in split_rows(self.model, [batch.rows[row] for row in rows], self.options.token_budget):
             found = predict(
                 self.model,
                 batch,

@@ -16,13 +16,14 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from atod_algos.batch import Scores, TokenBatch
+from atod_algos.packing import pack, packable, packed_states, packs
 
 _CHUNK_LOGITS = 1 << 24
 """Most logits alive at once (64 MiB in float32)."""
 
 
 def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[np.ndarray]:
-    """Split rows into micro-batches of similar length.
+    """Split rows that are to be padded into micro-batches of similar length.
 
     Args:
         lengths: tokens of each row.
@@ -97,21 +98,40 @@ def head_logprobs(
     return torch.cat(logprobs), torch.cat(spread), torch.cat(others)
 
 
-def _states(model: Any, batch: TokenBatch, rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-    """Run rows through a model's decoder: indices into axis M, the [m, D] states that predict those tokens, and their ids.
+def split_rows(model: Any, rows: Sequence[np.ndarray], budget: int) -> Iterator[np.ndarray]:
+    """Split rows into micro-batches of at most ``budget`` tokens, as this model runs them: packed or padded."""
+    return packs(rows, budget) if packable(model) else micro_batches([len(row) for row in rows], budget)
 
-    Rows are padded on the right; with causal attention no real token sees the padding, so no mask is needed.
+
+def _states(model: Any, batch: TokenBatch, rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """Run some rows of a batch through a model's decoder: packed where the model allows it, padded otherwise.
+
+    Args:
+        model: a causal language model.
+        batch: the batch.
+        rows: which of its rows.
+
+    Returns:
+        Indices into axis M of the tokens in these rows, the states [m, D] that predict them, and their ids [m].
     """
-    device = next(model.parameters()).device
     place = np.full(len(batch.rows), -1)
     place[rows] = np.arange(len(rows))
     index_M = np.flatnonzero(place[batch.row_M] >= 0)
+    line, column = place[batch.row_M[index_M]], batch.column_M[index_M]
+    device = next(model.parameters()).device
+    if packable(model):
+        packed = pack([batch.rows[row] for row in rows])
+        states, _ = packed_states(model, packed)
+        at = np.asarray(packed.bounds)[line] + column
+        before = torch.from_numpy(packed.place_R[at - 1]).to(device)
+        targets = torch.from_numpy(packed.ids_T[packed.place_R[at]]).to(device)
+        return index_M, states.index_select(0, before), targets
     width = max(len(batch.rows[row]) for row in rows)
     ids = np.zeros((len(rows), width), dtype=np.int64)
     for i, row in enumerate(rows):
         ids[i, : len(batch.rows[row])] = batch.rows[row]
-    line, column = place[batch.row_M[index_M]], batch.column_M[index_M]
     tokens = torch.from_numpy(ids).to(device)
+    # Padding stands on the right: with causal attention no real token sees it, so no mask is needed.
     states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
     at_line, at_column = torch.from_numpy(line).to(device), torch.from_numpy(column).to(device)
     return index_M, states[at_line, at_column - 1], tokens[at_line, at_column]
@@ -172,7 +192,7 @@ def score(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for rows in micro_batches([len(row) for row in batch.rows], budget):
+        for rows in split_rows(model, batch.rows, budget):
             index_M, logprobs, spread = row_logprobs(model, batch, rows, temperature=temperature, entropy=entropy)
             logprobs_M[index_M] = logprobs.double().cpu().numpy()
             entropy_M[index_M] = spread.double().cpu().numpy()
@@ -211,7 +231,7 @@ def compare(
     modes = student.training, teacher.training
     student.eval(), teacher.eval()
     with torch.no_grad():
-        for rows in micro_batches([len(row) for row in batch.rows], budget):
+        for rows in split_rows(student, batch.rows, budget):
             index_M, own_states, targets = _states(student, batch, rows)
             _, their_states, _ = _states(teacher, batch, rows)
             for start in range(0, len(index_M), size):
