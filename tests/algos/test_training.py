@@ -85,9 +85,11 @@ def test_reward_alone_teaches_the_toy_world(options, tmp_path):
 
 
 def test_distillation_closes_the_gap_to_the_teacher(options, tmp_path):
+    # At the other tests' rate the gap wanders; at this one it closes for every seed that was tried.
+    options[options.index("--lr") + 1] = "5e-4"
     main(OPD, [*options, "--steps", "14", "--run", str(tmp_path / "r"), "--eval-every", "0"])
     gaps = [row["opd/teacher_student_gap_mean"] for row in metrics(tmp_path / "r")]
-    assert sum(gaps[-3:]) / 3 > sum(gaps[:3]) / 3 + 0.02 and gaps[0] < 0
+    assert sum(gaps[-3:]) / 3 > sum(gaps[:3]) / 3 + 0.1 and gaps[0] < 0
 
 
 def test_stopped_and_resumed_equals_uninterrupted(options, tmp_path):
