@@ -86,7 +86,7 @@ def _service(
         if corpus is None and data is None:
             return _builtin_search(name)
         file = Path(corpus) if corpus is not None else find_corpus(Path(data or "."))
-        return _indexed(file.resolve(), name, _stamp(file))
+        return _indexed(index_folder(file, name), file.resolve(), name)
     from atod_envs.retrieval.build import open_index
 
     folder = Path(name)
@@ -165,12 +165,16 @@ def _remote(url: str) -> SearchService:
     return HttpSearch(url)
 
 
+def index_folder(file: Path, backend: str) -> Path:
+    """Where the index over a corpus file is kept; it need not be built yet."""
+    key = hashlib.sha256(f"{file.resolve()}|{_stamp(file)}".encode()).hexdigest()[:16]
+    return cache_folder() / f"{file.name.split('.')[0]}-{key}-{backend}"
+
+
 @cache
-def _indexed(file: Path, backend: str, stamp: tuple[int, int]) -> SearchService:
+def _indexed(folder: Path, file: Path, backend: str) -> SearchService:
     from atod_envs.retrieval.build import build_index, open_index
 
-    key = hashlib.sha256(f"{file}|{stamp}".encode()).hexdigest()[:16]
-    folder = cache_folder() / f"{file.name.split('.')[0]}-{key}-{backend}"
     if not (folder / "index.json").is_file():
         _log.warning("indexing %s with %s into %s (once)", file, backend, folder)
         _build_whole(folder, lambda scratch: build_index(read_passages(file), scratch, backend))

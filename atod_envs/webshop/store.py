@@ -189,21 +189,29 @@ def open_store(data: str | os.PathLike[str] | None = None) -> Store:
 
     Args:
         data: a folder with the official files, one items file, or a store folder; ``None`` takes ``$WEBSHOP_DATA``
-            if it is set, else the built-in catalogue.
+            if it is set, else the built-in catalogue, as ``"builtin"`` does.
 
     Raises:
         DataError: the data is missing or broken.
     """
     data = data if data is not None else os.environ.get(DATA_VARIABLE) or None
-    if data is None:
+    if data is None or str(data) == "builtin":
         from atod_envs.webshop.generate import BUILT_IN, write_catalogue
 
-        return _opened(_cached(BUILT_IN.name, lambda folder: write_catalogue(BUILT_IN, folder)))
+        return _opened(_cached(_named_folder(BUILT_IN.name), lambda folder: write_catalogue(BUILT_IN, folder)))
     if (Path(data) / "store.json").is_file():
         return _opened(Path(data).resolve())
     files = find_files(data)
-    stamp = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files.present()]
-    return _opened(_cached(digest(stamp), None, files))
+    return _opened(_cached(store_folder(files), None, files))
+
+
+def store_folder(files: CatalogueFiles) -> Path:
+    """Where the store of official files is kept; it need not be built yet."""
+    return _named_folder(digest([(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files.present()]))
+
+
+def _named_folder(name: str) -> Path:
+    return cache_folder() / "webshop" / f"{name}-v{STORE_VERSION}"
 
 
 @functools.lru_cache(maxsize=8)
@@ -216,9 +224,8 @@ def digest(value: object) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=10).hexdigest()
 
 
-def _cached(name: str, write: Callable[[Path], object] | None, files: CatalogueFiles | None = None) -> Path:
+def _cached(folder: Path, write: Callable[[Path], object] | None, files: CatalogueFiles | None = None) -> Path:
     """The store's folder in the cache; builds it under a lock if it is not there."""
-    folder = cache_folder() / "webshop" / f"{name}-v{STORE_VERSION}"
     if (folder / "store.json").is_file():
         return folder
     try:

@@ -65,7 +65,7 @@ def test_searchqa_version_follows_questions_and_corpus(tmp_path):
 
 @pytest.mark.parametrize("env_id", ["atod/ALFWorld-v0", "atod/WebShop-v0", "atod/SearchQA-v0"])
 def test_trajectory_carries_the_version(env_id):
-    env = RecordTurns(gym.make(env_id, data="builtin" if env_id != "atod/WebShop-v0" else None))
+    env = RecordTurns(gym.make(env_id, data="builtin"))
     env.reset(seed=0)
     env.step("nonsense")
     assert env.trajectory.data_version == env.unwrapped.data_version != ""
