@@ -19,6 +19,7 @@ import gymnasium as gym
 import atod_envs
 from agents.base import Agent, Decision
 from agents.expert import expert_for
+from atod_envs.command import program
 from atod_envs.errors import AtodError, UnknownName
 
 COMMANDS: Mapping[str, str] = {
@@ -161,7 +162,7 @@ def read_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m agents.human", description="Play an episode in the terminal.")
+    parser = argparse.ArgumentParser(prog=program("agents.human"), description="Play an episode in the terminal.")
     parser.add_argument("--env", default="atod/ALFWorld-v0", help="environment id (default: %(default)s)")
     parser.add_argument("--split", help="which tasks (default: the environment's)")
     parser.add_argument("--task-id", help="play this task")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import tyro
 
 from atod_algos.config import TrainConfig, resolve
+from atod_envs.command import program
 from atod_envs.errors import AtodError, UnknownName
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
     common, config, options = tyro.cli(
         entry,
         args=arguments,
-        prog=f"python -m atod_algos.{algorithm.name}",
+        prog=program(f"atod_algos.{algorithm.name}"),
         description=(module.__doc__ or "").strip(),
         config=(tyro.conf.OmitArgPrefixes,),
     )

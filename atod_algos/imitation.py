@@ -28,6 +28,7 @@ from agents.expert import ExpertAgent, expert_for
 from atod_algos.batch import TokenBatch, make_batch
 from atod_algos.rollout import derive_seed
 from atod_algos.scoring import micro_batches, row_logprobs
+from atod_envs.command import program
 from atod_envs.prompting import Layout, Prompted, PromptStyle
 from atod_envs.recording import RecordTurns
 from atod_envs.text_env import TextEnv
@@ -340,7 +341,7 @@ class _Command:
     options: ImitationOptions = field(default_factory=ImitationOptions)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Warm-start a model from the command line."""
     import tyro
 
@@ -349,7 +350,13 @@ def main() -> None:
     from atod_algos.config import TrainConfig
     from atod_algos.trainer import make_env
 
-    command = tyro.cli(_Command, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
+    command = tyro.cli(
+        _Command,
+        args=arguments,
+        prog=program("atod_algos.imitation"),
+        description=__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
 
     def run() -> None:
         loaded = load_model(command.student, "student")

@@ -25,6 +25,7 @@ from atod_envs.alfworld.household import SIZES, TASK_TYPES, Room
 from atod_envs.alfworld.layouts import Dice, Layout, make_layout
 from atod_envs.alfworld.rendering import domain, game_data, grammar, trajectory_data
 from atod_envs.alfworld.worlds import World, choose_goal, make_world, possible_goals
+from atod_envs.command import program
 from atod_envs.errors import DataError
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
@@ -113,7 +114,7 @@ def write_split(root: Path, split: str, games: int, *, seed: int, size: str = "r
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m atod_envs.alfworld.generate",
+        prog=program("atod_envs.alfworld.generate"),
         description="Write fresh ALFWorld games in the published on-disk format.",
     )
     parser.add_argument("--out", type=Path, required=True, help=f"data root; games go to OUT/{DATA_FOLDER}/SPLIT/...")

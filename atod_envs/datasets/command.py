@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from atod_envs.command import program
 from atod_envs.datasets.download import RECORD, fetch, read_record, verify
 from atod_envs.datasets.sources import DATASETS, KNOWN_VERSIONS, Source, bundle, dataset
 from atod_envs.errors import AtodError, DataError
@@ -23,7 +24,10 @@ from atod_envs.errors import AtodError, DataError
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    top = argparse.ArgumentParser(prog="atod data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    called = program("atod_envs.datasets")
+    if called.startswith("atod "):
+        called = "atod data"  # the command line names the sub-command, which argparse adds itself
+    top = argparse.ArgumentParser(prog=called, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
     commands.add_parser("status", help="where each environment looks, what is there, what is missing")
     get = commands.add_parser("get", help="download the official files")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
+from atod_envs.command import program
 from atod_envs.errors import AtodError, DataError
 
 from .bm25 import BM25Index
@@ -111,7 +112,7 @@ def _open_one(folder: Path, backend: str, corpus: Corpus) -> Retriever:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m atod_envs.retrieval.build", description="Build a retrieval index.")
+    parser = argparse.ArgumentParser(prog=program("atod_envs.retrieval.build"), description="Build a retrieval index.")
     parser.add_argument("--corpus", help="corpus file (.jsonl, .jsonl.gz, .parquet); not needed where --out has one")
     parser.add_argument("--out", required=True, help="folder of the corpus and its indexes")
     parser.add_argument("--backend", choices=BACKENDS, default="bm25", help="default: %(default)s")

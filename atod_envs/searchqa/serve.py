@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
+from atod_envs.command import program
 from atod_envs.errors import AtodError
 from atod_envs.retrieval.batching import Batcher
 from atod_envs.retrieval.http import BATCH_SIZE, HttpSearch, ShardedSearch
@@ -161,9 +162,7 @@ def _document(passage: Passage, scores: bool) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m atod_envs.searchqa.serve", description="Serve retrieval over HTTP."
-    )
+    parser = argparse.ArgumentParser(prog=program("atod_envs.searchqa.serve"), description="Serve retrieval over HTTP.")
     parser.add_argument(
         "--index", help="folder of an index (also wiki/dense, wiki/hybrid); default: the built-in world"
     )

@@ -26,6 +26,7 @@ from urllib.parse import parse_qs, urlsplit
 import gymnasium as gym
 
 import atod_envs
+from atod_envs.command import program
 from atod_envs.errors import AtodError
 from atod_envs.recording import RecordTurns
 from atod_envs.trajectory import to_record
@@ -244,7 +245,7 @@ def _frame(body: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m atod_envs.webshop.serve``."""
-    parser = argparse.ArgumentParser(description="Show the shop in a browser.")
+    parser = argparse.ArgumentParser(prog=program("atod_envs.webshop.serve"), description="Show the shop in a browser.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=3000, help="port, 0 for any (%(default)s)")
     parser.add_argument("--split", default="test", help="split that is played (%(default)s)")

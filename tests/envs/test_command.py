@@ -1,0 +1,138 @@
+"""The `atod` command: what it runs, what it answers to mistakes, and that the shell completes it."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+
+from atod_envs import command
+from atod_envs.command import commands, main
+
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def shell(*words, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "atod_envs.command", *words],
+        capture_output=True,
+        text=True,
+        cwd=environment.pop("cwd", REPOSITORY),
+        env={**os.environ, "PYTHONPATH": REPOSITORY, **environment},
+    )
+
+
+def test_overview_names_every_command_and_algorithm(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    for name in [*commands(), "completion", *(point.name for point in entry_points(group="atod.algorithms"))]:
+        assert name in shown
+
+
+def test_every_command_is_there():
+    for name, found in commands().items():
+        for word, module in found.modules.items():
+            if not module.startswith(command.ALGORITHM):
+                assert callable(importlib.import_module(module.split()[0]).main), (name, word)
+
+
+@pytest.mark.parametrize(
+    "words, answer",
+    [
+        (["pay"], "unknown command 'pay'; did you mean 'play'?"),
+        (["train", "ato"], "atod train: unknown name 'ato'; did you mean 'atod'?"),
+        (["make", "gmes"], "did you mean 'games'?"),
+    ],
+)
+def test_a_slip_is_answered_with_what_was_meant(words, answer, capsys):
+    assert main(words) == 2
+    assert answer in capsys.readouterr().err
+
+
+def test_usage_lines_say_what_was_typed(capsys):
+    for words, usage in (
+        (["play", "--help"], "usage: atod play"),
+        (["train", "atod", "--help"], "usage: atod train atod"),
+        (["data", "get", "--help"], "usage: atod data get"),
+        (["make", "games", "--help"], "usage: atod make games"),
+    ):
+        assert main(words) == 0
+        assert capsys.readouterr().out.startswith(usage)
+
+
+def test_it_runs_what_it_names(tmp_path, capsys):
+    assert main(["make", "games", "--out", str(tmp_path), "--games", "1", "--seed", "0", "--size", "small"]) == 0
+    assert len(list(tmp_path.rglob("game.tw-pddl"))) == 1
+    assert main(["make", "games", "--out", str(tmp_path)]) == 2, "argparse's own status comes through"
+    assert main(["play", "--env", "atod/Nothing-v0"]) == 2
+    assert "unknown environment" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name == "tyro" or name.startswith(("tyro.", "atod_algos"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert main(["train", "atod", "--help"]) == 1
+    assert "atod train atod needs tyro, which is not installed: pip install 'atod[train]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("play", "--help"), ("train", "atod", "--help")])
+def test_another_agents_package_is_explained(tmp_path, words):
+    (tmp_path / "agents").mkdir()
+    (tmp_path / "agents" / "__init__.py").write_text("def run(): pass\n")
+    done = shell(*words, PYTHONPATH=f"{tmp_path}{os.pathsep}{REPOSITORY}", cwd=str(tmp_path))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"the package 'agents' at {tmp_path / 'agents'} belongs to" in done.stderr
+    assert "virtual environment" in done.stderr
+    assert shell("data", "status", PYTHONPATH=f"{tmp_path}{os.pathsep}{REPOSITORY}", cwd=str(tmp_path)).returncode == 0
+
+
+def test_agents_whose_init_was_overwritten_are_explained(tmp_path):
+    for package in ("atod_envs", "agents", "atod_algos"):
+        shutil.copytree(
+            f"{REPOSITORY}/{package}", tmp_path / package, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors")
+        )
+    (tmp_path / "agents" / "__init__.py").write_text("from .run import Runner\n")
+    done = shell("train", "atod", "--help", PYTHONPATH=str(tmp_path), cwd=str(tmp_path))
+    assert done.returncode == 1 and "hides or has overwritten" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_completes_commands_algorithms_options_and_environments(tmp_path, capsys):
+    pytest.importorskip("shtab")
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "atod.sh"
+    script.write_text(capsys.readouterr().out)
+
+    def complete(*words):
+        text = " ".join(f"'{word}'" for word in words)
+        ask = (
+            f'source {script}; COMP_WORDS=({text}); COMP_CWORD={len(words) - 1}; _shtab_atod; echo "${{COMPREPLY[@]}}"'
+        )
+        return subprocess.run(["bash", "-c", ask], capture_output=True, text=True).stdout.split()
+
+    assert complete("atod", "tr") == ["train"]
+    assert "grpo" in complete("atod", "train", "g")
+    assert "--group-size" in complete("atod", "train", "grpo", "--grou")
+    assert "atod/WebShop-v0" in complete("atod", "train", "atod", "--env", "")
+    assert complete("atod", "data", "get", "--bun") == ["--bundle"]
+
+
+def test_completion_of_an_unknown_shell_is_refused(capsys):
+    pytest.importorskip("shtab")
+    assert main(["completion", "sh"]) == 2
+    assert "usage: atod completion bash|zsh" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m atod_envs.command train atod --help | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": REPOSITORY},
+    )
+    assert "Traceback" not in done.stderr and done.stdout.startswith("usage: atod train atod")
