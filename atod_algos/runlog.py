@@ -65,7 +65,7 @@ class RunFolder:
                     f"{path} holds a run with {name}={old!r}, but now it is {new!r}; "
                     "give the old value to resume it, or choose another folder with --run"
                 )
-        self._write("config.json", {"settings": plain, "versions": _versions()})
+        self._write("config.json", {"settings": plain, "versions": versions()})
         self._board: Any = None
 
     def begin(self, step: int) -> None:
@@ -156,7 +156,8 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return None
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
     found = {"python": platform.python_version()}
     for package in ("atod", "torch", "transformers", "gymnasium", "numpy"):
         try:

@@ -1,0 +1,5 @@
+"""``python -m atod_algos.evaluate``."""
+
+from atod_algos.evaluate.command import main
+
+main()

@@ -1,0 +1,118 @@
+"""The command of ``atod_algos.evaluate``: who plays, on which panels, with which sampling, and what is stored.
+
+    OUT/config.json                   everything that defines the numbers: agent, sampling, panels with a digest of their tasks, versions
+    OUT/episodes/SPLIT-N-seedS.jsonl.gz    the episodes
+    OUT/result.json                   the numbers
+
+The invariant: a folder holds one evaluation. The same command goes on where it stopped; another one is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from atod_algos.evaluate import Evaluation
+from atod_algos.evaluate.paired_command import show_comparison
+from atod_algos.evaluate.play import EpisodeJournal
+from atod_algos.evaluate.players import Player
+from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, sampling_of, settings_of
+from atod_algos.progress import result_table
+from atod_algos.runlog import replace_text, versions
+from atod_envs.errors import AtodError
+from atod_envs.trajectory import read_jsonl, write_jsonl
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    from atod_algos.cli import guarded
+
+    config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m atod_algos.evaluate", description=__doc__)
+    logging.basicConfig(level=logging.INFO if config.verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    guarded(lambda: show_comparison(*config.compare) if config.compare else run(config))
+
+
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate as asked, store everything, and show the table.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        AtodError: names, data, the model or the server are not right; the message says what to do.
+    """
+    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
+        raise AtodError(f"--seeds {config.seeds}: expected one or more different seeds")
+    sampling = sampling_of(config)
+    settings, panels = settings_of(config, sampling)
+    out = config.out or Path("evaluations") / f"{_file_name(config.agent)}-{config.env.split('/')[-1]}"
+    _open(out, settings)
+    console = Console()
+    rows: dict[str, Any] = {}
+    player = Player(config, sampling, panels[0].split)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            for panel in panels:
+                seeds: dict[int, Evaluation] = {}
+                for seed in config.seeds:
+                    done = bar.add_task(f"{panel.name}, seed {seed}", total=len(panel.tasks))
+                    path = episodes_path(out, panel.name, seed)
+                    if not path.exists():
+                        played = player.play(panel, seed, _journal(path), _counter(bar, done))
+                        part = path.with_name(path.name + ".part.gz")
+                        write_jsonl(part, played)
+                        part.replace(path)
+                        EpisodeJournal(_journal(path)).drop()
+                    seeds[seed] = Evaluation(tuple(read_jsonl(path)))
+                    bar.update(done, completed=len(panel.tasks))
+                whole = Evaluation(tuple(t for part in seeds.values() for t in part.trajectories))
+                rows[panel.name] = whole.summary() | {"by_seed": {str(s): e.success for s, e in seeds.items()}}
+    finally:
+        player.close()
+    result = {"panels": rows} | ({"usage": player.usage} if player.usage else {})
+    replace_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+    title = f"{config.agent} on {config.env}, seeds {', '.join(map(str, config.seeds))}; " + ", ".join(
+        f"{name} {value}" for name, value in dataclasses.asdict(sampling).items() if value is not None
+    )
+    console.print(result_table(list(rows.items()), title))
+    console.print(f"stored in {out}", highlight=False)
+    return result
+
+
+def _counter(bar: Progress, task: TaskID) -> Callable[[int], None]:
+    return lambda count: bar.update(task, completed=count)
+
+
+def _open(out: Path, settings: Mapping[str, Any]) -> None:
+    path = out / "config.json"
+    try:
+        (out / "episodes").mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            known = json.loads(path.read_text())["settings"]
+            changed = next((name for name in settings if known.get(name) != settings[name]), None)
+            if changed:
+                raise AtodError(
+                    f"{out} holds an evaluation with {changed}={known.get(changed)!r}, but now it is {settings[changed]!r}; "
+                    "choose another folder with --out, or delete this one"
+                )
+        else:
+            replace_text(path, json.dumps({"settings": settings, "versions": versions()}, indent=1) + "\n")
+    except OSError as error:
+        raise AtodError(f"{out} cannot be written: {error.strerror}; choose another folder with --out") from error
+
+
+def _journal(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(".jsonl.gz") + ".journal.jsonl")
+
+
+def _file_name(agent: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in agent).strip("-.") or "agent"

@@ -1,0 +1,76 @@
+"""Two stored evaluations, compared task by task."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from atod_algos.evaluate import Comparison, Evaluation, compare
+from atod_algos.evaluate.settings import episodes_path
+from atod_envs.errors import AtodError, DataError
+from atod_envs.trajectory import read_jsonl
+
+
+def load_evaluation(folder: Path) -> dict[str, Evaluation]:
+    """The episodes of a stored evaluation, by panel.
+
+    Raises:
+        DataError: there is no finished one.
+    """
+    if not (folder / "result.json").is_file():
+        raise DataError(f"{folder} holds no finished evaluation (no result.json); run the evaluation to its end first")
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    return {
+        panel["name"]: Evaluation(
+            tuple(t for seed in settings["seeds"] for t in read_jsonl(episodes_path(folder, panel["name"], seed)))
+        )
+        for panel in settings["panels"]
+    }
+
+
+def show_comparison(a: Path, b: Path) -> dict[str, Comparison]:
+    """Compare two stored evaluations and show the table.
+
+    Raises:
+        AtodError: they share no panel, or played different seeds.
+    """
+    left, right = load_evaluation(a), load_evaluation(b)
+    shared = [name for name in left if name in right]
+    if not shared:
+        raise AtodError(f"{a} holds {', '.join(left)} and {b} holds {', '.join(right)}: no panel in common")
+    table = Table(title=f"A = {a}\nB = {b}", title_justify="left")
+    for column in (
+        "panel",
+        "A",
+        "B",
+        "A - B",
+        "95 % interval",
+        "p over tasks",
+        "only A",
+        "only B",
+        "McNemar p",
+        "turns A - B",
+    ):
+        table.add_column(column, justify="left" if column == "panel" else "right", no_wrap=True)
+    found = {}
+    for name in shared:
+        found[name] = result = compare(left[name], right[name])
+        paired = result.success
+        table.add_row(
+            f"{name} (n={paired.tasks})", f"{left[name].success:.1%}", f"{right[name].success:.1%}", f"{paired.difference:+.1%}",
+            f"{100 * paired.low:+.1f} - {100 * paired.high:+.1f}", f"{paired.p_value:.3g}", str(result.only_a), str(result.only_b),
+            f"{result.mcnemar:.3g}", f"{result.length.difference:+.2f}",
+        )  # fmt: skip
+        for label, part in result.by_label.items():
+            table.add_row(
+                f"  {label} (n={part.tasks})", "", "", f"{part.difference:+.1%}",
+                f"{100 * part.low:+.1f} - {100 * part.high:+.1f}", f"{part.p_value:.3g}",
+            )  # fmt: skip
+    console = Console()
+    if not console.is_terminal:
+        console.width = 170
+    console.print(table)
+    return found

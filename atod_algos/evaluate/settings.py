@@ -1,0 +1,219 @@
+"""What defines an evaluation: the agent, its sampling, the panels. Equal settings give equal numbers.
+
+The invariant: nothing that changes a number is left out of ``settings_of``; a folder is refused to any other evaluation by comparing it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import gymnasium as gym
+from gymnasium.envs.registration import load_env_creator
+
+import atod_envs
+from agents.human import read_options
+from atod_envs.errors import AtodError, UnknownName
+from atod_envs.text_env import TextEnv
+
+PANEL_SIZE = 512
+"""Tasks of a panel that names no size; all of a smaller split (the official ALFWorld's 140 and 134)."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluate a policy, or compare two evaluations."""
+
+    env: str = "atod/ALFWorld-v0"
+    """Registered id of the environment."""
+    agent: str = "builtin"
+    """Who plays: random, expert, api:MODEL (an OpenAI-compatible server), builtin, builtin:teacher, or a model's folder or hub id."""
+    data: str | None = None
+    """Data folder of the environment; by default its own variable, else the built-in world."""
+    panels: tuple[str, ...] = ()
+    """Panels, e.g. valid_seen/all valid_unseen/256; by default the splits for choosing and for reporting, up to 512 tasks each."""
+    seeds: tuple[int, ...] = (0,)
+    """Every panel is played once with each."""
+    out: Path | None = None
+    """Where to store it; by default evaluations/<agent>-<environment>."""
+    style: str | None = None
+    """Prompt style; this and the next four: by default those of the run that a checkpoint comes from, else of its profile."""
+    max_turns: int | None = None
+    """Turn limit."""
+    max_response: int | None = None
+    """Longest response, in tokens."""
+    max_context: int | None = None
+    """Longest prompt plus response, in tokens (models run here)."""
+    temperature: float | None = None
+    """Sampling temperature; 0 is greedy."""
+    concurrency: int = 64
+    """Episodes at the same time; for a server: requests."""
+    option: tuple[str, ...] = ()
+    """Further arguments of the environment, KEY=VALUE."""
+    api_base: str = ""
+    """Server's address up to /v1; by default $OPENAI_BASE_URL. Its key is read from $OPENAI_API_KEY."""
+    api_timeout: float = 120.0
+    """Seconds until a request counts as lost and is tried again."""
+    api_retries: int = 6
+    """Further tries of a request."""
+    api_extra: str = "{}"
+    """Further fields of each request, as JSON."""
+    device: str = "auto"
+    """Where a model runs: auto, cpu or cuda."""
+    compare: tuple[Path, Path] | None = None
+    """Two finished evaluations to compare task by task, instead of playing."""
+    verbose: bool = False
+    """Log more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A fixed list of tasks.
+
+    Attributes:
+        name: ``split/size``.
+        split: the split.
+        tasks: task ids in the panel's order.
+    """
+
+    name: str
+    split: str
+    tasks: tuple[str, ...] = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        """Names the very tasks: equal digests, equal panels."""
+        return hashlib.blake2b("\n".join(self.tasks).encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How responses are asked for; empty for agents that are no language models."""
+
+    style: str | None = None
+    max_turns: int | None = None
+    max_response: int | None = None
+    max_context: int | None = None
+    temperature: float | None = None
+
+
+def read_panels(make: Callable[[str], TextEnv], names: Sequence[str]) -> list[Panel]:
+    """Panels by name: ``split``, ``split/all`` or ``split/size``.
+
+    Args:
+        make: makes the environment of a split.
+        names: the names.
+
+    Raises:
+        AtodError: a size is no number, or the split holds fewer tasks.
+    """
+    panels = []
+    for name in names:
+        split, _, size = name.partition("/")
+        tasks = make(split).tasks
+        if size == "all":
+            count = len(tasks)
+        elif not size:
+            count = min(PANEL_SIZE, len(tasks))
+        elif size.isdecimal() and 0 < int(size) <= len(tasks):
+            count = int(size)
+        else:
+            raise AtodError(f"panel {name!r}: expected a size from 1 to {len(tasks)}, or all")
+        panels.append(Panel(f"{split}/{count}", split, tasks.panel(count)))
+    return panels
+
+
+def sampling_of(config: EvaluateConfig) -> Sampling:
+    """The sampling: as given, else that of the run that a checkpoint comes from, else of the agent's profile."""
+    if config.agent in ("random", "expert"):
+        given = [
+            name
+            for name in ("style", "max_response", "max_context", "temperature")
+            if getattr(config, name) is not None
+        ]
+        if given:
+            raise AtodError(f"--{given[0].replace('_', '-')} means nothing for --agent {config.agent}; leave it out")
+        return Sampling(max_turns=config.max_turns)
+    from atod_algos.config import TrainConfig, resolve
+
+    source = Path(config.agent).expanduser().parent.parent / "config.json"
+    student = "builtin" if config.agent.startswith("builtin") else config.agent
+    profile = dataclasses.asdict(resolve(TrainConfig(env=config.env, student=student)))
+    if source.is_file() and source.parent.joinpath("metrics.jsonl").exists():
+        profile = json.loads(source.read_text())["settings"]["train"]
+    profile = {**profile, "temperature": profile["eval_temperature"]}
+    if config.agent.startswith("api:"):
+        profile["max_context"] = None  # the server knows its own
+    names = [f.name for f in dataclasses.fields(Sampling)]
+    return Sampling(**{n: profile[n] if getattr(config, n) is None else getattr(config, n) for n in names})
+
+
+def held_out_splits(env: str) -> tuple[str, ...]:
+    """An environment's splits for choosing and for reporting; known without opening any data, of which parts may be missing.
+
+    Raises:
+        UnknownName: no environment of that id is registered.
+    """
+    if env not in gym.registry:
+        raise UnknownName("environment", env, atod_envs.ENVIRONMENTS)
+    point = gym.spec(env).entry_point
+    kind = load_env_creator(point) if isinstance(point, str) else point
+    return tuple(getattr(kind, "splits", TextEnv.splits)[1:])
+
+
+def make_env(config: EvaluateConfig, sampling: Sampling, split: str) -> gym.Env[str, str]:
+    """Make the raw environment of an evaluation.
+
+    Raises:
+        UnknownName: no environment of that id is registered.
+    """
+    if config.env not in gym.registry:
+        raise UnknownName("environment", config.env, atod_envs.ENVIRONMENTS)
+    try:
+        options = read_options(config.option)
+    except ValueError as error:
+        raise AtodError(str(error)) from error
+    options |= {"data": config.data, "max_turns": sampling.max_turns, "split": split}
+    return gym.make(config.env, **options)
+
+
+def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, Any], list[Panel]]:
+    """Everything that defines the numbers, JSON-compatible, and the panels."""
+
+    def text_env(split: str) -> TextEnv:
+        return cast("TextEnv", make_env(config, sampling, split).unwrapped)
+
+    panels = read_panels(text_env, config.panels or held_out_splits(config.env))
+    settings = {
+        "env": config.env,
+        "data": config.data,
+        "option": list(config.option),
+        "agent": config.agent,
+        "weights": _weights(config.agent),
+        "api_extra": config.api_extra,
+        "sampling": dataclasses.asdict(sampling),
+        "seeds": list(config.seeds),
+        "panels": [{"name": p.name, "tasks": len(p.tasks), "digest": p.digest} for p in panels],
+    }
+    return settings, panels
+
+
+def _weights(agent: str) -> str | None:
+    """Digest of a model folder's weights: a checkpoint that changed is another policy."""
+    files = sorted(Path(agent).expanduser().glob("*.safetensors")) if Path(agent).is_dir() else []
+    whole = hashlib.blake2b(digest_size=8)
+    for path in files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                whole.update(block)
+    return whole.hexdigest() if files else None
+
+
+def episodes_path(out: Path, panel: str, seed: int) -> Path:
+    """Where the episodes of a panel and a seed are stored."""
+    return out / "episodes" / f"{panel.replace('/', '-')}-seed{seed}.jsonl.gz"

@@ -1,0 +1,275 @@
+"""Evaluation on fixed panels: agents, checkpoints, and models behind a server that the test starts."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from toyworld import TOY
+
+from agents.api import ChatClient
+from atod_algos.evaluate import Evaluation, compare
+from atod_algos.evaluate.command import main, run
+from atod_algos.evaluate.paired_command import load_evaluation
+from atod_algos.evaluate.settings import EvaluateConfig, episodes_path
+from atod_envs.errors import AtodError
+from atod_envs.trajectory import StopReason, Trajectory, Turn, read_jsonl
+
+
+def episode(task, solved, seed=0, turns=1, label="x"):
+    turn = Turn(0, "o", (), (), (), (), "r", "a", True, True, float(solved))
+    reason = StopReason.SUCCESS if solved else StopReason.TURN_LIMIT
+    return Trajectory(
+        "e", task, "s", "t", task, seed, (turn,) * turns, "", solved, float(solved), reason, labels={"k": label}
+    )
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_summary_counts_by_label_and_reason():
+    e = Evaluation(tuple(episode(f"t{i}", i < 3, turns=i + 1, label="a" if i < 2 else "b") for i in range(4)))
+    s = e.summary()
+    assert s["success"] == 0.75 and s["n"] == s["tasks"] == 4 and s["length"] == 2.5
+    assert s["by_label"]["a"]["success"] == 1.0 and s["by_label"]["b"]["success"] == 0.5
+    assert s["stop_reasons"] == {"success": 3, "turn_limit": 1}
+
+
+def test_interval_of_several_seeds_is_over_tasks():
+    outcomes = [i % 3 == 0 for i in range(60)]
+    once = Evaluation(tuple(episode(f"t{i}", won) for i, won in enumerate(outcomes)))
+    often = Evaluation(tuple(episode(f"t{i}", won, seed=s) for s in range(9) for i, won in enumerate(outcomes)))
+    width = once.bootstrap_interval[1] - once.bootstrap_interval[0]
+    assert often.interval[1] - often.interval[0] == pytest.approx(width)
+
+
+def test_comparison_pairs_tasks_and_refuses_other_panels():
+    a = Evaluation(tuple(episode(f"t{i}", i < 30, label="x" if i < 20 else "y") for i in range(40)))
+    b = Evaluation(tuple(episode(f"t{i}", i < 15, turns=2, label="x" if i < 20 else "y") for i in range(40)))
+    result = compare(a, b)
+    assert (result.only_a, result.only_b) == (15, 0) and result.mcnemar == pytest.approx(2 * 0.5**15)
+    assert result.success.difference == pytest.approx(0.375) and result.length.difference == -1
+    assert result.by_label["x"].difference == pytest.approx(0.25) and result.by_label["y"].difference == 0.5
+    with pytest.raises(AtodError, match="same panel and seeds"):
+        compare(a, Evaluation(b.trajectories[:-1]))
+
+
+# --- agents and checkpoints -------------------------------------------------------------------------------------------
+
+
+def test_default_panels_are_the_held_out_splits(tmp_path, capsys):
+    main(["--env", TOY, "--agent", "random", "--seeds", "0", "1", "--out", str(tmp_path / "e")])
+    stored = json.loads((tmp_path / "e" / "config.json").read_text())["settings"]
+    assert [p["name"] for p in stored["panels"]] == ["valid/4", "test/4"] and len(stored["panels"][0]["digest"]) == 16
+    result = json.loads((tmp_path / "e" / "result.json").read_text())["panels"]["valid/4"]
+    assert result["n"] == 8 and result["tasks"] == 4 and set(result["by_seed"]) == {"0", "1"}
+    episodes = list(read_jsonl(episodes_path(tmp_path / "e", "valid/4", 1)))
+    assert len({t.task_id for t in episodes}) == 4 and all(t.turns for t in episodes)
+    assert "valid/4" in capsys.readouterr().out
+
+
+def test_the_same_call_gives_the_same_numbers_and_another_is_refused(tmp_path):
+    first = run(EvaluateConfig(env=TOY, agent="random", out=tmp_path / "a"))
+    assert first == run(EvaluateConfig(env=TOY, agent="random", out=tmp_path / "b"))
+    with pytest.raises(AtodError, match=r"seeds=\[0\], but now it is \[1\]"):
+        run(EvaluateConfig(env=TOY, agent="random", seeds=(1,), out=tmp_path / "a"))
+
+
+def test_a_finished_part_is_not_played_again(tmp_path, monkeypatch):
+    config = EvaluateConfig(env=TOY, agent="random", out=tmp_path / "a")
+    first = run(config)
+    monkeypatch.setattr("agents.random.RandomAgent.act", lambda self: 1 / 0)
+    assert run(config) == first
+
+
+def test_a_checkpoint_is_sampled_as_its_run_was(models, tmp_path):
+    from atod_algos.cli import main as train
+    from atod_algos.opd import OPD
+
+    options = [
+        "--env", TOY, "--student", str(models["student"]), "--teacher", str(models["teacher"]), "--style", "compact",
+        "--max-turns", "2", "--max-response", "8", "--max-context", "128", "--tasks-per-step", "2", "--group-size", "2",
+        "--eval-tasks", "4", "--report-tasks", "4", "--steps", "1", "--threads", "1", "--run", str(tmp_path / "r"),
+    ]  # fmt: skip
+    train(OPD, options)
+    last = tmp_path / "r" / "checkpoints" / "step_000001"
+    got = run(EvaluateConfig(env=TOY, agent=str(last), panels=("test",), out=tmp_path / "e"))
+    stored = json.loads((tmp_path / "e" / "config.json").read_text())["settings"]
+    assert stored["sampling"]["style"] == "compact" and stored["sampling"]["max_turns"] == 2 and stored["weights"]
+    table = json.loads((tmp_path / "r" / "result.json").read_text())["table"]
+    assert got["panels"]["test/4"]["success"] == table["last (step 1)"]["success"]
+    with pytest.raises(AtodError, match="is a run's folder; give one of its checkpoints"):
+        run(EvaluateConfig(env=TOY, agent=str(tmp_path / "r"), out=tmp_path / "f"))
+
+
+def test_builtin_expert_beats_random_task_by_task(tmp_path, capsys):
+    for agent in ("expert", "random"):
+        run(EvaluateConfig(data="builtin", agent=agent, panels=("valid_unseen/20",), out=tmp_path / agent))
+    main(["--compare", str(tmp_path / "expert"), str(tmp_path / "random")])
+    assert "McNemar" in capsys.readouterr().out
+    expert = load_evaluation(tmp_path / "expert")["valid_unseen/20"]
+    assert expert.success >= 0.9
+    result = compare(expert, load_evaluation(tmp_path / "random")["valid_unseen/20"])
+    assert result.success.p_value < 0.001 and result.only_b == 0
+
+
+def test_the_official_games_are_played_in_full(realdata):
+    from atod_algos.evaluate.settings import Sampling, held_out_splits, make_env, read_panels
+
+    config = EvaluateConfig(data=str(realdata / "alfworld" / "sample_12"), agent="expert")
+    make = lambda split: make_env(config, Sampling(), split).unwrapped  # noqa: E731
+    panels = read_panels(make, held_out_splits(config.env))
+    assert [p.name for p in panels] == ["valid_seen/6", "valid_unseen/6"]  # all that the folder holds
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--panels", "test/9"], "expected a size from 1 to 4, or all"),
+        (["--agent", "expert"], "unknown scripted expert 'toy'"),
+        (["--agent", "random", "--temperature", "1"], "--temperature means nothing for --agent random"),
+        (["--agent", "api:m"], "give --api-base"),
+        (["--agent", "./nowhere"], "no folder at nowhere"),
+        (["--compare", "nowhere", "nowhere"], "holds no finished evaluation"),
+        (["--env", "toy/Sya-v0"], "unknown environment 'toy/Sya-v0'"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(options, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        main(["--env", TOY, "--agent", "random", "--out", str(tmp_path / "e"), *options])
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == 1 and words in err and len(err.splitlines()) == 1
+
+
+# --- a model behind a server ------------------------------------------------------------------------------------------
+
+
+class Server:
+    """A chat-completions server with a model that says the right word; ``plan`` is what it does before answering."""
+
+    def __init__(self):
+        self.plan, self.requests, self.running, self.most = [], [], 0, 0
+        self.lock, self.seconds = threading.Lock(), 0.0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    outer.requests.append((self.path, dict(self.headers), body))
+                    outer.running += 1
+                    outer.most = max(outer.most, outer.running)
+                    trouble = outer.plan.pop(0) if outer.plan else None
+                time.sleep(outer.seconds)
+                with outer.lock:
+                    outer.running -= 1
+                if trouble == "drop":
+                    self.close_connection = True
+                    return
+                if trouble == "hang":
+                    time.sleep(1.5)
+                    return
+                status, payload, headers = trouble or (200, outer.answer(body), {})
+                blob = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(blob)))
+                self.end_headers()
+                self.wfile.write(blob)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def answer(self, body):
+        word = body["messages"][-1]["content"].split(":")[0].removeprefix("say ")
+        # The wrong word in the first turn: conversations and windows differ from the second turn on.
+        first = "Speak (" in body["messages"][-1]["content"]
+        text = f"<think>so</think><action>{'nothing' if first else word}</action>"
+        return {"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 7, "completion_tokens": 5}}
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    found = Server()
+    yield found
+    found.http.shutdown()
+    found.http.server_close()
+
+
+def config_of(server, out, **changes):
+    values = {"api_base": server.url, "panels": ("test",), "out": out, "temperature": 0.4, "max_response": 20}
+    return EvaluateConfig(**{"env": TOY, "agent": "api:some/model", **values, **changes})
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    waits = []
+    monkeypatch.setitem(ChatClient.__init__.__kwdefaults__, "wait", waits.append)
+    return waits
+
+
+@pytest.mark.parametrize("style", ["atod", "compact"])
+def test_a_server_plays_a_panel(server, style, tmp_path):
+    result = run(config_of(server, tmp_path / "e", style=style, api_extra='{"top_k": 3}'))
+    assert result["panels"]["test/4"]["success"] == 1.0 and result["panels"]["test/4"]["length"] == 2
+    assert result["usage"] == {"prompt_tokens": 7 * 8, "completion_tokens": 5 * 8}
+    path, headers, body = server.requests[0]
+    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
+    assert (body["model"], body["temperature"], body["max_tokens"], body["top_k"]) == ("some/model", 0.4, 20, 3)
+    longest = max(len(body["messages"]) for _, _, body in server.requests)
+    assert longest == (3 if style == "compact" else 1)  # a conversation grows, a window stands alone
+    stored = next(iter(read_jsonl(episodes_path(tmp_path / "e", "test/4", 0))))
+    assert stored.turns[0].response.startswith("<think>") and stored.turns[1].action in stored.task
+    assert "secret" not in (tmp_path / "e" / "config.json").read_text()
+
+
+def test_requests_run_at_the_same_time(server, tmp_path):
+    server.seconds = 0.2
+    run(config_of(server, tmp_path / "e", concurrency=4))
+    assert server.most == 4
+    server.most = 0
+    run(config_of(server, tmp_path / "f", concurrency=1))
+    assert server.most == 1
+
+
+def test_what_passes_is_tried_again(server, tmp_path, no_waiting):
+    busy = {"error": {"message": "slow down"}}
+    server.plan = [(429, busy, {"Retry-After": "0.25"}), (503, b"", {}), "drop", "hang", (200, b'{"choi', {})]
+    result = run(config_of(server, tmp_path / "e", concurrency=1, api_timeout=0.5))
+    assert result["panels"]["test/4"]["success"] == 1.0
+    assert no_waiting[0] == 0.25 and len(no_waiting) == 5
+    assert no_waiting[1] < no_waiting[3] < 24  # the pause doubles
+
+
+def test_a_server_that_stays_away_is_an_error_not_a_failure(server, tmp_path):
+    run_before = config_of(server, tmp_path / "e", concurrency=1, api_retries=2)
+    server.plan = [None] * 4 + [(500, {"error": "broken"}, {})] * 3
+    with pytest.raises(AtodError, match="did not answer after 3 tries; the last said: 500 broken"):
+        run(run_before)
+    assert not (tmp_path / "e" / "result.json").exists()
+    asked = len(server.requests)
+    assert run(run_before)["panels"]["test/4"]["success"] == 1.0
+    assert len(server.requests) - asked == 4  # the two finished episodes are not asked for again
+
+
+@pytest.mark.parametrize(
+    "trouble, words",
+    [
+        ((401, {"error": {"message": "bad key"}}, {}), "refused model 'some/model': 401 bad key"),
+        ((404, {"error": {"message": "no such model"}}, {}), "404 no such model"),
+        ((200, {"object": "list"}, {}), "answered something that is no chat completion"),
+    ],
+)
+def test_what_does_not_pass_is_said_at_once(server, trouble, words, tmp_path):
+    server.plan = [trouble] * 50
+    with pytest.raises(AtodError, match=words):
+        run(config_of(server, tmp_path / "e", concurrency=1))
+    assert len(server.requests) == 1

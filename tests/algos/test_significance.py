@@ -1,0 +1,64 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atod_algos.significance import bootstrap, mcnemar, paired, t_interval, t_tail, welch
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    assert mcnemar(1, 9) == pytest.approx(2 * (1 + 10) / 2**10)
+    assert mcnemar(0, 0) == 1.0 and mcnemar(5, 5) == 1.0
+    assert mcnemar(3, 12) == mcnemar(12, 3)
+    assert 0 < mcnemar(0, 2000) < 1e-300 or mcnemar(0, 2000) == 0.0
+
+
+def test_bootstrap_covers_like_the_normal_interval_for_independent_tasks():
+    values = np.array([1.0] * 60 + [0.0] * 40)
+    low, high = bootstrap(values, np.ones(100))
+    half = 1.96 * math.sqrt(0.24 / 100)
+    assert low == pytest.approx(0.6 - half, abs=0.02) and high == pytest.approx(0.6 + half, abs=0.02)
+    assert bootstrap(values, np.ones(100)) == (low, high)
+
+
+def test_repeating_episodes_of_a_task_does_not_narrow_the_interval():
+    values = np.array([1.0] * 60 + [0.0] * 40)
+    assert bootstrap(values * 8, np.full(100, 8.0)) == pytest.approx(bootstrap(values, np.ones(100)))
+
+
+def test_paired_comparison_sees_what_unpaired_intervals_cannot():
+    base = np.array([1.0] * 100 + [0.0] * 100)
+    better = base.copy()
+    better[100:112] = 1.0
+    result = paired(better, base)
+    assert result.difference == pytest.approx(0.06) and result.low > 0 and result.p_value < 0.002
+    assert paired(base, base).p_value == 1.0
+    with pytest.raises(ValueError, match="same tasks"):
+        paired(base, base[:-1])
+
+
+def test_the_sign_flip_test_holds_its_level():
+    rng = np.random.default_rng(0)
+    small = sum(paired(rng.integers(2, size=40), rng.integers(2, size=40)).p_value < 0.05 for _ in range(60))
+    assert small <= 8
+
+
+def test_student_t_against_tables():
+    assert t_tail(4.302653, 2) == pytest.approx(0.05, abs=1e-6)
+    assert t_tail(2.228139, 10) == pytest.approx(0.05, abs=1e-6)
+    low, high = t_interval([0.5, 0.6, 0.7])
+    assert (high - low) / 2 == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
+    assert t_interval([0.5]) == (-math.inf, math.inf)
+
+
+def test_welch_known_value():
+    # Worked by hand: means 2 and 5, both variances 1, n = 3: t = 3 / sqrt(2/3) = 3.674, 4 degrees of freedom.
+    assert welch([1, 2, 3], [4, 5, 6]) == pytest.approx(0.0213, abs=2e-4)
+    assert welch([1, 2], [1]) == 1.0 and welch([1, 1], [2, 2]) == 0.0
+
+
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_mcnemar_is_a_probability(a, b):
+    assert 0 < mcnemar(a, b) <= 1
