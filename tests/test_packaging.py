@@ -1,0 +1,150 @@
+"""The wheel: complete, typed, installable into an empty environment, and at home outside the repository."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = ("atod_envs", "agents", "atod_algos")
+PYTHONS = ("3.11", "3.12", "3.13")
+
+
+def run(*words, cwd, **environment):
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")} | environment
+    done = subprocess.run([str(word) for word in words], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel, built from a clean copy of what is tracked and new (so that no left-over build folder sneaks in)."""
+    pytest.importorskip("build", reason="the wheel is built with the package 'build' (extra dev)")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in (*PACKAGES, "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        place = REPOSITORY / name
+        if place.is_dir():
+            shutil.copytree(place, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(place, source / name)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source, cwd=out)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_every_file_of_the_packages(wheel):
+    with zipfile.ZipFile(wheel) as packed:
+        held = {name for name in packed.namelist() if ".dist-info/" not in name}
+    wanted = {
+        path.relative_to(REPOSITORY).as_posix()
+        for package in PACKAGES
+        for path in (REPOSITORY / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert wanted - held == set(), "add their endings to [tool.setuptools.package-data]"
+    assert held - wanted == set()
+    assert {f"{package}/py.typed" for package in PACKAGES} <= held
+
+
+def test_every_extra_is_documented():
+    import tomllib
+
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    page = (REPOSITORY / "docs" / "install.md").read_text()
+    assert [extra for extra in extras if f"`{extra}`" not in page] == []
+
+
+def interpreter(minor):
+    """A Python of that version, on the path or beside the others of its kind."""
+    found = shutil.which(f"python{minor}")
+    home = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    for place in [*([Path(found)] if found else []), *sorted(home.glob(f"{minor}.*/bin/python"))]:
+        asked = subprocess.run(
+            [place, "-c", "import sys, venv; print(*sys.version_info[:2], sep='.')"], capture_output=True, text=True
+        )
+        if asked.stdout.strip() == minor:
+            return place
+    return None
+
+
+SMOKE = """
+import sys, time
+started = time.perf_counter()
+import atod_envs
+assert time.perf_counter() - started < 2 and "torch" not in sys.modules
+import gymnasium as gym
+for name, action in (("ALFWorld", "look"), ("WebShop", "search[shirt]"), ("SearchQA", "<search>who</search>")):
+    env = gym.make(f"atod/{name}-v0")
+    env.reset(seed=0)
+    observation, *_ = env.step(action)
+    assert observation, name
+print("plays on", sys.version.split()[0], "from", atod_envs.__file__)
+"""
+
+
+@pytest.mark.parametrize("minor", PYTHONS)
+def test_the_environments_alone_install_into_an_empty_environment(minor, wheel, tmp_path):
+    python = interpreter(minor)
+    if python is None:
+        pytest.skip(f"no Python {minor} on this machine")
+    run(python, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    pip = tmp_path / "venv" / "bin" / "pip"
+    reachable = subprocess.run(
+        [pip, "download", "--no-deps", "-q", "-d", tmp_path, "typing-extensions"], capture_output=True
+    )
+    if reachable.returncode:
+        pytest.skip("no package index can be reached")
+    run(pip, "install", "--quiet", wheel, cwd=tmp_path)
+    said = run(tmp_path / "venv/bin/python", "-c", SMOKE, cwd=tmp_path, HOME=str(tmp_path))
+    assert f"plays on {minor}" in said and str(tmp_path) in said
+    assert "ALFWorld" in run(tmp_path / "venv/bin/atod", "data", "status", cwd=tmp_path, HOME=str(tmp_path))
+    refused = subprocess.run(
+        [tmp_path / "venv/bin/atod", "train", "atod"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert refused.returncode == 1 and "pip install 'atod[train]'" in refused.stderr
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory):
+    """The wheel unpacked by pip, to be found before the repository; everything it needs is in this environment."""
+    pytest.importorskip("torch")
+    place = tmp_path_factory.mktemp("installed")
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", place, wheel, cwd=place)
+    return place
+
+
+def test_training_works_outside_the_repository(installed, tmp_path):
+    options = (
+        "--steps 1 --tasks-per-step 1 --group-size 2 --max-turns 2 --eval-every 0 --report-tasks 2 --minibatches 1"
+    )
+    run(
+        sys.executable, "-m", "atod_algos.atod", *options.split(), "--data", "builtin", "--run", tmp_path / "run",
+        cwd=tmp_path, PYTHONPATH=str(installed), HOME=str(tmp_path),
+    )  # fmt: skip
+    assert (tmp_path / "run" / "result.json").is_file()
+    where = run(
+        sys.executable, "-c", "import atod_algos; print(atod_algos.__file__)", cwd=tmp_path, PYTHONPATH=str(installed)
+    )
+    assert where.startswith(str(installed))
+
+
+def test_types_are_exported(installed, tmp_path):
+    pytest.importorskip("mypy")
+    (tmp_path / "user.py").write_text(
+        "from agents.base import Agent\n"
+        "from atod_envs.trajectory import Trajectory\n"
+        "def length(trajectory: Trajectory) -> int:\n"
+        "    reveal_type(trajectory.turns[0].logprobs)\n"
+        "    return trajectory.task_id\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "user.py"],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(installed), "MYPYPATH": str(installed)},
+    )  # fmt: skip
+    assert 'Revealed type is "tuple[float, ...]"' in done.stdout.replace("builtins.", "")
+    assert 'expected "int"' in done.stdout and "py.typed" not in done.stdout
