@@ -178,6 +178,26 @@ def turn_weights(
     return TurnWeights(np.where(computed_N[trajectory_K], weight_K, 1.0), d_K, h_K, computed_N)
 
 
+def mean_preserving(weight_K: np.ndarray, n_K: np.ndarray, trajectory_K: np.ndarray) -> np.ndarray:
+    """Rescale each trajectory's weights so that their mean over tokens is 1 (released code, off by default).
+
+    Weights relative to their mean are first clipped to [0.5, 2], so no turn falls silent. It keeps the strength of
+    distillation as it is without weights, which the plain weights, being at most 1, lower.
+
+    Args:
+        weight_K: weight of each turn.
+        n_K: sampled tokens of each turn.
+        trajectory_K: trajectory of each turn.
+    """
+
+    def mean_K(value_K: np.ndarray) -> np.ndarray:
+        total_N, count_N = np.bincount(trajectory_K, value_K * n_K), np.bincount(trajectory_K, n_K)
+        return np.asarray((total_N / np.maximum(count_N, 1))[trajectory_K])
+
+    clipped_K = np.clip(weight_K / (mean_K(weight_K) + 1e-8), 0.5, 2.0)
+    return np.asarray(clipped_K / (mean_K(clipped_K) + 1e-8))
+
+
 def token_weights(student_M: np.ndarray, teacher_M: np.ndarray, *, min_divergence: float = 0.01) -> np.ndarray:
     """The token-level ablation: Soft-OR of min-max normalised |Delta| and -log pi_S over all tokens of the batch.
 

@@ -19,8 +19,14 @@ Where the paper and the released code differ (``--rules paper`` is the default, 
     reward               task reward                        | minus 0.1 on invalid turns           --invalid-penalty
     entropy bonus        none                               | 0.001                                --entropy-coef
     dual clip            none                               | 3                                    --dual-clip
-Ablations (section 5.3): ``--weighting token``, ``--weighting none``, ``--coef-anneal-steps 0`` (kappa, rho stay at their initial
-values; the paper does not give its constants).
+
+The three ablations of section 5.3:
+    token-level reweighting   --weighting token         weights per token, normalised over the whole batch, as released (the paper
+                                                        says "at the token level" and no more)
+    without T-DUR             --weighting none          w = 1. As T-DUR's weights are at most 1, this also makes distillation
+                                                        stronger; ``--tdur-mean-preserve`` compares at equal strength
+    without annealing         --coef-anneal-steps 0     kappa and rho stay at --kappa-init and --rho-init: 1 and 1 in the released
+                                                        scripts; the paper does not give its constants
 
     python -m atod_algos.atod --env atod/ALFWorld-v0
 """
@@ -28,7 +34,7 @@ values; the paper does not give its constants).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -75,11 +81,13 @@ class ATOD:
     coef_anneal_steps: int = 80
     """T of eq 10 (released scripts; the paper's table is missing); 0 turns annealing off."""
     weighting: Literal["turn", "token", "none"] = "turn"
-    """T-DUR per turn (eqs 13-16), its token-level ablation, or none."""
+    """What weighs the teacher: 'turn' is T-DUR (eqs 13-16); 'token' and 'none' are the paper's ablations of it."""
     tdur_min_turns: int = 1
     """Trajectories with fewer turns keep weight 1: 1 (paper), 3 (released code)."""
     tdur_min_divergence: float = 0.0
     """Trajectories whose largest d_k is below it keep weight 1: 0 (paper), 0.01 (released code)."""
+    tdur_mean_preserve: bool = False
+    """Rescale each trajectory's turn weights to a mean of 1 over its tokens (an option of the released code, off in its scripts)."""
 
     def limits(self, step: int) -> RolloutLimits:
         """No limit of its own."""
@@ -106,7 +114,7 @@ class ATOD:
             min_turns=self.tdur_min_turns,
             min_divergence=self.tdur_min_divergence,
         )
-        weight_K, weight_M = self._weights(weights, student_M, teacher_M, batch)
+        weight_K, weight_M = self._weights(weights.weight_K, student_M, teacher_M, batch)
         delta_M = teacher_M - student_M  # eq 6
 
         # Stage III: annealed hybrid (eqs 8-12).
@@ -119,17 +127,20 @@ class ATOD:
         metrics |= {"atod/kl_coef_base": self.kappa_init, "atod/rl_coef_base": self.rho_init}
         metrics |= grpo_metrics(batch, self.group)
         metrics |= term_metrics(opd_M, rl_M) | teacher_metrics(batch, scores, self.name)
-        metrics |= weight_metrics(weights, batch, self.tdur_min_turns)
+        if self.weighting == "turn":
+            metrics |= weight_metrics(replace(weights, weight_K=weight_K), batch, self.tdur_min_turns)
         return Advantages(opd_M + rl_M, metrics, weight_K)
 
     def _weights(
-        self, weights: maths.TurnWeights, student_M: np.ndarray, teacher_M: np.ndarray, batch: TokenBatch
+        self, weight_K: np.ndarray, student_M: np.ndarray, teacher_M: np.ndarray, batch: TokenBatch
     ) -> tuple[np.ndarray, np.ndarray]:
         """Weight of each turn (for the record) and of each token (for the advantage)."""
         if self.weighting == "turn":
-            return weights.weight_K, weights.weight_K[batch.turn_M]
+            if self.tdur_mean_preserve:
+                weight_K = maths.mean_preserving(weight_K, batch.n_K, batch.trajectory_K)
+            return weight_K, weight_K[batch.turn_M]
         if self.weighting == "none":
-            return np.ones_like(weights.weight_K), np.ones(batch.n_tokens)
+            return np.ones_like(weight_K), np.ones(batch.n_tokens)
         weight_M = maths.token_weights(student_M, teacher_M)
         return maths.turn_mean(weight_M, batch.turn_M, len(batch.trajectory_K)), weight_M
 

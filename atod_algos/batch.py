@@ -210,6 +210,15 @@ class Scores:
         Raises:
             ValueError: there is no teacher.
         """
-        if self.teacher_M is None:
-            raise ValueError("this algorithm needs a teacher; give one with --teacher PATH_OR_HUB_ID")
-        return self.teacher_M
+        return self.require("teacher")
+
+    def require(self, name: str) -> np.ndarray:
+        """The log-probs of a name ("teacher", "reference", "base", "privileged").
+
+        Raises:
+            ValueError: the algorithm's ``scores`` do not name it, so it was not scored.
+        """
+        found: np.ndarray | None = getattr(self, f"{name}_M")
+        if found is None:
+            raise ValueError(f"the batch was not scored under {name!r}; name it in the algorithm's `scores`")
+        return found

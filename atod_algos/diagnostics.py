@@ -119,6 +119,25 @@ def weight_metrics(weights: TurnWeights, batch: TokenBatch, min_turns: int) -> d
     return metrics
 
 
+def weight_by_turn(prefix: str, weight_K: np.ndarray, batch: TokenBatch) -> dict[str, float]:
+    """Mean weight of the turns that hold a token, by turn index."""
+    spoken_K = (batch.n_K > 0) & (batch.index_K < MOST_TURNS)
+    return {
+        f"{prefix}/turn_{index}": float(weight_K[spoken_K & (batch.index_K == index)].mean())
+        for index in np.unique(batch.index_K[spoken_K])
+    }
+
+
+def gate_metrics(gate_M: np.ndarray, gap_M: np.ndarray) -> dict[str, float]:
+    """SDAR's gate, the gap that opens it, and the loss that they make, over all sampled tokens at the weights that rolled out."""
+    return {
+        "sdar/gate_mean": float(gate_M.mean()),
+        "sdar/gate_active_ratio": float((gate_M > 0.5).mean()),
+        "sdar/teacher_gap_mean": float(gap_M.mean()),
+        "sdar/loss": float((gate_M * gap_M).mean()),
+    }
+
+
 def turn_table(
     step: int,
     batch: TokenBatch,

@@ -1,0 +1,134 @@
+"""SDAR: self-distilled agentic reinforcement learning (arXiv 2605.15155): GRPO, and the student as its own better-informed teacher.
+
+Objective
+    s+      = a skill text for the task, then everything that the student saw in s
+    delta_t = sg[ log pi_old(y_t | s+) ] - log pi_theta(y_t | s)     the same sampled ids y, with and without the skills
+    g_t     = sg[ sigmoid(beta delta_t) ]                            the gate opens where the skills speak for the token
+    L_SDAR  = mean_t g_t delta_t
+    L       = L_GRPO + lambda L_SDAR                                 L_GRPO as in grpo.py
+
+sg: no gradient. So d L_SDAR / d log pi_theta = -g_t / N on *every* sampled token: gated likelihood ascent, not a reverse KL. A token that
+the skills speak against is still pushed up, by a gate near 0; the loss may be negative. pi_theta is the current policy, not pi_old:
+there is no ratio and no clip in this term. The teacher is the policy that rolled out, scored once a step as the released code does.
+
+The skills are text files of the environments (``atod_envs/<environment>/skills.md``): general ones and those for the task's kind, both
+or an error. The student never sees them, neither in training nor in evaluation.
+
+``--rules paper`` is the objective above, ``--rules released`` the baseline as it was run beside ATOD:
+
+                       paper         released
+    --group-stats      trajectory    turn_row          unit of the reward's mean and deviation
+    --invalid-penalty  0             0.1               subtracted on turns whose action was invalid
+    --loss-agg         token_mean    token_mean        L_SDAR is a mean over tokens in both, and one average serves both losses
+    --kl-coef          0             0.01              KL to the initial student, k3
+    --dual-clip        0             3
+    --entropy-coef     0             0.001
+
+Differences from the released code: it decodes the prompt, puts the skills before it, encodes the whole again and cuts it on the left at the
+prompt limit, which can cut the skills; here their ids stand in front of the row's own ids, nothing is encoded twice, and nothing is cut: a
+row too long for the model is an error. For some time its ALFWorld teacher was given the general skills only. Its skills are its own;
+ours were written for this project. The paper's other gates (by entropy, or by entropy and gap) are not here.
+
+    python -m atod_algos.sdar --env atod/ALFWorld-v0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from atod_algos.advantages import GroupOptions
+from atod_algos.algorithm import Advantages
+from atod_algos.batch import Scores, TokenBatch
+from atod_algos.diagnostics import gate_metrics
+from atod_algos.grpo import grpo_metrics, grpo_token_advantage, k3, task_reward
+from atod_algos.learner import Objective
+from atod_algos.rollout import RolloutLimits
+from atod_envs.errors import DataError
+from atod_envs.skills import read_skills, skills_of
+from atod_envs.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    import torch
+
+HEADING = "[Privileged Skill Information]"
+"""Stands before the skills, as published."""
+
+
+@dataclass(frozen=True)
+class SDAR:
+    """Self-distilled agentic reinforcement learning."""
+
+    name: ClassVar[str] = "sdar"
+    rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"objective": {"loss_agg": "token_mean"}},
+        "released": {
+            "group": {"group_stats": "turn_row", "invalid_penalty": 0.1},
+            "objective": {"dual_clip": 3.0, "loss_agg": "token_mean", "entropy_coef": 0.001},
+            "kl_coef": 0.01,
+        },
+    }
+
+    group: GroupOptions = field(default_factory=GroupOptions)
+    objective: Objective = field(default_factory=Objective)
+    sdar_coef: float = 0.01
+    """lambda, weight of the self-distillation loss (every released script)."""
+    gate_beta: float = 5.0
+    """beta, sharpness of the gate (every released script)."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the initial student: 0 (ATOD paper, section 4.1), 0.01 (released scripts; 0.001 on Search-QA)."""
+    skills: str | None = None
+    """Markdown file of skills, with '# General' and '## kind' sections; by default the environment's own."""
+
+    @property
+    def scores(self) -> frozenset[str]:
+        """The student with the skills in front; the initial student only where the KL term is on."""
+        return frozenset({"privileged", "reference"} if self.kl_coef else {"privileged"})
+
+    def limits(self, step: int) -> RolloutLimits:
+        """No limit of its own."""
+        return RolloutLimits()
+
+    def privileged_text(self, trajectory: Trajectory) -> str:
+        """The skills for the trajectory's task, general ones and its kind's.
+
+        Raises:
+            AtodError: there are none for this kind of task.
+        """
+        if not trajectory.labels:
+            raise DataError(f"task {trajectory.task_id!r} has no kind (no label), so no skills can be chosen for it")
+        label, kind = next(iter(trajectory.labels.items()))
+        book = read_skills(Path(self.skills)) if self.skills else skills_of(label.split("/")[0])
+        return f"{HEADING}\n{book.text_for(kind)}\n\n"
+
+    def reward(self, batch: TokenBatch) -> np.ndarray:
+        """R(tau), scaled."""
+        return task_reward(batch, self.group)
+
+    def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
+        """The reward's advantage alone; the skills act through ``auxiliary_loss``."""
+        gap_M = scores.require("privileged") - scores.student_M
+        metrics = grpo_metrics(batch, self.group)
+        if len(gap_M):
+            gate_M = 1 / (1 + np.exp(-self.gate_beta * gap_M))
+            metrics |= gate_metrics(gate_M, gap_M)
+        return Advantages(grpo_token_advantage(batch, self.group), metrics)
+
+    def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
+        """Lambda g_t delta_t, and the KL to the initial student where it is on."""
+        delta = logprobs.new_tensor(scores.require("privileged")[index_M]) - logprobs
+        gate = (self.gate_beta * delta.detach()).sigmoid()
+        loss = self.sdar_coef * gate * delta
+        if self.kl_coef:
+            loss = loss + self.kl_coef * k3(logprobs, logprobs.new_tensor(scores.require("reference")[index_M]))
+        return loss
+
+
+if __name__ == "__main__":
+    from atod_algos.cli import main
+
+    main(SDAR)

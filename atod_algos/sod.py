@@ -1,0 +1,130 @@
+"""SOD: step-wise on-policy distillation (arXiv 2605.07725), with GRPO as both of its implementations have it, or alone.
+
+Objective
+    d_k  = mean_t |log pi_old - log pi_T|                        over the tokens of turn k             (ATOD paper eq 13)
+    w_1  = 1,   w_k = min( prod_{u<k} (d_u + e) / (d_{u+1} + e),  1 + delta )                          (SOD eqs 6, 7)
+         = min( (d_1 + e) / (d_k + e),  1 + delta )              the product telescopes
+    A_t  = A_GRPO + c w_k(t) (log pi_T - log pi_old)             detached; A_GRPO as in grpo.py        (SOD section 3)
+    L    = the clipped surrogate with A_t
+
+The teacher is believed most where it disagrees no more with the student than it did at the start: a turn on which they have drifted
+apart is one that the teacher would hardly have come to. The cap acts on each weight, not on the running product, so a turn of little
+disagreement does not raise those after it.
+
+``--rules paper`` is the SOD authors' own setting, ``--rules released`` the baseline as ATOD's authors re-implemented it:
+
+                       paper         released
+    --group-stats      trajectory    turn_row          unit of the reward's mean and deviation
+    --invalid-penalty  0             0.1               subtracted on turns whose action was invalid
+    --loss-agg         token_mean    token_mean
+    --clip-high        0.28          0.2
+    --dual-clip        0             3
+    --entropy-coef     0             0.001
+
+Differences from the SOD paper: it writes the distillation term as a loss, sum_t (log pi_theta - log pi_T), beside L_GRPO; here, as in
+its code, the detached gap is an advantage under the same clip. Its optional gated form, a regulariser of strength
+sigma(-gamma A), and its supervised cold start are not here. The first turn is the first that holds a token: one without has no d_k.
+
+    python -m atod_algos.sod --env atod/ALFWorld-v0
+    python -m atod_algos.sod --env atod/ALFWorld-v0 --grpo-coef 0        # the teacher alone
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from atod_algos.advantages import GroupOptions, disagreement
+from atod_algos.algorithm import Advantages
+from atod_algos.batch import Scores, TokenBatch
+from atod_algos.diagnostics import teacher_metrics, weight_by_turn
+from atod_algos.grpo import grpo_metrics, grpo_token_advantage, task_reward
+from atod_algos.learner import Objective
+from atod_algos.rollout import RolloutLimits
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class SOD:
+    """Step-wise on-policy distillation."""
+
+    name: ClassVar[str] = "sod"
+    scores: ClassVar[frozenset[str]] = frozenset({"teacher"})
+    rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"objective": {"loss_agg": "token_mean", "clip_high": 0.28}},
+        "released": {
+            "group": {"group_stats": "turn_row", "invalid_penalty": 0.1},
+            "objective": {"dual_clip": 3.0, "loss_agg": "token_mean", "entropy_coef": 0.001},
+        },
+    }
+
+    group: GroupOptions = field(default_factory=GroupOptions)
+    objective: Objective = field(default_factory=Objective)
+    opd_coef: float = 1.0
+    """c, weight of the distillation term (SOD's script and ATOD's re-implementation)."""
+    grpo_coef: float = 1.0
+    """Weight of the reward term: 1 (both implementations); 0 leaves the teacher alone."""
+    weight_cap: float = 0.2
+    """delta: no turn weighs more than 1 + delta (SOD's script and ATOD's re-implementation)."""
+    weight_eps: float = 1e-6
+    """e in the ratio of disagreements (SOD's script and ATOD's re-implementation)."""
+
+    def limits(self, step: int) -> RolloutLimits:
+        """No limit of its own."""
+        return RolloutLimits()
+
+    def reward(self, batch: TokenBatch) -> np.ndarray:
+        """R(tau), scaled."""
+        return task_reward(batch, self.group)
+
+    def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
+        """The reward's advantage, and the teacher's gap weighted by turn."""
+        student_M, teacher_M = scores.student_M, scores.require_teacher()
+        d_K = disagreement(student_M, teacher_M, batch.turn_M, len(batch.trajectory_K))
+        weight_K = stepwise_weights(
+            d_K, batch.trajectory_K, batch.n_K > 0, cap=1 + self.weight_cap, eps=self.weight_eps
+        )
+        opd_M = self.opd_coef * weight_K[batch.turn_M] * (teacher_M - student_M)
+        rl_M = self.grpo_coef * grpo_token_advantage(batch, self.group)
+        metrics = teacher_metrics(batch, scores, self.name) | weight_by_turn("sod_turn/weight", weight_K, batch)
+        return Advantages(opd_M + rl_M, metrics | grpo_metrics(batch, self.group), weight_K)
+
+    def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
+        """None: the teacher acts through the advantage."""
+        return None
+
+
+def stepwise_weights(
+    d_K: np.ndarray, trajectory_K: np.ndarray, counted_K: np.ndarray, *, cap: float, eps: float
+) -> np.ndarray:
+    """w_k = min((d_1 + eps) / (d_k + eps), cap), and w_1 = 1.
+
+    Args:
+        d_K: disagreement of each turn.
+        trajectory_K: trajectory of each turn; turns are in order.
+        counted_K: turns that hold a sampled token.
+        cap: largest weight.
+        eps: keeps the ratio finite.
+
+    Returns:
+        Weight of each turn; 1 for those without tokens, which weigh on nothing.
+    """
+    spoken = np.flatnonzero(counted_K)
+    trajectories, place = np.unique(trajectory_K[spoken], return_index=True)
+    first_N = np.zeros(int(trajectory_K.max(initial=-1)) + 1, dtype=np.int64)
+    first_N[trajectories] = spoken[place]
+    first_K = first_N[trajectory_K]
+    weight_K = np.minimum((d_K[first_K] + eps) / (d_K + eps), cap)
+    weight_K[first_K] = 1.0
+    return np.where(counted_K, weight_K, 1.0)
+
+
+if __name__ == "__main__":
+    from atod_algos.cli import main
+
+    main(SOD)
