@@ -192,7 +192,7 @@ def mean_preserving(weight_K: np.ndarray, n_K: np.ndarray, trajectory_K: np.ndar
 
     def mean_K(value_K: np.ndarray) -> np.ndarray:
         total_N, count_N = np.bincount(trajectory_K, value_K * n_K), np.bincount(trajectory_K, n_K)
-        return np.asarray((total_N / np.maximum(count_N, 1))[trajectory_K])
+        return np.asarray(np.where(count_N > 0, total_N / np.maximum(count_N, 1), 1.0)[trajectory_K])
 
     clipped_K = np.clip(weight_K / (mean_K(weight_K) + 1e-8), 0.5, 2.0)
     return np.asarray(clipped_K / (mean_K(clipped_K) + 1e-8))

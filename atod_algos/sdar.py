@@ -114,7 +114,7 @@ class SDAR:
         gap_M = scores.require("privileged") - scores.student_M
         metrics = grpo_metrics(batch, self.group)
         if len(gap_M):
-            gate_M = 1 / (1 + np.exp(-self.gate_beta * gap_M))
+            gate_M = 0.5 * (1 + np.tanh(0.5 * self.gate_beta * gap_M))  # the sigmoid, without overflow
             metrics |= gate_metrics(gate_M, gap_M)
         return Advantages(grpo_token_advantage(batch, self.group), metrics)
 

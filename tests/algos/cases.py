@@ -1,0 +1,43 @@
+"""Scored batches made by hand, without models or environments; shared by the tests of the equations and of their properties."""
+
+import numpy as np
+
+from atod_algos.batch import Scores, TokenBatch
+
+
+def close(a, b, tolerance=1e-6):
+    np.testing.assert_allclose(np.asarray(a, dtype=float), np.asarray(b, dtype=float), rtol=0, atol=tolerance)
+
+
+def batch_of(trajectories) -> tuple[TokenBatch, Scores, np.ndarray]:
+    """A TokenBatch straight from a golden case; masked tokens never enter it."""
+    student, teacher, turn_M, trajectory_K, index_K, valid_K, groups = [], [], [], [], [], [], []
+    for n, trajectory in enumerate(trajectories):
+        groups.append(trajectory["group"])
+        for k, turn in enumerate(trajectory["turns"]):
+            for s, t, m in zip(turn["student_logp"], turn["teacher_logp"], turn["mask"], strict=True):
+                if m:
+                    student.append(s)
+                    teacher.append(t)
+                    turn_M.append(len(trajectory_K))
+            trajectory_K.append(n)
+            index_K.append(k)
+            valid_K.append(turn.get("valid", True))
+    reward_N = np.array([t["reward"] for t in trajectories], dtype=float)
+    m = len(student)
+    batch = TokenBatch(
+        rows=(np.arange(m + 1),),
+        row_M=np.zeros(m, int),
+        column_M=np.arange(1, m + 1),
+        turn_M=np.array(turn_M),
+        sampler_logprobs_M=np.array(student),
+        trajectory_K=np.array(trajectory_K),
+        index_K=np.array(index_K),
+        prompt_length_K=np.zeros(len(index_K), int),
+        valid_K=np.array(valid_K),
+        group_N=np.unique(groups, return_inverse=True)[1],
+        success_N=reward_N > 0,
+        score_N=reward_N / 10,
+        trajectories=(),
+    )
+    return batch, Scores(np.array(student), np.array(teacher)), reward_N
