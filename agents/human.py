@@ -12,7 +12,7 @@ import contextlib
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import gymnasium as gym
 
@@ -175,9 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = read_options(chosen.option)
         if chosen.split is not None:
             options["split"] = chosen.split
-        if ":" not in chosen.env and chosen.env not in gym.registry:
-            raise UnknownName("environment", chosen.env, atod_envs.ENVIRONMENTS)
-        env = cast("gym.Env[str, str]", gym.make(chosen.env, **options))
+        env = atod_envs.make(chosen.env, **options)
         try:
             return _sit_down(env, chosen.seed, chosen.task_id)
         finally:

@@ -20,6 +20,8 @@ class TrainConfig:
     """Registered id of the environment."""
     data: str | None = None
     """Data folder of the environment; by default its own variable (e.g. $ALFWORLD_DATA), else the built-in world."""
+    option: tuple[str, ...] = ()
+    """Any other arguments of the environment, as key=value: --option dataset=nq,hotpotqa split_style=verl-agent."""
     student: str = "builtin"
     """Model to train: a folder, a hub id, or 'builtin'."""
     teacher: str = "builtin"

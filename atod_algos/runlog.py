@@ -57,7 +57,9 @@ class RunFolder:
                 f"run folder {path} cannot be written: {error.strerror}; choose another with --run"
             ) from error
         plain = json.loads(json.dumps(settings))
-        if known is not None:
+        # A run that ended before its first step (a slip in an option) binds nobody.
+        begun = (path / "metrics.jsonl").exists() or any(self.checkpoints.iterdir())
+        if known is not None and begun:
             changed = _difference(known["settings"], plain)
             if changed:
                 name, old, new = changed

@@ -19,6 +19,7 @@ import torch
 import atod_envs
 from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
+from agents.human import read_options
 from agents.models import LoadedModel, load_model, require_same_tokenizer
 from atod_algos.algorithm import Algorithm, Privileged, Supported
 from atod_algos.batch import Scores, TokenBatch, make_batch, put_in_front
@@ -32,7 +33,7 @@ from atod_algos.rollout import Rollout, derive_seed
 from atod_algos.runlog import RunFolder
 from atod_algos.sampling import StepSampler
 from atod_algos.scoring import compare, score
-from atod_envs.errors import AtodError, UnknownName
+from atod_envs.errors import AtodError
 from atod_envs.text_env import TextEnv
 
 
@@ -42,12 +43,14 @@ def make_env(config: TrainConfig, split: str | None = None) -> gym.Env[str, str]
     Raises:
         UnknownName: no environment of that id is registered.
     """
-    if config.env not in gym.registry:
-        raise UnknownName("environment", config.env, atod_envs.ENVIRONMENTS)
-    options: dict[str, Any] = {"data": config.data, "max_turns": config.max_turns}
+    try:
+        options = read_options(config.option)
+    except ValueError as error:
+        raise AtodError(str(error)) from error
+    options |= {"data": config.data, "max_turns": config.max_turns}
     if split is not None:
         options["split"] = split
-    return gym.make(config.env, **options)
+    return atod_envs.make(config.env, **options)
 
 
 class Trainer:

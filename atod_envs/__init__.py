@@ -6,7 +6,13 @@ load on first use, so the import stays light.
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
+import gymnasium as gym
 from gymnasium.envs import registration
+
+from atod_envs.errors import AtodError, UnknownName
 
 ENVIRONMENTS = {
     "atod/ALFWorld-v0": "atod_envs.alfworld.env:ALFWorldEnv",
@@ -31,6 +37,45 @@ def register() -> None:
                 vector_entry_point=f"atod_envs.vector:make_{room}",
                 disable_env_checker=True,
             )
+
+
+def require_registered(env_id: str) -> None:
+    """Check that an environment id can be made.
+
+    Args:
+        env_id: a registered id, or ``"module:id"``, whose module registers it on import (Gymnasium's own form).
+
+    Raises:
+        UnknownName: nothing of that name is registered, or the module does not exist.
+    """
+    module, _, name = env_id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not module.startswith(error.name):
+                raise
+            raise UnknownName("module of an environment", module, advice="it must be importable from here") from None
+    if name not in registration.registry:
+        raise UnknownName("environment", env_id, ENVIRONMENTS)
+
+
+def make(env_id: str, **options: Any) -> gym.Env[str, str]:
+    """``gymnasium.make`` for a command line: whatever is wrong with the id or an option ends in one line.
+
+    Raises:
+        UnknownName: no such environment, or an unknown value of an option.
+        DataError: the environment's data is missing or broken.
+        AtodError: the environment does not take an option, or not that value.
+    """
+    require_registered(env_id)
+    try:
+        return gym.make(env_id, **options)
+    except AtodError:
+        raise
+    except (TypeError, ValueError) as error:
+        reason = str(error).partition(" was raised from the environment creator")[0]
+        raise AtodError(f"{env_id}: {reason}") from error
 
 
 register()

@@ -18,7 +18,7 @@ from gymnasium.envs.registration import load_env_creator
 
 import atod_envs
 from agents.human import read_options
-from atod_envs.errors import AtodError, UnknownName
+from atod_envs.errors import AtodError
 from atod_envs.text_env import TextEnv
 
 PANEL_SIZE = 512
@@ -159,8 +159,7 @@ def held_out_splits(env: str) -> tuple[str, ...]:
     Raises:
         UnknownName: no environment of that id is registered.
     """
-    if env not in gym.registry:
-        raise UnknownName("environment", env, atod_envs.ENVIRONMENTS)
+    atod_envs.require_registered(env)
     point = gym.spec(env).entry_point
     kind = load_env_creator(point) if isinstance(point, str) else point
     return tuple(getattr(kind, "splits", TextEnv.splits)[1:])
@@ -172,14 +171,12 @@ def make_env(config: EvaluateConfig, sampling: Sampling, split: str) -> gym.Env[
     Raises:
         UnknownName: no environment of that id is registered.
     """
-    if config.env not in gym.registry:
-        raise UnknownName("environment", config.env, atod_envs.ENVIRONMENTS)
     try:
         options = read_options(config.option)
     except ValueError as error:
         raise AtodError(str(error)) from error
     options |= {"data": config.data, "max_turns": sampling.max_turns, "split": split}
-    return gym.make(config.env, **options)
+    return atod_envs.make(config.env, **options)
 
 
 def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, Any], list[Panel]]:

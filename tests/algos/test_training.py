@@ -108,6 +108,14 @@ def test_other_data_than_the_run_was_trained_on_is_refused(options, tmp_path, ca
     assert "was trained on the data ''" in message and "now plays 'toy/2'" in message and "--run" in message
 
 
+def test_a_slip_in_an_option_costs_nothing(options, tmp_path, capsys):
+    run = ["--run", str(tmp_path / "r"), "--steps", "1"]
+    assert "unexpected keyword argument 'colour'" in failing(ATOD, [*options, *run, "--option", "colour=red"], capsys)
+    assert "--option 'colour': expected key=value" in failing(ATOD, [*options, *run, "--option", "colour"], capsys)
+    main(ATOD, [*options, *run])
+    assert (tmp_path / "r" / "result.json").exists()
+
+
 def spawn(options, run, steps):
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import toyworld\n"
     code += "from atod_algos.cli import main; from atod_algos.atod import ATOD; main(ATOD, sys.argv[1:])"
