@@ -24,7 +24,7 @@ class GroupOptions:
     group_stats: Literal["trajectory", "turn_row"] = "trajectory"
     """Unit of the group's mean and deviation: 'trajectory' (eq 2) or 'turn_row' (released code: long episodes count more)."""
     group_std: bool = True
-    """Divide by the group's standard deviation (eq 2); off gives Dr. GRPO's advantage (arXiv 2503.20783)."""
+    """Divide by the group's standard deviation (eq 2); off gives Dr. GRPO's advantage and GiGPO's mean_norm."""
     invalid_penalty: float = 0.0
     """Subtracted from the reward of turns whose action was invalid: 0 (paper), 0.1 or 0.01 (released code)."""
 
@@ -207,11 +207,14 @@ def token_weights(student_M: np.ndarray, teacher_M: np.ndarray, *, min_divergenc
     Returns:
         One weight in [0, 1] for each token.
     """
-    d_M, h_M = np.abs(teacher_M - student_M), -student_M
-    if d_M.max(initial=0.0) < min_divergence:
-        return np.ones_like(d_M)
-    h_M = np.minimum(h_M, np.quantile(h_M, 0.98))
-    return soft_or(_min_max(d_M), _min_max(h_M))
+    d_M = np.abs(teacher_M - student_M)
+    return np.ones_like(d_M) if d_M.max(initial=0.0) < min_divergence else importance(d_M, -student_M, 0.98)
+
+
+def importance(divergence_M: np.ndarray, uncertainty_M: np.ndarray, quantile: float) -> np.ndarray:
+    """Soft-OR of both, min-max normalised over all tokens of the batch, uncertainty first cut at its quantile (TIP)."""
+    cut_M = np.minimum(uncertainty_M, np.quantile(uncertainty_M, quantile))
+    return soft_or(_min_max(divergence_M), _min_max(cut_M))
 
 
 def _min_max(value_M: np.ndarray, threshold: float = 1e-8) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.learner import Objective
 from atod_algos.rollout import RolloutLimits
-from atod_envs.errors import UnknownName
+from atod_envs.errors import AtodError, UnknownName
 from atod_envs.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -102,13 +102,22 @@ class Privileged(Protocol):
         """
 
 
+def installed_algorithms() -> list[str]:
+    """Names in the entry-point group ``atod.algorithms``."""
+    return sorted({point.name for point in entry_points(group="atod.algorithms")})
+
+
 def find_algorithm(name: str) -> type[Algorithm]:
     """Load an algorithm by name from the entry-point group ``atod.algorithms``.
 
     Raises:
         UnknownName: nobody offers it; the message lists what is installed.
+        AtodError: it is offered, but cannot be imported.
     """
     offered = {point.name: point for point in entry_points(group="atod.algorithms")}
     if name not in offered:
         raise UnknownName("algorithm", name, sorted(offered))
-    return offered[name].load()  # type: ignore[no-any-return]
+    try:
+        return offered[name].load()  # type: ignore[no-any-return]
+    except (ImportError, AttributeError) as error:
+        raise AtodError(f"algorithm {name!r} is offered as {offered[name].value}, but: {error}") from error

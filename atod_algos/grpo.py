@@ -100,9 +100,16 @@ class GRPO:
 
     def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
         """Beta D_KL(pi_theta || pi_ref), by k3."""
-        if not self.kl_coef or scores.reference_M is None:
-            return None
-        return self.kl_coef * k3(logprobs, logprobs.new_tensor(scores.reference_M[index_M]))
+        return kl_to_reference(logprobs, index_M, scores, self.kl_coef)
+
+
+def kl_to_reference(
+    logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores, coefficient: float
+) -> torch.Tensor | None:
+    """KL to the initial student by k3, weighted; None where it is off."""
+    if not coefficient or scores.reference_M is None:
+        return None
+    return coefficient * k3(logprobs, logprobs.new_tensor(scores.reference_M[index_M]))
 
 
 def task_reward(batch: TokenBatch, group: GroupOptions) -> np.ndarray:

@@ -1,0 +1,143 @@
+"""GiGPO: group-in-group policy optimisation (Feng et al. 2025, arXiv 2505.10978).
+
+GRPO says which attempts at a task went well; GiGPO also says at which point. Attempts at the same task pass through the same states:
+the turns of a group that answer the very same observation, an anchor state, form a group inside the group, and the actions taken there are
+compared by what followed.
+
+Objective
+    A^E_i  = F(R_i - mean R)              over the G attempts at a task                                    episode advantage
+    R_t    = sum_j gamma^j r_(t+j)        discounted return from turn t to the end of its episode
+    A^S_t  = F(R_t - mean R)              over the turns of the group with the observation of turn t       step advantage
+    A_t    = A^E_i + omega A^S_t          for every token of turn t
+    L      = the clipped surrogate of GRPO with A_t
+    F(x)   = x, verl-agent's mean_norm, or x / (std + 1e-6), its mean_std_norm                            --group-std
+A turn whose observation occurs once has nothing to be compared with: A^S_t = 0.
+
+Differences from the public implementation (verl-agent, core_gigpo):
+    unit of A^E          the trajectory                     | the turn row: long episodes count more      --group-stats
+    loss average         mean over trajectories             | mean over tokens                            --loss-agg
+    reward               the task's                         | minus 0.1 on turns with an invalid action   --invalid-penalty
+    dual clip            none                               | 3                                           --dual-clip
+    entropy bonus        none                               | 0.001                                       --entropy-coef
+    KL to the start      none                               | 0.01 (k3)                                   --kl-coef
+The left column is ``--rules paper`` (the default), the right ``--rules released``. Where it is on, the penalty is taken off the
+return of its own turn after the discounting, as published, so it is not passed on to the turns before. Rows that were duplicated to fill a
+batch enter the published means; here there are none. Its grouping of *similar* observations (off by default) is left out. With
+``--reward success`` the reward stands on an episode's last turn; with ``--reward score`` each turn has the environment's own.
+
+    python -m atod_algos.gigpo --env atod/ALFWorld-v0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from atod_algos.advantages import GroupOptions, group_advantage, reward_advantage
+from atod_algos.algorithm import Advantages
+from atod_algos.batch import Scores, TokenBatch
+from atod_algos.grpo import kl_to_reference, task_reward
+from atod_algos.learner import Objective
+from atod_algos.rollout import RolloutLimits
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class GiGPO:
+    """Group-in-group policy optimisation."""
+
+    name: ClassVar[str] = "gigpo"
+    rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {},
+        "released": {
+            "group": {"group_stats": "turn_row", "invalid_penalty": 0.1},
+            "objective": {"dual_clip": 3.0, "loss_agg": "token_mean", "entropy_coef": 0.001},
+            "kl_coef": 0.01,
+        },
+    }
+
+    group: GroupOptions = field(default_factory=lambda: GroupOptions(group_std=False))
+    objective: Objective = field(default_factory=Objective)
+    omega: float = 1.0
+    """Weight of the step advantage: 1 (paper, section 5.1; verl-agent's step_advantage_w)."""
+    discount: float = 0.95
+    """gamma of the discounted returns: 0.95 (paper, section 5.1; verl-agent's scripts)."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the initial student: 0.01 in verl-agent's scripts."""
+
+    @property
+    def scores(self) -> frozenset[str]:
+        """The initial student is scored only where the KL term is on."""
+        return frozenset({"reference"}) if self.kl_coef else frozenset()
+
+    def limits(self, step: int) -> RolloutLimits:
+        """No limit of its own."""
+        return RolloutLimits()
+
+    def reward(self, batch: TokenBatch) -> np.ndarray:
+        """R(tau), scaled."""
+        return task_reward(batch, self.group)
+
+    def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
+        """A^E + omega A^S, one value a turn."""
+        episode_K = reward_advantage(self.reward(batch), batch.group_N, batch.trajectory_K, batch.valid_K, self.group)
+
+        anchor_K = anchor_states(batch)
+        return_K = discounted_returns(self._turn_rewards(batch), batch.trajectory_K, self.discount)
+        return_K = return_K - self.group.invalid_penalty * ~batch.valid_K
+        size_K = np.bincount(anchor_K)[anchor_K]
+        step_K = np.where(size_K > 1, group_advantage(return_K, anchor_K, divide=self.group.group_std), 0.0)
+
+        return Advantages(
+            (episode_K + self.omega * step_K)[batch.turn_M],
+            {
+                "gigpo/episode_abs_mean": float(np.abs(episode_K).mean()),
+                "gigpo/step_abs_mean": float(np.abs(step_K).mean()),
+                "gigpo/anchor_states": float(anchor_K.max() + 1),
+                "gigpo/anchor_size_mean": float(size_K.mean()),
+                "gigpo/shared_turns": float((size_K > 1).mean()),
+            },
+        )
+
+    def _turn_rewards(self, batch: TokenBatch) -> np.ndarray:
+        if self.group.reward == "score":
+            return self.group.reward_scale * np.array([turn.reward for turn in turns_of(batch)])
+        last_K = np.append(np.diff(batch.trajectory_K) > 0, True)
+        return np.asarray(self.reward(batch)[batch.trajectory_K] * last_K)
+
+    def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
+        """KL to the initial student, as in GRPO."""
+        return kl_to_reference(logprobs, index_M, scores, self.kl_coef)
+
+
+def turns_of(batch: TokenBatch) -> list[Any]:
+    """The turns on axis K themselves."""
+    return [batch.trajectories[n].turns[k] for n, k in zip(batch.trajectory_K, batch.index_K, strict=True)]
+
+
+def anchor_states(batch: TokenBatch) -> np.ndarray:
+    """Number of each turn's anchor state: turns share one if they answer the same observation in the same group (axis K)."""
+    seen: dict[tuple[int, str], int] = {}
+    groups_K = batch.group_N[batch.trajectory_K]
+    states = zip(groups_K, turns_of(batch), strict=True)
+    return np.array([seen.setdefault((int(group), turn.observation), len(seen)) for group, turn in states])
+
+
+def discounted_returns(reward_K: np.ndarray, trajectory_K: np.ndarray, discount: float) -> np.ndarray:
+    """Sum of the discounted rewards from each turn to the end of its trajectory (turns in order of trajectory)."""
+    return_K = np.array(reward_K, dtype=np.float64)
+    for k in range(len(return_K) - 2, -1, -1):
+        if trajectory_K[k] == trajectory_K[k + 1]:
+            return_K[k] += discount * return_K[k + 1]
+    return return_K
+
+
+if __name__ == "__main__":
+    from atod_algos.cli import main
+
+    main(GiGPO)

@@ -1,0 +1,103 @@
+"""TIP: on-policy distillation on the important tokens only (arXiv 2604.14084).
+
+A token is worth learning from where the student is unsure, or where teacher and student disagree. ATOD's turn weights are the same idea
+at the level of turns, from sampled tokens; TIP looks at whole distributions.
+
+Objective
+    h_t = H(pi_S(. | s_t)) / log |V|            entropy of the student over the vocabulary
+    d_t = KL(pi_S(. | s_t) || pi_T(. | s_t))    over the vocabulary
+    s_t = h~_t + d~_t - h~_t d~_t               Soft-OR; h cut at its 0.98 quantile, both min-max normalised over the batch
+    A_t = (log pi_T - log pi_old) M / |kept|    on the share rho of all M tokens with the largest s_t; 0 on the others
+    L   = the clipped surrogate of OPD with A_t, averaged over tokens: the mean over the kept ones
+
+Differences: the paper averages the divergence of the kept tokens; this is its sampled form (one token's reverse-KL policy gradient,
+the same gradient in expectation), as OPD and ATOD have it. Among equal scores the earlier token is kept, so that exactly
+ceil(rho M) are. The published share is not known to us; 0.5 is our choice. Scores come from the weights that rolled out.
+Where padded vocabularies differ in size, distributions are compared over the ids that both models have.
+
+    python -m atod_algos.tip --env atod/ALFWorld-v0 --keep 0.2
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from atod_algos.advantages import GroupOptions, importance
+from atod_algos.algorithm import Advantages
+from atod_algos.batch import Scores, TokenBatch
+from atod_algos.diagnostics import teacher_metrics
+from atod_algos.grpo import task_reward
+from atod_algos.learner import Objective
+from atod_algos.rollout import RolloutLimits
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class TIP:
+    """On-policy distillation on important tokens."""
+
+    name: ClassVar[str] = "tip"
+    scores: ClassVar[frozenset[str]] = frozenset({"teacher", "divergence"})
+    rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {},
+        "released": {"objective": {"dual_clip": 3.0, "entropy_coef": 0.001}},
+    }
+
+    objective: Objective = field(default_factory=lambda: Objective(loss_agg="token_mean"))
+    keep: float = 0.5
+    """rho: share of the batch's tokens that is learned from, in (0, 1]; 1 is OPD (our choice, see above)."""
+    entropy_quantile: float = 0.98
+    """Entropies above this quantile of the batch are cut to it (paper: the top 2 %)."""
+
+    def limits(self, step: int) -> RolloutLimits:
+        """No limit of its own."""
+        return RolloutLimits()
+
+    def reward(self, batch: TokenBatch) -> np.ndarray:
+        """Reported only; TIP does not learn from it."""
+        return task_reward(batch, GroupOptions())
+
+    def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
+        """The teacher's gap on the kept tokens."""
+        if scores.entropy_M is None or scores.reverse_kl_M is None:
+            raise ValueError("TIP needs whole distributions compared")
+        entropy_M = scores.entropy_M / math.log(scores.vocabulary)
+        score_M = importance(scores.reverse_kl_M, entropy_M, self.entropy_quantile)
+        kept_M = largest(score_M, self.keep)
+        delta_M = scores.require_teacher() - scores.student_M
+        metrics = {
+            "tip/kept_ratio": float(kept_M.mean()),
+            "tip/score_mean": float(score_M.mean()),
+            "tip/kl_mean": float(scores.reverse_kl_M.mean()),
+            "tip/kept_kl_mean": float(scores.reverse_kl_M[kept_M].mean()),
+            "tip/normalised_entropy_mean": float(entropy_M.mean()),
+        }
+        return Advantages(delta_M * kept_M / kept_M.mean(), metrics | teacher_metrics(scores, self.name))
+
+    def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
+        """None."""
+        return None
+
+
+def largest(score_M: np.ndarray, share: float) -> np.ndarray:
+    """Booleans that mark the given share of the largest scores, rounded up; among equals the first."""
+    if not 0 < share <= 1:
+        raise ValueError(f"keep={share}; expected a share in (0, 1]")
+    # A share of 0.3 of 10 is 3, although 0.3 * 10 > 3 in floating point.
+    count = math.ceil(round(share * len(score_M), 9))
+    kept_M = np.zeros(len(score_M), dtype=bool)
+    kept_M[np.argsort(-score_M, kind="stable")[:count]] = True
+    return kept_M
+
+
+if __name__ == "__main__":
+    from atod_algos.cli import main
+
+    main(TIP)
