@@ -102,11 +102,6 @@ class Privileged(Protocol):
         """
 
 
-def installed_algorithms() -> list[str]:
-    """Names in the entry-point group ``atod.algorithms``."""
-    return sorted({point.name for point in entry_points(group="atod.algorithms")})
-
-
 def find_algorithm(name: str) -> type[Algorithm]:
     """Load an algorithm by name from the entry-point group ``atod.algorithms``.
 

@@ -62,6 +62,13 @@ def main(algorithm: type[Algorithm], arguments: Sequence[str] | None = None) -> 
     guarded(lambda: _run(algorithm, given))
 
 
+def main_by_name(name: str, arguments: Sequence[str]) -> None:
+    """:func:`main` of an algorithm that some installed package offers under its name."""
+    from atod_algos.algorithm import find_algorithm
+
+    guarded(lambda: _run(find_algorithm(name), list(arguments)))
+
+
 def guarded(command: Callable[[], object]) -> None:
     """Run a command; answer what a user can mend in one line and exit with 1."""
     try:

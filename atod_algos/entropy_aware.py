@@ -73,7 +73,9 @@ class EntropyAware:
             "entropy_aware/teacher_entropy_mean": float(scores.teacher_entropy_M.mean()),
             "entropy_aware/support_mass_mean": float(np.exp(scores.teacher_support_MS).sum(1).mean()),
         }
-        return Advantages(scores.require_teacher() - scores.student_M, metrics | teacher_metrics(scores, self.name))
+        return Advantages(
+            scores.require_teacher() - scores.student_M, metrics | teacher_metrics(batch, scores, self.name)
+        )
 
     def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
         """None; the further loss is :meth:`support_loss`."""

@@ -39,7 +39,7 @@ import numpy as np
 from atod_algos.advantages import GroupOptions, group_advantage, reward_advantage
 from atod_algos.algorithm import Advantages
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.grpo import kl_to_reference, task_reward
+from atod_algos.grpo import grpo_metrics, kl_to_reference, task_reward
 from atod_algos.learner import Objective
 from atod_algos.rollout import RolloutLimits
 
@@ -95,7 +95,8 @@ class GiGPO:
 
         return Advantages(
             (episode_K + self.omega * step_K)[batch.turn_M],
-            {
+            grpo_metrics(batch, self.group)
+            | {
                 "gigpo/episode_abs_mean": float(np.abs(episode_K).mean()),
                 "gigpo/step_abs_mean": float(np.abs(step_K).mean()),
                 "gigpo/anchor_states": float(anchor_K.max() + 1),

@@ -66,7 +66,7 @@ class GOPD:
         gain_M = scores.require_teacher() - base_M
         drift_M = scores.student_M - base_M
         metrics = {"gopd/teacher_gain_mean": float(gain_M.mean()), "gopd/student_drift_mean": float(drift_M.mean())}
-        return Advantages(self.extrapolation * gain_M - drift_M, metrics | teacher_metrics(scores, self.name))
+        return Advantages(self.extrapolation * gain_M - drift_M, metrics | teacher_metrics(batch, scores, self.name))
 
     def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
         """None."""

@@ -79,7 +79,7 @@ class TIP:
             "tip/kept_kl_mean": float(scores.reverse_kl_M[kept_M].mean()),
             "tip/normalised_entropy_mean": float(entropy_M.mean()),
         }
-        return Advantages(delta_M * kept_M / kept_M.mean(), metrics | teacher_metrics(scores, self.name))
+        return Advantages(delta_M * kept_M / kept_M.mean(), metrics | teacher_metrics(batch, scores, self.name))
 
     def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
         """None."""

@@ -145,8 +145,7 @@ def run_module(module: str, called: str, arguments: Sequence[str]) -> int:
             return 1
         if module.startswith(ALGORITHM):
             name = module.removeprefix(ALGORITHM)
-            found = importlib.import_module("atod_algos.algorithm").find_algorithm(name)
-            status = importlib.import_module("atod_algos.cli").main(found, arguments)
+            status = importlib.import_module("atod_algos.cli").main_by_name(name, arguments)
         else:
             name, *leading = module.split()
             status = importlib.import_module(name).main([*leading, *arguments])
