@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,14 +76,19 @@ def load_model(
         path = Path(source).expanduser()
         if not path.is_dir():
             raise AtodError(f"{role} model: no folder at {path}; expected one with config.json and weights")
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
             raise AtodError(f"{role} model: {path} holds no config.json; expected a folder written by save_pretrained")
         source = str(path)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+            base = _adapted(source) if looks_local else source
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+            if base != source:
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, source).merge_and_unload()
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         hint = "" if looks_local else "; give the path of a downloaded copy if the hub cannot be reached"
         raise AtodError(f"{role} model {name!r} could not be loaded: {reason}{hint}") from error
@@ -90,6 +96,17 @@ def load_model(
         "loaded %s %s: %d parameters", role, name, sum(p.numel() for p in model.parameters())
     )
     return LoadedModel(name, model.to(device).eval(), tokenizer)
+
+
+def _adapted(source: str) -> str:
+    """The model that a folder's adapters belong to; the folder itself where it holds no adapters."""
+    path = Path(source) / "adapter_config.json"
+    if not path.is_file():
+        return source
+    base = str(json.loads(path.read_text())["base_model_name_or_path"])
+    if base.startswith("/") and not Path(base).is_dir():
+        raise OSError(f"its adapters belong to the model in {base}, which is not there")
+    return base
 
 
 def require_same_tokenizer(student: LoadedModel, other: LoadedModel, role: str) -> None:

@@ -1,19 +1,23 @@
-"""Checkpoints: written aside and renamed, so that a run never holds half of one.
+"""Checkpoints: written aside and renamed, so that a run never holds half of one; checked byte for byte when read.
 
-A checkpoint is a folder that ``from_pretrained`` loads as a model, with the optimizer's state and the step beside it.
-No generator's state is needed: every random choice of a step is derived from the run's seed and the step's number.
+A checkpoint is a folder that ``from_pretrained`` loads as a model (or, of a run with adapters, as adapters), with the optimizer's
+state and the step beside it, and a list of every file's checksum written last. No generator's state is needed: every
+random choice of a step is derived from the run's seed and the step's number.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from atod_algos.adapters import load_adapters
 from atod_envs.errors import AtodError, DataError
 
 _STATE = "trainer_state.pt"
@@ -21,16 +25,16 @@ _DONE = "complete.json"
 
 
 def save_checkpoint(
-    folder: Path, name: str, *, model: Any, tokenizer: Any, optimizer: dict[str, Any], extra: dict[str, Any]
+    folder: Path, name: str, *, model: Any, tokenizer: Any, state: Mapping[str, Any], extra: Mapping[str, Any]
 ) -> Path:
     """Write a checkpoint.
 
     Args:
         folder: the run's checkpoint folder.
-        name: the checkpoint's own folder name.
-        model: written with ``save_pretrained``.
+        name: the checkpoint's own folder name; one of that name is replaced, whole by whole.
+        model: written with ``save_pretrained``; peft's wrapper writes its adapters alone.
         tokenizer: written beside it.
-        optimizer: the optimizer's state.
+        state: tensors that training needs beside the weights.
         extra: JSON-compatible values, the step among them.
 
     Returns:
@@ -39,42 +43,64 @@ def save_checkpoint(
     Raises:
         AtodError: it could not be written (a full disk, say); earlier checkpoints are untouched.
     """
-    target, part = folder / name, folder / f".{name}.part"
+    target, part, old = folder / name, folder / f".{name}.part", folder / f".{name}.old"
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        torch.save(optimizer, part / _STATE)
-        (part / _DONE).write_text(json.dumps(extra))
-        for path in part.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        shutil.rmtree(target, ignore_errors=True)
+        torch.save(dict(state), part / _STATE)
+        files = {path.name: _checksum(path) for path in sorted(part.iterdir())}
+        (part / _DONE).write_text(json.dumps({**extra, "files": files}))
+        for path in (*part.iterdir(), part):
+            _settle(path)
+        # A folder cannot replace a folder in one stroke: between the two renames the old one stands aside, where
+        # `recover` finds it.
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
         part.rename(target)
-    except OSError as error:
+        _settle(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, RuntimeError) as error:
         shutil.rmtree(part, ignore_errors=True)
+        recover(folder)
+        if isinstance(error, RuntimeError) and not _about_files(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise AtodError(
-            f"checkpoint {target} could not be written: {error.strerror or error}; earlier ones are kept"
+            f"checkpoint {target} could not be written: {reason}; earlier ones are kept. Make room and run the same command again"
         ) from error
     return target
 
 
-def load_checkpoint(path: Path, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Load weights into a model; return the optimizer's state and the extra values.
+def load_checkpoint(path: Path, model: Any, adapters: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load weights into a model; return the training state and the extra values.
+
+    Args:
+        path: the checkpoint's folder.
+        model: the model that gets the weights.
+        adapters: peft's wrapper around it; then the checkpoint holds adapters alone.
 
     Raises:
-        DataError: the folder is not a complete checkpoint, or does not fit the model.
+        DataError: the folder is not a complete checkpoint, a byte of it has changed, or it does not fit the model.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         extra = json.loads((path / _DONE).read_text())
-        weights = load_file(path / "model.safetensors")
+        for name, checksum in extra.pop("files").items():
+            if _checksum(path / name) != checksum:
+                raise ValueError(f"{name} is not as it was written")
         state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if adapters is not None:
+            load_adapters(adapters, path)
+            return state, extra
+        weights: dict[str, torch.Tensor] = {}
+        for file in sorted(path.glob("model*.safetensors")):
+            weights |= load_file(file)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DataError(
             f"{path} is not a complete checkpoint ({error}); delete it to go back to an earlier one"
         ) from error
@@ -87,6 +113,18 @@ def load_checkpoint(path: Path, model: Any) -> tuple[dict[str, Any], dict[str, A
     return state, extra
 
 
+def recover(folder: Path) -> None:
+    """Undo what an ended process left half done: put back a checkpoint that stood aside, remove half-written ones."""
+    for old in folder.glob(".*.old"):
+        target = folder / old.name[1 : -len(".old")]
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
+    for part in folder.glob(".*.part"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step, or None."""
     found = [path for path in folder.glob("step_*") if (path / _DONE).is_file()]
@@ -96,4 +134,26 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest ``keep`` step checkpoints."""
     for path in sorted(folder.glob("step_*"))[:-keep]:
+        # The list of files goes first: what is left of a deletion cut short is then no checkpoint.
+        (path / _DONE).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def _settle(path: Path) -> None:
+    """Have the system write a file or a folder's list of names to the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _about_files(error: RuntimeError) -> bool:
+    """Torch and safetensors report a failed write as a RuntimeError or their own kind of error."""
+    text = str(error).lower()
+    return any(word in text for word in ("write", "i/o", "os error", "no space", "file too large", "iostream"))

@@ -11,6 +11,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from atod_envs.errors import AtodError
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -73,7 +75,17 @@ class TrainConfig:
     minibatches: int = 4
     """Optimizer updates a step."""
     token_budget: int = 16384
-    """Tokens of a micro-batch; lower it where memory runs out, results do not change."""
+    """Tokens of a micro-batch; lowered by itself where memory runs out, results do not change."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights that compute; 'auto' is bfloat16 on a GPU, float32 elsewhere. Updates are made in float32 either way."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """'adamw8bit' keeps AdamW's moments in eight bits (needs bitsandbytes and a GPU)."""
+    gradient_checkpointing: bool = False
+    """Recompute layers in the backward pass instead of keeping them: a third more time, a fraction of the memory."""
+    lora_rank: int = 0
+    """Rank of low-rank adapters (needs peft); 0 trains all weights."""
+    lora_alpha: float = 32.0
+    """The adapters' products are scaled by this over the rank."""
     slots: int = 128
     """Requests that the engine runs at the same time."""
     checkpoint_every: int = 10
@@ -86,6 +98,32 @@ class TrainConfig:
     """Where the models run."""
     threads: int = 0
     """CPU threads of the numerical library; 0 means one for models this small on a CPU, else its own choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """AdamW and how a step's data is split. The defaults are those of :class:`TrainConfig`."""
+
+    lr: float
+    """Learning rate."""
+    lr_floor: float
+    """Share of the rate that is left at the last step, along a cosine; 1 keeps it constant."""
+    warmup_steps: int
+    """Training steps over which the learning rate rises linearly."""
+    steps: int
+    """Training steps in all, for the cosine."""
+    weight_decay: float
+    """AdamW's weight decay, on matrices alone."""
+    beta2: float
+    """AdamW's second decay rate."""
+    grad_clip: float
+    """Largest gradient norm."""
+    optimizer: Literal["adamw", "adamw8bit"]
+    """'adamw8bit' keeps the two moments in eight bits (bitsandbytes, on a GPU)."""
+    minibatches: int
+    """Optimizer updates a step; each takes its share of the step's trajectories."""
+    token_budget: int
+    """Tokens of a micro-batch."""
 
 
 BUILTIN: dict[str, Any] = {
@@ -120,6 +158,24 @@ PUBLISHED: dict[str, Any] = {
     "adam_beta2": 0.999,
 }
 """Settings of the released scripts for ALFWorld (max_turns: the environment's own 50)."""
+
+
+def optimizer_options(config: TrainConfig) -> OptimizerOptions:
+    """The learner's part of resolved settings."""
+    names = [field.name for field in dataclasses.fields(OptimizerOptions) if field.name != "beta2"]
+    return OptimizerOptions(beta2=given(config, "adam_beta2"), **{name: given(config, name) for name in names})
+
+
+def given(config: TrainConfig, name: str) -> Any:
+    """A setting that must have been filled in.
+
+    Raises:
+        AtodError: it was not.
+    """
+    value = getattr(config, name)
+    if value is None:
+        raise AtodError(f"--{name.replace('_', '-')} is not set; pass the settings through atod_algos.config.resolve")
+    return value
 
 
 def builtin_profile(env: str) -> dict[str, Any]:

@@ -2,22 +2,29 @@
 
 The learner knows no algorithm. It is given one detached advantage for each sampled token and the old log-probs, and
 minimises the clipped surrogate (eq 4, Algorithm 1 line 24) over mini-batches of whole trajectories, accumulating
-micro-batches of similar row length so that the result does not depend on how many fit into memory.
+packed micro-batches; the result does not depend on how many tokens fit into memory at once.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from atod_algos import memory
 from atod_algos.batch import TokenBatch
-from atod_algos.scoring import predict, split_rows
+from atod_algos.config import OptimizerOptions
+from atod_algos.optimizer import Updater, learning_rate
+from atod_algos.scoring import CHUNK_LOGITS, predict, split_rows, stream_tokens
 from atod_envs.errors import AtodError
+
+log = logging.getLogger(__name__)
 
 AuxiliaryLoss = Callable[[torch.Tensor, np.ndarray], torch.Tensor | None]
 """Current log-probs of some tokens, and their indices on axis M -> a loss for each of them, or None."""
@@ -53,30 +60,6 @@ class Objective:
     """What a trajectory's token sum is divided by under 'constant'; 512 is the published longest response."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus: 0 (paper), 0.001 (released code)."""
-
-
-@dataclass(frozen=True)
-class OptimizerOptions:
-    """AdamW and how a step's data is split."""
-
-    lr: float = 1e-6
-    """Learning rate."""
-    weight_decay: float = 0.01
-    """AdamW's weight decay (released code)."""
-    beta2: float = 0.999
-    """AdamW's second decay rate (released code)."""
-    grad_clip: float = 1.0
-    """Largest gradient norm (released code)."""
-    warmup_steps: int = 0
-    """Training steps over which the learning rate rises linearly."""
-    lr_floor: float = 1.0
-    """Share of the rate that is left at the last step, along a cosine; 1 keeps it constant."""
-    steps: int = 1
-    """Training steps in all, for the cosine."""
-    minibatches: int = 4
-    """Optimizer updates a step; each takes its share of the step's trajectories."""
-    token_budget: int = 16384
-    """Tokens of a micro-batch. Lower it where memory runs out; results do not change."""
 
 
 def surrogate(ratio: torch.Tensor, advantage: torch.Tensor, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,34 +105,32 @@ def aggregation_weights(batch: TokenBatch, chosen_N: np.ndarray, objective: Obje
     return np.asarray(inside_M / (max(1, speaking) * np.maximum(tokens_U, 1)[unit_M]))
 
 
-def learning_rate(options: OptimizerOptions, step: int) -> float:
-    """Learning rate of a step (from 1): linear warm-up, then a cosine down to ``lr_floor`` of it at the last step."""
-    warm = min(1.0, step / max(1, options.warmup_steps))
-    done = min(1.0, (step - 1) / max(1, options.steps - 1))
-    fall = options.lr_floor + (1 - options.lr_floor) * 0.5 * (1 + math.cos(math.pi * done))
-    return options.lr * warm * fall
+def recompute_layers(model: Any) -> None:
+    """Keep only the layers' inputs for the backward pass and compute their insides again (gradient checkpointing)."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 class Learner:
     """Owns the student's weights and their optimizer.
 
     Args:
-        model: the student.
+        model: the student; the weights of it that require a gradient are trained.
         options: optimizer settings.
 
     Attributes:
         model: the student.
+        budget: tokens of a micro-batch, fewer than ``options.token_budget`` once memory has run out.
     """
 
     def __init__(self, model: Any, options: OptimizerOptions) -> None:
         self.model = model
         self.options = options
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        decayed = [p for p in self._parameters if p.ndim >= 2]
-        kept = [p for p in self._parameters if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        self._optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, options.beta2))
-        self._device = self._parameters[0].device
+        self.budget = memory.Budget(options.token_budget)
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self._device = weights[0].device
+        self._updater = Updater(weights, options)
+        self._per_token: float | None = None
 
     def update(
         self,
@@ -169,7 +150,7 @@ class Learner:
         Args:
             batch: the step's data.
             advantage_M: detached advantage of each sampled token.
-            old_logprobs_M: log-probs under the weights that rolled out.
+            old_logprobs_M: log-probs under the weights before the step.
             objective: the surrogate's options.
             step: training step, from 1 (for the warm-up).
             temperature: of the sampling.
@@ -178,97 +159,155 @@ class Learner:
             support: a further loss from more than the sampled tokens, added with the same weights.
 
         Returns:
-            Metrics under ``actor/``.
+            Metrics under ``actor/``, and ``memory/predicted_mib`` beside the ``memory/peak_mib`` that was used.
 
         Raises:
-            AtodError: the loss or the gradient is not finite; the weights are left as they were.
+            AtodError: an advantage, the loss or the gradient is not finite, or a single row does not fit into memory.
         """
-        options = self.options
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(options, step)
+        if not (np.isfinite(advantage_M).all() and np.isfinite(old_logprobs_M).all()):
+            bad = int(np.flatnonzero(~(np.isfinite(advantage_M) & np.isfinite(old_logprobs_M)))[0])
+            raise AtodError(
+                f"step {step}: advantage {advantage_M[bad]}, log-prob {old_logprobs_M[bad]} at token {bad} of task "
+                f"{batch.trajectories[batch.trajectory_M[bad]].task_id!r}; nothing was learned from it. Look at student and "
+                "teacher: a model that overflows gives such numbers"
+            )
         order = np.random.default_rng(seed).permutation(len(batch.group_N))
-        parts = [part for part in np.array_split(order, min(options.minibatches, len(order))) if len(part)]
+        parts = [part for part in np.array_split(order, min(self.options.minibatches, len(order))) if len(part)]
         sums = _Sums()
         self.model.train()
+        lr = learning_rate(self.options, step)
+        predicted = self._make_room(batch, parts)
+        memory.start_peak(self._device)
         for part in parts:
             chosen_N = np.zeros(len(batch.group_N), dtype=bool)
             chosen_N[part] = True
-            further = (auxiliary, support)
-            self._minibatch(batch, chosen_N, advantage_M, old_logprobs_M, objective, temperature, further, sums)
-            norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, options.grad_clip))
-            if not math.isfinite(norm):
-                self._optimizer.zero_grad(set_to_none=True)
-                raise AtodError(
-                    f"step {step}: the gradient is {norm}; the weights were not changed. Lower --lr, or look at the last "
-                    "trajectories for extreme log-probs"
+            rows = np.flatnonzero(chosen_N[batch.trajectory_B])
+            loss = _Minibatch(batch, chosen_N, advantage_M, old_logprobs_M, objective, temperature, auxiliary, support)
+            if len(rows):
+                found = self.budget.run(
+                    "update",
+                    partial(self._gradient, loss, rows),
+                    least=max(len(batch.rows[row]) for row in rows),
+                    undo=self._updater.forget,
                 )
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+                sums.merge(found)
+            norm = self._updater.update(lr)
+            if not math.isfinite(norm):
+                raise AtodError(
+                    f"step {step}: the gradient is {norm}; the update was not made and the run stops. Lower --lr, or look at "
+                    "the last trajectories for extreme log-probs; the same command goes on from the last checkpoint"
+                )
             sums.add("grad_norm", norm, 1.0)
-        return {f"actor/{name}": value for name, value in sums.means().items()} | {
-            "actor/lr": float(self._optimizer.param_groups[0]["lr"])
+        used = {
+            "memory/predicted_mib": predicted / memory.MIB,
+            "memory/peak_mib": memory.peak(self._device) / memory.MIB,
         }
+        return {f"actor/{name}": value for name, value in sums.means().items()} | {"actor/lr": lr} | used
 
-    def _minibatch(
-        self,
-        batch: TokenBatch,
-        chosen_N: np.ndarray,
-        advantage_M: np.ndarray,
-        old_logprobs_M: np.ndarray,
-        objective: Objective,
-        temperature: float,
-        further: tuple[AuxiliaryLoss | None, SupportTerm | None],
-        sums: _Sums,
-    ) -> None:
-        auxiliary, support = further
-        weight_M = aggregation_weights(batch, chosen_N, objective)
-        rows = np.flatnonzero(chosen_N[batch.trajectory_B])
-        if not len(rows):
-            return
-        inside = int(chosen_N[batch.trajectory_M].sum())
-        for micro in split_rows(self.model, [batch.rows[row] for row in rows], self.options.token_budget):
-            found = predict(
-                self.model,
-                batch,
-                rows[micro],
-                temperature=temperature,
-                entropy=True,
-                support_MS=None if support is None else support.ids_MS,
+    def _gradient(self, loss: _Minibatch, rows: np.ndarray, budget: int) -> _Sums:
+        """Add up the gradient of a mini-batch, a micro-batch at a time."""
+        sums = _Sums()
+        for micro in split_rows(self.model, [loss.batch.rows[row] for row in rows], budget):
+            loss.of(self.model, rows[micro], sums).backward()  # type: ignore[no-untyped-call]
+        return sums
+
+    def _make_room(self, batch: TokenBatch, parts: list[np.ndarray]) -> int:
+        """Predict the update's highest use of memory, and lower the budget beforehand where it would not fit."""
+        if self._per_token is None:
+            self._per_token = memory.bytes_per_token(self.model)
+        now, free = memory.used(self._device), memory.available(self._device)
+        size = sum(weight.numel() for weight in self._updater.originals)
+        head = self.model.get_output_embeddings().weight
+        longest = max(len(row) for row in batch.rows)
+        while True:
+            tokens = sampled = 0
+            for part in parts:
+                rows = np.flatnonzero(np.isin(batch.trajectory_B, part))
+                for micro in split_rows(self.model, [batch.rows[row] for row in rows], self.budget.tokens):
+                    chosen = [batch.rows[row] for row in rows[micro]]
+                    tokens = max(tokens, stream_tokens(self.model, chosen))
+                    sampled = max(sampled, int(np.isin(batch.row_M, rows[micro]).sum()))
+            predicted = memory.predict_peak(
+                now,
+                tokens=tokens,
+                per_token=self._per_token,
+                logits=min(sampled * int(head.shape[0]), CHUNK_LOGITS),
+                gradient=4 * size,
+                moments=0 if self._updater.moved else 2 * self._updater.moment_bytes * size,
+                states=2 * sampled * int(head.shape[1]) * head.element_size(),
             )
-            index_M, logprobs, entropy = found.index_M, found.logprobs, found.entropy
-            weight = self._tensor(weight_M[index_M])
-            advantage = self._tensor(advantage_M[index_M])
-            log_ratio = logprobs - self._tensor(old_logprobs_M[index_M])
-            loss, clipped = surrogate(log_ratio.exp(), advantage, objective)
-            total = (weight * loss).sum()
-            if objective.entropy_coef:
-                total = total - objective.entropy_coef * (weight * entropy).sum()
-            n = len(index_M)
-            share = n / inside
-            extra = auxiliary(logprobs, index_M) if auxiliary is not None else None
-            if extra is not None:
-                total = total + (weight * extra).sum()
-                sums.add("auxiliary_loss", float((weight * extra).sum().detach()), share)
-            if support is not None and found.support is not None:
-                extra = support.loss(found.support, index_M)
-                total = total + (weight * extra).sum()
-                sums.add("support_loss", float((weight * extra).sum().detach()), share)
-            total.backward()  # type: ignore[no-untyped-call]
-            sums.add("pg_loss", float((weight * loss).sum().detach()), share)
-            sums.add("entropy_loss", float(entropy.detach().sum()), n)
-            sums.add("pg_clipfrac", float(clipped.sum()), n)
-            sums.add("ppo_kl", float(-log_ratio.detach().sum()), n)
-
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=np.float32)).to(self._device)
+            if free is None or predicted - now < free or self.budget.tokens <= longest:
+                return predicted
+            self.budget.tokens = max(longest, self.budget.tokens // 2)
+            log.warning(
+                "the update would need %d MiB more, but %d are free; going on with --token-budget %d",
+                (predicted - now) / memory.MIB,
+                free / memory.MIB,
+                self.budget.tokens,
+            )
 
     def state(self) -> dict[str, Any]:
-        """The optimizer's state; the weights are saved with the model."""
-        return dict(self._optimizer.state_dict())
+        """What a resumed run needs beside the model's weights."""
+        return {**self._updater.state(), "token_budget": self.budget.tokens}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore the optimizer."""
-        self._optimizer.load_state_dict(dict(state))
+        """Restore what :meth:`state` gave."""
+        self._updater.load_state(state)
+        self.budget.tokens = min(self.budget.tokens, int(state["token_budget"]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Minibatch:
+    """The loss of a mini-batch, computable a few rows at a time."""
+
+    batch: TokenBatch
+    chosen_N: np.ndarray
+    advantage_M: np.ndarray
+    old_logprobs_M: np.ndarray
+    objective: Objective
+    temperature: float
+    auxiliary: AuxiliaryLoss | None
+    support: SupportTerm | None
+
+    def of(self, model: Any, rows: np.ndarray, sums: _Sums) -> torch.Tensor:
+        """These rows' share of the loss; what is to be reported is added to ``sums``."""
+        objective, support = self.objective, self.support
+        inside = int(self.chosen_N[self.batch.trajectory_M].sum())
+        weight_M = aggregation_weights(self.batch, self.chosen_N, objective)
+        found = predict(
+            model,
+            self.batch,
+            rows,
+            temperature=self.temperature,
+            entropy=True,
+            support_MS=None if support is None else support.ids_MS,
+        )
+        index_M, logprobs, entropy = found.index_M, found.logprobs, found.entropy
+
+        def at(values_M: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.asarray(values_M[index_M], dtype=np.float32)).to(logprobs.device)
+
+        weight = at(weight_M)
+        log_ratio = logprobs - at(self.old_logprobs_M)
+        loss, clipped = surrogate(log_ratio.exp(), at(self.advantage_M), objective)
+        total = (weight * loss).sum()
+        if objective.entropy_coef:
+            total = total - objective.entropy_coef * (weight * entropy).sum()
+        n = len(index_M)
+        share = n / inside
+        extra = self.auxiliary(logprobs, index_M) if self.auxiliary is not None else None
+        if extra is not None:
+            total = total + (weight * extra).sum()
+            sums.add("auxiliary_loss", float((weight * extra).sum().detach()), share)
+        if support is not None and found.support is not None:
+            extra = support.loss(found.support, index_M)
+            total = total + (weight * extra).sum()
+            sums.add("support_loss", float((weight * extra).sum().detach()), share)
+        sums.add("pg_loss", float((weight * loss).sum().detach()), share)
+        sums.add("entropy_loss", float(entropy.detach().sum()), n)
+        sums.add("pg_clipfrac", float(clipped.sum()), n)
+        sums.add("ppo_kl", float(-log_ratio.detach().sum()), n)
+        return total
 
 
 class _Sums:
@@ -281,6 +320,10 @@ class _Sums:
     def add(self, name: str, total: float, weight: float) -> None:
         self._totals[name] = self._totals.get(name, 0.0) + total
         self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def merge(self, other: _Sums) -> None:
+        for name, total in other._totals.items():
+            self.add(name, total, other._weights[name])
 
     def means(self) -> dict[str, float]:
         return {name: total / max(self._weights[name], 1e-12) for name, total in self._totals.items()}

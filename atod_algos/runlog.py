@@ -30,7 +30,17 @@ from atod_envs.trajectory import Trajectory, write_jsonl
 
 log = logging.getLogger(__name__)
 
-_FREE = ("run", "steps", "device", "threads", "checkpoint_every", "keep_trajectories", "slots", "token_budget")
+_FREE = (
+    "run",
+    "steps",
+    "device",
+    "threads",
+    "checkpoint_every",
+    "keep_trajectories",
+    "slots",
+    "token_budget",
+    "gradient_checkpointing",
+)
 """Settings that a resumed run may change: they do not alter what is computed, only how long or where."""
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.packing import pack, packable, packed_states, packs
 
-_CHUNK_LOGITS = 1 << 24
+CHUNK_LOGITS = 1 << 24
 """Most logits alive at once (64 MiB in float32)."""
 
 
@@ -87,7 +87,7 @@ def head_logprobs(
         spread = -(logprobs.exp() * logprobs).sum(-1) if entropy else torch.zeros_like(logprobs[:, 0])
         return logprobs.gather(1, ids[:, None])[:, 0], spread, logprobs.gather(1, more)
 
-    size = max(1, _CHUNK_LOGITS // int(head.weight.shape[0]))
+    size = max(1, CHUNK_LOGITS // int(head.weight.shape[0]))
     if len(targets) <= size:
         return part(hidden, targets, asked)
     pieces = [
@@ -101,6 +101,11 @@ def head_logprobs(
 def split_rows(model: Any, rows: Sequence[np.ndarray], budget: int) -> Iterator[np.ndarray]:
     """Split rows into micro-batches of at most ``budget`` tokens, as this model runs them: packed or padded."""
     return packs(rows, budget) if packable(model) else micro_batches([len(row) for row in rows], budget)
+
+
+def stream_tokens(model: Any, rows: Sequence[np.ndarray]) -> int:
+    """Tokens that a pass over these rows computes: packed, common beginnings count once; padded, padding counts."""
+    return len(pack(rows).ids_T) if packable(model) else len(rows) * max(len(row) for row in rows)
 
 
 def _states(model: Any, batch: TokenBatch, rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
@@ -223,7 +228,7 @@ def compare(
     n = batch.n_tokens
     heads = student.get_output_embeddings(), teacher.get_output_embeddings()
     shared = min(int(head.weight.shape[0]) for head in heads)
-    size = max(1, _CHUNK_LOGITS // (4 * shared))  # two distributions, and the terms of two sums over them
+    size = max(1, CHUNK_LOGITS // (4 * shared))  # two distributions, and the terms of two sums over them
     width = min(support, shared)
     student_M, teacher_M, entropy_M, teacher_entropy_M, kl_M = (np.zeros(n) for _ in range(5))
     ids_MS = np.zeros((n, width), dtype=np.int32) if support else None

@@ -6,33 +6,35 @@ resumed from a checkpoint computes exactly what an uninterrupted one does.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import gymnasium as gym
-import numpy as np
 import torch
 
 import atod_envs
 from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
 from agents.human import read_options
-from agents.models import LoadedModel, load_model, require_same_tokenizer
-from atod_algos.algorithm import Algorithm, Privileged, Supported
-from atod_algos.batch import Scores, TokenBatch, make_batch, put_in_front
-from atod_algos.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
-from atod_algos.config import TrainConfig
+from agents.models import LoadedModel, load_model
+from atod_algos.adapters import add_adapters, merged_weights
+from atod_algos.algorithm import Algorithm, Supported
+from atod_algos.batch import Scores, TokenBatch, make_batch
+from atod_algos.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint
+from atod_algos.config import TrainConfig, given, optimizer_options
 from atod_algos.diagnostics import batch_metrics, sampler_metrics, turn_table
 from atod_algos.evaluate import Evaluation, evaluate
-from atod_algos.learner import Learner, OptimizerOptions, SupportTerm
+from atod_algos.frozen import LocalJudge, Scorer
+from atod_algos.learner import Learner, SupportTerm, recompute_layers
 from atod_algos.progress import Progress
 from atod_algos.rollout import Rollout, derive_seed
 from atod_algos.runlog import RunFolder
 from atod_algos.sampling import StepSampler
-from atod_algos.scoring import compare, score
 from atod_envs.errors import AtodError
 from atod_envs.text_env import TextEnv
 
@@ -74,42 +76,36 @@ class Trainer:
         self.data_version = text_env.data_version
         probe.close()
         self.student = self._load(config.student, "student")
-        self.teacher = self._other(config.teacher, "teacher") if "teacher" in algorithm.scores else None
-        self.reference = self._other(config.student, "student") if "reference" in algorithm.scores else None
-        self.base = self._other(config.base or config.student, "student") if "base" in algorithm.scores else None
-        self.chat = chat = ChatFormat(self.student.tokenizer)
-        self.learner = Learner(
-            self.student.model,
-            OptimizerOptions(
-                lr=_given(config.lr, "lr"),
-                weight_decay=config.weight_decay,
-                beta2=_given(config.adam_beta2, "adam_beta2"),
-                grad_clip=config.grad_clip,
-                warmup_steps=config.warmup_steps,
-                lr_floor=_given(config.lr_floor, "lr_floor"),
-                steps=_given(config.steps, "steps"),
-                minibatches=config.minibatches,
-                token_budget=config.token_budget,
-            ),
-        )
+        self.adapters = None
+        engine_model = self.student.model
+        if config.lora_rank:
+            # The engine samples from the sums of weights and adapters, which the learner never makes.
+            engine_model = copy.deepcopy(self.student.model)
+            seed = derive_seed(config.seed, "adapters")
+            self.adapters = add_adapters(self.student.model, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed)
+        if config.gradient_checkpointing:
+            recompute_layers(self.student.model)
+        self.scorer = Scorer(config, algorithm, self.student, self.adapters, self._load_frozen, self.device)
+        self.learner = Learner(self.student.model, optimizer_options(config))
+        chat = ChatFormat(self.student.tokenizer)
         limit = int(self.student.model.config.max_position_embeddings)
-        context = min(_given(config.max_context, "max_context"), limit)
-        self.engine = TransformersEngine(self.student.model, slots=config.slots, max_context=context)
+        context = min(given(config, "max_context"), limit)
+        self.engine = TransformersEngine(engine_model, slots=config.slots, max_context=context)
 
         def rollout(split: str, temperature: float) -> Rollout:
             return Rollout(
                 self.engine,
                 chat,
                 lambda: make_env(config, split),
-                style=_given(config.style, "style"),
-                max_tokens=_given(config.max_response, "max_response"),
+                style=given(config, "style"),
+                max_tokens=given(config, "max_response"),
                 temperature=temperature,
                 concurrency=config.slots,
             )
 
         self._make_rollout = rollout
         self.training = rollout(self.splits[0], config.temperature)
-        self.selection = rollout(self.splits[1], _given(config.eval_temperature, "eval_temperature"))
+        self.selection = rollout(self.splits[1], given(config, "eval_temperature"))
         self.step = 0
         self.best: dict[str, float] = {"success": -1.0, "step": 0}
         self.sampler = StepSampler(
@@ -117,20 +113,18 @@ class Trainer:
         )
 
     def _load(self, name: str, role: str) -> LoadedModel:
-        return load_model(name, role, world=self.world, device=self.device)
+        return load_model(name, role, world=self.world, device=self.device, dtype=_dtype(self.config, self.device))
 
-    def _other(self, name: str, role: str) -> LoadedModel:
-        model = self._load(name, role)
-        require_same_tokenizer(self.student, model, role)
-        model.model.requires_grad_(False)
-        return model
+    def _load_frozen(self, name: str, role: str) -> LoadedModel:
+        """A model that stays in the computer's own memory and visits the device."""
+        return load_model(name, role, world=self.world, device="cpu", dtype=_dtype(self.config, self.device))
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
     def fit(self, progress: Progress) -> None:
         """Train up to ``config.steps``, from the last checkpoint if there is one."""
         config = self.config
-        steps = _given(config.steps, "steps")
+        steps = given(config, "steps")
         self.run.begin(self.step)
         if self.step == 0:
             self._validate(progress)
@@ -156,7 +150,7 @@ class Trainer:
         batch = make_batch(groups)
         clock.lap("rollout")
         progress.phase("scoring")
-        scores = self._score(batch)
+        scores = self.scorer.score(batch)
         clock.lap("score")
         advantages = algorithm.advantages(batch, scores, step)
         clock.lap("advantage")
@@ -183,7 +177,7 @@ class Trainer:
 
     def _sync(self, version: int) -> None:
         """Hand the student's present weights to the engine; their version is the step that made them."""
-        self.engine.load_weights(self.student.model.named_parameters())
+        self.engine.load_weights(merged_weights(self.student.model))
         self.engine.version = version
 
     def _support_term(self, scores: Scores) -> SupportTerm | None:
@@ -193,52 +187,6 @@ class Trainer:
         return SupportTerm(
             scores.support_MS, lambda logprobs, index_M: algorithm.support_loss(logprobs, index_M, scores)
         )
-
-    def _score(self, batch: TokenBatch) -> Scores:
-        temperature, budget = self.config.temperature, self.config.token_budget
-
-        def under(model: LoadedModel | None) -> Any:
-            return None if model is None else score(model.model, batch, temperature=temperature, budget=budget)[0]
-
-        wanted = self.algorithm.scores
-        if self.teacher is not None and wanted & {"divergence", "support"}:
-            size = cast("Supported", self.algorithm).support if "support" in wanted else 0
-            scores = compare(
-                self.student.model,
-                self.teacher.model,
-                batch,
-                temperature=temperature,
-                budget=budget,
-                support=size,
-            )
-        else:
-            scores = Scores(under(self.student), under(self.teacher))
-        limit = _given(self.config.gap_clip, "gap_clip")
-        teacher_M = scores.teacher_M
-        if teacher_M is not None and limit:
-            teacher_M = scores.student_M + np.clip(teacher_M - scores.student_M, -limit, limit)
-        return dataclasses.replace(
-            scores,
-            teacher_M=teacher_M,
-            reference_M=under(self.reference),
-            base_M=under(self.base),
-            privileged_M=self._score_privileged(batch),
-        )
-
-    def _score_privileged(self, batch: TokenBatch) -> Any:
-        """The student as its own teacher: shown the algorithm's privileged text in front of everything else."""
-        if "privileged" not in self.algorithm.scores:
-            return None
-        text = cast("Privileged", self.algorithm).privileged_text
-        shown = put_in_front(batch, [self.chat.encode(text(trajectory)) for trajectory in batch.trajectories])
-        longest, limit = max(len(row) for row in shown.rows), int(self.student.model.config.max_position_embeddings)
-        if longest > limit:
-            raise AtodError(
-                f"privileged text and episode are {longest} tokens, but the student reads {limit}; nothing is cut, so lower "
-                f"--max-context by {longest - limit} or shorten the text"
-            )
-        temperature, budget = self.config.temperature, self.config.token_budget
-        return score(self.student.model, shown, temperature=temperature, budget=budget)[0]
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
@@ -266,27 +214,28 @@ class Trainer:
         """Evaluate vanilla, last, best and teacher on the report panel, on which no choice was made."""
         self._sync(self.step)
         rows: dict[str, Any] = {}
-        policies: list[tuple[str, Callable[[], Any]]] = [
-            ("before", lambda: self._load(self.config.student, "student").model),
-            (f"last (step {self.step})", lambda: None),
+        policies: list[tuple[str, Callable[[], AbstractContextManager[Any]]]] = [
+            ("before", lambda: nullcontext(self._load(self.config.student, "student").model)),
+            (f"last (step {self.step})", lambda: nullcontext(None)),
         ]
         if self.config.eval_every:
-            policies.append((f"best (step {int(self.best['step'])})", self._best_model))
-        if self.teacher is not None:
-            teacher = self.teacher
-            policies.append(("teacher", lambda: teacher.model))
+            best = str(self.run.checkpoints / "best")
+            policies.append(
+                (f"best (step {int(self.best['step'])})", lambda: nullcontext(self._load(best, "student").model))
+            )
+        if isinstance(self.scorer.teacher, LocalJudge):
+            policies.append(("teacher", self.scorer.teacher.at_hand))
         for name, weights in policies:
             progress.phase(f"final evaluation: {name}")
-            model = weights()
-            rollout = self._make_rollout(self.splits[2], _given(self.config.eval_temperature, "eval_temperature"))
-            if model is not None:
-                rollout.engine = TransformersEngine(model, slots=self.config.slots, max_context=self.engine.max_context)
-            rows[name] = self.evaluate_on(rollout, self.splits[2], self.config.report_tasks, progress).summary()
+            rollout = self._make_rollout(self.splits[2], given(self.config, "eval_temperature"))
+            with weights() as model:
+                if model is not None:
+                    rollout.engine = TransformersEngine(
+                        model, slots=self.config.slots, max_context=self.engine.max_context
+                    )
+                rows[name] = self.evaluate_on(rollout, self.splits[2], self.config.report_tasks, progress).summary()
             rollout.close()
         return rows
-
-    def _best_model(self) -> Any:
-        return self._load(str(self.run.checkpoints / "best"), "student").model
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -295,9 +244,9 @@ class Trainer:
         return save_checkpoint(
             self.run.checkpoints,
             name,
-            model=self.student.model,
+            model=self.adapters or self.student.model,
             tokenizer=self.student.tokenizer,
-            optimizer=self.learner.state(),
+            state=self.learner.state(),
             extra=extra,
         )
 
@@ -307,9 +256,10 @@ class Trainer:
         Raises:
             AtodError: the checkpoint is broken, or was trained on other data.
         """
+        recover(self.run.checkpoints)
         path = latest_checkpoint(self.run.checkpoints)
         if path is not None:
-            state, extra = load_checkpoint(path, self.student.model)
+            state, extra = load_checkpoint(path, self.student.model, self.adapters)
             if extra["data"] != self.data_version:
                 raise AtodError(
                     f"{path} was trained on the data {extra['data']!r}, but {self.config.env} now plays {self.data_version!r}; "
@@ -348,18 +298,17 @@ class _Clock:
         }
 
 
-def _given(value: Any, name: str) -> Any:
-    if value is None:
-        raise AtodError(f"--{name.replace('_', '-')} is not set; pass the settings through atod_algos.config.resolve")
-    return value
-
-
 def _device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise AtodError(
             "--device cuda was asked for, but torch sees no GPU; use --device cpu, or install a CUDA build of torch"
         )
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _dtype(config: TrainConfig, device: str) -> torch.dtype:
+    name = ("bfloat16" if device == "cuda" else "float32") if config.dtype == "auto" else config.dtype
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def settings_of(config: TrainConfig, algorithm: Algorithm, rules: str) -> dict[str, Any]:

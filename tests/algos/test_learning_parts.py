@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toyworld import TOY, small_model
+from toyworld import TOY, learner_options, small_model
 
 from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
 from atod_algos import scoring
 from atod_algos.batch import RowLayout, make_batch
 from atod_algos.evaluate import wilson
-from atod_algos.learner import Learner, Objective, OptimizerOptions, aggregation_weights
+from atod_algos.learner import Learner, Objective, aggregation_weights
 from atod_algos.rollout import EpisodeSpec, Rollout, RolloutLimits
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, StopReason
@@ -112,7 +112,7 @@ def test_no_tensor_of_rows_by_positions_by_vocabulary_is_made(tokenizer, batch):
 
 def gradient(model, batch, advantage, old, objective, budget, minibatches=1):
     model = copy.deepcopy(model)
-    learner = Learner(model, OptimizerOptions(lr=1e-3, token_budget=budget, minibatches=minibatches, grad_clip=1e9))
+    learner = Learner(model, learner_options(lr=1e-3, token_budget=budget, minibatches=minibatches, grad_clip=1e9))
     seen = {}
     learner._optimizer.step = lambda: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
     metrics = learner.update(batch, advantage, old, objective, step=1, temperature=1.0, seed=0)
@@ -151,7 +151,7 @@ def test_opd_gradient_lowers_the_gap_to_the_teacher(tokenizer, batch):
     old, _ = scoring.score(student, batch, temperature=1.0)
     target, _ = scoring.score(teacher, batch, temperature=1.0)
     delta = target - old
-    Learner(student, OptimizerOptions(lr=1e-3, minibatches=1)).update(
+    Learner(student, learner_options(lr=1e-3, minibatches=1)).update(
         batch, delta, old, Objective(loss_agg="token_mean"), step=1, temperature=1.0, seed=0
     )
     new, _ = scoring.score(student, batch, temperature=1.0)
@@ -164,7 +164,7 @@ def test_a_nan_stops_before_the_weights_change(tokenizer, batch):
     bad = np.zeros(batch.n_tokens)
     bad[3] = np.nan
     with pytest.raises(AtodError, match="step 7: the gradient is nan"):
-        Learner(model, OptimizerOptions(lr=1e-3, minibatches=1)).update(
+        Learner(model, learner_options(lr=1e-3, minibatches=1)).update(
             batch, bad, batch.sampler_logprobs_M, Objective(), step=7, temperature=1.0, seed=0
         )
     for name, tensor in model.state_dict().items():

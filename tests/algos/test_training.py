@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from toy import WORDS
-from toyworld import TOY, small_model
+from toyworld import TOY, learner_options, small_model
 
 from atod_algos.atod import ATOD
 from atod_algos.cli import main, with_rules
@@ -38,7 +38,7 @@ def metrics(run):
 
 
 def timeless(rows):
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "speed/"))} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "speed/", "memory/"))} for row in rows]
 
 
 def weights(run, step):
@@ -269,13 +269,13 @@ def test_profiles_fill_in_only_what_was_left_open():
 
 
 def test_learning_rate_warms_up_and_falls():
-    from atod_algos.learner import OptimizerOptions, learning_rate
+    from atod_algos.optimizer import learning_rate
 
-    falling = OptimizerOptions(lr=1.0, lr_floor=0.1, steps=11)
+    falling = learner_options(lr=1.0, lr_floor=0.1, steps=11)
     rates = [learning_rate(falling, step) for step in range(1, 12)]
     assert rates[0] == 1.0 and rates[5] == pytest.approx(0.55) and rates[10] == pytest.approx(0.1)
     assert rates == sorted(rates, reverse=True)
-    constant = OptimizerOptions(lr=1.0, warmup_steps=4, steps=11)
+    constant = learner_options(lr=1.0, lr_floor=1.0, warmup_steps=4, steps=11)
     assert [learning_rate(constant, step) for step in (1, 2, 4, 11)] == [0.25, 0.5, 1.0, 1.0]
 
 

@@ -38,3 +38,10 @@ def small_model(tokenizer, seed: int, hidden: int = 32):
             if parameter.ndim == 2:
                 parameter.normal_(0, 0.15)
     return model.eval()
+
+
+def learner_options(**changes):
+    """The learner's settings as a real checkpoint's run has them, with changes."""
+    from atod_algos.config import TrainConfig, optimizer_options, resolve
+
+    return optimizer_options(resolve(TrainConfig(student="folder", **changes)))
