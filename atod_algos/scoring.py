@@ -7,7 +7,7 @@ recomputed in the backward pass instead of kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from atod_algos.batch import Scores, TokenBatch
+from atod_algos.memory import Budget
 from atod_algos.packing import pack, packable, packed_states, packs
 
 CHUNK_LOGITS = 1 << 24
@@ -196,11 +197,15 @@ def score(
     entropy_M = np.zeros(batch.n_tokens)
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        for rows in split_rows(model, batch.rows, budget):
+
+    @torch.no_grad()
+    def attempt(tokens: int) -> None:
+        for rows in split_rows(model, batch.rows, tokens):
             index_M, logprobs, spread = row_logprobs(model, batch, rows, temperature=temperature, entropy=entropy)
-            logprobs_M[index_M] = logprobs.double().cpu().numpy()
-            entropy_M[index_M] = spread.double().cpu().numpy()
+            logprobs_M[index_M] = _numbers(logprobs)
+            entropy_M[index_M] = _numbers(spread)
+
+    _in_memory(attempt, batch, budget)
     model.train(was_training)
     return logprobs_M, entropy_M
 
@@ -235,8 +240,10 @@ def compare(
     logprobs_MS = np.zeros((n, width), dtype=np.float32) if support else None
     modes = student.training, teacher.training
     student.eval(), teacher.eval()
-    with torch.no_grad():
-        for rows in split_rows(student, batch.rows, budget):
+
+    @torch.no_grad()
+    def attempt(tokens: int) -> None:
+        for rows in split_rows(student, batch.rows, tokens):
             index_M, own_states, targets = _states(student, batch, rows)
             _, their_states, _ = _states(teacher, batch, rows)
             for start in range(0, len(index_M), size):
@@ -255,6 +262,8 @@ def compare(
                     ids_MS[at], logprobs_MS[at] = best.indices.cpu().numpy(), best.values.cpu().numpy()
                 own, theirs = (torch.log_softmax(part[:, :shared], dim=-1) for part in (own, theirs))
                 kl_M[at] = _numbers((own.exp() * (own - theirs)).sum(-1).clamp(min=0))
+
+    _in_memory(attempt, batch, budget)
     student.train(modes[0]), teacher.train(modes[1])
     return Scores(
         student_M,
@@ -266,6 +275,11 @@ def compare(
         teacher_support_MS=logprobs_MS,
         vocabulary=shared,
     )
+
+
+def _in_memory(attempt: Callable[[int], None], batch: TokenBatch, budget: int) -> None:
+    """Score with so many tokens at once, or with fewer where memory runs out; what was written is written again."""
+    Budget(budget).run("scoring", attempt, least=max(len(row) for row in batch.rows), undo=lambda: None)
 
 
 def _numbers(values: torch.Tensor) -> np.ndarray:

@@ -249,7 +249,7 @@ def test_out_of_memory_says_what_to_lower(options, tmp_path, capsys, monkeypatch
     def burst(*a, **k):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
-    monkeypatch.setattr("atod_algos.trainer.score", burst)
+    monkeypatch.setattr("atod_algos.frozen.score", burst)
     err = failing(OPD, [*options, "--steps", "2", "--run", str(tmp_path / "r")], capsys)
     assert "out of memory; lower --token-budget" in err
 
