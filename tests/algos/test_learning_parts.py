@@ -75,7 +75,7 @@ def test_layouts_score_the_same(tokenizer, groups, batch):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_scores_and_entropies_are_those_of_plain_logits(tokenizer, batch, temperature, monkeypatch):
     model = small_model(tokenizer, 7)
-    monkeypatch.setattr(scoring, "_CHUNK_LOGITS", 7 * len(tokenizer))  # several chunks
+    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 7 * len(tokenizer))  # several chunks
     logprobs, entropy = scoring.score(model, batch, temperature=temperature, budget=200, entropy=True)
     for m in range(0, batch.n_tokens, 17):
         row, column = batch.rows[batch.row_M[m]], batch.column_M[m]
@@ -99,14 +99,14 @@ def test_no_tensor_of_rows_by_positions_by_vocabulary_is_made(tokenizer, batch):
                 largest = max(largest, out.numel() // len(tokenizer))
             return out
 
-    limit = scoring._CHUNK_LOGITS
-    scoring._CHUNK_LOGITS = 48 * len(tokenizer)
+    limit = scoring.CHUNK_LOGITS
+    scoring.CHUNK_LOGITS = 48 * len(tokenizer)
     try:
         with Watch():
             index, logprobs, _ = scoring.row_logprobs(model, batch, np.arange(len(batch.rows)), temperature=1.0)
             logprobs.sum().backward()
     finally:
-        scoring._CHUNK_LOGITS = limit
+        scoring.CHUNK_LOGITS = limit
     assert len(index) > 200 and 0 < largest <= 48
 
 

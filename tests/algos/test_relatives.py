@@ -331,7 +331,7 @@ def test_comparison_equals_brute_force_in_any_chunks(tokenizer, batch, temperatu
     own, theirs = plain_logprobs(student, batch, temperature), plain_logprobs(teacher, batch, temperature)
     ids = np.array([batch.rows[r][c] for r, c in zip(batch.row_M, batch.column_M, strict=True)])
     for limit in (1 << 24, 4 * 5 * len(tokenizer)):
-        monkeypatch.setattr(scoring, "_CHUNK_LOGITS", limit)
+        monkeypatch.setattr(scoring, "CHUNK_LOGITS", limit)
         found = scoring.compare(student, teacher, batch, temperature=temperature, budget=40, support=7)
         close(found.student_M, own[np.arange(len(ids)), ids], 2e-5)
         close(found.teacher_M, theirs[np.arange(len(ids)), ids], 2e-5)
@@ -358,7 +358,7 @@ def test_comparison_equals_the_plain_scores_and_holds_no_large_tensor(tokenizer,
                 largest_seen = max(largest_seen, out.numel() // len(tokenizer))
             return out
 
-    monkeypatch.setattr(scoring, "_CHUNK_LOGITS", 4 * 3 * len(tokenizer))
+    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 4 * 3 * len(tokenizer))
     with Watch():
         found = scoring.compare(student, teacher, batch, temperature=1.0, support=4)
     assert 0 < largest_seen <= 3 < batch.n_tokens
@@ -521,7 +521,7 @@ def test_support_needs_no_large_tensor_in_the_backward_pass(tokenizer, batch, mo
     scores = scoring.compare(student, teacher, batch, temperature=1.0, support=3)
     gradients = []
     for limit in (1 << 24, 4 * len(tokenizer)):
-        monkeypatch.setattr(scoring, "_CHUNK_LOGITS", limit)
+        monkeypatch.setattr(scoring, "CHUNK_LOGITS", limit)
         student.zero_grad()
         found = scoring.predict(
             student, batch, np.arange(len(batch.rows)), temperature=1.0, support_MS=scores.support_MS
