@@ -114,7 +114,7 @@ def gradient(model, batch, advantage, old, objective, budget, minibatches=1):
     model = copy.deepcopy(model)
     learner = Learner(model, learner_options(lr=1e-3, token_budget=budget, minibatches=minibatches, grad_clip=1e9))
     seen = {}
-    learner._optimizer.step = lambda: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    learner._updater._optimizer.step = lambda: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
     metrics = learner.update(batch, advantage, old, objective, step=1, temperature=1.0, seed=0)
     return seen, metrics
 
@@ -161,11 +161,17 @@ def test_opd_gradient_lowers_the_gap_to_the_teacher(tokenizer, batch):
 def test_a_nan_stops_before_the_weights_change(tokenizer, batch):
     model = small_model(tokenizer, 5)
     before = copy.deepcopy(model.state_dict())
-    bad = np.zeros(batch.n_tokens)
-    bad[3] = np.nan
+    learner = Learner(model, learner_options(lr=1e-3, minibatches=1))
     with pytest.raises(AtodError, match="step 7: the gradient is nan"):
-        Learner(model, learner_options(lr=1e-3, minibatches=1)).update(
-            batch, bad, batch.sampler_logprobs_M, Objective(), step=7, temperature=1.0, seed=0
+        learner.update(
+            batch,
+            np.zeros(batch.n_tokens),
+            batch.sampler_logprobs_M,
+            Objective(),
+            step=7,
+            temperature=1.0,
+            seed=0,
+            auxiliary=lambda logprobs, index_M: logprobs * math.nan,
         )
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
