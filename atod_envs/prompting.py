@@ -75,6 +75,31 @@ class PromptStyle(Protocol):
         """A response that asks for ``action``; ``parse`` gives it back. Used for demonstrations."""
 
 
+@dataclass(frozen=True, slots=True)
+class _AsConversation:
+    """A prompt style whose messages follow each other in one growing conversation."""
+
+    inner: PromptStyle
+    layout: Layout = Layout.CONVERSATION
+
+    def prompt(self, history: History) -> str:
+        """The inner style's message."""
+        return self.inner.prompt(history)
+
+    def parse(self, response: str) -> Parsed:
+        """As the inner style."""
+        return self.inner.parse(response)
+
+    def respond(self, action: str, thought: str) -> str:
+        """As the inner style."""
+        return self.inner.respond(action, thought)
+
+
+def as_conversation(style: PromptStyle) -> PromptStyle:
+    """The same messages, but each turn sees the whole conversation so far instead of its own message alone."""
+    return style if style.layout is Layout.CONVERSATION else _AsConversation(style)
+
+
 def parse_tagged(response: str, tail: int) -> Parsed:
     """Read ``<action> ... </action>`` as the published code does.
 

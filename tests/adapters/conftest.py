@@ -1,0 +1,25 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "envs"), str(Path(__file__).parents[1] / "algos")]
+
+BUILTIN = {"atod/ALFWorld-v0": {"data": "builtin"}, "atod/WebShop-v0": {}, "atod/SearchQA-v0": {"data": "builtin"}}
+"""Each environment with arguments that need no files; the variables that name data folders are taken away."""
+
+
+@pytest.fixture(autouse=True)
+def no_data_folders(monkeypatch):
+    for name in ("ALFWORLD_DATA", "WEBSHOP_DATA", "SEARCHQA_DATA"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(params=BUILTIN, ids=lambda env_id: env_id.split("/")[1].split("-")[0])
+def env_id(request):
+    return request.param
+
+
+@pytest.fixture
+def options(env_id):
+    return dict(BUILTIN[env_id])
