@@ -57,8 +57,11 @@ class TRLRollout:
         concurrency: int = 64,
         **options: Any,
     ) -> None:
-        self._make = lambda: cast("gym.Env[str, str]", gym.make(env_id, **options))
-        first = cast("TextEnv", self._make().unwrapped)
+        def make() -> gym.Env[str, str]:
+            return gym.make(env_id, **options)
+
+        self._make = make
+        first = cast("TextEnv", make().unwrapped)
         self.tasks = first.tasks
         self.style = as_conversation(first.prompt_styles()[style] if isinstance(style, str) else style)
         self.max_tokens, self.max_context, self.concurrency = max_tokens, max_context, concurrency
@@ -121,7 +124,9 @@ class TRLRollout:
                     f"log-probs are those that are trained on; leave it at {neutral[0]!r}"
                 )
         if getattr(trainer, "is_fsdp_enabled", False):
-            raise ValueError("weights that FSDP has sharded cannot be sampled from in place; use DDP or DeepSpeed, or one device")
+            raise ValueError(
+                "weights that FSDP has sharded cannot be sampled from in place; use DDP or DeepSpeed, or one device"
+            )
 
 
 def trl_rows(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:

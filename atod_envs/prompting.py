@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any, Protocol, cast
 
 import gymnasium as gym
+from gymnasium.utils import RecordConstructorArgs
 
 from atod_envs.errors import UnknownName
 from atod_envs.spaces import UnicodeText
@@ -128,7 +129,7 @@ def history_lines(history: History, length: int) -> tuple[str, int]:
     return "\n".join(lines), len(lines)
 
 
-class Prompted(gym.Wrapper[str, str, str, str]):
+class Prompted(gym.Wrapper[str, str, str, str], RecordConstructorArgs):
     """An environment whose observation is a prompt and whose action is a whole response.
 
     ``info`` gains ``observation`` (the environment's own text), ``action`` (what was executed), ``format_ok``, and
@@ -140,6 +141,7 @@ class Prompted(gym.Wrapper[str, str, str, str]):
     """
 
     def __init__(self, env: gym.Env[str, str], style: str | PromptStyle = "atod") -> None:
+        RecordConstructorArgs.__init__(self, style=style)  # so that Gymnasium can make the wrapped environment again
         super().__init__(env)
         if isinstance(style, str):
             styles = cast("TextEnv", env.unwrapped).prompt_styles()

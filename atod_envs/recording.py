@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import gymnasium as gym
+from gymnasium.utils import RecordConstructorArgs
 
 from atod_envs.errors import EpisodeError
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import StopReason, Trajectory, Turn
 
 
-class RecordTurns(gym.Wrapper[str, str, str, str]):
+class RecordTurns(gym.Wrapper[str, str, str, str], RecordConstructorArgs):
     """Records the turns of the current episode.
 
     At the end of an episode ``info["trajectory"]`` holds it. ``trajectory`` gives the episode so far at any time.
@@ -27,6 +28,7 @@ class RecordTurns(gym.Wrapper[str, str, str, str]):
     """
 
     def __init__(self, env: gym.Env[str, str]) -> None:
+        RecordConstructorArgs.__init__(self)
         super().__init__(env)
         self._turns: list[Turn] = []
         self._info: dict[str, Any] | None = None

@@ -10,7 +10,15 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from atod_envs.adapters.messages import assistant, conversations, find_style, responses, turn_prompts, user, whole_characters
+from atod_envs.adapters.messages import (
+    assistant,
+    conversations,
+    find_style,
+    responses,
+    turn_prompts,
+    user,
+    whole_characters,
+)
 from atod_envs.adapters.rows import token_rows
 from atod_envs.prompting import Layout, PromptStyle
 from atod_envs.trajectory import Group, Trajectory, from_record, to_record
@@ -18,7 +26,9 @@ from atod_envs.trajectory import Group, Trajectory, from_record, to_record
 try:
     import datasets
 except ImportError as error:
-    raise ImportError("this export needs datasets: pip install 'atod[datasets]', or write .jsonl or .parquet") from error
+    raise ImportError(
+        "this export needs datasets: pip install 'atod[datasets]', or write .jsonl or .parquet"
+    ) from error
 
 IGNORED = -100
 """Label of a token that no loss is taken of."""

@@ -67,7 +67,9 @@ def _buffer(number: int, trajectory: Trajectory) -> Any:
         id=number,
         seed=trajectory.seed if trajectory.seed >= 0 else None,
         options=options,
-        observations=[whole_characters(text) for text in (*(t.observation for t in turns), trajectory.final_observation)],
+        observations=[
+            whole_characters(text) for text in (*(t.observation for t in turns), trajectory.final_observation)
+        ],
         actions=[whole_characters(turn.action) for turn in turns],
         rewards=[turn.reward for turn in turns],
         terminations=[*before, ended],

@@ -3,7 +3,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "envs"), str(Path(__file__).parents[1] / "algos")]
+sys.path[:0] = [
+    str(Path(__file__).parent),
+    str(Path(__file__).parents[1] / "envs"),
+    str(Path(__file__).parents[1] / "algos"),
+]
 
 BUILTIN = {"atod/ALFWorld-v0": {"data": "builtin"}, "atod/WebShop-v0": {}, "atod/SearchQA-v0": {"data": "builtin"}}
 """Each environment with arguments that need no files; the variables that name data folders are taken away."""
