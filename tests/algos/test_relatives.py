@@ -569,7 +569,10 @@ def test_dapo_learns_from_mixed_groups_only_and_resumes_bit_for_bit(options, tmp
     main(GRPO, [*dapo, "--steps", "4", "--run", str(tmp_path / "parts")])
 
     def timeless(run):
-        return [{k: v for k, v in row.items() if not k.startswith(("time/", "speed/", "memory/"))} for row in metrics_of(run)]
+        return [
+            {k: v for k, v in row.items() if not k.startswith(("time/", "speed/", "memory/"))}
+            for row in metrics_of(run)
+        ]
 
     rows = timeless(tmp_path / "whole")
     assert timeless(tmp_path / "parts") == rows
