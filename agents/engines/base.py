@@ -1,4 +1,4 @@
-"""The engine protocol: five verbs that every inference back end offers, and the data they exchange.
+"""The engine protocol: the verbs that every inference back end offers, and the data they exchange.
 
 The invariant: an engine is given token ids and returns the ids that it sampled with their log-probs under the very
 distribution they were drawn from; text never passes through it. Requests are independent: what one request samples
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+from atod_envs.errors import AtodError
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +63,19 @@ class Completion:
     seconds: float
 
 
+class EngineDied(AtodError):
+    """An engine failed in the middle of its work and answers nothing more; what was running on it is lost."""
+
+    def __init__(self, name: str, cause: BaseException) -> None:
+        reason = (str(cause).strip().splitlines() or ["no message"])[0]
+        super().__init__(
+            f"the {name} engine died ({type(cause).__name__}: {reason}); the step in progress is lost. Run the same command "
+            "again to go on from the last checkpoint"
+        )
+
+
 class Engine(Protocol):
-    """Continuous batching behind five verbs."""
+    """Continuous batching behind seven verbs."""
 
     version: int
     """Version of the weights that sample; raised by every ``load_weights``."""
@@ -73,13 +86,34 @@ class Engine(Protocol):
         """Queue a request. Raises ValueError if it cannot fit the context."""
 
     def step(self) -> list[Completion]:
-        """Advance all running requests; return those that have finished."""
+        """Advance all running requests; return those that have finished. Raises EngineDied if that failed."""
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights, by the model's own parameter names."""
 
+    def sleep(self) -> None:
+        """Give memory back while somebody else computes; no request may be running."""
+
+    def wake(self) -> None:
+        """Take the memory again. What the weights are is undefined until ``load_weights``."""
+
     def close(self) -> None:
         """Free what the engine holds."""
+
+
+def check_request(request_id: str, prompt_ids: Sequence[int], params: SamplingParams, max_context: int) -> None:
+    """Refuse what no engine can run.
+
+    Raises:
+        ValueError: the prompt is empty, or prompt and response do not fit the context.
+    """
+    if not prompt_ids:
+        raise ValueError(f"request {request_id!r} has an empty prompt")
+    if len(prompt_ids) + params.max_tokens > max_context:
+        raise ValueError(
+            f"request {request_id!r}: {len(prompt_ids)} prompt tokens and up to {params.max_tokens} new ones exceed the "
+            f"context of {max_context}"
+        )
 
 
 def uniform(seeds_N: np.ndarray, positions_N: np.ndarray) -> np.ndarray:

@@ -1,0 +1,234 @@
+"""Keys and values of the running requests, and attention over them for one ragged forward pass.
+
+The new tokens of all requests, whether a whole prompt or a single token, are laid end to end: nothing but attention needs to
+know where one request ends, so no layer computes padding. Attention goes by blocks of rows that want a similar amount of
+work. The invariant: a token sees the positions of its own slot up to its own, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+_GROWTH = 256
+"""The store grows in steps of this many positions, so that short episodes do not pay for the longest context."""
+_WIDE = 64
+"""Rows with at least this many new tokens attend on their own: nothing is padded, and a fused kernel pays."""
+_BLOCK_SCORES = 1 << 22
+"""Most attention scores of a block that stand in memory at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The new tokens of one slot in a pass.
+
+    Attributes:
+        row: the slot.
+        start: position of the first new token, which is the number of positions cached before.
+        width: number of new tokens.
+    """
+
+    row: int
+    start: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows that attend together; n rows of up to w queries over ``span`` positions."""
+
+    rows: torch.Tensor | slice
+    gather: torch.Tensor  # [n, w] places in the pass
+    scatter: torch.Tensor  # [t] places in [n * w] that are real
+    target: torch.Tensor  # [t] where they stand in the pass
+    span: int
+    bias: torch.Tensor | None  # [n, 1, 1, w, span], 0 or -inf; None: causal from the first position
+
+
+class Store:
+    """Keys and values of all slots: for each layer one tensor [slots, heads, positions, width].
+
+    It is also the cache object that transformers' attention layers write through.
+    """
+
+    def __init__(
+        self, layers: int, slots: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (slots, heads, 0, width)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self._blocks: list[_Block] = []
+        self._place = torch.empty(0)
+
+    @property
+    def length(self) -> int:
+        """Positions there is room for."""
+        return int(self.keys[0].shape[2]) if self.keys else 0
+
+    def grow(self, length: int) -> None:
+        """Make room for ``length`` positions."""
+        if length <= self.length:
+            return
+        length = -(-length // _GROWTH) * _GROWTH
+        for tensors in (self.keys, self.values):
+            for i, old in enumerate(tensors):
+                new = old.new_zeros(old.shape[0], old.shape[1], length, old.shape[3])
+                new[:, :, : old.shape[2]] = old
+                tensors[i] = new
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        for tensors in (self.keys, self.values):
+            tensors[:] = [tensor[:, :, :0].clone() for tensor in tensors]
+        self._blocks = []
+
+    def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Copy the first ``length`` positions of one row to others."""
+        rows = list(targets)
+        for tensors in (self.keys, self.values):
+            for tensor in tensors:
+                tensor[rows, :, :length] = tensor[source, :, :length]
+
+    # --- one pass -------------------------------------------------------------------------------------------------
+
+    def begin(self, segments: Sequence[Segment], columns_T: np.ndarray) -> None:
+        """Prepare a pass over the new tokens of some slots, laid end to end in this order.
+
+        Args:
+            segments: one for each slot; every slot at most once.
+            columns_T: position of each token in its slot.
+        """
+        self.grow(int(columns_T.max()) + 1)
+        device = self.keys[0].device
+        heads = self.keys[0].shape[1]
+        rows_T = np.repeat([s.row for s in segments], [s.width for s in segments])
+        place = (rows_T[:, None] * heads + np.arange(heads)) * self.length + columns_T[:, None]
+        self._place = torch.from_numpy(place.ravel()).to(device)
+        offsets = np.cumsum([0, *(s.width for s in segments)])
+        single = [i for i, s in enumerate(segments) if s.width == 1]
+        narrow = sorted((i for i, s in enumerate(segments) if 1 < s.width < _WIDE), key=lambda i: segments[i].width)
+        self._blocks = [
+            self._wide_block(segments[i], int(offsets[i])) for i, s in enumerate(segments) if s.width >= _WIDE
+        ]
+        if single:
+            self._blocks.append(self._single_block([segments[i] for i in single], offsets[single]))
+        while narrow:
+            # Rows of similar width share a block; one stays small enough for its scores to be held.
+            span = max(segments[i].start + segments[i].width for i in narrow)
+            count = 1
+            while count < len(narrow) and segments[narrow[count]].width <= 2 * segments[narrow[0]].width:
+                if (count + 1) * segments[narrow[count]].width * span * heads > _BLOCK_SCORES:
+                    break
+                count += 1
+            part, narrow = narrow[:count], narrow[count:]
+            self._blocks.append(self._narrow_block([segments[i] for i in part], offsets[part]))
+
+    def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store the pass's keys and values of a layer, each [tokens, heads, width]."""
+        for store, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            width = store.shape[3]
+            store.view(-1, width).index_copy_(0, self._place, new.reshape(-1, width))
+
+    def attend(self, layer: int, queries: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Attention of the pass's queries [tokens, query heads, width] over their own slots; the same shape."""
+        out = torch.empty_like(queries)
+        for block in self._blocks:
+            out.index_copy_(0, block.target, self._attend_block(block, layer, queries, scaling))
+        return out
+
+    def _attend_block(self, block: _Block, layer: int, queries: torch.Tensor, scaling: float) -> torch.Tensor:
+        keys = self.keys[layer][block.rows, :, : block.span]
+        values = self.values[layer][block.rows, :, : block.span]
+        (n, w), (heads, width) = block.gather.shape, keys.shape[1::2]
+        group = queries.shape[1] // heads
+        if block.bias is None:
+            # One row that begins at its first position: plain causal attention.
+            first = queries[block.target].transpose(0, 1)[None]
+            fused = scaled_dot_product_attention(
+                first, keys, values, is_causal=True, scale=scaling, enable_gqa=group > 1
+            )
+            return fused[0].transpose(0, 1)
+        grouped = queries[block.gather.flatten()].view(n, w, heads, group, width).permute(0, 2, 3, 1, 4)
+        flat = grouped.reshape(n, heads, group * w, width)
+        # Heads that share keys are further queries of one head: keys are neither repeated nor read twice.
+        if w >= _WIDE:
+            mask = block.bias.expand(n, 1, group, w, block.span).reshape(n, 1, group * w, block.span)
+            mixed = scaled_dot_product_attention(flat, keys, values, attn_mask=mask, scale=scaling)
+        else:
+            scores = torch.matmul(flat, keys.transpose(2, 3)).float().view(n, heads, group, w, block.span)
+            weights = torch.softmax(scores.mul_(scaling).add_(block.bias), dim=-1).to(values.dtype)
+            mixed = torch.matmul(weights.view(n, heads, group * w, block.span), values)
+        order = mixed.view(n, heads, group, w, width).permute(0, 3, 1, 2, 4)
+        return order.reshape(n * w, heads * group, width)[block.scatter]
+
+    # --- blocks ---------------------------------------------------------------------------------------------------
+
+    def _wide_block(self, segment: Segment, offset: int) -> _Block:
+        places = np.arange(offset, offset + segment.width)
+        start, span = segment.start, segment.start + segment.width
+        bias = self._bias(np.arange(start, span)[None], span) if start else None
+        return self._block(slice(segment.row, segment.row + 1), places[None], np.arange(segment.width), span, bias)
+
+    def _narrow_block(self, segments: Sequence[Segment], offsets: np.ndarray) -> _Block:
+        width = max(s.width for s in segments)
+        starts, widths = np.array([s.start for s in segments]), np.array([s.width for s in segments])
+        ramp = np.arange(width)
+        gather = offsets[:, None] + np.minimum(ramp, widths[:, None] - 1)
+        real = np.flatnonzero((ramp < widths[:, None]).ravel())
+        span = int((starts + widths).max())
+        rows = torch.tensor([s.row for s in segments], device=self.keys[0].device)
+        return self._block(rows, gather, real, span, self._bias(starts[:, None] + ramp, span))
+
+    def _single_block(self, segments: Sequence[Segment], offsets: np.ndarray) -> _Block:
+        """Rows with one new token.
+
+        Where most slots between the first and the last take part, the others are carried along: a contiguous view of the
+        store costs nothing, a gathered copy costs a pass over it. What they compute is dropped.
+        """
+        rows = np.array([s.row for s in segments])
+        starts = np.array([s.start for s in segments])
+        span = int(starts.max()) + 1
+        low, high = int(rows.min()), int(rows.max()) + 1
+        if 2 * len(rows) < high - low:
+            index = torch.from_numpy(rows).to(self.keys[0].device)
+            return self._block(index, offsets[:, None], np.arange(len(rows)), span, self._bias(starts[:, None], span))
+        gather = np.full(high - low, offsets[0])
+        gather[rows - low] = offsets
+        ends = np.zeros(high - low, dtype=np.int64)
+        ends[rows - low] = starts
+        return self._block(slice(low, high), gather[:, None], rows - low, span, self._bias(ends[:, None], span))
+
+    def _block(
+        self, rows: torch.Tensor | slice, gather: np.ndarray, real: np.ndarray, span: int, bias: torch.Tensor | None
+    ) -> _Block:
+        device = self.keys[0].device
+        target = torch.from_numpy(gather.ravel()[real]).to(device)
+        return _Block(rows, torch.from_numpy(gather).to(device), torch.from_numpy(real).to(device), target, span, bias)
+
+    def _bias(self, positions: np.ndarray, span: int) -> torch.Tensor:
+        """0 where a query may look, -inf beyond its position: [n, w] -> [n, 1, 1, w, span]."""
+        device, dtype = self.keys[0].device, self.keys[0].dtype
+        last = torch.from_numpy(positions).to(device)
+        hidden = torch.arange(span, device=device) > last[:, None, None, :, None]
+        wide = positions.shape[1] >= _WIDE
+        return torch.zeros(hidden.shape, dtype=dtype if wide else torch.float32, device=device).masked_fill_(
+            hidden, float("-inf")
+        )
+
+    # --- transformers' cache protocol -----------------------------------------------------------------------------
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store [1, heads, tokens, width]; attention reads them from here, so they are handed back as they came."""
+        self.write(layer_idx, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions are always given explicitly; nothing is inferred from this."""
+        return 0
