@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -16,6 +17,9 @@ log = logging.getLogger(__name__)
 _RESPONSE = "\x02the response\x03"
 _MESSAGE = "\x02the message\x03"
 """Stand in for a response and a message while the template is probed; no template treats them specially."""
+
+_REMEMBERED = 512
+"""Texts of fewer characters are tokenized once and remembered."""
 
 
 class _Frame:
@@ -55,6 +59,7 @@ class ChatFormat:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token")
         self.stop_ids: tuple[int, ...] = (int(tokenizer.eos_token_id),)
+        self._ids = lru_cache(maxsize=16384)(lambda text: tuple(self._tokenize(text)))
         self._opening = _Frame(lambda message: self._render([{"role": "user", "content": message}]))
         self._continuation = _Frame(self._between)
         self._check_stop()
@@ -124,6 +129,10 @@ class ChatFormat:
         return str(text)
 
     def _encode(self, text: str) -> list[int]:
+        # Environments say the same short things again and again.
+        return list(self._ids(text)) if len(text) < _REMEMBERED else self._tokenize(text)
+
+    def _tokenize(self, text: str) -> list[int]:
         return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False)]
 
 

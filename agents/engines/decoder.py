@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
-from torch.nn.functional import rms_norm
+from torch.nn.functional import linear, rms_norm
 
 from agents.engines.store import Store
 
@@ -21,8 +22,17 @@ _FAMILY = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralF
 _STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
 """Rotary variants whose angles depend on the position alone."""
 
-Decoder = Callable[[torch.Tensor, torch.Tensor, Store], torch.Tensor]
-"""Ids and positions of the pass's tokens, both [T], and the store that was prepared for it -> states [T, D]."""
+_Map = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Decoder(Protocol):
+    """Ids and positions of a pass's tokens, both [T], and the store that was prepared for it -> states [T, D]."""
+
+    def __call__(self, ids_T: torch.Tensor, positions_T: torch.Tensor, store: Store) -> torch.Tensor:
+        """Compute the tokens."""
+
+    def rebind(self) -> None:
+        """Look the model's modules up again."""
 
 
 def make_decoder(model: Any, max_context: int) -> Decoder:
@@ -50,6 +60,9 @@ class ModuleDecoder:
 
         AttentionInterface.register(_ATTENTION, _attention)
         self._model = model
+
+    def rebind(self) -> None:
+        """Nothing was remembered."""
 
     def __call__(self, ids_T: torch.Tensor, positions_T: torch.Tensor, store: Store) -> torch.Tensor:
         """Run the modules on one row that holds all tokens."""
@@ -100,32 +113,39 @@ class FamilyDecoder:
     """Qwen2, Qwen3, Llama and Mistral, written out.
 
     For small models and few tokens most of a forward pass is the bookkeeping of modules and of unfused norms; written out it
-    takes a fraction. The projections are called as modules, so adapters that were put around them take part.
+    takes a fraction. Projections that are more than a matrix (adapters) are called as the modules they are.
     """
 
     def __init__(self, model: Any, max_context: int) -> None:
         self._model = model
         self._max_context = max_context
+        self._layers: list[_Layer] = []
         self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def rebind(self) -> None:
+        """Look the modules up again; they may have been wrapped or moved."""
+        self._layers = [_Layer.of(layer) for layer in self._model.get_decoder().layers]
+        self._angles = None
 
     def __call__(self, ids_T: torch.Tensor, positions_T: torch.Tensor, store: Store) -> torch.Tensor:
         """Run the layers."""
+        if not self._layers:
+            self.rebind()
         body = self._model.get_decoder()
         states = body.embed_tokens(ids_T)
         cos, sin = self._rotary(body, positions_T, states)
-        for index, layer in enumerate(body.layers):
-            attention, mlp = layer.self_attn, layer.mlp
-            x = _norm(layer.input_layernorm, states)
-            heads = (len(x), -1, attention.head_dim)
-            q, k = attention.q_proj(x).view(heads), attention.k_proj(x).view(heads)
-            if hasattr(attention, "q_norm"):
-                q, k = _norm(attention.q_norm, q), _norm(attention.k_norm, k)
-            store.write(index, _rotate(k, cos, sin), attention.v_proj(x).view(heads))
-            mixed = store.attend(index, _rotate(q, cos, sin), attention.scaling)
-            states = states + attention.o_proj(mixed.flatten(1))
-            x = _norm(layer.post_attention_layernorm, states)
-            states = states + mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
-        return _norm(body.norm, states)
+        for index, layer in enumerate(self._layers):
+            x = layer.before(states)
+            heads = (len(x), -1, layer.width)
+            q, k, v = layer.q(x).view(heads), layer.k(x).view(heads), layer.v(x).view(heads)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q, k = layer.q_norm(q), layer.k_norm(k)
+            store.write(index, _rotate(k, cos, sin), v)
+            mixed = store.attend(index, _rotate(q, cos, sin), layer.scaling)
+            states = states + layer.o(mixed.flatten(1))
+            x = layer.between(states)
+            states = states + layer.down(layer.act(layer.gate(x)) * layer.up(x))
+        return _norm(body.norm)(states)
 
     def _rotary(
         self, body: Any, positions_T: torch.Tensor, states: torch.Tensor
@@ -141,8 +161,56 @@ class FamilyDecoder:
         return cos[positions_T, None], sin[positions_T, None]
 
 
-def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
-    return rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What one layer computes with."""
+
+    before: _Map
+    q: _Map
+    k: _Map
+    v: _Map
+    q_norm: _Map | None
+    k_norm: _Map | None
+    o: _Map
+    between: _Map
+    gate: _Map
+    up: _Map
+    down: _Map
+    act: _Map
+    width: int
+    scaling: float
+
+    @classmethod
+    def of(cls, layer: Any) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        return cls(
+            before=_norm(layer.input_layernorm),
+            q=_projection(attention.q_proj),
+            k=_projection(attention.k_proj),
+            v=_projection(attention.v_proj),
+            q_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+            k_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+            o=_projection(attention.o_proj),
+            between=_norm(layer.post_attention_layernorm),
+            gate=_projection(mlp.gate_proj),
+            up=_projection(mlp.up_proj),
+            down=_projection(mlp.down_proj),
+            act=mlp.act_fn,
+            width=attention.head_dim,
+            scaling=attention.scaling,
+        )
+
+
+def _projection(module: Any) -> _Map:
+    if type(module) is not torch.nn.Linear:
+        return cast("_Map", module)
+    weight, bias = module.weight, module.bias
+    return lambda x: linear(x, weight, bias)
+
+
+def _norm(module: Any) -> _Map:
+    weight, epsilon = module.weight, module.variance_epsilon
+    return lambda x: rms_norm(x, x.shape[-1:], weight, epsilon)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

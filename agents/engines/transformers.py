@@ -153,6 +153,7 @@ class TransformersEngine:
                     own[name].copy_(tensor)
         # A fresh start, so that what follows does not depend, not even in rounding, on what ran before.
         self._forget()
+        self._decoder.rebind()
         self.model.eval()
         self.version += 1
 

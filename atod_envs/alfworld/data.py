@@ -186,11 +186,10 @@ class BuiltinSource:
         self.skipped = 0
         ids = builtin.task_ids(split)
         self.task_ids = tuple(sorted(task_id for task_id in ids if self.task_type(task_id) in task_types))
-        self._games = GameCache(lambda task_id: Game.parse(self.content(task_id), name=task_id))
 
     def game(self, task_id: str) -> Game:
         """The compiled game of a task."""
-        return self._games.get(task_id)
+        return _BUILTIN_GAMES.get(task_id)
 
     def content(self, task_id: str) -> Mapping[str, object]:
         """The content of the game's file."""
@@ -222,14 +221,22 @@ class GameCache:
 
     def get(self, task_id: str) -> Game:
         """The game of a task, compiled now or before."""
-        game = self._games.get(task_id)
-        if game is None:
-            game = self._games[task_id] = self._compile(task_id)
-            if len(self._games) > KEPT_GAMES:
-                self._games.popitem(last=False)
-        else:
-            self._games.move_to_end(task_id)
+        # Taken out and put back at the end: each is one operation, so threads may share the cache.
+        game = self._games.pop(task_id, None) or self._compile(task_id)
+        self._games[task_id] = game
+        if len(self._games) > KEPT_GAMES:
+            self._games.popitem(last=False)
         return game
+
+
+def _builtin_game(task_id: str) -> Game:
+    from atod_envs.alfworld import builtin
+
+    return Game.parse(builtin.game(task_id), name=task_id)
+
+
+_BUILTIN_GAMES = GameCache(_builtin_game)
+"""Shared by all environments of the process: the attempts of a group play one game, which nothing can change."""
 
 
 def _root(folder: Path, said: str) -> Path:
