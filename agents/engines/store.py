@@ -62,6 +62,8 @@ class Store:
         shape = (slots, heads, 0, width)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self._ramp = torch.empty(0, dtype=torch.int64, device=device)
+        self._shut = torch.tensor(float("-inf"), device=device)
         self._blocks: list[_Block] = []
         self._place = torch.empty(0)
 
@@ -80,6 +82,7 @@ class Store:
                 new = old.new_zeros(old.shape[0], old.shape[1], length, old.shape[3])
                 new[:, :, : old.shape[2]] = old
                 tensors[i] = new
+        self._ramp = torch.arange(length, device=self.keys[0].device)
 
     def clear(self) -> None:
         """Give the memory back."""
@@ -160,8 +163,8 @@ class Store:
             mask = block.bias.expand(n, 1, group, w, block.span).reshape(n, 1, group * w, block.span)
             mixed = scaled_dot_product_attention(flat, keys, values, attn_mask=mask, scale=scaling)
         else:
-            scores = torch.matmul(flat, keys.transpose(2, 3)).float().view(n, heads, group, w, block.span)
-            weights = torch.softmax(scores.mul_(scaling).add_(block.bias), dim=-1).to(values.dtype)
+            scores = torch.matmul(flat * scaling, keys.transpose(2, 3)).float().view(n, heads, group, w, block.span)
+            weights = torch.softmax(scores.add_(block.bias), dim=-1).to(values.dtype)
             mixed = torch.matmul(weights.view(n, heads, group * w, block.span), values)
         order = mixed.view(n, heads, group, w, width).permute(0, 3, 1, 2, 4)
         return order.reshape(n * w, heads * group, width)[block.scatter]
@@ -212,13 +215,9 @@ class Store:
 
     def _bias(self, positions: np.ndarray, span: int) -> torch.Tensor:
         """0 where a query may look, -inf beyond its position: [n, w] -> [n, 1, 1, w, span]."""
-        device, dtype = self.keys[0].device, self.keys[0].dtype
-        last = torch.from_numpy(positions).to(device)
-        hidden = torch.arange(span, device=device) > last[:, None, None, :, None]
-        wide = positions.shape[1] >= _WIDE
-        return torch.zeros(hidden.shape, dtype=dtype if wide else torch.float32, device=device).masked_fill_(
-            hidden, float("-inf")
-        )
+        last = torch.from_numpy(positions).to(self._ramp.device)[:, None, None, :, None]
+        shut = self._shut.to(self.keys[0].dtype) if positions.shape[1] >= _WIDE else self._shut
+        return torch.where(self._ramp[:span] > last, shut, torch.zeros_like(shut))
 
     # --- transformers' cache protocol -----------------------------------------------------------------------------
 
