@@ -103,8 +103,12 @@ def _attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     if atod_store is None or softcap is not None or s_aux is not None:
-        what = "soft-capped scores or attention sinks" if atod_store is not None else "attention without keyword options"
-        raise NotImplementedError(f"{type(module).__name__} uses {what}, which this engine does not run; use --engine vllm")
+        what = (
+            "soft-capped scores or attention sinks" if atod_store is not None else "attention without keyword options"
+        )
+        raise NotImplementedError(
+            f"{type(module).__name__} uses {what}, which this engine does not run; use --engine vllm"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return atod_store.attend(module.layer_idx, query[0].transpose(0, 1), scale)[None], None
 
@@ -147,9 +151,7 @@ class FamilyDecoder:
             states = states + layer.down(layer.act(layer.gate(x)) * layer.up(x))
         return _norm(body.norm)(states)
 
-    def _rotary(
-        self, body: Any, positions_T: torch.Tensor, states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotary(self, body: Any, positions_T: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine of each token, [T, 1, width], from a table of all positions."""
         if self._angles is None or self._angles[0].device != states.device or self._angles[0].dtype != states.dtype:
             everywhere = torch.arange(self._max_context, device=states.device)

