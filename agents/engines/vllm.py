@@ -243,8 +243,8 @@ def _head_width(config: Any) -> int:
 def _store_gib(model: Any, slots: int, max_context: int) -> int:
     """Main memory that all slots at full length need for keys and values, in GiB, within bounds."""
     config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     width = _head_width(config)
-    size = next(model.parameters()).element_size()
-    need = 2 * config.num_hidden_layers * heads * width * size * slots * max_context
+    size = int(next(model.parameters()).element_size())
+    need = 2 * int(config.num_hidden_layers) * heads * width * size * slots * max_context
     return max(1, min(_STORE_GIB, -(-need // (1 << 30))))

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from agents.engines.base import SamplingParams, uniform
+from agents.engines.base import EngineDied, SamplingParams, uniform
+from agents.engines.decoder import FamilyDecoder
+from agents.engines.sync import WeightMismatch, verify_weights
 from agents.engines.transformers import TransformersEngine
 
 
@@ -155,3 +157,129 @@ def test_random_streams_are_uniform_and_distinct():
     grid = draws.reshape(200, 100)
     assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.03
     assert abs(np.corrcoef(grid[:, :-1].ravel(), grid[:, 1:].ravel())[0, 1]) < 0.03
+
+
+def small(kind, **options):
+    import transformers
+
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=97,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "written_out"),
+    [
+        ("Qwen3", {}, True),
+        ("Qwen2", {}, True),
+        ("Llama", {"attention_bias": True}, True),
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, False),
+        ("Mistral", {"sliding_window": None}, True),
+        ("Olmo2", {}, False),
+        ("Gemma", {}, False),
+    ],
+)
+def test_every_family_gives_the_log_probs_of_its_own_forward_pass(kind, options, written_out):
+    model = small(kind, **options)
+    engine = TransformersEngine(model, slots=3)
+    assert isinstance(engine._decoder, FamilyDecoder) == written_out
+    texts = [*prompts(4, seed=9), *prompts(2, seed=10, low=100, high=200)]
+    done = run(engine, [(str(i), p, SamplingParams(10, 0.8, seed=i)) for i, p in enumerate(texts)])
+    for i, prompt in enumerate(texts):
+        got = done[str(i)]
+        np.testing.assert_allclose(got.logprobs, plain_logprobs(model, prompt, list(got.token_ids), 0.8), atol=3e-5)
+        longer = [*prompt, *got.token_ids, *range(5, 5 + 40 * (i % 3))]
+        more = run(engine, [("more", longer, SamplingParams(4, seed=i))])["more"]
+        np.testing.assert_allclose(more.logprobs, plain_logprobs(model, longer, list(more.token_ids)), atol=3e-5)
+
+
+def test_models_that_this_engine_cannot_run_are_refused():
+    with pytest.raises(ValueError, match="sliding"):
+        TransformersEngine(small("Mistral", sliding_window=16))
+    capped = small("Gemma2", layer_types=["full_attention"] * 2, attn_logit_softcapping=50.0)
+    engine = TransformersEngine(capped, slots=1)
+    engine.submit("a", [1, 2, 3], SamplingParams(2))
+    with pytest.raises(EngineDied, match="soft-capped"):
+        engine.step()
+
+
+@pytest.mark.parametrize(("bound", "scores"), [(40, 1 << 22), (8192, 500)])
+def test_bounds_on_memory_change_nothing(tiny_model, monkeypatch, bound, scores):
+    from agents.engines import store, transformers
+
+    texts = prompts(12, seed=11)
+    requests = [(str(i), p, SamplingParams(9, seed=i)) for i, p in enumerate(texts)]
+    expected = run(TransformersEngine(tiny_model, slots=12), requests)
+    monkeypatch.setattr(transformers, "_PASS_TOKENS", bound)
+    monkeypatch.setattr(store, "_BLOCK_SCORES", scores)
+    got = run(TransformersEngine(tiny_model, slots=12), requests)
+    assert {k: c.token_ids for k, c in got.items()} == {k: c.token_ids for k, c in expected.items()}
+
+
+def test_scattered_slots_attend_to_their_own_rows(tiny_model):
+    engine = TransformersEngine(tiny_model, slots=16)
+    texts = prompts(16, seed=12)
+    # Only the first and the last slot outlive the others: their rows are gathered, not viewed.
+    lengths = [30 if i in (0, 15) else 2 for i in range(16)]
+    done = run(engine, [(str(i), p, SamplingParams(lengths[i], seed=i)) for i, p in enumerate(texts)])
+    for i in (0, 15):
+        got = done[str(i)]
+        np.testing.assert_allclose(got.logprobs, plain_logprobs(tiny_model, texts[i], list(got.token_ids)), atol=2e-5)
+
+
+def test_an_engine_that_failed_stays_dead_and_says_why(tiny_model):
+    model = copy.deepcopy(tiny_model)
+    engine = TransformersEngine(model, slots=2)
+    engine.submit("a", [1, 2, 3], SamplingParams(5))
+    model.get_decoder().embed_tokens.forward = lambda ids: 1 / 0
+    for _ in range(2):
+        with pytest.raises(EngineDied, match=r"transformers engine died \(ZeroDivisionError.*again to go on"):
+            engine.step()
+
+
+def test_a_sleeping_engine_holds_no_memory_and_answers_as_before(tiny_model):
+    engine = TransformersEngine(tiny_model, slots=4)
+    request = ("a", prompts(1, seed=13)[0], SamplingParams(6, seed=1))
+    before = run(engine, [request])["a"].token_ids
+    assert engine._store.length
+    engine.sleep()
+    assert engine._store.length == 0
+    engine.wake()
+    engine.submit(*request)
+    with pytest.raises(RuntimeError, match="while requests are running"):
+        engine.sleep()
+    done = []
+    while not done:
+        done = engine.step()
+    assert done[0].token_ids == before
+
+
+def test_other_weights_than_the_trained_ones_are_noticed(tiny_model):
+    model = copy.deepcopy(tiny_model)
+    engine = TransformersEngine(copy.deepcopy(model), slots=4)
+    model.train()
+    assert verify_weights(engine, model) < 1e-5
+    assert model.training
+    with torch.no_grad():
+        model.get_output_embeddings().weight.add_(0.01 * torch.randn_like(model.get_output_embeddings().weight))
+    with pytest.raises(WeightMismatch, match="tied to its embedding"):
+        verify_weights(engine, model)
+    engine.load_weights(model.named_parameters())
+    assert verify_weights(engine, model) < 1e-5
