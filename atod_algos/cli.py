@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import tyro
 
 from atod_algos.config import TrainConfig, resolve
+from atod_algos.presets import fit_algorithm, preset_config, require_teacher
 from atod_envs.command import program
 from atod_envs.errors import AtodError, UnknownName
 
@@ -32,8 +33,10 @@ log = logging.getLogger(__name__)
 class _Common:
     rules: str = "paper"
     """Presets where sources differ: 'paper' follows the equations, 'released' the authors' code; some algorithms know more."""
+    preset: str | None = None
+    """Published settings of a model size: paper-0.6b, paper-1.7b or paper-4b (docs/presets.md). Other options given win over it."""
     dry_run: bool = False
-    """Print the effective settings and stop."""
+    """Print the effective settings, the memory that they need and the tokens of a step, and stop; needs no GPU and no weights."""
     verbose: bool = False
     """Log more."""
 
@@ -88,15 +91,16 @@ def guarded(command: Callable[[], object]) -> None:
 
 
 def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
-    # The rules must be known before the other defaults are: they are part of the defaults.
-    rules = "paper"
-    for place, argument in enumerate(arguments):
-        if argument == "--rules" and place + 1 < len(arguments):
-            rules = arguments[place + 1]
-        elif argument.startswith("--rules="):
-            rules = argument.partition("=")[2]
+    # Rules and preset must be known before the other defaults are: they are part of the defaults.
+    rules = _ahead(arguments, "--rules") or "paper"
     if rules not in algorithm.rules:
         raise UnknownName("rule set", rules, algorithm.rules)
+    config_default, options_default = TrainConfig(), with_rules(algorithm, rules)
+    preset = _ahead(arguments, "--preset")
+    if preset is not None:
+        env = _ahead(arguments, "--env") or config_default.env
+        config_default = preset_config(preset, env)
+        options_default = fit_algorithm(options_default, preset, env)
 
     flat = tyro.conf.arg(name="")
     common_type: Any = Annotated[_Common, flat]
@@ -107,7 +111,7 @@ def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
         return common, config, options
 
     entry.__annotations__ = {"common": common_type, "config": config_type, "options": algorithm_type}
-    entry.__defaults__ = (_Common(), TrainConfig(), with_rules(algorithm, rules))
+    entry.__defaults__ = (_Common(), config_default, options_default)
     module = sys.modules[algorithm.__module__]
     common, config, options = tyro.cli(
         entry,
@@ -118,6 +122,17 @@ def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
     )
     logging.basicConfig(level=logging.INFO if common.verbose else logging.WARNING, format="%(levelname)s %(message)s")
     train(resolve(config), cast("Algorithm", options), common.rules, dry_run=common.dry_run)
+
+
+def _ahead(arguments: Sequence[str], option: str) -> str | None:
+    """What the command line gives for an option, before it is parsed."""
+    value = None
+    for place, argument in enumerate(arguments):
+        if argument == option and place + 1 < len(arguments):
+            value = arguments[place + 1]
+        elif argument.startswith(f"{option}="):
+            value = argument.partition("=")[2]
+    return value
 
 
 def train(config: TrainConfig, algorithm: Algorithm, rules: str, *, dry_run: bool = False) -> dict[str, Any] | None:
@@ -140,8 +155,12 @@ def train(config: TrainConfig, algorithm: Algorithm, rules: str, *, dry_run: boo
     progress = Progress(config.steps or 0, f"{algorithm.name} on {config.env}")
     progress.console.print(f"rules: {rules}   " + _effective(settings["algorithm"]), highlight=False, soft_wrap=True)
     if dry_run:
+        from atod_algos.estimate import report
+
         progress.console.print_json(json.dumps(settings))
+        progress.console.print("\n" + report(config, algorithm), highlight=False, soft_wrap=True)
         return None
+    require_teacher(config, algorithm.scores)
     folder = Path(config.run or f"runs/{algorithm.name}-{config.env.split('/')[-1]}-seed{config.seed}")
     run = RunFolder(folder, settings)
     result: dict[str, Any] | None = run.result()

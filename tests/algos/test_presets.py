@@ -1,0 +1,275 @@
+"""Presets: the published values, what wins over what, and the estimate against measured numbers."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from agents.engines.base import SamplingParams
+from agents.engines.transformers import TransformersEngine
+from agents.models import load_model
+from atod_algos import estimate, scoring
+from atod_algos.atod import ATOD
+from atod_algos.batch import make_batch
+from atod_algos.cli import main, with_rules
+from atod_algos.config import TrainConfig, resolve
+from atod_algos.entropy_aware import EntropyAware
+from atod_algos.gopd import GOPD
+from atod_algos.grpo import GRPO
+from atod_algos.learner import Learner, Objective, OptimizerOptions
+from atod_algos.presets import MODELS, WORLDS, fit_algorithm, preset_config
+from atod_algos.tcod import TCOD
+from atod_envs.errors import AtodError
+from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
+
+ALFWORLD, WEBSHOP, SEARCHQA = "atod/ALFWorld-v0", "atod/WebShop-v0", "atod/SearchQA-v0"
+
+
+def dry(algorithm, arguments, capsys):
+    main(algorithm, [*arguments, "--dry-run"])
+    out = capsys.readouterr().out
+    start, end = out.index("{\n"), out.index("\n}\n") + 2
+    return json.loads(out[start:end]), out[end:]
+
+
+# --- values and precedence ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", MODELS)
+@pytest.mark.parametrize(
+    "env, tasks, turns, context, temperature, every, panel, warmup",
+    [
+        (ALFWORLD, 16, 50, 2560, 0.4, 5, 128, 0),
+        (WEBSHOP, 16, 15, 4608, 0.4, 5, 128, 0),
+        (SEARCHQA, 128, 4, 4608, 0.0, 15, 2048, 15),
+    ],
+)
+def test_published_settings(preset, env, tasks, turns, context, temperature, every, panel, warmup):
+    config = preset_config(preset, env)
+    assert config == resolve(config)  # a preset leaves nothing to the profile
+    assert (config.tasks_per_step, config.max_turns, config.max_context) == (tasks, turns, context)
+    assert (config.eval_temperature, config.eval_every, config.eval_tasks) == (temperature, every, panel)
+    assert (config.steps, config.group_size, config.lr, config.warmup_steps) == (150, 8, 1e-6, warmup)
+    assert (config.style, config.max_response, config.temperature) == ("atod", 512, 1.0)
+    assert (config.gap_clip, config.lr_floor, config.weight_decay, config.grad_clip) == (0, 1, 0.01, 1)
+
+
+def test_students_and_teachers():
+    pairs = {name: (preset_config(name, ALFWORLD).student, preset_config(name, ALFWORLD).teacher) for name in MODELS}
+    assert pairs == {
+        "paper-0.6b": ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B after GRPO"),
+        "paper-1.7b": ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B after GRPO"),
+        "paper-4b": ("Qwen/Qwen3-4B", "Qwen/Qwen3-30B-A3B after GRPO"),
+    }
+
+
+def test_published_history_windows():
+    from atod_envs.alfworld.prompts import AtodStyle as AlfworldStyle
+    from atod_envs.searchqa.prompts import AtodStyle as SearchStyle
+    from atod_envs.webshop.prompts import AtodStyle as ShopStyle
+
+    assert [style().history_length for style in (AlfworldStyle, ShopStyle, SearchStyle)] == [2, 2, 4]
+
+
+def test_options_of_the_algorithms():
+    horizons = {(name, env): fit_algorithm(ATOD(), name, env).coef_anneal_steps for name in MODELS for env in WORLDS}
+    assert horizons.pop(("paper-1.7b", ALFWORLD)) == 150 and set(horizons.values()) == {80}
+    assert fit_algorithm(ATOD(), "paper-4b", SEARCHQA).group.invalid_penalty == 0  # the paper's rules have none
+    released = fit_algorithm(with_rules(GRPO, "released"), "paper-4b", SEARCHQA)
+    assert (released.group.invalid_penalty, released.kl_coef) == (0.01, 0.001)
+    assert released.group.group_stats == "turn_row"
+    released = fit_algorithm(with_rules(GRPO, "released"), "paper-4b", ALFWORLD)
+    assert (released.group.invalid_penalty, released.kl_coef) == (0.1, 0.01)
+    assert fit_algorithm(with_rules(GRPO, "deepseek"), "paper-4b", SEARCHQA).kl_coef == 0.04  # not a published run's
+    windows = [fit_algorithm(with_rules(TCOD, "released"), "paper-4b", env).turns_every for env in WORLDS]
+    assert windows == [3, 6, 6] and fit_algorithm(TCOD(), "paper-4b", WEBSHOP).turns_every == 2
+
+
+def test_the_command_line_wins_over_the_preset_and_the_preset_over_the_profile(capsys):
+    settings, _ = dry(ATOD, ["--preset=paper-1.7b", "--env", WEBSHOP, "--lr", "3e-6", "--max-turns", "7"], capsys)
+    train = settings["train"]
+    assert (train["lr"], train["max_turns"]) == (3e-6, 7)  # command line
+    assert (train["max_context"], train["student"]) == (4608, "Qwen/Qwen3-1.7B")  # preset; the profile has 2560
+    assert train["report_tasks"] == TrainConfig().report_tasks
+    settings, _ = dry(ATOD, ["--preset", "paper-1.7b", "--coef-anneal-steps", "90"], capsys)
+    assert settings["algorithm"]["coef_anneal_steps"] == 90
+    settings, _ = dry(ATOD, ["--lr", "3e-6"], capsys)
+    assert settings["train"]["max_context"] == 1024 and settings["train"]["student"] == "builtin"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--preset", "paper-0.5b"], "unknown preset 'paper-0.5b'; did you mean 'paper-0.6b'"),
+        (["--preset", "paper-4b", "--env", "toy/Say-v0"], "settings for atod/ALFWorld-v0, atod/WebShop-v0"),
+        (["--preset", "paper-0.6b"], "Qwen/Qwen3-4B after GRPO, which does not come with a name"),
+    ],
+)
+def test_what_a_preset_cannot_do_is_said_in_one_line(arguments, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(ATOD, arguments)
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == 1 and words in err and len(err.splitlines()) == 1
+
+
+# --- the estimate -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("Qwen/Qwen3-0.6B", 596_049_920),
+        ("Qwen/Qwen3-1.7B", 1_720_574_976),
+        ("Qwen/Qwen3-4B", 4_022_468_096),
+        ("Qwen/Qwen3-30B-A3B", 30_532_122_624),
+    ],
+)
+def test_weights_are_counted_exactly_without_being_there(name, parameters):
+    """The numbers that the published checkpoints' own files add up to."""
+    assert estimate.shape_of(name, "", "student").parameters == parameters
+    assert estimate.shape_of(f"{name} after GRPO", "", "teacher").parameters == parameters
+
+
+def test_an_unknown_architecture_is_not_guessed(capsys):
+    assert estimate.shape_of("some-org/some-model", "", "student") is None
+    _, text = dry(ATOD, ["--preset", "paper-0.6b", "--teacher", "some-org/some-model"], capsys)
+    assert "without teacher: architecture not known here" in text and "596,049,920 numbers" in text
+
+
+@pytest.fixture(scope="module")
+def builtin():
+    return load_model("builtin", "student", world="alfworld").model
+
+
+def test_weights_gradients_and_moments_of_the_built_in_model(builtin):
+    config = resolve(TrainConfig())
+    parts = {part.name: part.size for part in estimate.memory(config, ATOD())}
+    held = sum(p.numel() * p.element_size() for p in builtin.parameters())
+    assert parts["student: weights"] == parts["student: gradients"] == held
+    teacher = load_model("builtin", "teacher", world="alfworld")
+    assert parts["teacher: weights"] == 4 * teacher.n_parameters
+    learner = Learner(builtin, OptimizerOptions(minibatches=1))
+    one = batch_of_rows(2, 20, 5)
+    learner.update(one, np.ones(10), np.zeros(10), Objective(), step=1, temperature=1.0, seed=0)
+    moments = [t for state in learner.state()["state"].values() for t in state.values() if t.ndim]
+    assert parts["student: AdamW"] == sum(t.numel() * t.element_size() for t in moments)
+
+
+def batch_of_rows(n, prompt, response):
+    rng = np.random.default_rng(0)
+
+    def ids(count):
+        return tuple(int(i) for i in rng.integers(0, 500, count))
+
+    def one():
+        turn = Turn(0, "o", (), ids(prompt), ids(response), (0.0,) * response, "", "", True, True, 0.0)
+        return Trajectory("e", "t", "s", "", "g", 0, (turn,), "", False, 0.0, StopReason.FAILURE)
+
+    return make_batch([Group("t", tuple(one() for _ in range(n)))])
+
+
+@pytest.mark.parametrize("n, prompt, response", [(8, 200, 40), (4, 480, 20), (64, 40, 24)])
+def test_activations_are_what_autograd_keeps(builtin, n, prompt, response):
+    """Within 5 % of every tensor saved for the backward pass, weights and output head apart."""
+    batch = batch_of_rows(n, prompt, response)
+    shape = estimate.shape_of("builtin", "alfworld", "student")
+    own = {p.untyped_storage().data_ptr() for p in builtin.parameters()}
+    alive, decoder, head = [], {}, {}
+
+    def note(tensor):
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            of_head = tensor.ndim and tensor.shape[-1] == shape.vocabulary
+            (head if of_head else decoder)[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        scoring.row_logprobs(builtin.train(), batch, np.arange(n), temperature=1.0, entropy=True)
+    builtin.eval()
+    tokens = n * (prompt + response)
+    assert 0.95 < sum(decoder.values()) / estimate.activation_bytes(shape, tokens) < 1.05
+    assert 0 < sum(head.values()) <= estimate.head_bytes(shape, n * response)
+
+
+def test_cache_is_what_the_engine_holds_when_it_is_full(builtin):
+    engine = TransformersEngine(builtin, slots=3, max_context=512)
+    for i in range(3):
+        engine.submit(str(i), list(range(5, 505)), SamplingParams(max_tokens=12))
+    engine.step()
+    held = sum(t.numel() * t.element_size() for t in (*engine._store.keys, *engine._store.values))
+    shape = estimate.shape_of("builtin", "alfworld", "student")
+    assert held == estimate.cache_bytes(shape, 3, 512)
+
+
+def test_a_step_stays_below_its_estimate(models, tmp_path):
+    """Every count of a real run of the toy world, in both layouts."""
+    from toyworld import TOY
+
+    for style in ("atod", "compact"):
+        options = [
+            "--env", TOY, "--student", str(models["student"]), "--teacher", str(models["teacher"]), "--style", style,
+            "--max-turns", "3", "--max-response", "8", "--max-context", "128", "--tasks-per-step", "4", "--group-size",
+            "4", "--eval-every", "0", "--report-tasks", "1", "--threads", "1", "--steps", "1", "--run", str(tmp_path / style),
+        ]  # fmt: skip
+        main(ATOD, options)
+        row = json.loads((tmp_path / style / "metrics.jsonl").read_text())
+        config = resolve(
+            TrainConfig(
+                student=str(models["student"]),
+                style=style,
+                max_turns=3,
+                max_response=8,
+                max_context=128,
+                tasks_per_step=4,
+                group_size=4,
+            )
+        )
+        found = estimate.tokens(config, ATOD())
+        turns = row["episode/length/mean"] * found["episodes"]
+        assert found["episodes"] == 16 and turns <= 16 * found["turns of an episode, at most"]
+        assert 0 < row["batch/tokens"] <= found["sampled tokens, at most"]
+        assert row["batch/row_tokens"] <= found["tokens in rows, at most"]
+        assert found["training rows, at most"] == (48 if style == "atod" else 16)
+
+
+def test_what_is_asked_for_is_counted():
+    config = preset_config("paper-0.6b", WEBSHOP)
+    names = {part.name for part in estimate.memory(config, with_rules(GRPO, "released"))}
+    assert "reference: weights" in names and "teacher: weights" not in names
+    parts = {part.name: part.size for part in estimate.memory(config, GOPD())}
+    assert parts["base: weights"] == parts["student: weights"] < parts["teacher: weights"]
+    parts = {part.name: part.size for part in estimate.memory(config, EntropyAware())}
+    assert parts["teacher's likeliest"] == 128 * 15 * 512 * 16 * 8
+    dapo = estimate.tokens(config, with_rules(GRPO, "dapo"))
+    assert dapo["episodes played, at most"] == 10 * dapo["episodes"] == 1280
+    assert estimate.tokens(config, with_rules(TCOD, "released"))["turns of an episode, at most"] == 15
+    lowered = {p.name: p.size for p in estimate.memory(dataclasses.replace(config, slots=64), GRPO())}
+    whole = {p.name: p.size for p in estimate.memory(config, GRPO())}
+    assert 2 * lowered["engine: keys, values"] == whole["engine: keys, values"]
+
+
+def test_unresolved_settings_are_refused():
+    with pytest.raises(AtodError, match="--max-context is not set"):
+        estimate.memory(TrainConfig(), GRPO())
+
+
+def test_a_dry_run_leaves_nothing_behind_and_fetches_nothing(tmp_path):
+    """In a process of its own, in an empty folder, with the hub out of reach."""
+    code = "import sys; from atod_algos.cli import main; from atod_algos.atod import ATOD; main(ATOD, sys.argv[1:])"
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--preset", "paper-4b", "--env", SEARCHQA, "--dry-run"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "30,532,122,624 numbers" in done.stdout and "1,024" in done.stdout
+    assert list(tmp_path.iterdir()) == []
