@@ -1,28 +1,28 @@
 """What a run will need, before it runs: memory by part, and tokens a step. No GPU, no weights and no download are needed.
 
 Architectures come from a folder's ``config.json`` or, for the models of the presets, from the table below; the number of weights is that of
-the model built without memory (torch's meta device), so it is exact. The invariant: every number is an upper bound or says that it is one
-of rounding; lengths are taken at their limits, because nobody knows yet how long the answers will be.
+the model built without memory (torch's meta device), so it is exact. The invariant: every number is an upper bound up to rounding, because
+lengths are taken at their limits: nobody knows yet how long the answers will be. What the learner itself predicts at work
+(``atod_algos.memory``) knows the model and the answers, and is closer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
-from atod_algos.config import TrainConfig
+from atod_algos.config import TrainConfig, given
 from atod_algos.presets import TRAINED, WORLDS
 from atod_algos.scoring import CHUNK_LOGITS
-from atod_envs.errors import AtodError
 
 if TYPE_CHECKING:
     from atod_algos.algorithm import Algorithm, Supported
 
-_BYTES = 4
-"""Bytes of a number: weights, gradients, states and keys are float32."""
+_FLOAT = 4
+"""Bytes of a number in float32."""
 _HEAD_COPIES = 5
 """Logits, log-probs, probabilities, their product and its gradient, of one chunk."""
 
@@ -142,89 +142,162 @@ def _shape(config: Any) -> Shape:
     )
 
 
-def activation_bytes(shape: Shape, tokens: int) -> int:
+def activation_bytes(shape: Shape, tokens: int, number: int) -> int:
     """What the decoder keeps of a micro-batch for the backward pass.
 
-    A layer of the usual kind (two norms, gated feed-forward, normalised queries and keys) keeps of each token: input, normalised and scaled
-    input of both norms (6 widths); queries before, inside and after their norm, attention's output as it comes and as it goes on
-    (5 query widths); keys three times and values once; the four arrays of the feed-forward part. The last norm adds 3 widths.
+    A layer of the usual kind (two norms, gated feed-forward, normalised queries and keys) keeps of each token: the input of a norm, which
+    is worked out in float32, the normalised input and the scaled one; queries before, inside and after their norm, and what
+    attention gives, as it comes and as it goes on; keys three times and values once; the four arrays of the feed-forward part.
+
+    Args:
+        shape: of the model.
+        tokens: of the micro-batch.
+        number: bytes of the type that computes.
     """
-    layer = 6 * shape.width + 5 * shape.queries + 4 * shape.keys + 4 * shape.mlp
-    return _BYTES * tokens * (shape.layers * layer + 3 * shape.width)
+    norm = (_FLOAT + 2 * number) * shape.width
+    queries = (_FLOAT + 4 * number) * shape.queries
+    keys_values = (_FLOAT + 3 * number) * shape.keys
+    layer = 2 * norm + queries + keys_values + 4 * number * shape.mlp
+    return tokens * (shape.layers * layer + norm)
+
+
+def recomputed_bytes(shape: Shape, tokens: int, number: int) -> int:
+    """The same where layers are recomputed: every layer's input, and the inside of one."""
+    inputs = shape.layers * number * shape.width
+    return tokens * inputs + activation_bytes(shape, tokens, number) // shape.layers
 
 
 def head_bytes(shape: Shape, tokens: int) -> int:
     """What the output head has alive at once: chunks are recomputed in the backward pass, so it is bounded."""
-    return _BYTES * _HEAD_COPIES * min(tokens * shape.vocabulary, max(CHUNK_LOGITS, shape.vocabulary))
+    return _FLOAT * _HEAD_COPIES * min(tokens * shape.vocabulary, max(CHUNK_LOGITS, shape.vocabulary))
 
 
-def cache_bytes(shape: Shape, slots: int, positions: int) -> int:
+def cache_bytes(shape: Shape, slots: int, positions: int, number: int) -> int:
     """Keys and values of all of an engine's slots, all of them full."""
-    return _BYTES * 2 * shape.layers * shape.keys * slots * positions
+    return number * 2 * shape.layers * shape.keys * slots * positions
+
+
+def adapter_weights(shape: Shape, rank: int) -> int:
+    """Weights of adapters on every linear layer but the output head."""
+    ends = 2 * (shape.width + shape.queries) + 2 * (shape.width + shape.keys) + 3 * (shape.width + shape.mlp)
+    return rank * shape.layers * ends
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of the memory: what it is, its bytes (``None``: not known), and how it was worked out."""
+    """One part of the memory.
+
+    Attributes:
+        name: what it is.
+        size: its bytes; ``None`` where they are not known.
+        how: how they were worked out.
+        phase: when it is there: ``always``, in the ``update``, in the ``scoring``, or in the ``computer``'s memory, beside a GPU's.
+    """
 
     name: str
     size: int | None
     how: str
+    phase: str = "always"
+
+
+def number_bytes(config: TrainConfig) -> int:
+    """Bytes of the type that computes. Where it is left to the device, real checkpoints are taken to run on a GPU."""
+    half = config.dtype == "bfloat16" or (config.dtype == "auto" and _on_gpu(config))
+    return 2 if half else _FLOAT
+
+
+def _on_gpu(config: TrainConfig) -> bool:
+    return config.device == "cuda" or (config.device == "auto" and config.student != "builtin")
 
 
 def memory(config: TrainConfig, algorithm: Algorithm) -> list[Part]:
-    """Memory of a run by part, with resolved settings. All parts may be there at the same time."""
-    world = _key(config.env)
+    """Memory of a run by part, with resolved settings."""
+    world, number = _key(config.env), number_bytes(config)
     student = shape_of(config.student, world, "student")
     parts: list[Part] = []
 
-    def add(name: str, shape: Shape | None, size: Any, how: str) -> None:
-        parts.append(Part(name, None if shape is None else int(size(shape)), how))
+    def add(name: str, shape: Shape | None, size: Any, how: str, phase: str = "always") -> None:
+        parts.append(Part(name, None if shape is None else int(size(shape)), how, phase))
 
-    add("student: weights", student, lambda s: _BYTES * s.parameters, _count(student))
-    add("student: gradients", student, lambda s: _BYTES * s.parameters, "as many")
-    add("student: AdamW", student, lambda s: 2 * _BYTES * s.parameters, "two moments of each weight")
-    for role, wanted, name in (
-        ("teacher", "teacher", config.teacher),
-        ("student", "reference", config.student),
-        ("student", "base", config.base or config.student),
-    ):
-        if wanted in algorithm.scores:
-            shape = shape_of(name, world, role)
-            add(f"{wanted}: weights", shape, lambda s: _BYTES * s.parameters, _count(shape))
-    budget = max(config.token_budget, _set(config.max_context, "max_context"))
-    add(
-        "update: activations",
-        student,
-        lambda s: activation_bytes(s, budget),
-        f"{budget:,} tokens of a micro-batch (--token-budget, at least a row)",
-    )
-    add("update: output head", student, lambda s: head_bytes(s, budget), f"chunks of {CHUNK_LOGITS:,} logits")
-    slots, context = config.slots, _set(config.max_context, "max_context")
-    add(
-        "engine: keys, values",
-        student,
-        lambda s: cache_bytes(s, slots, context),
-        f"{slots} slots (--slots) of {context:,} tokens (--max-context)",
-    )
+    def learned(shape: Shape) -> int:
+        return adapter_weights(shape, config.lora_rank) if config.lora_rank else shape.parameters
+
+    moment = 1 if config.optimizer == "adamw8bit" else _FLOAT
+    add("student: weights", student, lambda s: number * s.parameters, _count(student))
+    if config.lora_rank:
+        add("student: adapters", student, lambda s: _FLOAT * learned(s), f"rank {config.lora_rank}")
+        add("engine: weights", student, lambda s: number * s.parameters, "weights and adapters added up")
+    elif number != _FLOAT:
+        add("student: originals", student, lambda s: _FLOAT * s.parameters, "float32, which the updates move")
+    add("student: AdamW", student, lambda s: 2 * moment * learned(s), "two moments of each weight that learns")
+    slots, context = config.slots, given(config, "max_context")
+    how = f"{slots} slots (--slots) of {context:,} tokens (--max-context)"
+    add("engine: keys, values", student, lambda s: cache_bytes(s, slots, context, number), how)
+
+    budget = max(config.token_budget, context)
+    kept = recomputed_bytes if config.gradient_checkpointing else activation_bytes
+    add("update: gradient", student, lambda s: _FLOAT * learned(s), "float32", "update")
+    how = f"{budget:,} tokens at once (--token-budget)"
+    add("update: activations", student, lambda s: kept(s, budget, number), how, "update")
+    add("update: output head", student, lambda s: head_bytes(s, budget), f"chunks of {CHUNK_LOGITS:,} logits", "update")
+
+    for name, model, shape in _frozen(config, algorithm, world):
+        add(
+            f"{name}: weights",
+            shape,
+            lambda s: number * s.parameters,
+            f"{model}, {_count(shape)}",
+            _frozen_phase(config),
+        )
+        if _frozen_phase(config) == "scoring":
+            add(f"{name}: at home", shape, lambda s: number * s.parameters, "visits the GPU for scoring", "computer")
     if "support" in algorithm.scores:
         size = cast("Supported", algorithm).support
         sampled = tokens(config, algorithm)["sampled tokens, at most"]
-        width = 8 * size
-        parts.append(
-            Part("teacher's likeliest", None if sampled is None else sampled * width, f"{size} a sampled token")
-        )
+        kept_ids = None if sampled is None else 2 * _FLOAT * size * sampled
+        parts.append(Part("teacher's likeliest", kept_ids, f"{size} for each sampled token", "computer"))
     return parts
+
+
+def _frozen_phase(config: TrainConfig) -> str:
+    return "scoring" if _on_gpu(config) else "always"
+
+
+def _frozen(config: TrainConfig, algorithm: Algorithm, world: str) -> list[tuple[str, str, Shape | None]]:
+    """The models that are held beside the student, each once: the roles that ask for it, its name, its shape."""
+    asked = {
+        "teacher": (config.teacher, "teacher"),
+        "reference": (config.student, "student"),
+        "base": (config.base or config.student, "student"),
+    }
+    held: dict[tuple[str, str], list[str]] = {}
+    for role, (name, kind) in asked.items():
+        if role not in algorithm.scores:
+            continue
+        key = (name, kind if name == "builtin" else "")
+        own = name == config.student and kind == "student" and config.lora_rank
+        if not own:  # with adapters off, the student is its own beginning
+            held.setdefault(key, []).append(role)
+    return [(", ".join(roles), name, shape_of(name, world, kind or "student")) for (name, kind), roles in held.items()]
+
+
+def peak(parts: Sequence[Part]) -> int:
+    """The most that is there at one time, of the parts that are known: update and scoring take turns, and so do frozen models."""
+
+    def of(phase: str) -> list[int]:
+        return [part.size for part in parts if part.phase == phase and part.size is not None]
+
+    return sum(of("always")) + max(sum(of("update")), max(of("scoring"), default=0))
 
 
 def tokens(config: TrainConfig, algorithm: Algorithm) -> dict[str, int | None]:
     """Sizes of one training step, with resolved settings; lengths at their limits, ``None`` where a limit is not known."""
-    limits = algorithm.limits(_set(config.steps, "steps"))
+    limits = algorithm.limits(given(config, "steps"))
     own = WORLDS[config.env].settings["max_turns"] if config.env in WORLDS else None
-    given = [turns for turns in (config.max_turns or own, limits.max_turns) if turns]
-    turns = min(given) if given else None
-    context, response = _set(config.max_context, "max_context"), _set(config.max_response, "max_response")
-    episodes = _set(config.tasks_per_step, "tasks_per_step") * config.group_size
+    bounds = [bound for bound in (config.max_turns or own, limits.max_turns) if bound]
+    turns = min(bounds) if bounds else None
+    context, response = given(config, "max_context"), given(config, "max_response")
+    episodes = config.tasks_per_step * config.group_size
     one_row_a_turn = config.style == "atod"
     rows = (None if turns is None else episodes * turns) if one_row_a_turn else episodes
     return {
@@ -245,12 +318,22 @@ def tokens(config: TrainConfig, algorithm: Algorithm) -> dict[str, int | None]:
 def report(config: TrainConfig, algorithm: Algorithm) -> str:
     """The estimate as text, with resolved settings."""
     parts = memory(config, algorithm)
-    known = [part.size for part in parts if part.size is not None]
-    open_ = sorted({part.name.partition(":")[0] for part in parts if part.size is None})
-    total = "" if not open_ else f"   without {', '.join(open_)}: architecture not known here, give a folder"
-    lines = ["memory, in float32, at most:"]
-    lines += [f"  {part.name:<24}{_size(part.size):>12}   {part.how}" for part in parts]
-    lines += [f"  {'all together':<24}{_size(sum(known)):>12}{total}", "", "one step:"]
+    unknown = sorted({part.name.partition(":")[0] for part in parts if part.size is None})
+    place, kind = ("GPU", "bfloat16") if _on_gpu(config) else ("computer", "float32")
+    kind = kind if config.dtype == "auto" else config.dtype
+    titles = {
+        "always": "all the time",
+        "update": "while it learns",
+        "scoring": "while it is scored, one at a time",
+        "computer": "in the computer's memory",
+    }
+    lines = [f"memory in {kind}, lengths at their limits"]
+    for phase, title in titles.items():
+        here = [part for part in parts if part.phase == phase]
+        lines += [f" {title}"] * bool(here)
+        lines += [f"  {part.name:<26}{_size(part.size):>12}   {part.how}" for part in here]
+    note = "" if not unknown else f"   without {', '.join(unknown)}: architecture not known here, give a folder"
+    lines += [f" {'at most, on the ' + place:<27}{_size(peak(parts)):>12}{note}", "", "one step"]
     lines += [
         f"  {name:<36}{'not known' if number is None else f'{number:,}':>14}"
         for name, number in tokens(config, algorithm).items()
@@ -270,9 +353,3 @@ def _size(size: int | None) -> str:
     if size is None:
         return "not known"
     return f"{size / 2**30:,.2f} GiB" if size >= 2**27 else f"{size / 2**20:,.2f} MiB"
-
-
-def _set(value: int | None, name: str) -> int:
-    if value is None:
-        raise AtodError(f"--{name.replace('_', '-')} is not set; pass the settings through atod_algos.config.resolve")
-    return value

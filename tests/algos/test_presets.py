@@ -8,11 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from toyworld import TOY, learner_options
 
 from agents.engines.base import SamplingParams
 from agents.engines.transformers import TransformersEngine
 from agents.models import load_model
-from atod_algos import estimate, scoring
+from atod_algos import estimate, memory, scoring
 from atod_algos.atod import ATOD
 from atod_algos.batch import make_batch
 from atod_algos.cli import main, with_rules
@@ -20,7 +21,7 @@ from atod_algos.config import TrainConfig, resolve
 from atod_algos.entropy_aware import EntropyAware
 from atod_algos.gopd import GOPD
 from atod_algos.grpo import GRPO
-from atod_algos.learner import Learner, Objective, OptimizerOptions
+from atod_algos.learner import Learner, Objective, recompute_layers
 from atod_algos.presets import MODELS, WORLDS, fit_algorithm, preset_config
 from atod_algos.tcod import TCOD
 from atod_envs.errors import AtodError
@@ -145,18 +146,37 @@ def builtin():
     return load_model("builtin", "student", world="alfworld").model
 
 
-def test_weights_gradients_and_moments_of_the_built_in_model(builtin):
-    config = resolve(TrainConfig())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_originals_and_moments_of_the_built_in_model(dtype):
+    model = load_model("builtin", "student", world="alfworld", dtype=dtype).model
+    config = resolve(TrainConfig(dtype=str(dtype).removeprefix("torch.")))
     parts = {part.name: part.size for part in estimate.memory(config, ATOD())}
-    held = sum(p.numel() * p.element_size() for p in builtin.parameters())
-    assert parts["student: weights"] == parts["student: gradients"] == held
-    teacher = load_model("builtin", "teacher", world="alfworld")
-    assert parts["teacher: weights"] == 4 * teacher.n_parameters
-    learner = Learner(builtin, OptimizerOptions(minibatches=1))
+    assert parts["student: weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
+    teacher = load_model("builtin", "teacher", world="alfworld", dtype=dtype)
+    assert parts["teacher: weights"] == dtype.itemsize * teacher.n_parameters
+    learner = Learner(model, learner_options(minibatches=1))
     one = batch_of_rows(2, 20, 5)
     learner.update(one, np.ones(10), np.zeros(10), Objective(), step=1, temperature=1.0, seed=0)
-    moments = [t for state in learner.state()["state"].values() for t in state.values() if t.ndim]
+    state = learner.state()
+    moments = [t for kept in state["optimizer"]["state"].values() for t in kept.values() if t.ndim]
     assert parts["student: AdamW"] == sum(t.numel() * t.element_size() for t in moments)
+    originals = sum(t.numel() * t.element_size() for t in state["originals"])
+    assert parts.get("student: originals", 0) == originals == (0 if dtype == torch.float32 else 4 * 265_120)
+    assert parts["update: gradient"] == 4 * 265_120
+
+
+def test_adapters_of_the_built_in_model():
+    pytest.importorskip("peft", reason="peft is not installed")
+    from atod_algos.adapters import add_adapters
+
+    model = load_model("builtin", "student", world="alfworld").model
+    add_adapters(model, rank=4, alpha=8.0, seed=0)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert estimate.adapter_weights(estimate.shape_of("builtin", "alfworld", "student"), 4) == learned
+    config = resolve(TrainConfig(lora_rank=4))
+    parts = {part.name: part.size for part in estimate.memory(config, with_rules(GRPO, "released"))}
+    assert parts["student: AdamW"] == 2 * 4 * learned and parts["engine: weights"] == parts["student: weights"]
+    assert "reference: weights" not in parts  # the student with its adapters off
 
 
 def batch_of_rows(n, prompt, response):
@@ -172,9 +192,20 @@ def batch_of_rows(n, prompt, response):
     return make_batch([Group("t", tuple(one() for _ in range(n)))])
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_what_autograd_keeps(role, dtype):
+    """Within 3 % of every tensor saved for the backward pass, with and without recomputed layers."""
+    model = load_model("builtin", role, world="alfworld", dtype=dtype).model
+    shape = estimate.shape_of("builtin", "alfworld", role)
+    assert memory.bytes_per_token(model) == pytest.approx(estimate.activation_bytes(shape, 1, dtype.itemsize), rel=0.03)
+    recompute_layers(model.train())
+    assert memory.bytes_per_token(model) == pytest.approx(estimate.recomputed_bytes(shape, 1, dtype.itemsize), rel=0.12)
+
+
 @pytest.mark.parametrize("n, prompt, response", [(8, 200, 40), (4, 480, 20), (64, 40, 24)])
-def test_activations_are_what_autograd_keeps(builtin, n, prompt, response):
-    """Within 5 % of every tensor saved for the backward pass, weights and output head apart."""
+def test_a_whole_pass_stays_within_its_estimate(builtin, n, prompt, response):
+    """Decoder within 5 %, output head below its bound, on rows of several lengths."""
     batch = batch_of_rows(n, prompt, response)
     shape = estimate.shape_of("builtin", "alfworld", "student")
     own = {p.untyped_storage().data_ptr() for p in builtin.parameters()}
@@ -192,7 +223,7 @@ def test_activations_are_what_autograd_keeps(builtin, n, prompt, response):
         scoring.row_logprobs(builtin.train(), batch, np.arange(n), temperature=1.0, entropy=True)
     builtin.eval()
     tokens = n * (prompt + response)
-    assert 0.95 < sum(decoder.values()) / estimate.activation_bytes(shape, tokens) < 1.05
+    assert 0.95 < sum(decoder.values()) / estimate.activation_bytes(shape, tokens, 4) < 1.05
     assert 0 < sum(head.values()) <= estimate.head_bytes(shape, n * response)
 
 
@@ -203,13 +234,11 @@ def test_cache_is_what_the_engine_holds_when_it_is_full(builtin):
     engine.step()
     held = sum(t.numel() * t.element_size() for t in (*engine._store.keys, *engine._store.values))
     shape = estimate.shape_of("builtin", "alfworld", "student")
-    assert held == estimate.cache_bytes(shape, 3, 512)
+    assert held == estimate.cache_bytes(shape, 3, 512, 4)
 
 
 def test_a_step_stays_below_its_estimate(models, tmp_path):
     """Every count of a real run of the toy world, in both layouts."""
-    from toyworld import TOY
-
     for style in ("atod", "compact"):
         options = [
             "--env", TOY, "--student", str(models["student"]), "--teacher", str(models["teacher"]), "--style", style,
@@ -243,6 +272,16 @@ def test_what_is_asked_for_is_counted():
     assert "reference: weights" in names and "teacher: weights" not in names
     parts = {part.name: part.size for part in estimate.memory(config, GOPD())}
     assert parts["base: weights"] == parts["student: weights"] < parts["teacher: weights"]
+    shared = dataclasses.replace(config, base=config.teacher)
+    assert "teacher, base: weights" in {part.name for part in estimate.memory(shared, GOPD())}  # held once
+    on_cpu = estimate.memory(dataclasses.replace(config, device="cpu"), GOPD())
+    assert {part.phase for part in on_cpu} == {"always", "update"}
+    assert estimate.peak(on_cpu) == sum(part.size for part in on_cpu)
+    on_gpu = estimate.memory(config, GOPD())
+    weights = {part.name: part.size for part in on_gpu}
+    turns = sum(part.size for part in on_gpu if part.phase == "update")
+    always = sum(part.size for part in on_gpu if part.phase == "always")
+    assert estimate.peak(on_gpu) == always + max(turns, weights["teacher: weights"])
     parts = {part.name: part.size for part in estimate.memory(config, EntropyAware())}
     assert parts["teacher's likeliest"] == 128 * 15 * 512 * 16 * 8
     dapo = estimate.tokens(config, with_rules(GRPO, "dapo"))
