@@ -86,10 +86,14 @@ class TrainConfig:
     """Rank of low-rank adapters (needs peft); 0 trains all weights."""
     lora_alpha: float = 32.0
     """The adapters' products are scaled by this over the rank."""
+    staleness: Literal[0, 1, 2] = 0
+    """Steps by which the weights that play lag behind, so that playing and learning overlap; 0 is exactly on-policy."""
+    importance_cap: float = 2.0
+    """Largest importance weight of a token played by older weights (with --staleness 1 or 2)."""
     slots: int = 128
     """Requests that the engine runs at the same time."""
-    checkpoint_every: int = 10
-    """Steps between checkpoints; the last two and the best are kept."""
+    checkpoint_every: int = 1
+    """Steps between checkpoints, so the most that a killed run loses; the last two and the best are kept."""
     keep_trajectories: int = 1
     """Store the trajectories of every n-th step; 0 stores none."""
     keep_tokens: bool = False

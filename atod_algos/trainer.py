@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import gymnasium as gym
+import numpy as np
 import torch
 
 import atod_envs
@@ -31,12 +32,14 @@ from atod_algos.diagnostics import batch_metrics, sampler_metrics, turn_table
 from atod_algos.evaluate import Evaluation, evaluate
 from atod_algos.frozen import LocalJudge, Scorer
 from atod_algos.learner import Learner, SupportTerm, recompute_layers
+from atod_algos.overlap import Ahead, correction_metrics, importance_weights, version_of
 from atod_algos.progress import Progress
 from atod_algos.rollout import Rollout, derive_seed
 from atod_algos.runlog import RunFolder
 from atod_algos.sampling import StepSampler
 from atod_envs.errors import AtodError
 from atod_envs.text_env import TextEnv
+from atod_envs.trajectory import Group
 
 
 def make_env(config: TrainConfig, split: str | None = None) -> gym.Env[str, str]:
@@ -77,10 +80,12 @@ class Trainer:
         probe.close()
         self.student = self._load(config.student, "student")
         self.adapters = None
-        engine_model = self.student.model
+        self.policy = self.student.model
+        """The plain model that the engine samples from."""
+        if config.lora_rank or config.staleness:
+            # The sums of weights and adapters, which the learner never makes; or weights that are older than the learner's.
+            self.policy = copy.deepcopy(self.student.model)
         if config.lora_rank:
-            # The engine samples from the sums of weights and adapters, which the learner never makes.
-            engine_model = copy.deepcopy(self.student.model)
             seed = derive_seed(config.seed, "adapters")
             self.adapters = add_adapters(self.student.model, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed)
         if config.gradient_checkpointing:
@@ -90,7 +95,7 @@ class Trainer:
         chat = ChatFormat(self.student.tokenizer)
         limit = int(self.student.model.config.max_position_embeddings)
         context = min(given(config, "max_context"), limit)
-        self.engine = TransformersEngine(engine_model, slots=config.slots, max_context=context)
+        self.engine = TransformersEngine(self.policy, slots=config.slots, max_context=context)
 
         def rollout(split: str, temperature: float) -> Rollout:
             return Rollout(
@@ -106,6 +111,8 @@ class Trainer:
         self._make_rollout = rollout
         self.training = rollout(self.splits[0], config.temperature)
         self.selection = rollout(self.splits[1], given(config, "eval_temperature"))
+        self.ahead: Ahead[tuple[list[Group], dict[str, float]]] | None = None
+        self._stale: dict[int, Any] = {}
         self.step = 0
         self.best: dict[str, float] = {"success": -1.0, "step": 0}
         self.sampler = StepSampler(
@@ -126,11 +133,16 @@ class Trainer:
         config = self.config
         steps = given(config, "steps")
         self.run.begin(self.step)
+        if config.staleness:
+            self.ahead = Ahead(config.staleness, steps, self._play, torch.get_num_threads())
+            self.ahead.begin(self.step, dict(merged_weights(self.student.model)), self._stale)
         if self.step == 0:
             self._validate(progress)
         for step in range(self.step + 1, steps + 1):
             metrics = self._train_step(step, progress)
             self.step = step
+            if self.ahead is not None:
+                self.ahead.learned(step, dict(merged_weights(self.student.model)))
             if config.eval_every and (step % config.eval_every == 0 or step == steps):
                 metrics |= self._validate(progress)
             self.run.log(step, metrics)
@@ -145,19 +157,24 @@ class Trainer:
         seed = derive_seed(config.seed, "step", step)
         torch.manual_seed(seed)
         clock = _Clock()
-        self._sync(step - 1)
-        groups, sampling = self.sampler.play(step, algorithm, self.training, progress.phase)
+        if self.ahead is not None:
+            progress.phase("waiting for episodes")
+            groups, sampling = self.ahead.take(step)
+        else:
+            self._sync(step - 1)
+            groups, sampling = self.sampler.play(step, algorithm, self.training, progress.phase)
         batch = make_batch(groups)
         clock.lap("rollout")
         progress.phase("scoring")
         scores = self.scorer.score(batch)
         clock.lap("score")
         advantages = algorithm.advantages(batch, scores, step)
+        advantage_M, corrected = self._corrected(step, batch, scores, advantages.token_M)
         clock.lap("advantage")
         progress.phase("update")
         metrics = self.learner.update(
             batch,
-            advantages.token_M,
+            advantage_M,
             scores.student_M,
             algorithm.objective,
             step=step,
@@ -172,13 +189,38 @@ class Trainer:
             table = turn_table(step, batch, scores, reward_N, advantages.weight_K, tokens=config.keep_tokens)
             self.run.store(step, batch.trajectories, table)
         clock.lap("store")
-        metrics |= sampling | batch_metrics(batch, reward_N) | sampler_metrics(batch, scores) | advantages.metrics
+        metrics |= (
+            sampling | corrected | batch_metrics(batch, reward_N) | sampler_metrics(batch, scores) | advantages.metrics
+        )
         return metrics | clock.metrics(batch)
 
-    def _sync(self, version: int) -> None:
-        """Hand the student's present weights to the engine; their version is the step that made them."""
-        self.engine.load_weights(merged_weights(self.student.model))
+    def _sync(self, version: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Hand weights, by default the student's present ones, to the engine; their version is the step that made them."""
+        if self.policy is not self.student.model:
+            given_weights = dict(merged_weights(self.student.model)) if weights is None else weights
+            with torch.no_grad():
+                for name, parameter in self.policy.named_parameters():
+                    parameter.copy_(given_weights[name])
+        self.engine.load_weights(self.policy.named_parameters())
         self.engine.version = version
+
+    def _play(
+        self, step: int, version: int, weights: Mapping[str, torch.Tensor], ask: Callable[[], None]
+    ) -> tuple[list[Group], dict[str, float]]:
+        """Play a step's episodes with older weights, in the thread that plays ahead."""
+        self._sync(version, weights)
+        return self.sampler.play(step, self.algorithm, self.training, lambda _: ask())
+
+    def _corrected(
+        self, step: int, batch: TokenBatch, scores: Scores, advantage_M: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """Advantages, weighted where older weights played."""
+        config = self.config
+        if not config.staleness:
+            return advantage_M, {}
+        weight_M = importance_weights(scores.student_M, batch.sampler_logprobs_M, config.importance_cap)
+        lag = step - 1 - version_of(step, config.staleness)
+        return advantage_M * weight_M, correction_metrics(weight_M, config.importance_cap, lag)
 
     def _support_term(self, scores: Scores) -> SupportTerm | None:
         if scores.support_MS is None:
@@ -192,8 +234,12 @@ class Trainer:
 
     def _validate(self, progress: Progress) -> dict[str, float]:
         progress.phase("validation")
-        self._sync(self.step)
-        result = self.evaluate_on(self.selection, self.splits[1], self.config.eval_tasks, progress)
+
+        def work() -> Evaluation:
+            self._sync(self.step)
+            return self.evaluate_on(self.selection, self.splits[1], self.config.eval_tasks, progress)
+
+        result = work() if self.ahead is None else self.ahead.call(work)
         if result.success > self.best["success"]:
             self.best = {"success": result.success, "step": float(self.step)}
             self._save("best")
@@ -241,12 +287,13 @@ class Trainer:
 
     def _save(self, name: str) -> Path:
         extra = {"step": self.step, "best": self.best, "algorithm": self.algorithm.name, "data": self.data_version}
+        stale = {} if self.ahead is None else self.ahead.kept_weights(self.step)
         return save_checkpoint(
             self.run.checkpoints,
             name,
             model=self.adapters or self.student.model,
             tokenizer=self.student.tokenizer,
-            state=self.learner.state(),
+            state={**self.learner.state(), "stale": stale},
             extra=extra,
         )
 
@@ -266,11 +313,14 @@ class Trainer:
                     "give the old data back (--data, or the environment's variable), or start another run with --run"
                 )
             self.learner.load_state(state)
+            self._stale = state["stale"]
             self.step, self.best = int(extra["step"]), dict(extra["best"])
         return self.step
 
     def close(self) -> None:
         """Close environments and files."""
+        if self.ahead is not None:
+            self.ahead.close()
         self.training.close()
         self.selection.close()
         self.engine.close()
