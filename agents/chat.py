@@ -18,6 +18,8 @@ _RESPONSE = "\x02the response\x03"
 _MESSAGE = "\x02the message\x03"
 """Stand in for a response and a message while the template is probed; no template treats them specially."""
 
+_RESPONSES = ("b", "<think>\nt\n</think>\n\n<action>b</action>", " b \n")
+"""What templates are known to treat differently: they drop thoughts, or blanks."""
 _REMEMBERED = 512
 """Texts of fewer characters are tokenized once and remembered."""
 
@@ -95,10 +97,26 @@ class ChatFormat:
 
     def rewrites_history(self) -> bool:
         """Whether the template would render earlier turns differently from how they were generated."""
-        first = self._render([{"role": "user", "content": "a"}])
-        roles = [("user", "a"), ("assistant", "b"), ("user", "c")]
-        whole = self._render([{"role": role, "content": content} for role, content in roles])
-        return not whole.startswith(first + "b")
+        return self.rewritten_history() is not None
+
+    def rewritten_history(self) -> str | None:
+        """What the template makes of an earlier turn, if not what was generated; None where it keeps it.
+
+        Tried are a plain response, one with a thought, and one with blanks around it, in a conversation of three turns.
+        """
+        for response in _RESPONSES:
+            messages = [{"role": "user", "content": "a"}]
+            for content in (response, response):
+                generated = self._render(messages) + response
+                messages += [{"role": "assistant", "content": content}, {"role": "user", "content": "b"}]
+                whole = self._render(messages)
+                if not whole.startswith(generated):
+                    same = next(
+                        (i for i, (x, y) in enumerate(zip(whole, generated, strict=False)) if x != y), len(whole)
+                    )
+                    at = max(0, same - 12)
+                    return f"{generated[at : at + 48]!r} becomes {whole[at : at + 48]!r}"
+        return None
 
     def _between(self, message: str) -> str:
         whole = self._render(

@@ -90,6 +90,13 @@ class TrainConfig:
     """Steps by which the weights that play lag behind, so that playing and learning overlap; 0 is exactly on-policy."""
     importance_cap: float = 2.0
     """Largest importance weight of a token played by older weights (with --staleness 1 or 2)."""
+    layout: Literal["auto", "window", "turns", "trajectory"] = "auto"
+    """How episodes become prompts and rows: 'window' (a retelling and a row each turn), 'turns' (the whole conversation as prompt,
+    a row each turn), 'trajectory' (one row an episode, observations not learned from); 'auto' is what the style is made for."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples the responses; 'vllm' needs the package (docs/engines.md)."""
+    engine_memory: float = 0.45
+    """Share of a GPU's memory that vLLM may take while it samples."""
     slots: int = 128
     """Requests that the engine runs at the same time."""
     checkpoint_every: int = 1

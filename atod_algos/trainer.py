@@ -20,6 +20,9 @@ import torch
 
 import atod_envs
 from agents.chat import ChatFormat
+from agents.engines import make_engine
+from agents.engines.base import Engine
+from agents.engines.sync import verify_weights
 from agents.engines.transformers import TransformersEngine
 from agents.human import read_options
 from agents.models import LoadedModel, load_model
@@ -31,6 +34,7 @@ from atod_algos.config import TrainConfig, given, optimizer_options
 from atod_algos.diagnostics import batch_metrics, sampler_metrics, turn_table
 from atod_algos.evaluate import Evaluation, evaluate
 from atod_algos.frozen import LocalJudge, Scorer
+from atod_algos.layouts import choose_layout
 from atod_algos.learner import Learner, SupportTerm, recompute_layers
 from atod_algos.overlap import Ahead, correction_metrics, importance_weights, version_of
 from atod_algos.progress import Progress
@@ -38,6 +42,7 @@ from atod_algos.rollout import Rollout, derive_seed
 from atod_algos.runlog import RunFolder
 from atod_algos.sampling import StepSampler
 from atod_envs.errors import AtodError
+from atod_envs.prompting import named_style
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Group
 
@@ -77,6 +82,7 @@ class Trainer:
         text_env = cast("TextEnv", probe.unwrapped)
         self.world, self.splits, self.tasks = text_env.env_key, text_env.splits, text_env.tasks
         self.data_version = text_env.data_version
+        style = named_style(text_env, given(config, "style"))
         probe.close()
         self.student = self._load(config.student, "student")
         self.adapters = None
@@ -95,14 +101,17 @@ class Trainer:
         chat = ChatFormat(self.student.tokenizer)
         limit = int(self.student.model.config.max_position_embeddings)
         context = min(given(config, "max_context"), limit)
-        self.engine = TransformersEngine(self.policy, slots=config.slots, max_context=context)
+        self.engine: Engine = make_engine(
+            config.engine, self.policy, slots=config.slots, max_context=context, memory=config.engine_memory
+        )
+        style, self.rows = choose_layout(config.layout, style, chat)
 
         def rollout(split: str, temperature: float) -> Rollout:
             return Rollout(
                 self.engine,
                 chat,
                 lambda: make_env(config, split),
-                style=given(config, "style"),
+                style=style,
                 max_tokens=given(config, "max_response"),
                 temperature=temperature,
                 concurrency=config.slots,
@@ -163,7 +172,8 @@ class Trainer:
         else:
             self._sync(step - 1)
             groups, sampling = self.sampler.play(step, algorithm, self.training, progress.phase)
-        batch = make_batch(groups)
+            self.engine.sleep()
+        batch = make_batch(groups, self.rows)
         clock.lap("rollout")
         progress.phase("scoring")
         scores = self.scorer.score(batch)
@@ -201,8 +211,10 @@ class Trainer:
             with torch.no_grad():
                 for name, parameter in self.policy.named_parameters():
                     parameter.copy_(given_weights[name])
+        self.engine.wake()
         self.engine.load_weights(self.policy.named_parameters())
         self.engine.version = version
+        verify_weights(self.engine, self.student.model if weights is None else self.policy)
 
     def _play(
         self, step: int, version: int, weights: Mapping[str, torch.Tensor], ask: Callable[[], None]

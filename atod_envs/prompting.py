@@ -129,6 +129,20 @@ def history_lines(history: History, length: int) -> tuple[str, int]:
     return "\n".join(lines), len(lines)
 
 
+def named_style(env: TextEnv, style: str | PromptStyle) -> PromptStyle:
+    """A prompt style of an environment, by name; a style of your own is handed back.
+
+    Raises:
+        UnknownName: the environment has no style of that name.
+    """
+    if not isinstance(style, str):
+        return style
+    styles = env.prompt_styles()
+    if style not in styles:
+        raise UnknownName("prompt style", style, styles)
+    return styles[style]
+
+
 class Prompted(gym.Wrapper[str, str, str, str], RecordConstructorArgs):
     """An environment whose observation is a prompt and whose action is a whole response.
 
@@ -143,12 +157,7 @@ class Prompted(gym.Wrapper[str, str, str, str], RecordConstructorArgs):
     def __init__(self, env: gym.Env[str, str], style: str | PromptStyle = "atod") -> None:
         RecordConstructorArgs.__init__(self, style=style)  # so that Gymnasium can make the wrapped environment again
         super().__init__(env)
-        if isinstance(style, str):
-            styles = cast("TextEnv", env.unwrapped).prompt_styles()
-            if style not in styles:
-                raise UnknownName("prompt style", style, styles)
-            style = styles[style]
-        self.style: PromptStyle = style
+        self.style: PromptStyle = named_style(cast("TextEnv", env.unwrapped), style)
         self.history = History("")
         self.observation_space = UnicodeText()
         self.action_space = UnicodeText()

@@ -40,6 +40,7 @@ FALLBACK_TAIL = 30
 class AtodStyle:
     """The paper's prompt: every turn stands alone and shows the last ``history_length`` turns.
 
+    In a conversation every turn is told in the form of the first, because the earlier ones stand above it.
     The action list leaves ``help`` out. The first turn has no task slot: the task stands inside the observation.
     """
 
@@ -50,7 +51,7 @@ class AtodStyle:
         """Fill the template of the turn."""
         actions = "\n ".join(f"'{action}'" for action in history.admissible if action != "help")
         observation = history.observations[-1]
-        if not history.actions or self.history_length <= 0:
+        if not history.actions or self.history_length <= 0 or self.layout is Layout.CONVERSATION:
             return FIRST_TURN.format(current_observation=observation, admissible_actions=actions)
         lines, shown = history_lines(history, self.history_length)
         return LATER_TURN.format(

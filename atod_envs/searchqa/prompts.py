@@ -53,12 +53,12 @@ class AtodStyle:
     def prompt(self, history: History) -> str:
         """Fill the template of the turn."""
         head = _HEAD.format(task_description=history.task)
-        if not history.actions or self.history_length <= 0:
+        # In a conversation the earlier searches stand above; only the last one's results are new.
+        length = 1 if self.layout is Layout.CONVERSATION else self.history_length
+        if not history.actions or length <= 0:
             return head + self.instructions
         steps = list(enumerate(zip(history.actions, history.observations[1:], strict=False), 1))
-        memory = "\n".join(
-            f"Step {k}:{_inert(action)} {observation}\n" for k, (action, observation) in steps[-self.history_length :]
-        )
+        memory = "\n".join(f"Step {k}:{_inert(action)} {observation}\n" for k, (action, observation) in steps[-length:])
         told = _HISTORY.format(step_count=len(history.actions), memory_context=memory)
         return head + told + self.instructions
 

@@ -71,6 +71,7 @@ def quoted(observation: str, task: str) -> str:
 class AtodStyle:
     """The paper's prompt: every turn stands alone and shows the last ``history_length`` turns.
 
+    In a conversation every turn is told in the form of the first, because the earlier ones stand above it.
     The action list of the search page holds ``click[search]``, which the shop lists but ignores.
     """
 
@@ -86,7 +87,7 @@ class AtodStyle:
         actions = "\n".join(f"'{action}'," for action in listed)
         observation = quoted(history.observations[-1], task)
         first = FIRST_TURN.format(task_description=task, current_observation=observation, available_actions=actions)
-        if not history.actions or self.history_length <= 0:
+        if not history.actions or self.history_length <= 0 or self.layout is Layout.CONVERSATION:
             return first
         shown_pages = [quoted(page, task) for page in history.observations]
         lines, shown = history_lines(replace(history, observations=shown_pages), self.history_length)

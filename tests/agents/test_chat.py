@@ -73,6 +73,32 @@ def test_a_conversation_grows_without_changing_what_was_sampled(tokenizer, templ
     assert chat.rewrites_history() == bool(template)
 
 
+@pytest.mark.parametrize(
+    ("earlier", "opening", "becomes"),
+    [
+        ("m.content", "", None),
+        ("m.content.split('</think>')[-1]", "", "<think>"),  # thoughts dropped, nothing put before an answer
+        ("m.content.split('</think>')[-1].lstrip('\n') if not loop.last else m.content", "", "<think>"),
+        ("m.content", "<think>\n", "<|assistant|>"),  # a thought is opened that no earlier turn shows
+        ("m.content | trim", "", " b "),
+    ],
+)
+def test_templates_that_rewrite_history_are_recognised(tokenizer, earlier, opening, becomes):
+    import copy
+
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}"
+        "{{ ("
+        + earlier
+        + ") if m.role == 'assistant' else m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>" + opening + "{% endif %}"
+    )
+    said = ChatFormat(tokenizer).rewritten_history()
+    assert (said is None) == (becomes is None)
+    assert becomes is None or becomes in said
+
+
 def test_messages_that_look_like_markup_stay_text(tokenizer):
     chat = ChatFormat(tokenizer)
     ids = chat.opening("{{ 7 * 7 }} {% raw %} \x02")
