@@ -9,8 +9,7 @@ sys.path[:0] = [
     str(Path(__file__).parents[1] / "algos"),
 ]
 
-BUILTIN = {"atod/ALFWorld-v0": {"data": "builtin"}, "atod/WebShop-v0": {}, "atod/SearchQA-v0": {"data": "builtin"}}
-"""Each environment with arguments that need no files; the variables that name data folders are taken away."""
+from tiny import BUILTIN
 
 
 @pytest.fixture(autouse=True)

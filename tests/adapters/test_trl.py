@@ -7,12 +7,12 @@ import tiny
 pytest.importorskip("trl", reason="TRL is not installed (extra 'trl')")
 import torch
 from datasets import Dataset
+from tiny import BUILTIN
 from trl import GRPOConfig, GRPOTrainer
 
 from atod_algos.trl_rollout import TRLRollout, environment_reward, trl_rows
 from atod_envs.adapters.tools import OVER, TOOLS, tool_factory
 from atod_envs.prompting import as_conversation
-from conftest import BUILTIN
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

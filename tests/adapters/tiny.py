@@ -6,6 +6,9 @@ import numpy as np
 
 from atod_envs.trajectory import Group
 
+BUILTIN = {"atod/ALFWorld-v0": {"data": "builtin"}, "atod/WebShop-v0": {}, "atod/SearchQA-v0": {"data": "builtin"}}
+"""Each environment with arguments that need no files; the variables that name data folders are taken away."""
+
 
 @functools.lru_cache
 def tokenizer():

@@ -1,0 +1,23 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [
+    str(Path(__file__).parent),
+    *(str(Path(__file__).parents[1] / name) for name in ("envs", "algos", "adapters")),
+]
+from servers import TOY_OFFERS, running
+
+
+@pytest.fixture(scope="module")
+def toy_server():
+    with running(TOY_OFFERS) as (url, _):
+        yield url
+
+
+@pytest.fixture(params=["http", "ws"])
+def kind(request):
+    if request.param == "ws":
+        pytest.importorskip("websockets", reason="websockets is not installed (extra 'serve')")
+    return request.param

@@ -1,0 +1,61 @@
+"""The toy worlds that the server's tests offer, and a server in a thread."""
+
+import contextlib
+import threading
+import time
+
+import gymnasium as gym
+import pytest
+from toy import ToyEnv
+
+from atod_envs.serve.sessions import Limits, Offer, Sessions
+
+
+class OddEnv(ToyEnv):
+    """The toy world with actions that go wrong: it sleeps, fails, or says what JSON cannot hold."""
+
+    env_key = "odd"
+
+    def _act(self, action):
+        if action.startswith("sleep "):
+            time.sleep(float(action[6:]))
+        if action == "fail":
+            raise RuntimeError("secret: /etc/passwd")
+        frame = super()._act("nothing" if action.startswith("sleep") else action)
+        extra = {"kind": "fruit", "seen": ["a", ("b", [1])], "nested": {"deep": (1, 2.5, None)}}
+        if action == "object":
+            extra["thing"] = object()
+        return type(frame)(f"{frame.observation} {action}", frame.admissible, frame.reward, extra=extra)
+
+
+class BlockingEnv(OddEnv):
+    env_key = "blocking"
+    blocking = True
+
+
+for name, kind in (("odd/Odd-v0", OddEnv), ("odd/Blocking-v0", BlockingEnv)):
+    if name not in gym.registry:
+        gym.register(name, entry_point=kind, disable_env_checker=True)
+
+TOY_OFFERS = [Offer("odd/Odd-v0", ("train", "valid")), Offer("odd/Blocking-v0", ("train",))]
+
+
+@contextlib.contextmanager
+def running(offers, *, token="", port=0, **limits):
+    """A server in a thread; gives its address and its sessions."""
+    pytest.importorskip("uvicorn", reason="the server's packages are not installed (extra 'serve')")
+    from atod_envs.serve.app import listen, make_server
+
+    sessions = Sessions(list(offers), Limits(**limits))
+    server = make_server(sessions, token=token)
+    listening = listen("127.0.0.1", port)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", sessions
+    finally:
+        server.should_exit = True
+        thread.join(15)
+        assert not thread.is_alive(), "the server did not stop"

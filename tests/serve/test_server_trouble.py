@@ -1,0 +1,433 @@
+"""What goes wrong: dead and slow servers, lost answers, idle and crowded sessions, oversized and hostile messages."""
+
+import asyncio
+import http.client
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from servers import TOY_OFFERS, running
+
+from atod_envs.serve.client import RemoteEnv
+from atod_envs.serve.command import main
+from atod_envs.serve.links import RemoteError, SessionLost
+from atod_envs.serve.sessions import Limits, Offer, Refused, Sessions
+
+
+def post(url, call, body, **headers):
+    """A call by hand: status and answer."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=20)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("POST", f"/v1/{call}", data, {"Content-Type": "application/json", **headers})
+    response = connection.getresponse()
+    text = response.read()
+    connection.close()
+    return response.status, json.loads(text) if text.startswith(b"{") else text
+
+
+# ---- servers that do not answer ----
+
+
+def test_a_dead_server_is_named(kind):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    with pytest.raises(
+        RemoteError, match=rf"127.0.0.1:{port} did not answer 'open' \(2 attempts\).*is the server running"
+    ):
+        RemoteEnv(f"{kind}://127.0.0.1:{port}", retries=1)
+
+
+def test_a_server_that_never_answers_is_given_up(kind):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        with pytest.raises(RemoteError, match=r"no answer within 0\.3 s|timed out"):
+            RemoteEnv(f"{kind}://127.0.0.1:{silent.getsockname()[1]}", timeout=0.3, retries=0)
+        assert time.monotonic() - started < 5
+
+
+def test_a_server_that_drips_is_given_up():
+    """Each byte arrives in time, the whole answer never does."""
+    with socket.create_server(("127.0.0.1", 0)) as dripping:
+
+        def drip():
+            client, _ = dripping.accept()
+            with client:
+                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                for _ in range(40):
+                    time.sleep(0.05)
+                    try:
+                        client.sendall(b"{")
+                    except OSError:
+                        return
+
+        threading.Thread(target=drip, daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(RemoteError, match="no answer within"):
+            RemoteEnv(f"http://127.0.0.1:{dripping.getsockname()[1]}", timeout=0.4, retries=0)
+        assert time.monotonic() - started < 1.5
+
+
+def test_something_else_on_the_port_is_recognised():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer():
+            client, _ = other.accept()
+            with client:
+                client.recv(4096)
+                client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(RemoteError, match="is it a server of environments"):
+            RemoteEnv(f"http://127.0.0.1:{other.getsockname()[1]}", retries=0)
+    for url in ("localhost:8080", "ftp://x", "http://"):
+        with pytest.raises(ValueError, match="expected an address"):
+            RemoteEnv(url)
+
+
+def test_a_server_that_is_started_anew_loses_the_episode_but_not_the_client(kind):
+    with running(TOY_OFFERS) as (url, _):
+        port = int(url.rsplit(":", 1)[1])
+        env = RemoteEnv(url.replace("http", kind), retries=3)
+        first = env.reset(seed=2)
+    with running(TOY_OFFERS, port=port):
+        with pytest.raises(SessionLost, match="open another"):
+            env.step("pear")
+        assert env.reset(seed=2) == first
+        env.step("pear")
+
+
+def test_an_answer_that_is_lost_is_asked_for_again_and_nothing_happens_twice(toy_server):
+    """A proxy cuts the connection after the request has been carried out."""
+    port = int(toy_server.rsplit(":", 1)[1])
+    cut = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+
+        def forward():
+            while True:
+                try:
+                    client, _ = proxy.accept()
+                except OSError:
+                    return
+                with client, socket.create_connection(("127.0.0.1", port)) as upstream:
+                    while data := client.recv(65536):
+                        upstream.sendall(data)
+                        if not data.rstrip().endswith(b"}"):
+                            continue  # the head; the body follows
+                        answer = upstream.recv(65536)
+                        if cut.is_set():
+                            cut.clear()
+                            break
+                        client.sendall(answer)
+
+        threading.Thread(target=forward, daemon=True).start()
+        env = RemoteEnv(f"http://127.0.0.1:{proxy.getsockname()[1]}", retries=3)
+        env.reset(seed=1)
+        env.step("plum")
+        cut.set()
+        *_, info = env.step("pear")
+        assert not cut.is_set() and info["turn"] == 2
+        *_, info = env.step("plum")
+        assert info["turn"] == 3
+
+
+# ---- sessions ----
+
+
+def test_idle_sessions_expire_and_the_client_says_so():
+    with running(TOY_OFFERS, idle_seconds=0.4) as (url, sessions):
+        env, busy = RemoteEnv(url), RemoteEnv(url)
+        env.reset(seed=0)
+        busy.reset(seed=0)
+        for _ in range(8):
+            time.sleep(0.1)
+            busy.reset(seed=0)
+        assert len(sessions) == 1
+        with pytest.raises(SessionLost, match="idle for too long"):
+            env.step("pear")
+        env.reset(seed=0)
+        assert len(sessions) == 2
+
+
+def test_thousands_of_sessions_and_no_more():
+    """3,000 open sessions; the next is refused, until one is closed."""
+    websockets = pytest.importorskip("websockets", reason="websockets is not installed (extra 'serve')")
+
+    async def crowd(url):
+        async with websockets.connect(url.replace("http", "ws") + "/v1/ws") as link:
+
+            async def send():
+                for mark in range(3001):
+                    await link.send(json.dumps({"id": mark, "call": "open", "split": "valid"}))
+
+            sending = asyncio.create_task(send())
+            answers = [json.loads(await link.recv()) for _ in range(3001)]
+            await sending
+            return answers
+
+    with running(TOY_OFFERS, sessions=3000) as (url, sessions):
+        answers = asyncio.run(crowd(url))
+        (late,) = [answer for answer in answers if answer["status"] != 200]
+        assert late["status"] == 503 and "all 3000 sessions are taken" in late["error"]["message"]
+        names = [answer["session"] for answer in answers if answer["status"] == 200]
+        assert len(set(names)) == len(sessions) == 3000
+        with pytest.raises(RemoteError, match="all 3000 sessions are taken"):
+            RemoteEnv(url, retries=0)
+        post(url, "close", {"session": names[0]})
+        RemoteEnv(url, retries=0).close()
+        for name in (names[1], names[-1]):
+            assert post(url, "reset", {"session": name, "seed": 3})[1]["info"]["split"] == "valid"
+
+
+def test_one_call_at_a_time_in_a_session(toy_server):
+    env = RemoteEnv(toy_server, retries=0)
+    env.reset(seed=0)
+    answers = []
+    threads = [
+        threading.Thread(
+            target=lambda: answers.append(post(toy_server, "step", {"session": env._session, "action": "sleep 0.5"}))
+        )
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(status for status, _ in answers) == [200, 409, 409, 409]
+    status, answer = post(toy_server, "step", {"session": env._session, "action": "pear", "number": 9})
+    assert status == 409 and "somebody else is using this session" in answer["error"]["message"]
+    status, answer = post(toy_server, "step", {"session": env._session, "action": "pear", "number": 3})
+    assert status == 200 and answer["info"]["turn"] == 2
+
+
+def test_a_call_that_hangs_is_cut_and_the_others_go_on():
+    with running(TOY_OFFERS, call_seconds=0.5) as (url, sessions):
+        hanging, other = RemoteEnv(url, retries=0), RemoteEnv(url, retries=0)
+        hanging.reset(seed=0)
+        other.reset(seed=0)
+        errors = []
+
+        def hang():
+            try:
+                hanging.step("sleep 3")
+            except RemoteError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=hang)
+        thread.start()
+        time.sleep(0.3)
+        started = time.monotonic()
+        *_, info = other.step("pear")  # waits behind the one that hangs, then goes on
+        assert info["turn"] == 1 and time.monotonic() - started < 0.45
+        thread.join()
+        assert isinstance(errors[0], SessionLost) and "more than 0.5 s" in str(errors[0])
+        assert len(sessions) == 1
+        hanging.reset(seed=0)
+
+
+def test_environments_that_wait_do_not_make_each_other_wait(toy_server):
+    envs = [RemoteEnv(toy_server, "odd/Blocking-v0") for _ in range(8)]
+    for env in envs:
+        env.reset(seed=0)
+    started = time.monotonic()
+    threads = [threading.Thread(target=env.step, args=("sleep 0.4",)) for env in envs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - started < 2.0
+
+
+def test_an_environment_that_fails_tells_the_client_nothing_private(toy_server, kind):
+    env = RemoteEnv(toy_server.replace("http", kind), retries=0)
+    env.reset(seed=0)
+    with pytest.raises(RemoteError, match="the server's log says why") as caught:
+        env.step("fail")
+    assert "passwd" not in str(caught.value)
+    with pytest.raises(RemoteError, match="the server's log"):
+        env.step("object")
+
+
+# ---- messages ----
+
+
+def test_oversized_messages_are_refused_and_long_actions_are_not(kind):
+    with running(TOY_OFFERS, message_bytes=300_000) as (url, _):
+        env = RemoteEnv(url.replace("http", kind), retries=0)
+        env.reset(seed=0)
+        observation, *_ = env.step("a" * 250_000)
+        assert observation.endswith("a" * 250_000)
+        with pytest.raises(RemoteError, match=r"more than 300000 bytes|too long"):
+            env.step("a" * 400_000)
+        *_, info = env.step("pear")
+        assert info["turn"] == 2
+        host, _, port = url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port))) as endless:  # no length is told, and it never ends
+            endless.sendall(b"POST /v1/step HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            for _ in range(20):
+                endless.sendall(b"8000\r\n" + b"a" * 0x8000 + b"\r\n")
+            assert b"413" in endless.recv(4096)
+
+
+def test_the_token_is_asked_for(kind):
+    with running(TOY_OFFERS, token="right") as (url, sessions):
+        for token in ("", "wrong", "righ", "right2"):
+            with pytest.raises(RemoteError, match="token"):
+                RemoteEnv(url.replace("http", kind), token=token, retries=0)
+        assert len(sessions) == 0
+        RemoteEnv(url.replace("http", kind), token="right").reset(seed=0)
+        assert post(url, "open", {})[0] == 401
+
+
+def test_the_token_comes_from_the_environment_and_stays_out_of_specs(monkeypatch):
+    with running(TOY_OFFERS, token="from the environment") as (url, _):
+        monkeypatch.setenv("ATOD_TOKEN", "from the environment")
+        env = RemoteEnv(url)
+        assert "from the environment" not in env.spec.to_json()
+
+
+def test_web_pages_are_refused_without_a_token(toy_server):
+    assert post(toy_server, "open", {}, Origin="https://elsewhere.example")[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("call", "body", "status"),
+    [
+        ("open", {"data": "/etc"}, 400),
+        ("open", {"env": "odd/Odd-v0", "split": "../../etc"}, 422),
+        ("open", {"env": "/etc/passwd"}, 422),
+        ("open", {"env": ["odd/Odd-v0"]}, 400),
+        ("open", b"{", 400),
+        ("open", b"[1]", 400),
+        ("open", b"\xff\xfe\x00", 400),
+        ("open", b"[" * 200_000, 400),
+        ("open", b'{"lists": 3}', 400),
+        ("open", b'{"x": ' + b"9" * 5000 + b"}", 400),
+        ("reset", {"session": "guess"}, 410),
+        ("reset", {}, 400),
+        ("..%2f..%2fetc%2fpasswd", {}, 404),
+        ("__class__", {}, 404),
+        ("shutdown", {}, 404),
+        ("call", {}, 404),
+    ],
+)
+def test_hostile_calls_are_refused(toy_server, call, body, status):
+    assert post(toy_server, call, body)[0] == status
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seed": -1},
+        {"seed": "1"},
+        {"seed": True},
+        {"seed": 1 << 70},
+        {"max_turns": 0},
+        {"max_turns": 10**9},
+        {"task_id": 5},
+        {"task_id": "../../etc/passwd"},
+        {"options": {}},
+    ],
+)
+def test_hostile_arguments_of_reset_are_refused(toy_server, changed):
+    name = post(toy_server, "open", {})[1]["session"]
+    status, answer = post(toy_server, "reset", {"session": name, **changed})
+    assert status in (400, 422) and "error" in answer
+    assert post(toy_server, "reset", {"session": name, "seed": 1})[0] == 200
+    post(toy_server, "close", {"session": name})
+
+
+def test_nothing_else_is_served(toy_server):
+    host, _, port = toy_server.removeprefix("http://").partition(":")
+    for path in ("/", "/etc/passwd", "/v1/../../etc/passwd", "/v1/open", "/docs", "/static/x"):
+        connection = http.client.HTTPConnection(host, int(port), timeout=20)
+        connection.request("GET", path)
+        assert connection.getresponse().status in (404, 405)
+        connection.close()
+    connection = http.client.HTTPConnection(host, int(port), timeout=20)
+    connection.request("GET", "/health")
+    assert json.loads(connection.getresponse().read())["status"] == "ok"
+
+
+def test_many_calls_at_once_on_one_websocket(toy_server):
+    websockets = pytest.importorskip("websockets", reason="websockets is not installed (extra 'serve')")
+
+    async def flood():
+        async with websockets.connect(toy_server.replace("http", "ws") + "/v1/ws") as link:
+            for mark in range(400):
+                await link.send(json.dumps({"id": mark, "call": "open"}))
+            await link.send("no JSON")
+            return [json.loads(await link.recv()) for _ in range(401)]
+
+    answers = asyncio.run(flood())
+    assert sorted(a["id"] for a in answers if a["id"] is not None) == list(range(400))
+    assert [a["status"] for a in answers if a["id"] is None] == [400]
+    for answer in answers:
+        if answer["status"] == 200:
+            post(toy_server, "close", {"session": answer["session"]})
+
+
+# ---- the sessions alone ----
+
+
+def test_expiry_follows_the_clock_in_order_of_use():
+    async def scenario():
+        now = [0.0]
+        sessions = Sessions([Offer("odd/Odd-v0", ("train",))], Limits(idle_seconds=10), clock=lambda: now[0])
+        names = [(await sessions.call("open", {}))["session"] for _ in range(3)]
+        now[0] = 8.0
+        await sessions.call("reset", {"session": names[0], "seed": 1})
+        now[0] = 11.0
+        assert sessions.expire() == 2
+        await sessions.call("step", {"session": names[0], "action": "pear"})
+        with pytest.raises(Refused, match="open another"):
+            await sessions.call("reset", {"session": names[1]})
+        sessions.shutdown()
+
+    asyncio.run(scenario())
+
+
+# ---- the command ----
+
+
+def test_the_command_serves_and_stops(tmp_path):
+    pytest.importorskip("uvicorn", reason="the server's packages are not installed (extra 'serve')")
+    (tmp_path / "token").write_text("t0ken\n")
+    command = [sys.executable, "-m", "atod_envs.serve", "--env", "atod/ALFWorld-v0", "--option", "data=builtin"]
+    process = subprocess.Popen(
+        [*command, "--split", "valid_seen", "--port", "0", "--token-file", str(tmp_path / "token")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("serving atod/ALFWorld-v0 on http://127.0.0.1:")
+        env = RemoteEnv(line.split()[-1], token="t0ken")
+        assert env.reset(seed=0)[1]["split"] == "valid_seen"
+    finally:
+        process.terminate()
+        assert process.wait(20) in (0, -15)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "set a token"),
+        (["--env", "atod/Nothing-v0"], "Nothing"),
+        (["--env", "atod/ALFWorld-v0", "--split", "nowhere"], "nowhere"),
+        (["--env", "atod/ALFWorld-v0", "--option", "data=/nowhere/at/all"], "/nowhere/at/all"),
+        (["--sessions", "0"], "--sessions 0"),
+        (["--token-file", "/nowhere"], "nowhere"),
+    ],
+)
+def test_the_command_answers_slips_in_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.delenv("ATOD_TOKEN", raising=False)
+    assert main(arguments) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ") and message in said and "\n" not in said
