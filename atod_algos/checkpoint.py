@@ -62,10 +62,10 @@ def save_checkpoint(
         part.rename(target)
         _settle(folder)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
         recover(folder)
-        if isinstance(error, RuntimeError) and not _about_files(error):
+        if not isinstance(error, OSError) and not _about_files(error):
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise AtodError(
@@ -153,7 +153,7 @@ def _settle(path: Path) -> None:
         os.close(handle)
 
 
-def _about_files(error: RuntimeError) -> bool:
-    """Torch and safetensors report a failed write as a RuntimeError or their own kind of error."""
+def _about_files(error: Exception) -> bool:
+    """Torch and safetensors report a failed write as errors of their own kinds."""
     text = str(error).lower()
     return any(word in text for word in ("write", "i/o", "os error", "no space", "file too large", "iostream"))

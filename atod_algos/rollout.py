@@ -10,10 +10,13 @@ they have no token ids: to the policy they are part of its prompt, and nothing i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import gymnasium as gym
@@ -22,10 +25,16 @@ from agents.base import Decision
 from agents.chat import ChatFormat
 from agents.engines.base import Completion, Engine, SamplingParams
 from agents.expert import expert_solution
+from atod_envs.errors import AtodError
 from atod_envs.prompting import Layout, Prompted, PromptStyle
 from atod_envs.recording import RecordTurns
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Group, StopReason, Trajectory
+
+log = logging.getLogger(__name__)
+
+_Answer = tuple[str, float, bool, bool, dict[str, Any]]
+"""What an environment's step returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,7 @@ class Rollout:
         max_tokens: longest response, in tokens.
         temperature: of the sampling; 0 is greedy.
         concurrency: episodes that run at the same time.
+        tolerated: share of the episodes whose environment may raise; they end as aborted, and nothing is learned from them.
     """
 
     def __init__(
@@ -94,12 +104,14 @@ class Rollout:
         max_tokens: int,
         temperature: float = 1.0,
         concurrency: int = 128,
+        tolerated: float = 0.0,
     ) -> None:
         self.engine = engine
         self.chat = chat
         self.max_tokens = max_tokens
         self.temperature = temperature
         self.concurrency = concurrency
+        self.tolerated = tolerated
         self._make_env = make_env
         self._style = style
         self._pool: list[RecordTurns] = []
@@ -120,10 +132,13 @@ class Rollout:
 
         Returns:
             One trajectory an episode, in the order of ``specs``.
+
+        Raises:
+            AtodError: more environments raised than are tolerated, or one could not even begin; names the task.
         """
         finished: dict[int, Trajectory] = {}
         running: dict[str, _Episode] = {}
-        stepping: dict[Future[tuple[str, float, bool, bool, dict[str, Any]]], _Episode] = {}
+        stepping: dict[Future[_Answer], tuple[_Episode, str]] = {}
         waiting = list(enumerate(specs))[::-1]
 
         def end(episode: _Episode, trajectory: Trajectory) -> None:
@@ -131,6 +146,31 @@ class Rollout:
             self._pool.append(episode.env)
             if on_finish is not None:
                 on_finish(len(finished))
+
+        failed: list[int] = []
+
+        def step(episode: _Episode, response: str, call: Callable[[], _Answer]) -> _Answer | None:
+            """The environment's answer; None where it raised and the episode is given up."""
+            try:
+                return call()
+            except AtodError:
+                raise
+            except Exception as error:
+                failed.append(episode.index)
+                place = f"turn {episode.turn} of task {episode.spec.task_id!r} (seed {episode.spec.seed})"
+                what = f"the environment raised {type(error).__name__}: {error} at {place}, answering {response!r}"
+                if len(failed) > self.tolerated * len(specs):
+                    raise AtodError(
+                        f"{what}; {len(failed)} of {len(specs)} episodes have failed so. Mend the environment and run the same "
+                        "command to go on from the last checkpoint"
+                    ) from error
+                log.warning("%s; the episode is left out", what)
+                finished[episode.index] = episode.env.close_episode(StopReason.ABORTED)
+                with contextlib.suppress(Exception):  # it is broken: whether it can still be closed does not matter
+                    episode.env.close()
+                if on_finish is not None:
+                    on_finish(len(finished))
+                return None
 
         def ask(episode: _Episode, message: str, stopped: bool) -> None:
             """Submit the next turn, or end the episode where it no longer fits the context."""
@@ -146,7 +186,9 @@ class Rollout:
             running[request] = episode
             self.engine.submit(request, episode.prompt, self._params(episode))
 
-        def settle(episode: _Episode, answer: tuple[str, float, bool, bool, dict[str, Any]], stopped: bool) -> None:
+        def settle(episode: _Episode, answer: _Answer | None, stopped: bool) -> None:
+            if answer is None:
+                return
             message, _, terminated, truncated, info = answer
             episode.turn += 1
             if terminated or truncated:
@@ -158,7 +200,7 @@ class Rollout:
             while waiting and len(running) + len(stepping) < self.concurrency:
                 index, spec = waiting.pop()
                 episode = _Episode(index, spec, self._environment(limits))
-                message, trajectory = self._begin(episode, limits)
+                message, trajectory = self._begin_or_say(episode, limits)
                 if trajectory is None:
                     ask(episode, message, True)
                 else:
@@ -169,14 +211,16 @@ class Rollout:
                 response = self.chat.decode(completion.token_ids)
                 if cast("TextEnv", episode.env.unwrapped).blocking:
                     self._threads = self._threads or ThreadPoolExecutor(max_workers=64, thread_name_prefix="env")
-                    stepping[self._threads.submit(episode.env.step, response)] = episode
+                    stepping[self._threads.submit(episode.env.step, response)] = episode, response
                 else:
-                    settle(episode, episode.env.step(response), completion.stopped)
+                    answer = step(episode, response, partial(episode.env.step, response))
+                    settle(episode, answer, completion.stopped)
             if stepping:
                 done, _ = wait(stepping, timeout=None if not running else 0, return_when=FIRST_COMPLETED)
                 for future in done:
-                    episode = stepping.pop(future)
-                    settle(episode, future.result(), episode.conversation[-1] in self.chat.stop_ids)
+                    episode, response = stepping.pop(future)
+                    answer = step(episode, response, future.result)
+                    settle(episode, answer, episode.conversation[-1] in self.chat.stop_ids)
         return [finished[index] for index in range(len(specs))]
 
     def play_groups(
@@ -205,6 +249,17 @@ class Rollout:
         own = text_env.configured_max_turns
         text_env.max_turns = own if limits is None or limits.max_turns is None else min(own, limits.max_turns)
         return env
+
+    def _begin_or_say(self, episode: _Episode, limits: RolloutLimits | None) -> tuple[str, Trajectory | None]:
+        try:
+            return self._begin(episode, limits)
+        except AtodError:
+            raise
+        except Exception as error:
+            raise AtodError(
+                f"the environment raised {type(error).__name__}: {error} at the beginning of task {episode.spec.task_id!r} "
+                f"(seed {episode.spec.seed}). Mend it and run the same command to go on from the last checkpoint"
+            ) from error
 
     def _begin(self, episode: _Episode, limits: RolloutLimits | None) -> tuple[str, Trajectory | None]:
         """Start an episode and play the expert's turns of it; the first message to the policy, or the end."""

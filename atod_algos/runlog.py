@@ -20,7 +20,8 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -101,11 +102,12 @@ class RunFolder:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a step's metrics."""
-        with open(self.path / "metrics.jsonl", "a") as file:
+        with written(self.path / "metrics.jsonl") as path, open(path, "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+            with written(self.path / "tensorboard"):
+                for name, value in metrics.items():
+                    self._board.add_scalar(name, value, step)
 
     def metrics(self) -> list[dict[str, float]]:
         """All logged steps."""
@@ -114,11 +116,13 @@ class RunFolder:
 
     def store(self, step: int, trajectories: Iterable[Trajectory], turns: Mapping[str, list[Any]]) -> None:
         """Keep a step's episodes and per-turn quantities."""
-        for name in ("trajectories", "turns"):
-            (self.path / name).mkdir(exist_ok=True)
-        write_jsonl(self.path / "trajectories" / f"step_{step:06d}.jsonl.gz", trajectories)
+        with written(self.path / "trajectories" / f"step_{step:06d}.jsonl.gz") as path:
+            path.parent.mkdir(exist_ok=True)
+            write_jsonl(path, trajectories)
         packed = gzip.compress(json.dumps(turns).encode(), 3, mtime=0)
-        (self.path / "turns" / f"step_{step:06d}.json.gz").write_bytes(packed)
+        with written(self.path / "turns" / f"step_{step:06d}.json.gz") as path:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(packed)
 
     def result(self) -> dict[str, Any] | None:
         """The final table, if the run has ended."""
@@ -150,8 +154,25 @@ class RunFolder:
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that it holds either the old or the new text, whenever the process ends."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    with written(path):
+        part.write_text(text)
+        os.replace(part, path)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Say in one line what could not be written, and how to go on.
+
+    Raises:
+        AtodError: the system refused: a full disk, no permission.
+    """
+    try:
+        yield path
+    except OSError as error:
+        raise AtodError(
+            f"{path} could not be written: {error.strerror or error}. Make room and run the same command to go on from the last "
+            "checkpoint"
+        ) from error
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:

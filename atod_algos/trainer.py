@@ -46,6 +46,9 @@ from atod_envs.prompting import named_style
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Group
 
+_TOLERATED = 0.25
+"""Share of a step's training episodes that may be lost to an environment that raises; evaluation tolerates none."""
+
 
 def make_env(config: TrainConfig, split: str | None = None) -> gym.Env[str, str]:
     """Make the raw environment of a run.
@@ -106,7 +109,7 @@ class Trainer:
         )
         style, self.rows = choose_layout(config.layout, style, chat)
 
-        def rollout(split: str, temperature: float) -> Rollout:
+        def rollout(split: str, temperature: float, tolerated: float = 0.0) -> Rollout:
             return Rollout(
                 self.engine,
                 chat,
@@ -115,10 +118,11 @@ class Trainer:
                 max_tokens=given(config, "max_response"),
                 temperature=temperature,
                 concurrency=config.slots,
+                tolerated=tolerated,
             )
 
         self._make_rollout = rollout
-        self.training = rollout(self.splits[0], config.temperature)
+        self.training = rollout(self.splits[0], config.temperature, _TOLERATED)
         self.selection = rollout(self.splits[1], given(config, "eval_temperature"))
         self.ahead: Ahead[tuple[list[Group], dict[str, float]]] | None = None
         self._stale: dict[int, Any] = {}

@@ -1,0 +1,102 @@
+"""Runs training in forked children that die where they are told to; spoken to in JSON lines (see test_faults.py).
+
+One process imports everything once and never computes; each run is a fork of it.
+"""
+
+import json
+import os
+import shutil  # noqa: F401
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "envs")]
+
+import torch
+import torch.utils.tensorboard
+import toyworld  # noqa: F401
+
+from agents.models import load_model
+from atod_algos import checkpoint, cli, learner, optimizer, progress, trainer  # noqa: F401
+from atod_algos.atod import ATOD
+
+PLACES = {
+    "rollout": "atod_algos.rollout.Rollout._note",
+    "scoring": "atod_algos.frozen.score",
+    "update": "atod_algos.optimizer.Updater.update",
+    "log": "atod_algos.runlog.RunFolder.log",
+    "store": "atod_algos.runlog.RunFolder.store",
+    "weights": "torch.save",
+    "settle": "os.fsync",
+    "rename": "pathlib.Path.rename",
+    "remove": "shutil.rmtree",
+}
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(place, count, after):
+    """Be killed at (or just after) the count-th call of a function."""
+    owner, _, name = PLACES[place].rpartition(".")
+    target = sys.modules.get(owner)
+    if target is None:
+        module, _, cls = owner.rpartition(".")
+        target = getattr(sys.modules[module], cls)
+    honest, calls = getattr(target, name), [0]
+
+    def call(*arguments, **options):
+        calls[0] += 1
+        if calls[0] == count and not after:
+            die()
+        answer = honest(*arguments, **options)
+        if calls[0] == count:
+            die()
+        return answer
+
+    setattr(target, name, call)
+
+
+def child(order):
+    out = open(order["out"], "w")  # noqa: SIM115
+    os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
+    torch.set_num_threads(1)
+    if order.get("place"):
+        die_at(order["place"], order["count"], order.get("after", False))
+    if order.get("seconds"):
+        threading.Timer(order["seconds"], die).start()
+    if order.get("file_bytes"):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_bytes"], order["file_bytes"]))
+    try:
+        cli.main(ATOD, order["arguments"])
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 70
+    return 0
+
+
+def serve():
+    for folder in sys.argv[1:]:
+        load_model(folder, "student")  # so that what is imported late is imported once
+    print("ready", flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            code = child(order)
+            sys.stdout.flush()
+            os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        killed = os.WIFSIGNALED(status)
+        print(json.dumps({"killed": killed, "code": None if killed else os.WEXITSTATUS(status)}), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
