@@ -189,8 +189,17 @@ def train(config: TrainConfig, algorithm: Algorithm, rules: str, *, dry_run: boo
     if result is None:
         return None
     progress.console.print(result_table(list(result["table"].items()), result["panel"]))
+    page = _report(folder, config)
     progress.console.print(f"run folder: {folder}", highlight=False)
+    progress.console.print(f"every turn and why it was weighted: {page}", highlight=False, soft_wrap=True)
     return result
+
+
+def _report(folder: Path, config: TrainConfig) -> Path:
+    """Write the run's page; it scores single tokens where that costs seconds, and else takes what is stored."""
+    from atod_algos.report.command import report
+
+    return report([folder], compute=config.student == "builtin", figures=False)
 
 
 def _panel_name(trainer: Any) -> str:

@@ -105,6 +105,8 @@ class TrainConfig:
     """Store the trajectories of every n-th step; 0 stores none."""
     keep_tokens: bool = False
     """Store, with the trajectories, every sampled token's log-probs under student and teacher."""
+    wandb: str | None = None
+    """Project to log to in Weights & Biases as well, where it is installed (WANDB_MODE=offline keeps it on this machine)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the models run."""
     threads: int = 0

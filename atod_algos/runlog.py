@@ -4,6 +4,7 @@
     metrics.jsonl             one line a step
     tensorboard/              the same as event files, where tensorboard is installed
     trajectories/step_*.jsonl.gz   the episodes (``atod_envs.trajectory``)
+    validation/step_*.jsonl.gz     the episodes of each validation, that of the untrained student (step 0) among them
     turns/step_*.json.gz      columns, one entry a turn, from which the published figures are redrawn; what each column
                               holds is said by ``atod_algos.diagnostics.turn_table``
     checkpoints/              see ``atod_algos.checkpoint``
@@ -41,6 +42,7 @@ _FREE = (
     "slots",
     "token_budget",
     "gradient_checkpointing",
+    "wandb",
 )
 """Settings that a resumed run may change: they do not alter what is computed, only how long or where."""
 
@@ -79,10 +81,16 @@ class RunFolder:
                     "give the old value to resume it, or choose another folder with --run"
                 )
         self._write("config.json", {"settings": plain, "versions": versions()})
+        self._settings = plain
         self._board: Any = None
+        self._wandb: Any = None
 
     def begin(self, step: int) -> None:
-        """Drop what was logged after ``step`` and open the event file."""
+        """Drop what was logged after ``step`` and open the event file.
+
+        Raises:
+            AtodError: Weights & Biases was asked for and is not installed.
+        """
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
             kept = []
@@ -93,6 +101,7 @@ class RunFolder:
                 except (json.JSONDecodeError, KeyError):
                     break  # the line that was being written when the process ended
             replace_text(metrics, "".join(line + "\n" for line in kept))
+        self._begin_wandb()
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -108,6 +117,21 @@ class RunFolder:
             with written(self.path / "tensorboard"):
                 for name, value in metrics.items():
                     self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
+
+    def _begin_wandb(self) -> None:
+        project = self._settings["train"].get("wandb")
+        if not project:
+            return
+        try:
+            import wandb
+        except ImportError as error:
+            raise AtodError("--wandb needs Weights & Biases: pip install wandb, or leave the option out") from error
+        # The name of the folder is the run's id there: a resumed run goes on in the same place, and steps that were lost with the
+        # process are written over.
+        identity = {"project": project, "id": self.path.resolve().name, "name": self.path.name, "resume": "allow"}
+        self._wandb = wandb.init(**identity, config=self._settings, dir=str(self.path))
 
     def metrics(self) -> list[dict[str, float]]:
         """All logged steps."""
@@ -124,6 +148,12 @@ class RunFolder:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(packed)
 
+    def store_validation(self, step: int, trajectories: Iterable[Trajectory]) -> None:
+        """Keep the episodes of a validation."""
+        with written(self.path / "validation" / f"step_{step:06d}.jsonl.gz") as path:
+            path.parent.mkdir(exist_ok=True)
+            write_jsonl(path, trajectories)
+
     def result(self) -> dict[str, Any] | None:
         """The final table, if the run has ended."""
         return self._read("result.json")
@@ -133,10 +163,13 @@ class RunFolder:
         self._write("result.json", result)
 
     def close(self) -> None:
-        """Close the event file."""
+        """Close the event file and whatever else is logged to."""
         if self._board is not None:
             self._board.close()
             self._board = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name

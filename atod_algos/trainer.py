@@ -259,6 +259,7 @@ class Trainer:
         if result.success > self.best["success"]:
             self.best = {"success": result.success, "step": float(self.step)}
             self._save("best")
+        self.run.store_validation(self.step, result.trajectories)
         progress.validation(self.step, result.success, len(result.trajectories))
         metrics = {"val/success_rate": result.success, "val/length": result.length}
         metrics[f"val/{self.world}_task_score"] = result.score

@@ -40,8 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     guarded(lambda: show_comparison(*config.compare) if config.compare else run(config))
 
 
-def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate as asked, store everything, and show the table.
+def run(config: EvaluateConfig, *, show: bool = True) -> dict[str, Any]:
+    """Evaluate as asked, and store everything.
+
+    Args:
+        config: what was asked for.
+        show: show progress and the table.
 
     Returns:
         What ``result.json`` holds.
@@ -55,12 +59,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     settings, panels = settings_of(config, sampling)
     out = config.out or Path("evaluations") / f"{_file_name(config.agent)}-{config.env.split('/')[-1]}"
     _open(out, settings)
-    console = Console()
     rows: dict[str, Any] = {}
     player = Player(config, sampling, panels[0].split)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
             for panel in panels:
                 seeds: dict[int, Evaluation] = {}
                 for seed in config.seeds:
@@ -83,8 +86,10 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     title = f"{config.agent} on {config.env}, seeds {', '.join(map(str, config.seeds))}; " + ", ".join(
         f"{name} {value}" for name, value in dataclasses.asdict(sampling).items() if value is not None
     )
-    console.print(result_table(list(rows.items()), title))
-    console.print(f"stored in {out}", highlight=False)
+    if show:
+        console = Console()
+        console.print(result_table(list(rows.items()), title))
+        console.print(f"stored in {out}", highlight=False)
     return result
 
 

@@ -153,16 +153,20 @@ def sampling_of(config: EvaluateConfig) -> Sampling:
     return Sampling(**{n: profile[n] if getattr(config, n) is None else getattr(config, n) for n in names})
 
 
-def held_out_splits(env: str) -> tuple[str, ...]:
-    """An environment's splits for choosing and for reporting; known without opening any data, of which parts may be missing.
+def env_class(env: str) -> Any:
+    """The class behind a registered id, without opening any data.
 
     Raises:
         UnknownName: no environment of that id is registered.
     """
     atod_envs.require_registered(env)
-    point = gym.spec(env).entry_point
-    kind = load_env_creator(point) if isinstance(point, str) else point
-    return tuple(getattr(kind, "splits", TextEnv.splits)[1:])
+    point = gym.spec(env.rpartition(":")[2]).entry_point
+    return load_env_creator(point) if isinstance(point, str) else point
+
+
+def held_out_splits(env: str) -> tuple[str, ...]:
+    """An environment's splits for choosing and for reporting; of others the data may be missing."""
+    return tuple(getattr(env_class(env), "splits", TextEnv.splits)[1:])
 
 
 def make_env(config: EvaluateConfig, sampling: Sampling, split: str) -> gym.Env[str, str]:

@@ -1,0 +1,189 @@
+"""Writes a report, once or again and again while its runs train."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from atod_algos.cli import guarded
+from atod_algos.report.data import Run, read_run
+from atod_algos.report.page import TURNS, write_page
+from atod_algos.report.tokens import Scorer
+from atod_envs.errors import AtodError
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Show stored runs: curves, tables, every turn and why it was weighted, and the paper's figures."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders; several are shown together."""
+    out: Path | None = None
+    """Folder of the report; by default the first run's own."""
+    watch: bool = False
+    """Follow the runs while they train: serve the page on this machine and write it again as they go on."""
+    interval: float = 10.0
+    """Seconds between looks, with --watch."""
+    port: int = 0
+    """Port of the page, with --watch; 0 takes a free one."""
+    turns: int = TURNS
+    """Most turns on the page."""
+    score: bool = True
+    """Let the teacher score the shown episodes where the run did not keep it (loads the teacher once; kept in RUN/scores)."""
+    teacher: str | None = None
+    """Another teacher to score with, also for runs that had none."""
+    figures: bool = True
+    """Draw the paper's figures as PNG and SVG (needs matplotlib: pip install 'atod[report]')."""
+    verbose: bool = False
+    """Log more."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    config = tyro.cli(
+        ReportConfig, args=arguments, prog="python -m atod_algos.report", description=ReportConfig.__doc__
+    )
+    logging.basicConfig(level=logging.INFO if config.verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    guarded(lambda: _run(config))
+
+
+def _run(config: ReportConfig) -> None:
+    if not config.runs:
+        raise AtodError("give one or more run folders, e.g. python -m atod_algos.report runs/atod-ALFWorld-v0-seed0")
+    console = Console(soft_wrap=True)
+    if config.watch:
+        try:
+            watch(config, console, threading.Event())
+        except KeyboardInterrupt:
+            console.print("stopped")
+        return
+    page = report(
+        config.runs,
+        out=config.out,
+        turns=config.turns,
+        compute=config.score,
+        teacher=config.teacher,
+        figures=config.figures,
+    )
+    console.print(str(page), highlight=False)
+
+
+def report(
+    folders: Sequence[Path],
+    *,
+    out: Path | None = None,
+    turns: int = TURNS,
+    compute: bool = True,
+    teacher: str | None = None,
+    figures: bool = True,
+) -> Path:
+    """Write the page, and the figures where they are wanted.
+
+    Args:
+        folders: of the runs.
+        out: folder of the report; by default the first run's.
+        turns: most turns on the page.
+        compute: the teacher may be loaded to score what is shown.
+        teacher: another teacher than the runs' own.
+        figures: draw the paper's figures.
+
+    Returns:
+        The page.
+
+    Raises:
+        DataError: a folder holds no run.
+        ImportError: figures were asked for and matplotlib is not installed.
+    """
+    runs = [read_run(Path(folder)) for folder in folders]
+    target = out or runs[0].path
+    target.mkdir(parents=True, exist_ok=True)
+    scorers = {run.path: _scorer(run, compute, teacher) for run in runs}
+    page = target / "report.html"
+    write_page(page, runs, scorers=scorers, turns=turns)
+    if figures:
+        from atod_algos.report.figures import write_figures
+
+        write_figures(runs, target / "figures", scorers)
+    return page
+
+
+def _scorer(run: Run, compute: bool, teacher: str | None) -> Scorer:
+    """A run that had no teacher gets scores from one that was asked for only."""
+    taught = bool(run.series("/teacher_student_gap_mean")[0])
+    return Scorer(run, teacher, compute and (taught or teacher is not None))
+
+
+# --- following a run ------------------------------------------------------------------------------------------------------
+
+
+def watch(config: ReportConfig, console: Console, stop: threading.Event) -> None:
+    """Serve the page on this machine and write it again whenever the runs have gone on.
+
+    Args:
+        config: what to show.
+        console: where the address is shown.
+        stop: ends it.
+    """
+    target = config.out or config.runs[0]
+    page = target / "report.html"
+    state = {"stamp": ""}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path in ("/", "/report.html"):
+                body, kind = page.read_bytes(), "text/html; charset=utf-8"
+            elif self.path == "/stamp":
+                body, kind = state["stamp"].encode(), "text/plain"
+            else:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            logging.getLogger(__name__).debug(format, *args)
+
+    _write(config, page, state)
+    server = ThreadingHTTPServer(("127.0.0.1", config.port), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    console.print(
+        f"following {', '.join(map(str, config.runs))} at http://127.0.0.1:{server.server_port}/ (Ctrl-C ends)",
+        highlight=False,
+    )
+    try:
+        while not stop.wait(config.interval):
+            if _stamp(config.runs) != state["stamp"]:
+                _write(config, page, state)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _write(config: ReportConfig, page: Path, state: dict[str, str]) -> None:
+    stamp = _stamp(config.runs)
+    runs = [read_run(folder) for folder in config.runs]
+    # The teacher is not loaded beside a run that trains; what is stored is used.
+    scorers = {run.path: _scorer(run, False, config.teacher) for run in runs}
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_page(page, runs, scorers=scorers, turns=config.turns, live=config.interval, stamp=stamp)
+    state["stamp"] = stamp
+
+
+def _stamp(folders: Sequence[Path]) -> str:
+    """Changes whenever one of the runs has gone on."""
+    sizes = []
+    for folder in folders:
+        path = folder / "metrics.jsonl"
+        sizes.append(f"{path.stat().st_size if path.exists() else 0}{'.' if (folder / 'result.json').exists() else ''}")
+    return "-".join(sizes)

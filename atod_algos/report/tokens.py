@@ -1,0 +1,151 @@
+"""Scores of single tokens for the episodes that are shown: what teacher and student thought of each.
+
+The student's values were stored when it sampled (they differ from the learner's by rounding, see ``sampler/logprob_gap_*``); the
+teacher's were stored too if the run kept them (``--keep-tokens``), and are computed here otherwise. The invariant: the teacher reads
+the very ids that were sampled, at the temperature they were sampled at, with the bound on the gap that the run trained with.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from atod_algos import advantages as maths
+from atod_algos.report.data import Run, read_packed
+from atod_envs.errors import AtodError
+from atod_envs.trajectory import Group, Trajectory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnScores:
+    """One turn.
+
+    Attributes:
+        student: log-prob of each sampled token under the policy that sampled it.
+        teacher: under the teacher; ``None`` without one.
+        d: disagreement d_k.
+        h: uncertainty h_k.
+        w: weight w_k: as trained with, or what T-DUR gives where nothing was trained.
+    """
+
+    student: list[float]
+    teacher: list[float] | None
+    d: float | None
+    h: float | None
+    w: float | None
+
+
+@dataclass
+class Scorer:
+    """Scores a run's episodes, with its teacher loaded at most once.
+
+    Attributes:
+        run: the run.
+        teacher: another teacher than the run's own.
+        compute: may load the teacher; otherwise only what is stored is used.
+    """
+
+    run: Run
+    teacher: str | None = None
+    compute: bool = True
+    _loaded: Any = field(default=None, repr=False)
+
+    def scores(self, kind: str, step: int, episodes: list[Trajectory]) -> dict[tuple[int, int], TurnScores]:
+        """Scores of a step's turns, by (place of the episode in the file, turn)."""
+        teacher = self._teacher_tokens(kind, step, episodes)
+        table = self.run.turn_table(step) if kind == "train" else None
+        weights = dict(zip(_places(table), table["weight"], strict=True)) if table and "weight" in table else None
+        found: dict[tuple[int, int], TurnScores] = {}
+        for n, episode in enumerate(episodes):
+            spoken = [turn for turn in episode.turns if turn.response_ids]
+            rows = [(list(turn.logprobs), teacher.get((n, turn.index)) if teacher else None) for turn in spoken]
+            h = [-float(np.mean(student)) for student, _ in rows]
+            d = [None if t is None else float(np.mean(np.abs(np.subtract(t, s)))) for s, t in rows]
+            w: list[float | None] = [None] * len(rows)
+            if weights is not None:
+                w = [weights.get((n, turn.index)) for turn in spoken]
+            elif kind == "valid" and rows and all(value is not None for value in d):
+                one = np.zeros(len(rows), dtype=np.int64)
+                d_K, h_K = np.array(d, dtype=float), np.array(h)
+                w = maths.turn_weights(d_K, h_K, one, np.ones(len(rows), dtype=bool)).weight_K.tolist()
+            for turn, (student, by_teacher), d_k, h_k, w_k in zip(spoken, rows, d, h, w, strict=True):
+                found[n, turn.index] = TurnScores(student, by_teacher, d_k, h_k, w_k)
+        return found
+
+    def _teacher_tokens(
+        self, kind: str, step: int, episodes: list[Trajectory]
+    ) -> dict[tuple[int, int], list[float]] | None:
+        table = self.run.turn_table(step) if kind == "train" else None
+        if self.teacher is None and table is not None and "token_teacher" in table:
+            return dict(zip(_places(table), table["token_teacher"], strict=True))
+        path = self.run.scores_path(kind, step)
+        stored = read_packed(path)
+        name = self.teacher or str(self.run.settings["train"]["teacher"])
+        if stored is None or stored["teacher"] != [name]:
+            if not self.compute or not any(turn.response_ids for e in episodes for turn in e.turns):
+                return None
+            model = self._load(name)
+            if model is None:
+                return None
+            stored = {"teacher": [name], **self._compute(model, kind, episodes)}
+            path.parent.mkdir(exist_ok=True)
+            part = path.with_name(path.name + ".part")
+            part.write_bytes(gzip.compress(json.dumps(stored).encode(), 3, mtime=0))
+            part.replace(path)
+        return dict(zip(_places(stored), stored["token_teacher"], strict=True))
+
+    def _compute(self, model: Any, kind: str, episodes: list[Trajectory]) -> dict[str, list[Any]]:
+        from atod_algos.batch import make_batch
+        from atod_algos.scoring import score
+
+        train = self.run.settings["train"]
+        temperature = train["temperature"] if kind == "train" else train["eval_temperature"] or 1.0
+        whole = [(n, t) for n, t in enumerate(episodes) if str(t.stop_reason) != "aborted"]
+        batch = make_batch([Group(trajectory.task_id, (trajectory,)) for _, trajectory in whole])
+        teacher_M, _ = score(model, batch, temperature=temperature)
+        if train["gap_clip"]:
+            student_M = batch.sampler_logprobs_M
+            teacher_M = student_M + np.clip(teacher_M - student_M, -train["gap_clip"], train["gap_clip"])
+        parts = np.split(teacher_M, np.cumsum(batch.n_K)[:-1])
+        return {
+            "trajectory": [whole[n][0] for n in batch.trajectory_K],
+            "turn": batch.index_K.tolist(),
+            "token_teacher": [[round(float(value), 5) for value in part] for part in parts],
+        }
+
+    def _load(self, name: str) -> Any:
+        if self._loaded is None:
+            from agents.models import load_model
+            from atod_algos.evaluate.settings import env_class
+
+            world = getattr(env_class(str(self.run.settings["train"]["env"])), "env_key", "")
+            try:
+                self._loaded = load_model(name, "teacher", world=world)
+            except AtodError as error:
+                log.warning("no token scores: %s", error)
+                self._loaded = False
+        return self._loaded.model if self._loaded else None
+
+
+def token_texts(run: Run, episodes: list[Trajectory]) -> dict[int, str] | None:
+    """Text of every token that was sampled, or None where the run's tokenizer is not there."""
+    folders = [run.path / "checkpoints" / "best", *sorted((run.path / "checkpoints").glob("step_*"))]
+    folder = next((path for path in folders if (path / "tokenizer.json").is_file()), None)
+    if folder is None:
+        return None
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = {i for episode in episodes for turn in episode.turns for i in turn.response_ids}
+    return {i: tokenizer.decode([i], skip_special_tokens=False) for i in sorted(ids)}
+
+
+def _places(table: dict[str, list[Any]] | None) -> list[tuple[int, int]]:
+    return [] if table is None else list(zip(table["trajectory"], table["turn"], strict=True))

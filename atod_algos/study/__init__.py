@@ -1,0 +1,128 @@
+"""The study: every method on every environment with several training seeds, at the scale of a preset.
+
+    python -m atod_algos.study --preset laptop
+
+trains what is not yet trained, evaluates it on fixed panels, and writes the paper's Table 1 and Figure 4 in our terms. The invariant:
+methods differ in nothing but themselves. Student, teacher, tasks, episodes' seeds, steps, panels and sampling are shared, and each
+method's learning rate is chosen from the same grid, on the same split, with a seed that the study itself does not use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        name: its key, and the name of its folders.
+        label: as printed.
+        algorithm: name in the entry-point group ``atod.algorithms``; empty for a policy that is not trained.
+        options: the algorithm's options that differ from its rule set.
+        tuned_as: the method whose learning rate it takes: an ablation changes one thing only.
+    """
+
+    name: str
+    label: str
+    algorithm: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tuned_as: str = ""
+
+
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        Method("vanilla", "Vanilla"),
+        Method("teacher", "Teacher"),
+        Method("grpo", "GRPO", "grpo"),
+        Method("sdar", "SDAR", "sdar"),
+        Method("opd", "OPD", "opd"),
+        Method("sod", "SOD", "sod"),
+        Method("tcod", "TCOD", "tcod"),
+        Method("atod", "ATOD", "atod"),
+        Method("atod-constant", "ATOD w/o annealing", "atod", {"coef_anneal_steps": 0}, "atod"),
+        Method("atod-uniform", "ATOD w/o T-DUR", "atod", {"weighting": "none"}, "atod"),
+        Method("atod-token", "ATOD token-level", "atod", {"weighting": "token"}, "atod"),
+    )
+}
+"""Every row, the untrained student and the teacher first; ablations as in section 5.3 of the paper."""
+
+ABLATIONS = ("atod", "atod-token", "atod-uniform", "atod-constant")
+"""Bars of Figure 4."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """One column of the table.
+
+    Attributes:
+        name: its key, and the name of its folder.
+        train: settings of ``TrainConfig`` that differ from its profile, the environment among them.
+        report_tasks: tasks of the final panel (all of a smaller split).
+        options: by method, options that depend on how long is trained here.
+    """
+
+    name: str
+    train: Mapping[str, Any]
+    report_tasks: int
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A scale.
+
+    Attributes:
+        worlds: the columns.
+        lrs: learning rates to choose from; a single one is taken without tuning.
+        seeds: training seeds.
+        tuning_seed: of the runs that choose the learning rate; not among ``seeds``.
+    """
+
+    worlds: tuple[World, ...]
+    lrs: tuple[float, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tuning_seed: int = 1000
+
+
+ANNEALING_SHARE = 80 / 150
+"""Share of the training over which ATOD's coefficients change (released scripts: 80 of 150 steps)."""
+
+
+def _world(name: str, env: str, *, steps: int, max_turns: int, report_tasks: int, **train: Any) -> World:
+    """A world whose schedules are scaled to its number of steps.
+
+    ATOD's annealing ends at the published share of the training; TCOD's window reaches the turn limit half-way (its paper: after a
+    quarter, ATOD's re-implementation: at the end).
+    """
+    annealing = {"coef_anneal_steps": round(ANNEALING_SHARE * steps)}
+    scaled = {"atod": annealing, "atod-uniform": annealing, "atod-token": annealing}
+    window = {"turns_every": max(1, steps // (2 * (max_turns - 1)))}
+    settings = {"env": env, "steps": steps, "max_turns": max_turns, **train}
+    return World(name, settings, report_tasks, {**scaled, "tcod": window})
+
+
+def _laptop() -> Preset:
+    common = {
+        "data": "builtin",
+        "tasks_per_step": 8,
+        "eval_tasks": 128,
+        "checkpoint_every": 10,
+        "keep_trajectories": 10,
+    }
+    return Preset(
+        worlds=(
+            _world("alfworld", "atod/ALFWorld-v0", steps=40, max_turns=14, report_tasks=256, eval_every=10, **common),
+            _world("webshop", "atod/WebShop-v0", steps=40, max_turns=8, report_tasks=500, eval_every=10, **common),
+            _world("searchqa", "atod/SearchQA-v0", steps=40, max_turns=4, report_tasks=512, eval_every=10, **common),
+        ),
+        lrs=(5e-4, 1e-3),
+    )
+
+
+PRESETS: Mapping[str, Preset] = {"laptop": _laptop()}
+"""Scales by name."""

@@ -1,0 +1,227 @@
+"""One cell of the study: a method in a world with a seed, trained and evaluated. Resumable at any point.
+
+    STUDY/WORLD/METHOD/seedS/           a training run's folder (see ``atod_algos.runlog``)
+    STUDY/WORLD/METHOD/seedS/evaluation-last, evaluation-best    its evaluations on the final panel, episodes included
+    STUDY/WORLD/METHOD/seedS/cell.json  the numbers; a cell without it is not finished
+    STUDY/WORLD/tuning/METHOD/lrX/      the runs that chose the learning rate, with validation alone
+
+The invariant: a cell is computed from its settings alone, whatever was interrupted; two processes may share a study, each takes
+cells that the other does not hold.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from atod_algos.cli import with_rules
+from atod_algos.config import TrainConfig, resolve
+from atod_algos.evaluate.settings import EvaluateConfig
+from atod_algos.runlog import replace_text, versions
+from atod_algos.study import METHODS, Method, World
+from atod_envs.errors import AtodError, DataError
+
+
+class Busy(Exception):
+    """Another process holds the cell."""
+
+
+def algorithm_of(method: Method, world: World, rules: str) -> Any:
+    """The method's algorithm with its options for this world.
+
+    Raises:
+        UnknownName: nobody offers it.
+    """
+    from atod_algos.algorithm import find_algorithm
+
+    algorithm = with_rules(find_algorithm(method.algorithm), rules)
+    options = {**world.options.get(method.name, {}), **method.options}
+    known = {f.name for f in dataclasses.fields(algorithm)}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise AtodError(f"{method.label} has no option {unknown[0]!r}; expected one of: {', '.join(sorted(known))}")
+    return dataclasses.replace(algorithm, **options)
+
+
+def config_of(world: World, seed: int, lr: float, run: Path) -> TrainConfig:
+    """Settings of a run."""
+    return resolve(TrainConfig(**{**world.train, "seed": seed, "lr": lr, "run": str(run)}))
+
+
+def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int, lr: float) -> None:
+    """Train one run to its end, from its last checkpoint if there is one."""
+    import torch
+
+    from atod_algos.progress import Progress
+    from atod_algos.runlog import RunFolder
+    from atod_algos.trainer import Trainer, settings_of
+
+    config = config_of(world, seed, lr, folder)
+    if config.threads or (config.student == "builtin" and not torch.cuda.is_available()):
+        torch.set_num_threads(config.threads or 1)
+    algorithm = algorithm_of(method, world, rules)
+    run = RunFolder(folder, settings_of(config, algorithm, rules))
+    trainer = Trainer(config, algorithm, run)
+    try:
+        done = trainer.resume()
+        progress = Progress(config.steps or 0, f"{method.label} on {world.name}, seed {seed}, lr {lr:g}", done + 1)
+        # Through a pipe a study says a line a cell; a terminal shows the panel.
+        progress.console.quiet = not progress.console.is_terminal
+        with progress:
+            if done < (config.steps or 0):
+                trainer.fit(progress)
+    finally:
+        trainer.close()
+
+
+def finish_cell(
+    study: Path, method: Method, world: World, rules: str, seed: int, lr: float, split: str
+) -> dict[str, Any]:
+    """Train and evaluate a cell; return its numbers.
+
+    Args:
+        study: the study's folder.
+        method: the row.
+        world: the column.
+        rules: rule set of all algorithms.
+        seed: training seed; the final panel is played with the same one, so all methods meet the same episodes.
+        lr: learning rate.
+        split: the split to report on.
+
+    Raises:
+        Busy: another process is at it.
+    """
+    folder = study / world.name / method.name / f"seed{seed}"
+    known = read_cell(folder)
+    if known is not None:
+        return known
+    with _held(folder):
+        started = time.time()
+        cell: dict[str, Any] = {"world": world.name, "method": method.name, "seed": seed, "versions": versions()}
+        if method.algorithm:
+            train_cell(folder, method, world, rules, seed, lr)
+            rows = read_metrics(folder)
+            validations = {int(row["step"]): row["val/success_rate"] for row in rows if "val/success_rate" in row}
+            cell |= {"lr": lr, "validation": validations, "seconds_training": sum(r["time/step"] for r in rows)}
+            steps = int(rows[-1]["step"])
+            checkpoints = {
+                "last": folder / "checkpoints" / f"step_{steps:06d}",
+                "best": folder / "checkpoints" / "best",
+            }
+        else:
+            role = "student" if method.name == "vanilla" else "teacher"
+            name = config_of(world, seed, lr, folder).__getattribute__(role)
+            checkpoints = {"last": Path(f"builtin:{role}" if name == "builtin" else name)}
+        for which, checkpoint in checkpoints.items():
+            cell[which] = _evaluate(folder / f"evaluation-{which}", str(checkpoint), world, seed, split)
+        cell["seconds"] = time.time() - started
+        replace_text(folder / "cell.json", json.dumps(cell, indent=1) + "\n")
+    found = read_cell(folder)
+    assert found is not None
+    return found
+
+
+def _evaluate(out: Path, agent: str, world: World, seed: int, split: str) -> dict[str, Any]:
+    from atod_algos.evaluate.command import run
+    from atod_algos.evaluate.settings import Sampling, make_env
+
+    config = config_of(world, seed, 1.0, out)
+    asked = EvaluateConfig(
+        env=config.env,
+        agent=agent,
+        data=config.data,
+        seeds=(seed,),
+        out=out,
+        style=config.style,
+        max_turns=config.max_turns,
+        max_response=config.max_response,
+        max_context=config.max_context,
+        temperature=config.eval_temperature,
+        device=config.device,
+    )
+    env: Any = make_env(asked, Sampling(max_turns=config.max_turns), split).unwrapped
+    size = min(world.report_tasks, len(env.tasks))
+    result = run(dataclasses.replace(asked, panels=(f"{split}/{size}",)), show=False)
+    (summary,) = result["panels"].values()
+    return dict(summary)
+
+
+def tune(study: Path, method: Method, world: World, rules: str, seed: int, lrs: tuple[float, ...]) -> float:
+    """Choose a learning rate: the best mean success over the second half of the validations.
+
+    The mean, because a single validation of 128 tasks has a standard error of about four points.
+
+    Raises:
+        Busy: another process is at one of the runs.
+    """
+    if len(lrs) == 1:
+        return lrs[0]
+    found = {}
+    for lr in lrs:
+        folder = study / world.name / "tuning" / method.name / f"lr{lr:g}"
+        done = folder / "tuned.json"
+        if not done.exists():
+            with _held(folder):
+                train_cell(folder, method, world, rules, seed, lr)
+                values = [row["val/success_rate"] for row in read_metrics(folder) if "val/success_rate" in row]
+                late = values[len(values) // 2 :]
+                replace_text(done, json.dumps({"lr": lr, "validation": values, "score": sum(late) / len(late)}) + "\n")
+        found[lr] = json.loads(done.read_text())["score"]
+    return max(found, key=lambda lr: found[lr])
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """All logged steps of a run."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def read_cell(folder: Path) -> dict[str, Any] | None:
+    """The numbers of a finished cell, or None.
+
+    Raises:
+        DataError: the file is broken.
+    """
+    path = folder / "cell.json"
+    if not path.exists():
+        return None
+    try:
+        cell = dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); delete it to evaluate the cell again") from error
+    cell["folder"] = str(folder)
+    return cell
+
+
+def read_study(study: Path) -> list[dict[str, Any]]:
+    """All finished cells, in the order of the table."""
+    cells = [cell for path in study.glob("*/*/seed*/cell.json") if (cell := read_cell(path.parent)) is not None]
+    order = list(METHODS)
+    return sorted(cells, key=lambda cell: (cell["world"], order.index(cell["method"]), cell["seed"]))
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a cell; the lock goes with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(str(folder)) from error
+        yield
+
+
+def lrs_of(study: Path, world: World) -> Mapping[str, dict[str, float]]:
+    """What tuning found: score of each learning rate by method."""
+    found: dict[str, dict[str, float]] = {}
+    for path in sorted((study / world.name / "tuning").glob("*/lr*/tuned.json")):
+        one = json.loads(path.read_text())
+        found.setdefault(path.parent.parent.name, {})[f"{one['lr']:g}"] = one["score"]
+    return found

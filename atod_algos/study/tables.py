@@ -1,0 +1,287 @@
+"""The study's tables: the paper's Table 1 and Figure 4 in our terms, and what decides each of its claims.
+
+The invariant: a mean over training seeds is never shown without its spread, and a claim is decided by two tests at once, over tasks (are these
+policies different on such tasks?) and over training seeds (would training again give the same order?). Three seeds decide large
+differences only; where they do not, the table says so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from atod_algos.evaluate import Evaluation, compare
+from atod_algos.evaluate.paired_command import load_evaluation
+from atod_algos.runlog import replace_text
+from atod_algos.significance import Paired, t_interval, welch
+from atod_algos.study import ABLATIONS, METHODS, Preset
+from atod_algos.study.cells import lrs_of, read_metrics
+
+Cells = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Finished cells of one world by method, in the order of the table."""
+
+CLAIMS = (
+    ("ATOD beats OPD", "atod", "opd"),
+    ("OPD beats GRPO", "opd", "grpo"),
+    ("ATOD beats GRPO", "atod", "grpo"),
+    ("ATOD beats SDAR", "atod", "sdar"),
+    ("ATOD beats SOD", "atod", "sod"),
+    ("ATOD beats TCOD", "atod", "tcod"),
+    ("the student passes its teacher", "atod", "teacher"),
+    ("annealing is needed", "atod", "atod-constant"),
+    ("turn weights are needed", "atod", "atod-uniform"),
+    ("turns are a better unit than tokens", "atod", "atod-token"),
+)
+"""The paper's claims: who should be ahead of whom."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One claim in one world, on the last checkpoints.
+
+    Attributes:
+        claim: in words.
+        seeds: training seeds that both methods have.
+        tasks: paired difference over tasks, episodes of all seeds together.
+        p_seeds: Welch's test over training seeds; 1 where there are fewer than two.
+        by_label: difference by task type or data set.
+    """
+
+    claim: str
+    seeds: tuple[int, ...]
+    tasks: Paired
+    p_seeds: float
+    by_label: Mapping[str, Paired]
+
+    @property
+    def verdict(self) -> str:
+        """Both tests must agree at 5 %."""
+        decided = self.tasks.p_value < 0.05 and self.p_seeds < 0.05
+        if self.tasks.difference > 0:
+            return "holds" if decided else "ahead, not decided"
+        if self.tasks.difference < 0:
+            return "reversed" if decided else "behind, not decided"
+        return "no difference"
+
+
+def decide(claim: str, ahead: Sequence[Mapping[str, Any]], behind: Sequence[Mapping[str, Any]]) -> Decision | None:
+    """Compare two methods' last checkpoints on the seeds that both have; None where they share none."""
+    left, right = ({cell["seed"]: cell for cell in side} for side in (ahead, behind))
+    seeds = tuple(sorted(left.keys() & right.keys()))
+    if not seeds:
+        return None
+    whole = []
+    for side in (left, right):
+        parts = [load_evaluation(Path(side[seed]["folder"]) / "evaluation-last") for seed in seeds]
+        whole.append(Evaluation(tuple(t for part in parts for e in part.values() for t in e.trajectories)))
+    result = compare(whole[0], whole[1])
+    values = [[float(side[seed]["last"]["success"]) for seed in seeds] for side in (left, right)]
+    return Decision(claim, seeds, result.success, welch(*values), result.by_label)
+
+
+def write_tables(out: Path, cells: Sequence[Mapping[str, Any]], preset: Preset) -> None:
+    """Write ``tables.md``, ``study-results.json`` and, where matplotlib is installed, the figures.
+
+    Args:
+        out: the study's folder.
+        cells: finished cells.
+        preset: the study's preset.
+    """
+    worlds: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for cell in cells:
+        worlds.setdefault(cell["world"], {}).setdefault(cell["method"], []).append(cell)
+    decisions = {name: _decisions(methods) for name, methods in worlds.items()}
+    lines = ["# Results", "", *_table1(worlds)]
+    for name, methods in worlds.items():
+        lines += ["", f"## {name}", "", *_success(methods), "", *_claims(decisions[name])]
+        lines += ["", *_labels(methods), "", *_groups(methods), "", *_curves(methods)]
+        found = [world for world in preset.worlds if world.name == name]
+        if found and (lrs := lrs_of(out, found[0])):
+            lines += ["", *_tuning(lrs)]
+    replace_text(out / "tables.md", "\n".join(lines) + "\n")
+    plain = [{key: value for key, value in cell.items() if key != "folder"} for cell in cells]
+    known = {
+        name: [asdict(decision) | {"verdict": decision.verdict} for decision in found]
+        for name, found in decisions.items()
+    }
+    replace_text(out / "study-results.json", json.dumps({"cells": plain, "claims": known}, indent=1) + "\n")
+    try:
+        _figures(out, worlds)
+    except ImportError:
+        return
+
+
+def _decisions(methods: Cells) -> list[Decision]:
+    found = [decide(claim, methods[a], methods[b]) for claim, a, b in CLAIMS if a in methods and b in methods]
+    trained = [name for name in methods if METHODS[name].algorithm and name not in ABLATIONS[1:]]
+    if len(trained) > 1:
+        first, second = sorted(trained, key=lambda name: -_mean(methods[name], "last"))[:2]
+        claim = f"the first, {METHODS[first].label}, against the runner-up, {METHODS[second].label}"
+        found.append(decide(claim, methods[first], methods[second]))
+    return [decision for decision in found if decision is not None]
+
+
+# --- parts of the page ------------------------------------------------------------------------------------------------
+
+
+def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _table1(worlds: Mapping[str, Cells]) -> list[str]:
+    """Success and length of the last checkpoint by world, and the mean success."""
+    header = ["method"]
+    for name in worlds:
+        header += [f"{name}: success", "turns"]
+    rows = []
+    for key, method in METHODS.items():
+        if not any(key in methods for methods in worlds.values()):
+            continue
+        row, values = [method.label], []
+        for methods in worlds.values():
+            cells = methods.get(key, [])
+            values += [_mean(cells, "last")] if cells else []
+            row += [_with_spread(cells, "last"), f"{_mean(cells, 'last', 'length'):.1f}"] if cells else ["-", "-"]
+        rows.append([*row, f"{100 * sum(values) / len(values):.1f}" if len(values) == len(worlds) else "-"])
+    return [
+        "Last checkpoint, % of the final panel; ± half of the 95 % t-interval over training seeds.",
+        "",
+        *_rows([*header, "mean"], rows),
+    ]
+
+
+def _success(methods: Cells) -> list[str]:
+    header = ("method", "seeds", "last, %", "each seed", "best by validation, %", "highest validation, %", "turns")
+    rows = []
+    for name, cells in methods.items():
+        each = " / ".join(f"{100 * cell['last']['success']:.1f}" for cell in cells)
+        trained = "best" in cells[0]
+        peaks = [max(cell["validation"].values()) for cell in cells] if trained else []
+        rows.append(
+            [
+                METHODS[name].label, str(len(cells)), _with_spread(cells, "last"), each, _with_spread(cells, "best") if trained else "-",
+                f"{100 * sum(peaks) / len(peaks):.1f}" if peaks else "-", f"{_mean(cells, 'last', 'length'):.2f}",
+            ]
+        )  # fmt: skip
+    n = next(iter(methods.values()))[0]["last"]["n"]
+    note = (
+        f"Final panel: {n} tasks a seed, on which nothing was chosen. The highest validation is what papers report; it is an optimistic "
+        "number, on the panel that chose it."
+    )
+    return [note, "", *_rows(header, rows)]
+
+
+def _claims(decisions: Sequence[Decision]) -> list[str]:
+    header = (
+        "claim (last checkpoints)",
+        "difference, points",
+        "95 % over tasks",
+        "p over tasks",
+        "p over seeds",
+        "seeds",
+        "verdict",
+    )
+    rows = [
+        [
+            d.claim, f"{100 * d.tasks.difference:+.1f}", f"{100 * d.tasks.low:+.1f} to {100 * d.tasks.high:+.1f}", f"{d.tasks.p_value:.3g}",
+            f"{d.p_seeds:.2g}" if len(d.seeds) > 1 else "-", str(len(d.seeds)), d.verdict,
+        ]
+        for d in decisions
+    ]  # fmt: skip
+    return _rows(header, rows)
+
+
+def _labels(methods: Cells) -> list[str]:
+    labels = sorted({label for cells in methods.values() for cell in cells for label in cell["last"]["by_label"]})
+
+    def value(cells: Sequence[Mapping[str, Any]], label: str) -> str:
+        parts = [cell["last"]["by_label"][label]["success"] for cell in cells if label in cell["last"]["by_label"]]
+        return f"{100 * sum(parts) / len(parts):.0f}" if parts else "-"
+
+    rows = [[label, *[value(cells, label) for cells in methods.values()]] for label in labels]
+    return [
+        "Success by kind of task, last checkpoint, %, mean over seeds:",
+        "",
+        *_rows(["kind", *[METHODS[m].label for m in methods]], rows),
+    ]
+
+
+def _groups(methods: Cells) -> list[str]:
+    """What reward has to say: groups in which all attempts end alike give it nothing."""
+    header = ["method", "all fail, first quarter", "last quarter", "all succeed, last quarter", "mixed, last quarter"]
+    rows = []
+    for name, cells in methods.items():
+        runs = [metrics for cell in cells if (metrics := read_metrics(Path(cell["folder"])))]
+        if not runs:
+            continue
+
+        def share(key: str, part: Callable[[int], slice], runs: Sequence[list[dict[str, float]]] = runs) -> float:
+            values = [row[key] for rows in runs for row in rows[part(len(rows))]]
+            return sum(values) / len(values)
+
+        first, last = (lambda n: slice(0, max(1, n // 4))), (lambda n: slice(-max(1, n // 4), None))
+        fail, won = share("group/all_fail", last), share("group/all_success", last)
+        numbers = (share("group/all_fail", first), fail, won, 1 - fail - won)
+        rows.append([METHODS[name].label, *[f"{100 * x:.0f} %" for x in numbers]])
+    return ["Groups by outcome during training:", "", *_rows(header, rows)]
+
+
+def _curves(methods: Cells) -> list[str]:
+    steps = sorted({int(step) for cells in methods.values() for cell in cells for step in cell.get("validation", {})})
+    rows = []
+    for name, cells in methods.items():
+        if "validation" in cells[0]:
+            means = [[cell["validation"][str(s)] for cell in cells if str(s) in cell["validation"]] for s in steps]
+            rows.append([METHODS[name].label, *[f"{100 * sum(v) / len(v):.1f}" if v else "-" for v in means]])
+    return ["Validation success by step, %, mean over seeds:", "", *_rows(["method", *map(str, steps)], rows)]
+
+
+def _tuning(lrs: Mapping[str, Mapping[str, float]]) -> list[str]:
+    rates = sorted({lr for found in lrs.values() for lr in found}, key=float)
+    rows = [
+        [METHODS[name].label, *[f"{100 * found[lr]:.1f}" if lr in found else "-" for lr in rates]]
+        for name, found in lrs.items()
+    ]
+    return [
+        "Choice of the learning rate: mean of the later validations, %, with a seed of its own:",
+        "",
+        *_rows(["method", *rates], rows),
+    ]
+
+
+def _mean(cells: Sequence[Mapping[str, Any]], which: str, key: str = "success") -> float:
+    values = [float(cell[which][key]) for cell in cells]
+    return sum(values) / len(values)
+
+
+def _with_spread(cells: Sequence[Mapping[str, Any]], which: str) -> str:
+    values = [100 * float(cell[which]["success"]) for cell in cells]
+    low, high = t_interval(values)
+    return f"{sum(values) / len(values):.1f}" + (f" ± {(high - low) / 2:.1f}" if math.isfinite(low) else "")
+
+
+def _figures(out: Path, worlds: Mapping[str, Cells]) -> None:
+    from atod_algos.report.data import read_run
+    from atod_algos.report.figures import bar_figure, pyplot, save, training_figure
+
+    plt = pyplot()
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True)
+    for name, methods in worlds.items():
+        bars = {METHODS[m].label: _bars(methods[m]) for m in ABLATIONS if m in methods}
+        if len(bars) > 1:
+            save(plt, bar_figure(plt, bars, f"success on {name}, %"), folder / f"figure4-{name}")
+        drawn = [cells for m, cells in methods.items() if METHODS[m].algorithm and m not in ABLATIONS[1:]]
+        runs = [read_run(Path(cell["folder"])) for cells in drawn for cell in cells]
+        if runs:
+            save(plt, training_figure(plt, runs), folder / f"figure5-{name}")
+
+
+def _bars(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    names = {"last": "last", "best": "best by validation"}
+    return {name: [100 * cell[which]["success"] for cell in cells] for which, name in names.items()}

@@ -1,0 +1,446 @@
+"""The report: what it reads from runs, the page in a real browser, the figures, and following a run."""
+
+import base64
+import gzip
+import json
+import re
+import shutil
+import sys
+import threading
+import time
+import types
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from toyworld import TOY
+
+from atod_algos.advantages import turn_weights
+from atod_algos.atod import ATOD
+from atod_algos.cli import main as train
+from atod_algos.diagnostics import MOST_TURNS
+from atod_algos.grpo import GRPO
+from atod_algos.report.command import ReportConfig, main, report, watch
+from atod_algos.report.data import method_of, read_run
+from atod_algos.report.page import chosen_steps, page_data
+from atod_algos.report.tokens import Scorer
+from atod_envs.errors import AtodError, DataError
+from atod_envs.trajectory import StopReason, Trajectory, Turn, write_jsonl
+
+HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">&amp;'
+
+
+def options_of(models, run, *more):
+    return [
+        "--env", TOY, "--student", str(models["student"]), "--teacher", str(models["teacher"]), "--style", "compact",
+        "--max-turns", "3", "--max-response", "8", "--max-context", "128", "--tasks-per-step", "4", "--group-size", "4",
+        "--eval-every", "2", "--eval-tasks", "4", "--report-tasks", "4", "--checkpoint-every", "2", "--minibatches", "2",
+        "--threads", "1", "--steps", "4", "--gap-clip", "2", "--run", str(run), *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(models, tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    train(ATOD, options_of(models, root / "atod"))
+    train(ATOD, options_of(models, root / "kept", "--keep-tokens"))
+    train(GRPO, options_of(models, root / "grpo"))
+    return root
+
+
+def unpack(page: Path):
+    blob = re.search(r'id="data">([^<]*)<', page.read_text())[1]
+    return json.loads(gzip.decompress(base64.b64decode(blob)))
+
+
+# --- what is read -----------------------------------------------------------------------------------------------------
+
+
+def test_training_ends_with_the_page(models, tmp_path, capsys):
+    train(GRPO, options_of(models, tmp_path / "r", "--steps", "2"))
+    out = capsys.readouterr().out
+    assert f"every turn and why it was weighted: {tmp_path / 'r' / 'report.html'}" in out.replace("\n", "")
+    data = unpack(tmp_path / "r" / "report.html")
+    assert data["runs"][0]["table"]["before"]["n"] == 4 and data["title"] == f"GRPO, seed 0 on {TOY}"
+    assert {(e["k"], e["s"]) for e in data["episodes"]} == {("valid", 0), ("valid", 2), ("train", 1), ("train", 2)}
+
+
+def test_turns_carry_the_numbers_they_were_trained_with(folders):
+    run = read_run(folders / "atod")
+    data = page_data([run], scorers={run.path: Scorer(run)})
+    table = run.turn_table(3)
+    shown = [e for e in data["episodes"] if (e["k"], e["s"]) == ("train", 3)]
+    turns = [turn for e in shown for turn in e["turns"]]
+    n = np.array(table["n"])
+    assert [t["w"] for t in turns] == pytest.approx(table["weight"], abs=1e-4)
+    assert [t["h"] for t in turns] == pytest.approx(np.array(table["sum_surprise"]) / n, abs=2e-4)
+    assert [t["d"] for t in turns] == pytest.approx(np.array(table["sum_abs_gap"]) / n, abs=2e-4)
+    gaps = [teacher - student for t in turns for _, student, teacher in t["x"]]
+    assert sum(gaps) == pytest.approx(sum(table["sum_gap"]), abs=1e-3 * len(gaps))
+    texts = ["".join(text for text, _, _ in t["x"]) for t in turns]
+    assert all(t["p"] in text for t, text in zip(turns, texts, strict=True))
+    group = shown[0]
+    assert group["n"] == [sum(e["ok"] for e in shown[:4]), 4] and group["q"] == pytest.approx([0.96625, 1.0375])
+
+
+def test_kept_tokens_are_used_and_equal_what_is_computed(folders, monkeypatch):
+    computed, kept = read_run(folders / "atod"), read_run(folders / "kept")
+    episodes = computed.episodes("train", 2)
+    again = Scorer(computed).scores("train", 2, episodes)
+    monkeypatch.setattr(Scorer, "_load", lambda self, name: pytest.fail("the teacher was loaded"))
+    stored = Scorer(kept).scores("train", 2, kept.episodes("train", 2))
+    assert again.keys() == stored.keys()
+    for place, score in again.items():
+        assert score.teacher == pytest.approx(stored[place].teacher, abs=1e-4)
+
+
+def test_scores_are_kept(folders, monkeypatch):
+    run = read_run(folders / "atod")
+    episodes = run.episodes("valid", 4)
+    first = Scorer(run).scores("valid", 4, episodes)
+    monkeypatch.setattr(Scorer, "_load", lambda self, name: pytest.fail("the teacher was loaded"))
+    assert Scorer(run, compute=False).scores("valid", 4, episodes) == first
+    one = [first[0, k] for k in range(len(episodes[0].turns))]
+    d, h = np.array([t.d for t in one]), np.array([t.h for t in one])
+    weights = turn_weights(d, h, np.zeros(len(one), dtype=int), np.ones(len(one), dtype=bool)).weight_K
+    assert [t.w for t in one] == pytest.approx(weights)
+
+
+def test_a_run_without_a_teacher_shows_what_the_student_thought(folders):
+    run = read_run(folders / "grpo")
+    scores = Scorer(run, compute=False).scores("train", 1, run.episodes("train", 1))
+    assert all(s.teacher is None and s.d is None and s.w is None and s.h > 0 for s in scores.values())
+    asked = Scorer(run, teacher=str(read_run(folders / "atod").settings["train"]["teacher"]))
+    assert all(s.d is not None for s in asked.scores("train", 1, run.episodes("train", 1)).values())
+
+
+def test_a_page_holds_whole_groups_up_to_its_limit(folders):
+    run = read_run(folders / "atod")
+    everything = page_data([run], scorers={})
+    assert everything["left_out"] == "1 stored steps left out"  # the validation in the middle
+    small = page_data([run], scorers={}, turns=60)
+    assert sum(len(e["turns"]) for e in small["episodes"]) <= 60 + 4 * 3 * 4
+    assert "left out" in small["left_out"]
+    steps, _ = chosen_steps(run, 60)
+    assert ("train", 1) in steps and ("train", 4) in steps and ("valid", 0) in steps
+    for step in {e["s"] for e in small["episodes"] if e["k"] == "train"}:
+        assert sum(e["k"] == "train" and e["s"] == step for e in small["episodes"]) % 4 == 0
+
+
+def test_what_is_being_written_is_left_alone(folders, tmp_path):
+    shutil.copytree(folders / "atod", tmp_path / "r")
+    path = tmp_path / "r" / "trajectories" / "step_000004.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:200])
+    with open(tmp_path / "r" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "epis')
+    run = read_run(tmp_path / "r")
+    assert len(run.metrics) == 4 and run.episodes("train", 4) == []
+    page_data([run], scorers={run.path: Scorer(run, compute=False)})
+    with pytest.raises(DataError, match="is not a run's folder"):
+        read_run(tmp_path)
+
+
+def test_ablations_have_names_of_their_own():
+    base = {"name": "atod", "weighting": "turn", "coef_anneal_steps": 80}
+    names = [
+        method_of(base | change)
+        for change in ({}, {"weighting": "none"}, {"weighting": "token"}, {"coef_anneal_steps": 0})
+    ]
+    assert names == ["ATOD", "ATOD w/o T-DUR", "ATOD token-level", "ATOD w/o annealing"]
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_figure_is_drawn_as_png_and_svg(folders, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    main([str(folders / "atod"), str(folders / "kept"), str(folders / "grpo"), "--out", str(tmp_path)])
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {f"figure{n}.{kind}" for n in (2, 4, 5, 6, 13, 14) for kind in ("png", "svg")}
+    assert (tmp_path / "figures" / "figure5.png").read_bytes()[:4] == b"\x89PNG"
+    svg = (tmp_path / "figures" / "figure5.svg").read_text()
+    assert "ATOD (2 seeds)" in svg and "GRPO" in svg  # text stays text
+    before = {path.name: path.read_bytes() for path in (tmp_path / "figures").glob("*.svg")}
+    main([str(folders / "atod"), str(folders / "kept"), str(folders / "grpo"), "--out", str(tmp_path)])
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "figures").glob("*.svg")}
+
+
+def test_figure_13_counts_turns_and_weighs_tokens(folders):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from atod_algos.report.figures import _by_index
+
+    run = read_run(folders / "atod")
+    episodes = run.episodes("train", 4)
+    turns, means, counts = _by_index(Scorer(run).scores("train", 4, episodes), "h")
+    row = run.metrics[3]
+    for turn, mean, count in zip(turns, means, counts, strict=True):
+        assert turn <= MOST_TURNS and count == row[f"sod_turn/count/turn_{turn - 1}"]
+        assert mean == pytest.approx(row[f"sod_turn/student_entropy/turn_{turn - 1}"], abs=1e-4)
+
+
+def test_without_matplotlib_the_page_is_still_written(folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report([folders / "atod"], out=tmp_path, figures=False)
+    assert (tmp_path / "report.html").exists()
+    with pytest.raises(SystemExit):
+        main([str(folders / "atod"), "--out", str(tmp_path)])
+    assert "pip install 'atod[report]'" in capsys.readouterr().err
+
+
+# --- following a run --------------------------------------------------------------------------------------------------
+
+
+def test_watch_serves_the_page_and_follows(folders, tmp_path):
+    shutil.copytree(folders / "atod", tmp_path / "r")
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "r" / "metrics.jsonl").write_text("".join(lines[:2]))
+    (tmp_path / "r" / "result.json").unlink()
+    stop, console = threading.Event(), Console(file=open(tmp_path / "out", "w"), soft_wrap=True)  # noqa: SIM115
+    config = ReportConfig((tmp_path / "r",), interval=0.2, watch=True)
+    thread = threading.Thread(target=watch, args=(config, console, stop))
+    thread.start()
+    try:
+        deadline = time.monotonic() + 60
+        while "http" not in (tmp_path / "out").read_text() and time.monotonic() < deadline:
+            console.file.flush()
+            time.sleep(0.05)
+        url = re.search(r"http://127.0.0.1:\d+/", (tmp_path / "out").read_text())[0]
+        before = urllib.request.urlopen(url + "stamp").read()
+        page = urllib.request.urlopen(url).read().decode()
+        assert page == (tmp_path / "r" / "report.html").read_text()
+        assert unpack(tmp_path / "r" / "report.html")["runs"][0]["done"] == 2
+        (tmp_path / "r" / "metrics.jsonl").write_text("".join(lines))
+        while urllib.request.urlopen(url + "stamp").read() == before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        data = unpack(tmp_path / "r" / "report.html")
+        assert data["runs"][0]["done"] == 4 and data["live"] == 0.2
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_weights_and_biases_gets_every_step(models, tmp_path, monkeypatch):
+    calls = []
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **given: (
+        calls.append(("init", given))
+        or types.SimpleNamespace(
+            log=lambda values, step: calls.append(("log", step, values)), finish=lambda: calls.append(("finish",))
+        )
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train(GRPO, options_of(models, tmp_path / "r", "--steps", "2", "--wandb", "mine"))
+    assert [call[0] for call in calls] == ["init", "log", "log", "finish"]
+    given = calls[0][1]
+    assert (given["project"], given["id"], given["resume"]) == ("mine", "r", "allow")
+    assert given["config"]["algorithm"]["name"] == "grpo"
+    assert calls[1][1] == 1 and "episode/success" in calls[1][2]
+
+
+def test_weights_and_biases_missing_is_one_line(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit):
+        train(GRPO, options_of(models, tmp_path / "r", "--wandb", "mine"))
+    assert "pip install wandb" in capsys.readouterr().err
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chrome():
+    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if browser is None or driver is None:
+        pytest.skip("no Chromium with chromedriver on this machine")
+    options = selenium.ChromeOptions()
+    options.binary_location = browser
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1400,900",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
+    yield found
+    found.quit()
+
+
+class Viewer:
+    """The page, driven as a reader would."""
+
+    def __init__(self, chrome, path):
+        self.chrome = chrome
+        chrome.get(path.as_uri())
+        deadline = time.monotonic() + 60
+        while self.js("return document.body.dataset.ready") != "1":
+            assert time.monotonic() < deadline, chrome.get_log("browser")
+            time.sleep(0.05)
+
+    def js(self, code, *values):
+        return self.chrome.execute_script(code, *values)
+
+    def open(self):
+        self.chrome.find_element("id", "tab-episodes").click()
+
+    def choose(self, name, value):
+        self.js(
+            "const s = document.getElementById(arguments[0]); s.value = arguments[1]; s.dispatchEvent(new Event('change'))",
+            name,
+            value,
+        )
+
+    def text(self, selector):
+        return [e.text for e in self.chrome.find_elements("css selector", selector)]
+
+    def count(self):
+        return int(self.text("#count")[0].split()[0].replace(",", ""))
+
+
+def test_the_page_in_headless_chromium(folders, tmp_path, chrome):
+    page = report([folders / "atod", folders / "grpo"], out=tmp_path, figures=False)
+    data = unpack(page)
+    view = Viewer(chrome, page)
+    assert view.text("h1") == [f"ATOD, seed 0 and GRPO, seed 0 on {TOY}"]
+    assert "success" in view.text("table")[0] and len(view.text(".curve svg")) >= 8
+    view.open()
+    assert view.count() == len(data["episodes"])
+
+    solved = sum(e["ok"] for e in data["episodes"])
+    view.choose("f-outcome", "1")
+    assert view.count() == solved
+    view.choose("f-step", "train3")
+    assert view.count() == sum(e["ok"] and e["k"] == "train" and e["s"] == 3 for e in data["episodes"])
+    view.choose("f-outcome", "")
+    view.choose("f-run", "0")
+    assert view.count() == 16
+    view.choose("f-step", "")
+    view.choose("f-run", "")
+    chrome.find_element("id", "f-task").send_keys("plum")
+    deadline = time.monotonic() + 10
+    wanted = sum(
+        "plum" in e["i"] or "plum" in e["t"] or any("plum" in t["c"] for t in e["turns"]) for e in data["episodes"]
+    )
+    while view.count() != wanted and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert view.count() == wanted
+    view.js("document.getElementById('f-task').value = ''")
+
+    view.choose("f-step", "train1")
+    view.choose("f-run", "0")
+    chrome.find_elements("css selector", ".row")[0].click()
+    episode = next(e for e in data["episodes"] if e["r"] == 0 and e["k"] == "train" and e["s"] == 1)
+    first = episode["turns"][0]
+    shown = view.text(".turn")
+    assert len(shown) == len(episode["turns"])
+    assert f"d {first['d']:.3f}" in shown[0] and f"h {first['h']:.3f}" in shown[0] and f"w {first['w']:.2f}" in shown[0]
+    assert first["o"] in shown[0] and f"action: {first['c']}" in shown[0] and ("valid" in shown[0]) == bool(first["v"])
+    assert "w = 1 − (1 − " in shown[0]
+    spans = chrome.find_element("css selector", ".turn").find_elements("css selector", ".response span")
+    assert len(spans) == len(first["x"])
+    # The darkest token is the one with the largest gap, and its tip says the numbers.
+    gaps = [abs(t - s) for _, s, t in first["x"]]
+    darkest = spans[int(np.argmax(gaps))]
+    assert "rgba" in darkest.get_attribute("style") and "gap" in darkest.get_attribute("title")
+
+    # The same task before and after, side by side; the address brings it back.
+    view.choose("f-step", "valid0")
+    chrome.find_elements("css selector", ".row")[0].click()
+    view.choose("f-compare", "0")
+    assert len(chrome.find_elements("css selector", ".episode")) == 2
+    heads = view.text(".episode .head b")
+    assert heads[0] == heads[1]
+    address = chrome.current_url
+    chrome.get("about:blank")
+    chrome.get(address)
+    deadline = time.monotonic() + 20
+    while len(chrome.find_elements("css selector", ".episode")) != 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert view.text(".episode .head b") == heads
+
+    view.choose("f-mode", "t")
+    view.choose("f-sort", "w")
+    weights = [float(re.search(r"w ([\d.]+)", text)[1]) for text in view.text(".row .mono")]
+    assert weights == sorted(weights, reverse=True) and weights[0] == 1.0
+    assert [entry for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def big_run(folder, source, episodes, hostile=""):
+    """A copy of a run whose one stored step holds many made-up episodes."""
+    shutil.copytree(source, folder)
+    for name in ("trajectories", "validation", "turns", "scores"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "trajectories").mkdir()
+    made = []
+    for n in range(episodes):
+        said = f"go to shelf {{}} {hostile}"
+        turns = tuple(
+            Turn(
+                k, f"You see {hostile or 'a shelf'} {n}.{k}", ("look", hostile or "go"), (), (), (), said.format(k), said.format(k),
+                True, k % 3 > 0, 0.0,
+            )
+            for k in range(10)
+        )  # fmt: skip
+        made.append(
+            Trajectory(
+                "e", f"t{n}{hostile}", "s", f"find {hostile or 'it'} {n}", str(n // 8), 0, turns, hostile, n % 2 == 0, 0.5,
+                StopReason.TURN_LIMIT, labels={"k": hostile or "x"},
+            )
+        )  # fmt: skip
+    write_jsonl(folder / "trajectories" / "step_000001.jsonl.gz", made)
+    return read_run(folder)
+
+
+def test_text_of_a_run_is_never_markup(folders, tmp_path, chrome):
+    run = big_run(tmp_path / f"r{'<b>'}", folders / "grpo", 8, HOSTILE)
+    page = report([run.path], figures=False, compute=False)
+    view = Viewer(chrome, page)
+    view.open()
+    assert HOSTILE in view.text(".turn .obs")[0] and chrome.title != "owned"
+    for mode in ("t", "e"):
+        view.choose("f-mode", mode)
+    assert chrome.find_elements("css selector", "img") == [] and view.text("#subtitle") == ["r<b>"]
+    assert chrome.title == f"GRPO, seed 0 on {TOY}"
+
+
+def test_ten_thousand_turns_stay_quick(folders, tmp_path, chrome):
+    run = big_run(tmp_path / "r", folders / "grpo", 1000)
+    page = report([run.path], figures=False, compute=False)
+    view = Viewer(chrome, page)
+    view.open()
+    view.choose("f-mode", "t")
+    assert view.count() == 10_000
+    assert len(chrome.find_elements("css selector", ".row")) < 60  # a virtual list
+    timed = """
+        const done = arguments[arguments.length - 1], list = document.getElementById("list"), from = performance.now();
+        let n = 0;
+        (function next() { list.scrollTop = list.scrollHeight * n / 20; if (++n > 20) done(performance.now() - from); else requestAnimationFrame(next); })();
+    """
+    chrome.set_script_timeout(60)
+    assert chrome.execute_async_script(timed) < 5000  # 21 jumps through all of it
+    sort = """
+        const from = performance.now(), select = document.getElementById("f-sort");
+        select.value = "h"; select.dispatchEvent(new Event("change")); return performance.now() - from;
+    """
+    started = view.js(sort)
+    assert started < 2000
+    view.js("document.getElementById('list').scrollTop = 1e9")
+    deadline = time.monotonic() + 10
+    while "turn 10 of 10" not in " ".join(view.text(".row")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "turn 10 of 10" in " ".join(view.text(".row"))
+
+
+def test_mistakes_are_answered_in_one_line(tmp_path, capsys):
+    for arguments, words in (([], "give one or more run folders"), ([str(tmp_path)], "is not a run's folder")):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        err = capsys.readouterr().err.strip()
+        assert words in err and len(err.splitlines()) == 1
+    with pytest.raises(AtodError):
+        read_run(tmp_path / "nowhere")

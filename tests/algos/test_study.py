@@ -1,0 +1,177 @@
+"""A small study on the toy world: complete, resumable at any point, and honest about what it decides."""
+
+import dataclasses
+import fcntl
+import json
+
+import pytest
+from toyworld import TOY
+
+from atod_algos.study import METHODS, PRESETS, Preset, World
+from atod_algos.study.__main__ import StudyConfig, main, run
+from atod_algos.study.cells import Busy, algorithm_of, finish_cell, read_study, tune
+from atod_algos.study.tables import decide
+from atod_algos.trainer import Trainer
+from atod_envs.errors import AtodError
+
+NAMES = ("vanilla", "teacher", "grpo", "atod", "atod-uniform")
+
+
+@pytest.fixture
+def preset(models, monkeypatch):
+    train = {
+        "env": TOY, "student": str(models["student"]), "teacher": str(models["teacher"]), "style": "compact", "steps": 2,
+        "max_turns": 3, "max_response": 8, "max_context": 128, "lr": 2e-3, "tasks_per_step": 2, "group_size": 4, "eval_every": 1,
+        "eval_tasks": 4, "checkpoint_every": 1, "minibatches": 2, "threads": 1, "eval_temperature": 1.0,
+    }  # fmt: skip
+    found = Preset((World("toy", train, 4, {"atod": {"coef_anneal_steps": 1}}),), (1e-3, 2e-3), (0, 1))
+    monkeypatch.setattr("atod_algos.study.__main__.PRESETS", {"toy": found})
+    return found
+
+
+def results(folder):
+    cells = json.loads((folder / "study-results.json").read_text())["cells"]
+    return [{k: v for k, v in cell.items() if not k.startswith("seconds")} for cell in cells]
+
+
+def test_a_study_runs_every_method_and_goes_on_where_it_stopped(preset, tmp_path, monkeypatch, capsys):
+    run(StudyConfig("toy", out=tmp_path / "whole", methods=NAMES))
+    cells = results(tmp_path / "whole")
+    assert [(c["method"], c["seed"]) for c in cells] == [(name, seed) for name in NAMES for seed in (0, 1)]
+    assert all(cell["last"]["n"] == 4 for cell in cells)
+    assert set(cells[-1]["validation"]) == {"1", "2"} and cells[0]["method"] == "vanilla" and "best" not in cells[0]
+
+    stops = iter([3, 2, 7])
+    step = Trainer._train_step
+    left = next(stops)
+
+    def breaking(self, *given):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    monkeypatch.setattr(Trainer, "_train_step", breaking)
+    for after in [*stops, 10**6, None]:
+        try:
+            run(StudyConfig("toy", out=tmp_path / "parts", methods=NAMES))
+        except KeyboardInterrupt:
+            left = after
+    assert results(tmp_path / "parts") == cells
+
+    monkeypatch.setattr(Trainer, "_train_step", lambda *given: pytest.fail("trained again"))
+    run(StudyConfig("toy", out=tmp_path / "whole", methods=NAMES))
+    text = (tmp_path / "whole" / "tables.md").read_text()
+    for words in (
+        "| Vanilla |",
+        "ATOD w/o T-DUR",
+        "ATOD beats OPD",
+        "turn weights are needed",
+        "the runner-up",
+        "Choice of the learning rate",
+    ):
+        assert words in text
+    assert "toy  ATOD  seed 1: last" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_tuning_is_the_same_for_all_and_ablations_change_one_thing(preset, tmp_path):
+    run(StudyConfig("toy", out=tmp_path, methods=("grpo", "atod", "atod-uniform"), seeds=(0,)))
+    tuned = {path.parent.parent.name: path for path in tmp_path.glob("toy/tuning/*/*/tuned.json")}
+    assert set(tuned) == {"grpo", "atod"} and len(list(tmp_path.glob("toy/tuning/*/*/tuned.json"))) == 4
+    by_method = {cell["method"]: cell for cell in read_study(tmp_path)}
+    assert by_method["atod-uniform"]["lr"] == by_method["atod"]["lr"]
+    scores = {p.parent.name: json.loads(p.read_text())["score"] for p in tmp_path.glob("toy/tuning/grpo/*/tuned.json")}
+    assert scores[f"lr{by_method['grpo']['lr']:g}"] == max(scores.values())
+    settings = [
+        json.loads((tmp_path / "toy" / m / "seed0" / "config.json").read_text())["settings"]
+        for m in ("atod", "atod-uniform")
+    ]
+    for one in settings:
+        one["train"].pop("run")
+    assert settings[0]["train"] == settings[1]["train"]
+    changed = {k for k in settings[0]["algorithm"] if settings[0]["algorithm"][k] != settings[1]["algorithm"][k]}
+    assert changed == {"weighting", "coef_anneal_steps"}  # the toy preset scales the annealing of ATOD alone
+
+
+def test_one_learning_rate_needs_no_tuning(preset, tmp_path):
+    assert tune(tmp_path, METHODS["grpo"], preset.worlds[0], "paper", 9, (0.5,)) == 0.5 and not list(tmp_path.iterdir())
+
+
+def test_a_cell_that_another_process_holds_is_left_to_it(preset, tmp_path):
+    folder = tmp_path / "toy" / "vanilla" / "seed0"
+    folder.mkdir(parents=True)
+    arguments = (tmp_path, METHODS["vanilla"], preset.worlds[0], "paper", 0, 1e-3, "test")
+    with open(folder / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(Busy):
+            finish_cell(*arguments)
+    assert finish_cell(*arguments)["last"]["n"] == 4
+
+
+def write_cell(root, method, seed, solved):
+    """A finished cell whose evaluation solved some tasks."""
+    from test_evaluate import episode
+
+    from atod_envs.trajectory import write_jsonl
+
+    folder = root / method / f"seed{seed}"
+    (folder / "evaluation-last" / "episodes").mkdir(parents=True)
+    tasks = [episode(f"t{i}", won, seed=seed, label="x" if i % 2 else "y") for i, won in enumerate(solved)]
+    write_jsonl(folder / "evaluation-last" / "episodes" / f"test-{len(solved)}-seed{seed}.jsonl.gz", tasks)
+    panel = {"name": f"test/{len(solved)}"}
+    (folder / "evaluation-last" / "config.json").write_text(
+        json.dumps({"settings": {"seeds": [seed], "panels": [panel]}})
+    )
+    (folder / "evaluation-last" / "result.json").write_text("{}")
+    return {"seed": seed, "folder": str(folder), "last": {"success": sum(solved) / len(solved)}}
+
+
+def test_a_claim_needs_both_tasks_and_seeds(tmp_path):
+    strong = [write_cell(tmp_path, "a", seed, [i < 80 + seed for i in range(100)]) for seed in range(3)]
+    weak = [write_cell(tmp_path, "b", seed, [i < 50 + seed for i in range(100)]) for seed in range(3)]
+    clear = decide("x", strong, weak)
+    assert (
+        clear.verdict == "holds" and clear.tasks.difference == pytest.approx(0.3) and set(clear.by_label) == {"x", "y"}
+    )
+    assert decide("x", weak, strong).verdict == "reversed"
+    # The same mean difference, carried by one lucky seed: the tasks say yes, the seeds say no.
+    lucky = [write_cell(tmp_path, "c", seed, [i < (98 if seed == 0 else 52) for i in range(100)]) for seed in range(3)]
+    doubtful = decide("x", lucky, weak)
+    assert doubtful.tasks.p_value < 0.05 and doubtful.p_seeds > 0.05 and doubtful.verdict == "ahead, not decided"
+    one = decide("x", strong[:1], weak)
+    assert one.seeds == (0,) and one.p_seeds == 1.0 and one.verdict == "ahead, not decided"
+    assert decide("x", strong[:1], weak[1:]) is None
+
+
+def test_the_laptop_preset_scales_its_schedules():
+    (alfworld, *_), methods = PRESETS["laptop"].worlds, METHODS
+    steps = alfworld.train["steps"]
+    assert algorithm_of(methods["atod"], alfworld, "paper").coef_anneal_steps == round(steps * 80 / 150)
+    assert algorithm_of(methods["atod-uniform"], alfworld, "paper").coef_anneal_steps == round(steps * 80 / 150)
+    assert algorithm_of(methods["atod-constant"], alfworld, "paper").coef_anneal_steps == 0
+    tcod = algorithm_of(methods["tcod"], alfworld, "paper")
+    assert tcod.turns(steps // 2) >= alfworld.train["max_turns"] - 1
+    for method in methods.values():
+        if method.algorithm:
+            for world in PRESETS["laptop"].worlds:
+                algorithm_of(method, world, "released")
+    wrong = dataclasses.replace(methods["grpo"], options={"kapa": 1})
+    with pytest.raises(AtodError, match="GRPO has no option 'kapa'"):
+        algorithm_of(wrong, alfworld, "paper")
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--preset", "lap"], "unknown preset 'lap'; did you mean 'laptop'"),
+        (["--methods", "grop"], "unknown method 'grop'; did you mean 'grpo'"),
+        (["--worlds", "alf"], "unknown world 'alf'"),
+        (["--data", "alfworld"], "unknown world in --data 'alfworld'"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(options, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", str(tmp_path), *options])
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == 1 and words in err and len(err.splitlines()) == 1
