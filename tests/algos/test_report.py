@@ -296,7 +296,10 @@ class Viewer:
         )
 
     def text(self, selector):
-        return [e.text for e in self.chrome.find_elements("css selector", selector)]
+        # In one go: the list is drawn anew at every scroll, and its old rows are gone.
+        return self.js(
+            "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText ?? e.textContent)", selector
+        )
 
     def count(self):
         return int(self.text("#count")[0].split()[0].replace(",", ""))
