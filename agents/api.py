@@ -45,6 +45,67 @@ class ApiOptions:
     """Further fields of the request, e.g. {"chat_template_kwargs": {"enable_thinking": false}} for Qwen3 on vLLM."""
 
 
+class Server:
+    """Posts JSON to one server until it answers; safe to share between threads.
+
+    Args:
+        options: address, time-out, retries.
+        wait: sleeps; replaced in tests.
+
+    Raises:
+        AtodError: no address is given.
+    """
+
+    def __init__(self, options: ApiOptions, *, wait: Callable[[float], None] = time.sleep) -> None:
+        base = options.base_url or os.environ.get("OPENAI_BASE_URL", "")
+        if not base.startswith(("http://", "https://")):
+            raise AtodError(
+                f"the server's address is {base!r}; give --api-base http://HOST:PORT/v1 or set $OPENAI_BASE_URL"
+            )
+        self.base, self.options, self._wait = base.rstrip("/"), options, wait
+
+    def ask(self, url: str, body: Mapping[str, Any] | None) -> Any:
+        """Post a body, or get where there is none, and return the answer.
+
+        Raises:
+            Refused: the server says no.
+            AtodError: it stays away for all tries.
+        """
+        pause = 1.0
+        for tries_left in range(self.options.retries, -1, -1):
+            try:
+                return self._once(url, body)
+            except _Passing as trouble:
+                if not tries_left:
+                    raise AtodError(
+                        f"{url} did not answer after {self.options.retries + 1} tries; the last said: {trouble}"
+                    ) from trouble
+                # Clients that were turned away together should not come back together.
+                seconds = trouble.after if trouble.after is not None else pause * (0.5 + random.random())
+                log.info("%s: %s; again in %.1f s", url, trouble, seconds)
+                self._wait(min(seconds, _LONGEST_WAIT))
+                pause *= 2
+        raise AssertionError("unreachable")
+
+    def _once(self, url: str, body: Mapping[str, Any] | None) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.options.timeout) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            reason = _reason(error)
+            if error.code in _PASSING:
+                raise _Passing(f"{error.code} {reason}", _seconds(error.headers.get("Retry-After"))) from error
+            model = "" if body is None else f" model {body.get('model')!r}"
+            raise Refused(f"{url} refused{model}: {error.code} {reason}", error.code) from error
+        except (urllib.error.URLError, OSError, HTTPException, ValueError) as error:
+            # A time-out, a refused or lost connection, half an answer.
+            raise _Passing(str(error) or type(error).__name__, None) from error
+
+
 class ChatClient:
     """Sends conversations to ``/chat/completions``; safe to share between threads.
 
@@ -72,14 +133,10 @@ class ChatClient:
         max_tokens: int,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        base = options.base_url or os.environ.get("OPENAI_BASE_URL", "")
-        if not base.startswith(("http://", "https://")):
-            raise AtodError(
-                f"the server's address is {base!r}; give --api-base http://HOST:PORT/v1 or set $OPENAI_BASE_URL"
-            )
         self.model, self.options = model, options
-        self._url = base.rstrip("/") + "/chat/completions"
-        self._temperature, self._max_tokens, self._wait = temperature, max_tokens, wait
+        self._server = Server(options, wait=wait)
+        self._url = self._server.base + "/chat/completions"
+        self._temperature, self._max_tokens = temperature, max_tokens
         self._lock = Lock()
         self.prompt_tokens = self.completion_tokens = 0
 
@@ -101,38 +158,7 @@ class ChatClient:
             "seed": seed % 2**31,
             **self.options.extra,
         }
-        pause = 1.0
-        for tries_left in range(self.options.retries, -1, -1):
-            try:
-                return self._read(self._post(body))
-            except _Passing as trouble:
-                if not tries_left:
-                    raise AtodError(
-                        f"{self._url} did not answer after {self.options.retries + 1} tries; the last said: {trouble}"
-                    ) from trouble
-                # Clients that were turned away together should not come back together.
-                seconds = trouble.after if trouble.after is not None else pause * (0.5 + random.random())
-                log.info("%s: %s; again in %.1f s", self._url, trouble, seconds)
-                self._wait(min(seconds, _LONGEST_WAIT))
-                pause *= 2
-        raise AssertionError("unreachable")
-
-    def _post(self, body: Mapping[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.options.timeout) as answer:
-                return json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            said = f"{error.code} {_reason(error)}"
-            if error.code in _PASSING:
-                raise _Passing(said, _seconds(error.headers.get("Retry-After"))) from error
-            raise AtodError(f"{self._url} refused model {self.model!r}: {said}") from error
-        except (urllib.error.URLError, OSError, HTTPException, ValueError) as error:
-            # A time-out, a refused or lost connection, half an answer.
-            raise _Passing(str(error) or type(error).__name__, None) from error
+        return self._read(self._server.ask(self._url, body))
 
     def _read(self, answer: Any) -> str:
         try:
@@ -146,6 +172,14 @@ class ChatClient:
             self.prompt_tokens += int(usage.get("prompt_tokens") or 0)
             self.completion_tokens += int(usage.get("completion_tokens") or 0)
         return str(content or "")  # null: the model spent all its tokens on hidden reasoning
+
+
+class Refused(AtodError):
+    """A server's no; ``code`` is its HTTP status."""
+
+    def __init__(self, said: str, code: int) -> None:
+        super().__init__(said)
+        self.code = code
 
 
 class _Passing(Exception):

@@ -27,7 +27,9 @@ class TrainConfig:
     student: str = "builtin"
     """Model to train: a folder, a hub id, or 'builtin'."""
     teacher: str = "builtin"
-    """Frozen teacher, for algorithms that ask for one; must share the student's tokenizer."""
+    """Frozen teacher, for algorithms that ask for one: a folder, a hub id, 'builtin', or a server (http://HOST:PORT/v1#MODEL)."""
+    teacher_engine: Literal["transformers", "vllm"] = "transformers"
+    """What scores a teacher that is no server; 'vllm' needs the package and --temperature 1."""
     base: str | None = None
     """Third model, for algorithms that ask for one (G-OPD: the teacher before its own training); by default the initial student."""
     run: str | None = None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from atod_algos.config import TrainConfig, given
 from atod_algos.presets import TRAINED, WORLDS
+from atod_algos.remote import is_address
 from atod_algos.scoring import CHUNK_LOGITS
 
 if TYPE_CHECKING:
@@ -272,7 +273,7 @@ def _frozen(config: TrainConfig, algorithm: Algorithm, world: str) -> list[tuple
     }
     held: dict[tuple[str, str], list[str]] = {}
     for role, (name, kind) in asked.items():
-        if role not in algorithm.scores:
+        if role not in algorithm.scores or is_address(name):  # a server's model is not in this machine's memory
             continue
         key = (name, kind if name == "builtin" else "")
         own = name == config.student and kind == "student" and config.lora_rank

@@ -21,6 +21,7 @@ from atod_algos.adapters import without_adapters
 from atod_algos.algorithm import Algorithm, Privileged, Supported
 from atod_algos.batch import Scores, TokenBatch, put_in_front
 from atod_algos.config import TrainConfig
+from atod_algos.remote import RemoteJudge, is_address
 from atod_algos.scoring import compare, score
 from atod_envs.errors import AtodError
 
@@ -94,6 +95,38 @@ class BaseJudge:
             return score(model, batch, temperature=temperature, budget=budget)[0]
 
 
+class EngineJudge:
+    """A frozen model on a vLLM engine, which gives log-probs of prompts.
+
+    Args:
+        loaded: the model; it is not kept.
+        config: resolved settings.
+        device: where it runs.
+
+    Raises:
+        AtodError: vLLM is missing or cannot run the model, or the temperature is not 1.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: TrainConfig, device: str) -> None:
+        if config.temperature != 1.0:
+            raise AtodError(
+                f"vLLM gives prompt log-probs at temperature 1 only, but episodes are sampled at {config.temperature}; "
+                "use --temperature 1 or --teacher-engine transformers"
+            )
+        from agents.engines.vllm import VllmEngine
+
+        context = int(loaded.model.config.max_position_embeddings)
+        self.engine = VllmEngine(
+            loaded.model.to(device), slots=config.slots, max_context=context, memory=config.engine_memory
+        )
+
+    def logprobs(self, batch: TokenBatch, *, temperature: float, budget: int) -> np.ndarray:
+        """See :class:`Judge`."""
+        found = self.engine.prompt_logprobs([row.tolist() for row in batch.rows])
+        offsets = np.cumsum([0, *(len(row) for row in batch.rows[:-1])])
+        return np.asarray(np.concatenate(found)[offsets[batch.row_M] + batch.column_M])
+
+
 class Scorer:
     """Scores a step's batch under the student and everything else that an algorithm asks for.
 
@@ -128,6 +161,8 @@ class Scorer:
         self.base = self._judge(config.base or config.student, "student") if "base" in wanted else None
 
     def _judge(self, name: str, role: str) -> Judge:
+        if role == "teacher" and is_address(name):
+            return RemoteJudge(name, self.student.tokenizer, temperature=self.config.temperature)
         # The word "builtin" is another model for each role; any other name is one model, whoever asks for it.
         key = (name, role if name == "builtin" else "")
         if key not in self._held:
@@ -139,7 +174,10 @@ class Scorer:
             else:
                 loaded = self._load(name, role)
                 require_same_tokenizer(self.student, loaded, role)
-                self._held[key] = LocalJudge(loaded, self._device)
+                vllm = role == "teacher" and self.config.teacher_engine == "vllm"
+                self._held[key] = (
+                    EngineJudge(loaded, self.config, self._device) if vllm else LocalJudge(loaded, self._device)
+                )
         return self._held[key]
 
     @property
@@ -158,8 +196,8 @@ class Scorer:
         if self.teacher is not None and wanted & {"divergence", "support"}:
             if not isinstance(self.teacher, LocalJudge):
                 raise AtodError(
-                    f"{self.algorithm.name} compares whole distributions, and a server gives only single log-probs; "
-                    "use a local teacher: --teacher PATH_OR_HUB_ID"
+                    f"{self.algorithm.name} compares whole distributions, and an engine or a server gives single log-probs only; "
+                    "use a local teacher: --teacher PATH_OR_HUB_ID --teacher-engine transformers"
                 )
             size = cast("Supported", self.algorithm).support if "support" in wanted else 0
             with self.teacher.at_hand() as teacher:

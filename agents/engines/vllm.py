@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import tempfile
 import time
@@ -143,6 +144,38 @@ class VllmEngine:
             return []
         outputs = self._guard(self._llm.step)
         return [self._completion(output) for output in outputs if output.finished]
+
+    def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-prob of every id of every prompt given the ids before it, at temperature 1; the first is not a number.
+
+        Args:
+            prompts: token ids; each one shorter than the context.
+
+        Raises:
+            RuntimeError: requests are running.
+            ValueError: a prompt does not fit the context.
+            EngineDied: vLLM failed.
+        """
+        self._require_alive()
+        self._require_idle("prompts were scored")
+        vllm = self._vllm
+        sampling = vllm.SamplingParams(
+            max_tokens=1,
+            prompt_logprobs=0,  # of the prompt's own ids alone
+            detokenize=False,
+            output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+        )
+        for place, ids in enumerate(prompts):
+            check_request(str(place), ids, SamplingParams(1), self.max_context)
+            prompt = {"prompt_token_ids": list(ids)}
+            self._guard(lambda request=str(place), prompt=prompt: self._llm.add_request(request, prompt, sampling))
+        found: dict[int, list[float]] = {}
+        while len(found) < len(prompts):
+            for output in self._guard(self._llm.step):
+                if output.finished:
+                    places = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+                    found[int(output.request_id)] = [math.nan, *(float(at[token].logprob) for token, at in places)]
+        return [found[place] for place in range(len(prompts))]
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Replace the weights through vLLM's own reloading; everything that was cached under the old ones is dropped.

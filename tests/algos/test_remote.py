@@ -1,0 +1,284 @@
+"""A teacher behind HTTP, against real local servers: ours, one that answers like other stacks, and ones that fail."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pytest
+from toyworld import TOY
+
+from agents.api import ApiOptions
+from agents.models import load_model
+from atod_algos.atod import ATOD
+from atod_algos.cli import main
+from atod_algos.frozen import LocalJudge
+from atod_algos.opd import OPD
+from atod_algos.remote import RemoteJudge
+from atod_algos.serve import ServeOptions, TeacherServer, row_batch
+from atod_envs.errors import AtodError
+
+QUICK = ApiOptions(timeout=5.0, retries=2)
+
+
+class Server(TeacherServer):
+    """Ours, with switches for what can be different elsewhere."""
+
+    fails = 0
+    echo = bos = deaf = False
+    seen = 0
+
+    def completions(self, body):
+        self.seen += 1
+        if self.fails:
+            self.fails -= 1
+            raise ConnectionError("overloaded")
+        if self.deaf:
+            body = body | {"temperature": 1.0}
+        if self.bos:
+            body = body | {"prompt": [[1, *prompt] for prompt in body["prompt"]]}
+        echo = body.pop("echo", False)
+        if self.echo and not echo:
+            return {"choices": [{"index": i, "text": "x"} for i in range(len(body["prompt"]))]}
+        answer = super().completions(body | {"prompt_logprobs": 1})
+        if self.echo:
+            for choice in answer["choices"]:
+                places = choice.pop("prompt_logprobs")
+                found = [None if at is None else next(iter(at.values()))["logprob"] for at in places]
+                choice["logprobs"] = {"token_logprobs": [*found, -0.5]}
+        answer["choices"].reverse()  # the order is the index's, not the list's
+        return answer
+
+
+@pytest.fixture(scope="module")
+def teacher(models):
+    return load_model(str(models["teacher"]), "teacher")
+
+
+@pytest.fixture
+def server(teacher):
+    with Server(teacher, ServeOptions("x", port=0)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def rows(tokenizer):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, len(tokenizer), n) for n in (5, 40, 17, 2, 33)]
+
+
+def judge(server, tokenizer, temperature=1.0, **options):
+    return RemoteJudge(
+        server.address, tokenizer, temperature=temperature, options=QUICK, wait=lambda _: None, **options
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_server_gives_what_the_model_gives_here(echo, temperature, server, teacher, tokenizer, rows):
+    server.echo = echo
+    batch = row_batch(rows)
+    expected = LocalJudge(teacher, "cpu").logprobs(batch, temperature=temperature, budget=64)
+    remote = judge(server, tokenizer, temperature)
+    assert np.allclose(remote.logprobs(batch, temperature=temperature, budget=64), expected, atol=1e-5)
+    assert all(np.isnan(values[0]) for values in remote.rows(rows))
+
+
+def test_rows_go_in_batches_and_each_is_asked_for_once(server, tokenizer, rows, monkeypatch):
+    monkeypatch.setattr("atod_algos.remote._REQUEST_TOKENS", 60)
+    remote = judge(server, tokenizer)
+    first = remote.rows([*rows, rows[0]])
+    assert server.seen == remote.requests == 2  # 5 + 40, and 17 + 2 + 33; the row that comes twice goes once
+    again = remote.rows(rows[::-1])
+    assert remote.requests == 2
+    for a, b in zip(first, [*again[::-1], again[-1]], strict=True):
+        assert np.array_equal(a, b, equal_nan=True)
+
+
+def test_what_is_kept_is_bounded(server, tokenizer, rows, monkeypatch):
+    monkeypatch.setattr("atod_algos.remote._KEPT_TOKENS", 50)
+    remote = judge(server, tokenizer)
+    assert len(remote.rows(rows)) == 5
+    for row in rows:
+        remote.rows([row])
+    assert remote._kept_tokens == sum(map(len, remote._kept.values())) <= 50
+
+
+def test_a_server_that_ignores_the_temperature_is_refused(server, tokenizer):
+    server.deaf = True
+    judge(server, tokenizer, 1.0)
+    with pytest.raises(AtodError, match=r"at temperature 1 whatever is asked.*sampled at 0.7"):
+        judge(server, tokenizer, 0.7)
+    with pytest.raises(AtodError, match="scored at the same"):
+        judge(server, tokenizer).logprobs(row_batch([np.array([1, 2])]), temperature=0.5, budget=1)
+
+
+def test_a_server_that_puts_a_token_in_front_is_refused(server, tokenizer, rows):
+    server.bos = True
+    with pytest.raises(AtodError, match=r"5 ids were sent and 6 came back"):
+        judge(server, tokenizer).rows(rows[:1])
+
+
+def test_another_tokenizer_is_refused_by_its_first_token(server, tokenizer):
+    from agents.reference.tokenizer import train_tokenizer
+
+    other = train_tokenizer(["You sit on chair 4."] * 30)
+    with pytest.raises(
+        AtodError, match=r"have different tokenizers: after .* comes token .* in one and .* in the other"
+    ):
+        judge(server, other)
+
+
+def test_failures_that_pass_are_tried_again(server, tokenizer, rows, monkeypatch):
+    honest = server.RequestHandlerClass.do_POST
+
+    def flaky(handler):
+        if server.fails:
+            server.fails -= 1
+            handler._answer(503, {"error": {"message": "overloaded"}})
+        else:
+            honest(handler)
+
+    monkeypatch.setattr(server.RequestHandlerClass, "do_POST", flaky)
+    remote = judge(server, tokenizer)
+    server.fails = 2
+    assert len(remote.rows(rows)) == 5
+    server.fails = 3
+    with pytest.raises(AtodError, match=r"is gone.*after 3 tries.*503 overloaded.*same command"):
+        remote.rows([np.array([1, 2, 3])])
+
+
+def test_a_server_that_never_answers_is_given_up_on(tokenizer):
+    class Silent(BaseHTTPRequestHandler):
+        def do_GET(self):
+            time.sleep(2)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Silent) as silent:
+        threading.Thread(target=silent.serve_forever, daemon=True).start()
+        with pytest.raises(AtodError, match=r"did not answer after 2 tries.*timed out"):
+            RemoteJudge(
+                f"http://127.0.0.1:{silent.server_address[1]}/v1",
+                tokenizer,
+                temperature=1.0,
+                options=ApiOptions(timeout=0.1, retries=1),
+                wait=lambda _: None,
+            )
+        silent.shutdown()
+
+
+def test_a_server_that_cannot_be_a_teacher_is_refused(tokenizer):
+    class Chatty(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer({"data": [{"id": "m"}]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/tokenize":
+                self.answer({"tokens": tokenizer.encode(body["prompt"], add_special_tokens=False)})
+            else:
+                self.answer({"choices": [{"index": 0, "text": "hello"}]})
+
+        def answer(self, body):
+            data = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Chatty) as chatty:
+        threading.Thread(target=chatty.serve_forever, daemon=True).start()
+        remote = judge(type("S", (), {"address": f"http://127.0.0.1:{chatty.server_address[1]}/v1"}), tokenizer)
+        with pytest.raises(AtodError, match="gives neither prompt_logprobs nor echoed"):
+            remote.rows([np.array([1, 2, 3])])
+        chatty.shutdown()
+
+
+@pytest.fixture
+def options(models):
+    return [
+        "--env", TOY, "--student", str(models["student"]), "--style", "compact", "--max-turns", "3", "--max-response", "8",
+        "--max-context", "128", "--lr", "2e-3", "--tasks-per-step", "2", "--group-size", "4", "--eval-every", "0",
+        "--report-tasks", "4", "--minibatches", "2", "--threads", "1",
+    ]  # fmt: skip
+
+
+def rows_of(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "speed/", "memory/"))} for row in lines]
+
+
+def test_a_served_teacher_dies_and_the_run_goes_on_when_it_is_back(
+    options, server, models, tmp_path, capsys, monkeypatch
+):
+    local = [*options, "--teacher", str(models["teacher"])]
+    main(ATOD, [*local, "--steps", "3", "--run", str(tmp_path / "local")])
+    monkeypatch.setattr("atod_algos.remote.ApiOptions", lambda *a: ApiOptions(*a[:1], 5.0, 1) if a else QUICK)
+    monkeypatch.setattr("agents.api.time.sleep", lambda _: None)
+    remote = [*options, "--teacher", server.address, "--steps", "3", "--run", str(tmp_path / "remote")]
+    honest, died = server.completions, []
+
+    def dying(body):
+        if server.seen >= 1 and not died:
+            died.append(True)
+            server.shutdown(), server.server_close()
+            raise SystemExit
+        return honest(body)
+
+    server.completions = dying
+    with pytest.raises(SystemExit) as stop:
+        main(ATOD, remote)
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 1 and "the teacher's server is gone" in err and "same command" in err
+    assert died and len(rows_of(tmp_path / "remote")) == 1
+
+    again = ServeOptions("x", port=server.server_address[1])
+    with Server(server.loaded, again) as back:
+        threading.Thread(target=back.serve_forever, daemon=True).start()
+        main(ATOD, remote)
+        back.shutdown()
+    found, expected = rows_of(tmp_path / "remote"), rows_of(tmp_path / "local")
+    assert [row["step"] for row in found] == [1, 2, 3]
+    # The same but for rounding: the server scores each row in other company.
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine[
+            "opd/teacher_student_gap_mean"
+            if "opd/teacher_student_gap_mean" in mine
+            else "atod/teacher_student_gap_mean"
+        ] == (pytest.approx(theirs["atod/teacher_student_gap_mean"], abs=1e-3))
+
+
+def test_the_serving_command_serves(models, tokenizer):
+    command = [sys.executable, "-m", "atod_algos.serve", str(models["teacher"]), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        said = process.stdout.readline()
+        address = said.split("--teacher ")[1].strip()
+        remote = RemoteJudge(address, tokenizer, temperature=1.0, options=QUICK)
+        assert np.isfinite(remote.rows([np.array([3, 4, 5])])[0][1:]).all()
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def test_whole_distributions_cannot_be_had_from_a_server(server, tokenizer, teacher):
+    from atod_algos.config import TrainConfig, resolve
+    from atod_algos.frozen import Scorer
+
+    class Divergent(OPD):
+        scores = frozenset({"teacher", "divergence"})
+
+    config = resolve(TrainConfig(env=TOY, student="x", teacher=server.address))
+    scorer = Scorer(config, Divergent(), teacher, None, lambda *_: teacher, "cpu")
+    with pytest.raises(AtodError, match="gives single log-probs only"):
+        scorer.score(row_batch([np.array([1, 2, 3])]))
