@@ -1,0 +1,5 @@
+"""The name under which verifiers finds the environments: ``vf-eval atod_verifiers``; see :mod:`atod_envs.adapters.verifiers`."""
+
+from atod_envs.adapters.verifiers import AtodEnv, AtodHarness, AtodTaskset
+
+__all__ = ["AtodEnv", "AtodHarness", "AtodTaskset"]
