@@ -3,7 +3,8 @@
     python benchmarks/serve.py --clients 64 --seconds 5
 
 The server runs in a process of its own, the clients in four. Printed: steps a second over all clients, and how long a step
-takes a client. A local environment without a server is measured beside it.
+takes a client, and how much time of a core the server spends on it, which other work on the machine does not change. A
+local environment without a server is measured beside it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -69,12 +71,13 @@ def main() -> None:
         assert server.stdout is not None
         url = server.stdout.readline().split()[-1]
         print(f"{given.clients} clients in {PROCESSES} processes, {os.cpu_count()} cores")
-        print(f"{'environment':20s} {'way':6s} {'steps/s':>9s} {'ms, median':>11s} {'ms, 95 %':>9s}")
+        print(f"{'environment':20s} {'way':6s} {'steps/s':>9s} {'ms, median':>11s} {'ms, 95 %':>9s} {'core ms':>8s}")
         for env_id in atod_envs.ENVIRONMENTS:
             alone: list[float] = []
             play(gym.make(env_id), time.monotonic() + given.seconds / 5, alone)
-            report(env_id, "local", np.array(alone), given.seconds / 5)
+            report(env_id, "local", np.array(alone), given.seconds / 5, 0.0)
             for kind in ("http", "ws"):
+                before = core_seconds(server.pid)
                 until = str(time.monotonic() + 3.0 + given.seconds)
                 share = [str(given.clients // PROCESSES)] * PROCESSES
                 children = [
@@ -85,15 +88,27 @@ def main() -> None:
                     for number in share
                 ]
                 data = b"".join(child.communicate()[0] for child in children)
-                report(env_id, kind, np.frombuffer(data, "<f8"), given.seconds)
+                report(env_id, kind, np.frombuffer(data, "<f8"), given.seconds, core_seconds(server.pid) - before)
     finally:
         server.terminate()
 
 
-def report(env_id: str, way: str, times: np.ndarray, seconds: float) -> None:
+def core_seconds(process: int) -> float:
+    """Seconds that a process has spent on a core (Linux; 0 elsewhere)."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def report(env_id: str, way: str, times: np.ndarray, seconds: float, spent: float) -> None:
     """One line."""
     median, high = np.percentile(times, [50, 95]) * 1e3
-    print(f"{env_id:20s} {way:6s} {len(times) / seconds:9.0f} {median:11.3f} {high:9.3f}", flush=True)
+    print(
+        f"{env_id:20s} {way:6s} {len(times) / seconds:9.0f} {median:11.3f} {high:9.3f} {spent / len(times) * 1e3:8.3f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ class AtodTasksetConfig(vf.TasksetConfig):  # type: ignore[misc]
 
     def make(self) -> gym.Env[str, str]:
         """Make the environment."""
-        splits = {} if self.split is None else {"split": self.split}
-        return gym.make(self.environment, **splits, **self.options)
+        options = self.options if self.split is None else {"split": self.split, **self.options}
+        return gym.make(self.environment, **options)
 
 
 class AtodTaskData(vf.TaskData):  # type: ignore[misc]
