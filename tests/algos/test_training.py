@@ -19,6 +19,9 @@ from atod_algos.cli import main, with_rules
 from atod_algos.config import TrainConfig, resolve
 from atod_algos.grpo import GRPO
 from atod_algos.opd import OPD
+from atod_algos.sdar import SDAR
+from atod_algos.sod import SOD
+from atod_algos.tcod import TCOD
 
 HERE = Path(__file__).parent
 
@@ -45,19 +48,22 @@ def weights(run, step):
     return load_file(run / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
 
 
-@pytest.mark.parametrize("algorithm", [GRPO, OPD, ATOD])
+@pytest.mark.parametrize("algorithm", [GRPO, OPD, ATOD, SDAR, SOD, TCOD])
 @pytest.mark.parametrize("rules", ["paper", "released"])
 def test_every_algorithm_runs_under_both_rule_sets(algorithm, rules, options, tmp_path, capsys):
+    if algorithm is SDAR:
+        (tmp_path / "skills.md").write_text("# General\n\nSpeak.\n\n## fruit\n\nYou say apple.\n")
+        options = [*options, "--skills", str(tmp_path / "skills.md")]
     main(algorithm, [*options, "--steps", "2", "--run", str(tmp_path / "r"), "--rules", rules])
     rows = metrics(tmp_path / "r")
     assert [row["step"] for row in rows] == [1, 2]
     stored = json.loads((tmp_path / "r" / "config.json").read_text())["settings"]
     assert stored["rules"] == rules and stored["algorithm"]["name"] == algorithm.name
-    expected = "token_mean" if rules == "released" else "trajectory_mean"
+    expected = with_rules(algorithm, rules).objective.loss_agg
     assert stored["algorithm"]["objective"]["loss_agg"] == expected
     out = capsys.readouterr().out
     assert f"rules: {rules}" in out and f"loss_agg={expected}" in out and "95 % interval" in out
-    assert ("actor/auxiliary_loss" in rows[0]) == (algorithm is GRPO and rules == "released")
+    assert ("actor/auxiliary_loss" in rows[0]) == (algorithm is SDAR or (algorithm is GRPO and rules == "released"))
 
 
 def test_reward_alone_teaches_the_toy_world(options, tmp_path):

@@ -5,8 +5,13 @@ from pathlib import Path
 
 import gymnasium as gym
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "envs"))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "envs")]
+from tinymodel import tiny_qwen3
 from toy import ToyEnv
+
+from atod_algos.batch import make_batch
+from atod_algos.scoring import row_logprobs
+from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 
 TOY = "toy/Say-v0"
 if TOY not in gym.registry:
@@ -14,30 +19,27 @@ if TOY not in gym.registry:
 
 
 def small_model(tokenizer, seed: int, hidden: int = 32):
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    """A random model that knows the tokenizer's ids."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return tiny_qwen3(len(tokenizer), seed, hidden=hidden, eos_token_id=eos, pad_token_id=pad, bos_token_id=None)
 
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=64,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    model = Qwen3ForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0, 0.15)
-    return model.eval()
+
+def fit(model, prompts, responses, updates: int, lr: float = 5e-3):
+    """Teach a model to answer prompts (token ids) with responses (token ids)."""
+    import numpy as np
+    import torch
+
+    trajectories = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        turn = Turn(0, "", (), tuple(prompt), tuple(response), (0.0,) * len(response), "", "", True, True, 0.0)
+        trajectories.append(Trajectory("e", "t", "s", "", "g", 0, (turn,), "", False, 0.0, StopReason.FAILURE))
+    batch = make_batch([Group("t", tuple(trajectories))])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    for _ in range(updates):
+        _, logprobs, _ = row_logprobs(model, batch, np.arange(len(prompts)), temperature=1.0)
+        (-logprobs.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def learner_options(**changes):
