@@ -71,7 +71,7 @@ class TCOD:
     opd_coef: float = 1.0
     """c, which multiplies the gap (paper and released code)."""
     curriculum: Literal["front_to_back", "back_to_front"] = "front_to_back"
-    """Which part of the episode the student plays first: its beginning (both re-implementations), or its end after an expert."""
+    """Which part of an episode the student plays: its beginning (released code), or its end after an expert; the paper has both."""
     turns_start: int = 1
     """k_start: turns that the student plays at first (paper)."""
     turns_every: int = 2
