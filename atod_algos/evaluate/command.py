@@ -27,6 +27,7 @@ from atod_algos.evaluate.players import Player
 from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, sampling_of, settings_of
 from atod_algos.progress import result_table
 from atod_algos.runlog import replace_text, versions
+from atod_envs.command import program
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import read_jsonl, write_jsonl
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     from atod_algos.cli import guarded
 
-    config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m atod_algos.evaluate", description=__doc__)
+    config = tyro.cli(EvaluateConfig, args=arguments, prog=program("atod_algos.evaluate"), description=__doc__)
     logging.basicConfig(level=logging.INFO if config.verbose else logging.WARNING, format="%(levelname)s %(message)s")
     guarded(lambda: show_comparison(*config.compare) if config.compare else run(config))
 

@@ -79,11 +79,13 @@ class Panel:
         name: ``split/size``.
         split: the split.
         tasks: task ids in the panel's order.
+        data_version: what the tasks are made of, as the environment says.
     """
 
     name: str
     split: str
     tasks: tuple[str, ...] = field(repr=False)
+    data_version: str = ""
 
     @property
     def digest(self) -> str:
@@ -115,7 +117,8 @@ def read_panels(make: Callable[[str], TextEnv], names: Sequence[str]) -> list[Pa
     panels = []
     for name in names:
         split, _, size = name.partition("/")
-        tasks = make(split).tasks
+        env = make(split)
+        tasks = env.tasks
         if size == "all":
             count = len(tasks)
         elif not size:
@@ -124,7 +127,7 @@ def read_panels(make: Callable[[str], TextEnv], names: Sequence[str]) -> list[Pa
             count = int(size)
         else:
             raise AtodError(f"panel {name!r}: expected a size from 1 to {len(tasks)}, or all")
-        panels.append(Panel(f"{split}/{count}", split, tasks.panel(count)))
+        panels.append(Panel(f"{split}/{count}", split, tasks.panel(count), env.data_version))
     return panels
 
 
@@ -199,7 +202,9 @@ def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, A
         "api_extra": config.api_extra,
         "sampling": dataclasses.asdict(sampling),
         "seeds": list(config.seeds),
-        "panels": [{"name": p.name, "tasks": len(p.tasks), "digest": p.digest} for p in panels],
+        "panels": [
+            {"name": p.name, "tasks": len(p.tasks), "digest": p.digest, "data_version": p.data_version} for p in panels
+        ],
     }
     return settings, panels
 

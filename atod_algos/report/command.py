@@ -16,6 +16,7 @@ from atod_algos.cli import guarded
 from atod_algos.report.data import Run, read_run
 from atod_algos.report.page import TURNS, write_page
 from atod_algos.report.tokens import Scorer
+from atod_envs.command import program
 from atod_envs.errors import AtodError
 
 
@@ -47,9 +48,7 @@ class ReportConfig:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    config = tyro.cli(
-        ReportConfig, args=arguments, prog="python -m atod_algos.report", description=ReportConfig.__doc__
-    )
+    config = tyro.cli(ReportConfig, args=arguments, prog=program("atod_algos.report"), description=ReportConfig.__doc__)
     logging.basicConfig(level=logging.INFO if config.verbose else logging.WARNING, format="%(levelname)s %(message)s")
     guarded(lambda: _run(config))
 

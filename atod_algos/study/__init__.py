@@ -64,12 +64,14 @@ class World:
         train: settings of ``TrainConfig`` that differ from its profile, the environment among them.
         report_tasks: tasks of the final panel (all of a smaller split).
         options: by method, options that depend on how long is trained here.
+        preset: published settings that all this stands on (``atod_algos.presets``); empty for none.
     """
 
     name: str
     train: Mapping[str, Any]
     report_tasks: int
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    preset: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,5 +126,18 @@ def _laptop() -> Preset:
     )
 
 
-PRESETS: Mapping[str, Preset] = {"laptop": _laptop()}
+def _paper(name: str) -> Preset:
+    """The published settings of a model size; ALFWorld's unseen games in full, and a larger panel elsewhere than was published."""
+    panels = {
+        "alfworld": ("atod/ALFWorld-v0", 134),
+        "webshop": ("atod/WebShop-v0", 512),
+        "searchqa": ("atod/SearchQA-v0", 2048),
+    }
+    worlds = tuple(World(world, {"env": env}, size, preset=name) for world, (env, size) in panels.items())
+    return Preset(worlds, lrs=(1e-6,))
+
+
+PRESETS: Mapping[str, Preset] = {"laptop": _laptop()} | {
+    name: _paper(name) for name in ("paper-0.6b", "paper-1.7b", "paper-4b")
+}
 """Scales by name."""

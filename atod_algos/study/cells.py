@@ -23,6 +23,7 @@ from typing import Any
 from atod_algos.cli import with_rules
 from atod_algos.config import TrainConfig, resolve
 from atod_algos.evaluate.settings import EvaluateConfig
+from atod_algos.presets import fit_algorithm, preset_config, require_teacher
 from atod_algos.runlog import replace_text, versions
 from atod_algos.study import METHODS, Method, World
 from atod_envs.errors import AtodError, DataError
@@ -41,6 +42,8 @@ def algorithm_of(method: Method, world: World, rules: str) -> Any:
     from atod_algos.algorithm import find_algorithm
 
     algorithm = with_rules(find_algorithm(method.algorithm), rules)
+    if world.preset:
+        algorithm = fit_algorithm(algorithm, world.preset, world.train["env"])
     options = {**world.options.get(method.name, {}), **method.options}
     known = {f.name for f in dataclasses.fields(algorithm)}
     unknown = sorted(options.keys() - known)
@@ -51,7 +54,8 @@ def algorithm_of(method: Method, world: World, rules: str) -> Any:
 
 def config_of(world: World, seed: int, lr: float, run: Path) -> TrainConfig:
     """Settings of a run."""
-    return resolve(TrainConfig(**{**world.train, "seed": seed, "lr": lr, "run": str(run)}))
+    base = preset_config(world.preset, world.train["env"]) if world.preset else TrainConfig()
+    return resolve(dataclasses.replace(base, **{**world.train, "seed": seed, "lr": lr, "run": str(run)}))
 
 
 def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int, lr: float) -> None:
@@ -66,6 +70,7 @@ def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int
     if config.threads or (config.student == "builtin" and not torch.cuda.is_available()):
         torch.set_num_threads(config.threads or 1)
     algorithm = algorithm_of(method, world, rules)
+    require_teacher(config, algorithm.scores)
     run = RunFolder(folder, settings_of(config, algorithm, rules))
     trainer = Trainer(config, algorithm, run)
     try:
@@ -116,7 +121,10 @@ def finish_cell(
             }
         else:
             role = "student" if method.name == "vanilla" else "teacher"
-            name = config_of(world, seed, lr, folder).__getattribute__(role)
+            config = config_of(world, seed, lr, folder)
+            if role == "teacher":
+                require_teacher(config, frozenset({"teacher"}))
+            name = config.student if role == "student" else config.teacher
             checkpoints = {"last": Path(f"builtin:{role}" if name == "builtin" else name)}
         for which, checkpoint in checkpoints.items():
             cell[which] = _evaluate(folder / f"evaluation-{which}", str(checkpoint), world, seed, split)

@@ -8,8 +8,8 @@ import pytest
 from toyworld import TOY
 
 from atod_algos.study import METHODS, PRESETS, Preset, World
-from atod_algos.study.__main__ import StudyConfig, main, run
-from atod_algos.study.cells import Busy, algorithm_of, finish_cell, read_study, tune
+from atod_algos.study.cells import Busy, algorithm_of, config_of, finish_cell, read_study, tune
+from atod_algos.study.command import StudyConfig, main, run
 from atod_algos.study.tables import decide
 from atod_algos.trainer import Trainer
 from atod_envs.errors import AtodError
@@ -25,7 +25,7 @@ def preset(models, monkeypatch):
         "eval_tasks": 4, "checkpoint_every": 1, "minibatches": 2, "threads": 1, "eval_temperature": 1.0,
     }  # fmt: skip
     found = Preset((World("toy", train, 4, {"atod": {"coef_anneal_steps": 1}}),), (1e-3, 2e-3), (0, 1))
-    monkeypatch.setattr("atod_algos.study.__main__.PRESETS", {"toy": found})
+    monkeypatch.setattr("atod_algos.study.command.PRESETS", {"toy": found})
     return found
 
 
@@ -159,6 +159,24 @@ def test_the_laptop_preset_scales_its_schedules():
     wrong = dataclasses.replace(methods["grpo"], options={"kapa": 1})
     with pytest.raises(AtodError, match="GRPO has no option 'kapa'"):
         algorithm_of(wrong, alfworld, "paper")
+
+
+def test_the_paper_presets_are_the_published_settings(tmp_path):
+    preset = PRESETS["paper-1.7b"]
+    assert [w.name for w in preset.worlds] == ["alfworld", "webshop", "searchqa"] and preset.lrs == (1e-6,)
+    alfworld = preset.worlds[0]
+    config = config_of(alfworld, 3, 1e-6, tmp_path)
+    assert (config.student, config.steps, config.max_turns, config.seed, config.lr) == (
+        "Qwen/Qwen3-1.7B",
+        150,
+        50,
+        3,
+        1e-6,
+    )
+    assert algorithm_of(METHODS["atod"], alfworld, "paper").coef_anneal_steps == 150
+    assert algorithm_of(METHODS["atod-constant"], alfworld, "paper").coef_anneal_steps == 0
+    with pytest.raises(AtodError, match="--teacher"):
+        finish_cell(tmp_path, METHODS["teacher"], alfworld, "paper", 0, 1e-6, "valid_unseen")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,154 @@
+"""The command: run what is missing, then write the tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+
+from atod_algos.cli import guarded
+from atod_algos.evaluate.settings import held_out_splits
+from atod_algos.runlog import replace_text
+from atod_algos.study import METHODS, PRESETS, Method, Preset, World
+from atod_algos.study.cells import Busy, finish_cell, read_study, tune
+from atod_envs.command import program
+from atod_envs.errors import UnknownName
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Compare methods over environments and seeds. The same command goes on where it stopped."""
+
+    preset: str = "laptop"
+    """Scale of the study."""
+    out: Path | None = None
+    """The study's folder; by default studies/<preset>."""
+    worlds: tuple[str, ...] = ()
+    """Environments, by the preset's names; by default all of them."""
+    methods: tuple[str, ...] = ()
+    """Methods; by default all of them."""
+    seeds: tuple[int, ...] = ()
+    """Training seeds; by default the preset's."""
+    lrs: tuple[float, ...] = ()
+    """Learning rates to choose from for each method; a single one is taken as it is. By default the preset's."""
+    rules: Literal["paper", "released"] = "paper"
+    """Rule set of all algorithms."""
+    student: str | None = None
+    """Model to train, instead of the preset's."""
+    teacher: tuple[str, ...] = ()
+    """Teachers, WORLD=PATH_OR_HUB_ID each, instead of the preset's."""
+    data: tuple[str, ...] = ()
+    """Data folders, WORLD=PATH each, instead of the preset's."""
+    tables_only: bool = False
+    """Train nothing; write the tables of what is finished."""
+    verbose: bool = False
+    """Log more."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    config = tyro.cli(StudyConfig, args=arguments, prog=program("atod_algos.study"), description=StudyConfig.__doc__)
+    logging.basicConfig(level=logging.INFO if config.verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        guarded(lambda: run(config))
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; run the same command again to go on")
+        raise SystemExit(130) from None
+
+
+def run(config: StudyConfig) -> None:
+    """Run what is missing, then write the tables.
+
+    Raises:
+        UnknownName: a preset, world or method that does not exist.
+    """
+    if config.preset not in PRESETS:
+        raise UnknownName("preset", config.preset, PRESETS)
+    preset = _chosen(PRESETS[config.preset], config)
+    for name in config.methods:
+        if name not in METHODS:
+            raise UnknownName("method", name, METHODS)
+    methods = [METHODS[name] for name in config.methods or METHODS]
+    out = config.out or Path("studies") / config.preset
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console(soft_wrap=True)
+    if not config.tables_only:
+        stored = {"preset": config.preset, "rules": config.rules, **dataclasses.asdict(preset)}
+        replace_text(out / "study.json", json.dumps(stored, indent=1, default=str) + "\n")
+        for world in preset.worlds:
+            _run_world(out, world, preset, methods, config.rules, console)
+    from atod_algos.study.tables import write_tables
+
+    write_tables(out, read_study(out), preset)
+    console.print(f"{out / 'tables.md'} and {out / 'study-results.json'}", highlight=False)
+
+
+def _run_world(
+    out: Path, world: World, preset: Preset, methods: Sequence[Method], rules: str, console: Console
+) -> None:
+    split = held_out_splits(world.train["env"])[1]
+    lrs: dict[str, float] = {}
+    for method in methods:
+        if not method.algorithm:
+            lrs[method.name] = preset.lrs[0]
+            continue
+        tuned_as = METHODS[method.tuned_as] if method.tuned_as else method
+        lrs[method.name] = _again(lambda m=tuned_as: tune(out, m, world, rules, preset.tuning_seed, preset.lrs))
+        console.print(f"{world.name}  {method.label}: learning rate {lrs[method.name]:g}", highlight=False)
+    # Seed by seed, so that a study that is stopped early has compared all methods.
+    left = [(seed, method) for seed in preset.seeds for method in methods]
+    while left:
+        waiting = []
+        for seed, method in left:
+            try:
+                cell = finish_cell(out, method, world, rules, seed, lrs[method.name], split)
+            except Busy:
+                waiting.append((seed, method))
+                continue
+            best = f", best {cell['best']['success']:.1%}" if "best" in cell else ""
+            line = f"{world.name}  {method.label}  seed {seed}: last {cell['last']['success']:.1%}{best}"
+            console.print(f"{line}  of {cell['last']['n']} tasks, {cell['seconds']:.0f} s", highlight=False)
+        if len(waiting) == len(left):
+            time.sleep(5)  # another process is at all that is left
+        left = waiting
+
+
+def _again(work: Any) -> Any:
+    """Do something that another process may be doing, as soon as it has ended there."""
+    while True:
+        try:
+            return work()
+        except Busy:
+            time.sleep(5)
+
+
+def _chosen(preset: Preset, config: StudyConfig) -> Preset:
+    """The preset with what the command line changes."""
+    names = [world.name for world in preset.worlds]
+    for name in config.worlds:
+        if name not in names:
+            raise UnknownName("world", name, names)
+    changes: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for setting, pairs in (("teacher", config.teacher), ("data", config.data)):
+        for pair in pairs:
+            name, _, value = pair.partition("=")
+            if name not in changes or not value:
+                raise UnknownName(f"world in --{setting}", pair, [f"{n}=PATH" for n in names])
+            changes[name][setting] = value
+    if config.student is not None:
+        for change in changes.values():
+            change["student"] = config.student
+    worlds = tuple(
+        dataclasses.replace(world, train={**world.train, **changes[world.name]})
+        for world in preset.worlds
+        if not config.worlds or world.name in config.worlds
+    )
+    return dataclasses.replace(preset, worlds=worlds, seeds=config.seeds or preset.seeds, lrs=config.lrs or preset.lrs)
