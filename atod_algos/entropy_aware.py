@@ -35,6 +35,7 @@ from atod_algos.grpo import task_reward
 from atod_algos.learner import Objective
 from atod_algos.opd import OPD
 from atod_algos.rollout import RolloutLimits
+from atod_envs.errors import AtodError
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,10 @@ class EntropyAware:
     """alpha: weight of the forward KL (1, second-hand)."""
     support: int = 16
     """k: how many of the teacher's likeliest tokens the forward KL sums over (16, second-hand)."""
+
+    def __post_init__(self) -> None:
+        if self.support < 1:
+            raise AtodError(f"--support {self.support}: at least one of the teacher's tokens; use opd for none")
 
     def limits(self, step: int) -> RolloutLimits:
         """No limit of its own."""

@@ -42,6 +42,7 @@ from atod_algos.batch import Scores, TokenBatch
 from atod_algos.grpo import grpo_metrics, kl_to_reference, task_reward
 from atod_algos.learner import Objective
 from atod_algos.rollout import RolloutLimits
+from atod_envs.errors import AtodError
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +70,10 @@ class GiGPO:
     """gamma of the discounted returns: 0.95 (paper, section 5.1; verl-agent's scripts)."""
     kl_coef: float = 0.0
     """Weight of the KL to the initial student: 0.01 in verl-agent's scripts."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.discount <= 1:
+            raise AtodError(f"--discount {self.discount}: between 0 and 1")
 
     @property
     def scores(self) -> frozenset[str]:

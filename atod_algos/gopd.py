@@ -12,7 +12,8 @@ lambda = 1 is OPD: the base model cancels. lambda = 0 pulls the student back to 
 Differences: the paper's base is the teacher before its own reinforcement learning (give it with ``--base``), or the student as it
 was, which is the default here. The released code caps the importance weight between sampler and trainer at 5; here the old
 log-probs are recomputed by the learner's model and the clip of eq 4 bounds the ratio. Its learning rate of 1e-5 and batch
-of 1024 are left to ``--lr`` and ``--tasks-per-step``. ``--rules released`` presets OPD's token mean, dual clip and entropy bonus.
+of 1024 are left to ``--lr`` and ``--tasks-per-step``. ``--gap-clip`` bounds log pi_T - log pi_old before anything else is made
+of it. ``--rules released`` presets OPD's token mean, dual clip and entropy bonus.
 
     python -m atod_algos.gopd --env atod/ALFWorld-v0 --extrapolation 1.25
 """

@@ -34,6 +34,7 @@ from atod_algos.diagnostics import teacher_metrics
 from atod_algos.grpo import task_reward
 from atod_algos.learner import Objective
 from atod_algos.rollout import RolloutLimits
+from atod_envs.errors import AtodError
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,12 @@ class TIP:
     """rho: share of the batch's tokens that is learned from, in (0, 1]; 1 is OPD (our choice, see above)."""
     entropy_quantile: float = 0.98
     """Entropies above this quantile of the batch are cut to it (paper: the top 2 %)."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.keep <= 1 and 0 < self.entropy_quantile <= 1):
+            raise AtodError(
+                f"--keep {self.keep} and --entropy-quantile {self.entropy_quantile}: both are shares above 0 and at most 1"
+            )
 
     def limits(self, step: int) -> RolloutLimits:
         """No limit of its own."""
@@ -88,8 +95,6 @@ class TIP:
 
 def largest(score_M: np.ndarray, share: float) -> np.ndarray:
     """Booleans that mark the given share of the largest scores, rounded up; among equals the first."""
-    if not 0 < share <= 1:
-        raise ValueError(f"keep={share}; expected a share in (0, 1]")
     # A share of 0.3 of 10 is 3, although 0.3 * 10 > 3 in floating point.
     count = math.ceil(round(share * len(score_M), 9))
     kept_M = np.zeros(len(score_M), dtype=bool)

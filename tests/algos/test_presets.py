@@ -237,6 +237,22 @@ def test_cache_is_what_the_engine_holds_when_it_is_full(builtin):
     assert held == estimate.cache_bytes(shape, 3, 512, 4)
 
 
+def test_local_folders_are_read(models, tmp_path):
+    """Any causal model that transformers knows; an architecture without normalised queries keeps a little less."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    student = load_model(str(models["student"]), "student")
+    assert estimate.shape_of(str(models["student"]), "", "student").parameters == student.n_parameters
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    llama = AutoModelForCausalLM.from_config(config).eval()
+    llama.config.save_pretrained(tmp_path)
+    shape = estimate.shape_of(str(tmp_path), "", "student")
+    assert shape.parameters == sum(p.numel() for p in llama.parameters())
+    assert 0.7 < memory.bytes_per_token(llama) / estimate.activation_bytes(shape, 1, 4) <= 1.01
+
+
 def test_a_step_stays_below_its_estimate(models, tmp_path):
     """Every count of a real run of the toy world, in both layouts."""
     for style in ("atod", "compact"):

@@ -597,3 +597,26 @@ def test_rows_of_an_algorithm_hold_one_value_for_each_sampled_token(batch):
         result = algorithm.advantages(batch, Scores(np.zeros(batch.n_tokens)), 1)
         assert isinstance(result, Advantages) and result.token_M.shape == (batch.n_tokens,)
         assert algorithm.limits(1) == RolloutLimits()
+
+
+@pytest.mark.parametrize(
+    "algorithm, option, words",
+    [
+        (TIP, ["--keep", "0"], "--keep 0.0"),
+        (EntropyAware, ["--support", "0"], "--support 0"),
+        (GiGPO, ["--discount", "1.5"], "--discount 1.5"),
+    ],
+)
+def test_impossible_options_are_answered_in_one_line(algorithm, option, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(algorithm, [*option, "--dry-run"])
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == 1 and words in err and len(err.splitlines()) == 1
+
+
+def test_a_base_model_of_ones_own(options, models, tmp_path):
+    """The teacher as its own base has gained nothing, and what is left is OPD."""
+    main(GOPD, [*options, "--steps", "1", "--base", str(models["teacher"]), "--run", str(tmp_path / "r")])
+    (row,) = metrics_of(tmp_path / "r")
+    assert row["gopd/teacher_gain_mean"] == 0
+    assert row["gopd/student_drift_mean"] == pytest.approx(-row["gopd/teacher_student_gap_mean"])
