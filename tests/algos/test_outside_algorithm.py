@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from toyworld import TOY
 
+from atod_envs import command
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "add_algorithm.md"
 
@@ -69,20 +71,28 @@ def test_it_trains_by_name_with_its_own_options(installed, models, tmp_path):
     assert stored["name"] == "rloo" and stored["baseline_scale"] == 0.5
 
 
-def test_its_help_is_its_own_and_slips_are_answered(installed):
-    shown = atod(installed, "train", "rloo", "--help").stdout
+@pytest.fixture
+def here(installed, monkeypatch):
+    """The package on this process's own path."""
+    monkeypatch.syspath_prepend(str(installed))
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_its_help_is_its_own_and_slips_are_answered(here, capsys):
+    command.main(["train", "rloo", "--help"])
+    shown = capsys.readouterr().out
     assert "usage: atod train rloo" in shown and "leave-one-out baseline" in shown and "--baseline-scale" in shown
     assert "0 is plain REINFORCE" in shown
-    slip = atod(installed, "train", "rlo")
-    assert slip.returncode == 2 and "did you mean 'rloo'" in slip.stderr
-    broken = atod(installed, "train", "broken", "--dry-run")
-    assert broken.returncode == 1 and len(broken.stderr.strip().splitlines()) == 1
-    assert "algorithm 'broken' is offered as my_algorithms.rloo:NoSuchClass, but" in broken.stderr
+    assert command.main(["train", "rlo"]) == 2 and "did you mean 'rloo'" in capsys.readouterr().err
+    assert command.main(["train", "broken", "--dry-run"]) == 1
+    err = capsys.readouterr().err.strip()
+    assert len(err.splitlines()) == 1
+    assert "algorithm 'broken' is offered as my_algorithms.rloo:NoSuchClass, but" in err
 
 
-def test_presets_and_estimates_hold_for_it_too(installed):
-    done = atod(installed, "train", "rloo", "--preset", "paper-0.6b", "--dry-run")
-    assert done.returncode == 0 and "596,049,920 numbers" in done.stdout, done.stderr
+def test_presets_and_estimates_hold_for_it_too(here, capsys):
+    assert command.main(["train", "rloo", "--preset", "paper-0.6b", "--dry-run"]) == 0
+    assert "596,049,920 numbers" in capsys.readouterr().out
 
 
 def test_its_advantages_by_hand():
