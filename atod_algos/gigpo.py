@@ -20,6 +20,7 @@ Differences from the public implementation (verl-agent, core_gigpo):
     dual clip            none                               | 3                                           --dual-clip
     entropy bonus        none                               | 0.001                                       --entropy-coef
     KL to the start      none                               | 0.01 (k3)                                   --kl-coef
+
 The left column is ``--rules paper`` (the default), the right ``--rules released``. Where it is on, the penalty is taken off the
 return of its own turn after the discounting, as published, so it is not passed on to the turns before. Rows that were duplicated to fill a
 batch enter the published means; here there are none. Its grouping of *similar* observations (off by default) is left out. With
@@ -65,9 +66,9 @@ class GiGPO:
     group: GroupOptions = field(default_factory=lambda: GroupOptions(group_std=False))
     objective: Objective = field(default_factory=Objective)
     omega: float = 1.0
-    """Weight of the step advantage: 1 (paper, section 5.1; verl-agent's step_advantage_w)."""
+    """Weight of the step advantage: 1 (verl-agent's step_advantage_w)."""
     discount: float = 0.95
-    """gamma of the discounted returns: 0.95 (paper, section 5.1; verl-agent's scripts)."""
+    """gamma of the discounted returns: 0.95 (verl-agent's scripts)."""
     kl_coef: float = 0.0
     """Weight of the KL to the initial student: 0.01 in verl-agent's scripts."""
 
