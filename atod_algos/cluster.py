@@ -1,0 +1,287 @@
+"""Episodes on a Ray cluster: workers hold environments and an engine each, groups are work.
+
+Whichever worker is free takes the next groups, so a slow one holds up nobody but its own. Weights go through Ray's object store: once
+per step into it, once per node out of it. A worker that dies or falls silent is replaced, and what it was playing is played again.
+
+The invariant: every group is in the result exactly once, played with the weights of that call. Seeds come from the specs, so who played
+makes no difference.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from atod_algos.player import LocalPlayers, OnFinish, collect_groups
+from atod_algos.rollout import EpisodeSpec, RolloutLimits
+from atod_envs.errors import AtodError
+from atod_envs.trajectory import Group, Trajectory
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+_START_SECONDS = 300.0
+"""A worker that has not loaded its model by then will not."""
+_CALLS_PER_WORKER = 3
+"""Work is cut so that each worker is asked about this often: fewer calls idle at the end, more batch worse."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """How many workers there are, and what each takes of the cluster."""
+
+    workers: int
+    """Rollout workers."""
+    cpus: float = 1.0
+    """CPU cores that Ray sets aside for each."""
+    gpus: float = 0.0
+    """GPUs for each."""
+    patience: float = 1800.0
+    """Seconds without an answer after which a worker counts as lost."""
+    losses: int = 8
+    """Workers that may be lost in one step before the run stops."""
+
+
+class _Worker:
+    """Runs in a process of the cluster."""
+
+    def __init__(self, make_players: Callable[[], LocalPlayers]) -> None:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        self._players = make_players()
+        self._version: int | None = None
+
+    def ready(self) -> int:
+        return os.getpid()
+
+    def play(
+        self,
+        split: str,
+        temperature: float,
+        specs: list[EpisodeSpec],
+        limits: RolloutLimits | None,
+        weights: list[Any],
+        version: int,
+    ) -> list[Trajectory]:
+        if self._version != version:
+            import ray
+
+            # The reference comes inside a list, so that Ray does not fetch the weights for workers that have them.
+            self._players.load_weights(ray.get(weights[0]).items(), version)
+            self._version = version
+        return self._players.on(split, temperature).play(specs, limits)
+
+
+class RayPlayers:
+    """Plays on a Ray cluster: the one that $RAY_ADDRESS names, or one that is started on this machine.
+
+    Args:
+        make_players: builds a worker's engine and environments; sent to the workers.
+        fleet: the workers.
+
+    Raises:
+        AtodError: Ray is not installed, cannot be reached, or the cluster is too small.
+    """
+
+    def __init__(self, make_players: Callable[[], LocalPlayers], fleet: Fleet) -> None:
+        self._ray = ray = _ray()
+        self._fleet, self._make = fleet, make_players
+        self._own = not ray.is_initialized()
+        if self._own:
+            _connect(ray)
+        _require_resources(ray, fleet)
+        self._actor = ray.remote(num_cpus=fleet.cpus, num_gpus=fleet.gpus, max_restarts=0)(_Worker)
+        self._weights: Any = None
+        self._version = -1
+        self._workers: list[Any] = [self._actor.remote(make_players) for _ in range(fleet.workers)]
+        self.pids: list[int] = self._await_ready(self._workers)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Put the weights into the object store; workers fetch them with their next groups."""
+        self._weights = self._ray.put({name: tensor.detach().cpu() for name, tensor in weights})
+        self._version = version
+
+    def on(self, split: str, temperature: float) -> RayRollout:
+        """What plays a split."""
+        return RayRollout(self, split, temperature)
+
+    def close(self) -> None:
+        """End the workers, and Ray if it was started here."""
+        for worker in self._workers:
+            self._ray.kill(worker)
+        self._workers = []
+        if self._own:
+            self._ray.shutdown()
+
+    # --- work --------------------------------------------------------------------------------------------------------
+
+    def play(
+        self,
+        split: str,
+        temperature: float,
+        specs: Sequence[EpisodeSpec],
+        limits: RolloutLimits | None,
+        on_finish: OnFinish | None,
+    ) -> list[Trajectory]:
+        """Play all episodes on whichever workers are free; see ``Plays.play``."""
+        if self._weights is None:
+            raise AtodError("the workers have no weights yet; call load_weights before play")
+        waiting = deque(_calls(specs, self._fleet.workers))
+        running: dict[Any, _Call] = {}
+        idle = deque(self._workers)
+        finished: dict[int, Trajectory] = {}
+        losses = 0
+        while waiting or running:
+            while waiting and idle:
+                call = _Call(idle.popleft(), waiting.popleft(), time.monotonic())
+                chosen = [specs[place] for place in call.places]
+                future = call.worker.play.remote(split, temperature, chosen, limits, [self._weights], self._version)
+                running[future] = call
+            done, _ = self._ray.wait(list(running), num_returns=1, timeout=min(5.0, self._fleet.patience))
+            for future in [*done, *self._silent(running, done)]:
+                call = running.pop(future)
+                answer = self._answer(future) if future in done else None
+                if answer is None:
+                    losses += 1
+                    if losses > self._fleet.losses:
+                        raise AtodError(
+                            f"{losses} rollout workers were lost in one step; look at the nodes' memory and at Ray's logs. The same "
+                            "command goes on from the last checkpoint"
+                        )
+                    log.warning("a rollout worker was lost; its %d episodes are played again", len(call.places))
+                    idle.append(self._replace(call.worker))
+                    waiting.appendleft(call.places)
+                    continue
+                idle.append(call.worker)
+                finished.update(zip(call.places, answer, strict=True))
+                if on_finish is not None:
+                    on_finish(len(finished))
+        return [finished[place] for place in range(len(specs))]
+
+    def _answer(self, future: Any) -> list[Trajectory] | None:
+        """What a call returned; None if its worker died.
+
+        Raises:
+            AtodError: the worker is alive but could not play (a retriever that is down, an environment that raised).
+        """
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            return list(self._ray.get(future))
+        except RayActorError:
+            return None
+        except RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            raise AtodError(f"a rollout worker failed: {type(cause).__name__}: {cause}") from error
+
+    def _silent(self, running: dict[Any, _Call], done: Sequence[Any]) -> list[Any]:
+        late = time.monotonic() - self._fleet.patience
+        return [future for future, call in running.items() if call.since < late and future not in done]
+
+    def _replace(self, lost: Any) -> Any:
+        self._ray.kill(lost)  # it may be alive and merely silent
+        fresh = self._actor.remote(self._make)
+        self._workers[self._workers.index(lost)] = fresh
+        self.pids = self._await_ready(self._workers)
+        return fresh
+
+    def _await_ready(self, workers: Sequence[Any]) -> list[int]:
+        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+        pids = []
+        for worker in workers:
+            try:
+                pids.append(int(self._ray.get(worker.ready.remote(), timeout=_START_SECONDS)))
+            except GetTimeoutError as error:
+                raise AtodError(
+                    f"a rollout worker did not start within {_START_SECONDS:.0f} s; the cluster has {_resources(self._ray)}, each of "
+                    f"{self._fleet.workers} workers takes {self._fleet.cpus:g} CPUs and {self._fleet.gpus:g} GPUs"
+                ) from error
+            except RayActorError:
+                pids.append(-1)  # died between two steps: found out, and replaced, when it is given work
+            except RayTaskError as error:
+                raise AtodError(f"a rollout worker could not start: {error.cause}") from error
+        return pids
+
+
+class RayRollout:
+    """One split, played by the workers of a cluster."""
+
+    def __init__(self, players: RayPlayers, split: str, temperature: float) -> None:
+        self._players, self._split, self._temperature = players, split, temperature
+
+    def play(
+        self, specs: Sequence[EpisodeSpec], limits: RolloutLimits | None = None, on_finish: OnFinish | None = None
+    ) -> list[Trajectory]:
+        """Play all episodes; one trajectory each, in the order of ``specs``."""
+        return self._players.play(self._split, self._temperature, specs, limits, on_finish)
+
+    def play_groups(
+        self, specs: Sequence[EpisodeSpec], limits: RolloutLimits | None = None, on_finish: OnFinish | None = None
+    ) -> list[Group]:
+        """Play all episodes and collect them by group."""
+        return collect_groups(self.play(specs, limits, on_finish))
+
+    def close(self) -> None:
+        """Nothing: the environments are the workers'."""
+
+
+@dataclass(slots=True)
+class _Call:
+    worker: Any
+    places: list[int]
+    since: float
+
+
+def _calls(specs: Sequence[EpisodeSpec], workers: int) -> list[list[int]]:
+    """Places of the specs, cut into calls of whole groups."""
+    groups: dict[str, list[int]] = {}
+    for place, spec in enumerate(specs):
+        groups.setdefault(spec.group_id, []).append(place)
+    each = math.ceil(len(groups) / (workers * _CALLS_PER_WORKER))
+    members = list(groups.values())
+    return [list(chain(*members[start : start + each])) for start in range(0, len(members), each)]
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise AtodError("--cluster ray needs Ray: pip install 'atod[ray]'") from error
+    return ray
+
+
+def _connect(ray: Any) -> None:
+    # Workers must find what the driver finds: a registered environment may live in the folder it was started from.
+    paths = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}}
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = os.environ.get("RAY_ADDRESS", "this machine")
+        raise AtodError(
+            f"no Ray cluster at {where}: {error}; start one with `ray start --head`, or unset RAY_ADDRESS to use this machine alone"
+        ) from error
+
+
+def _require_resources(ray: Any, fleet: Fleet) -> None:
+    held = ray.cluster_resources()
+    for kind, each in (("CPU", fleet.cpus), ("GPU", fleet.gpus)):
+        if each * fleet.workers > held.get(kind, 0.0) + 1e-6:
+            raise AtodError(
+                f"{fleet.workers} rollout workers of {each:g} {kind} each do not fit: the cluster has {_resources(ray)}; lower --workers "
+                f"or --worker-{kind.lower()}s"
+            )
+
+
+def _resources(ray: Any) -> str:
+    held = ray.cluster_resources()
+    return f"{held.get('CPU', 0):g} CPUs and {held.get('GPU', 0):g} GPUs"
