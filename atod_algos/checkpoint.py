@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
+from atod_algos import ranks
 from atod_algos.adapters import load_adapters
+from atod_algos.optimizer import Updater
+from atod_algos.shards import FOLDER, load_shards, save_shards
 from atod_envs.errors import AtodError, DataError
 
 _STATE = "trainer_state.pt"
@@ -25,9 +28,16 @@ _DONE = "complete.json"
 
 
 def save_checkpoint(
-    folder: Path, name: str, *, model: Any, tokenizer: Any, state: Mapping[str, Any], extra: Mapping[str, Any]
+    folder: Path,
+    name: str,
+    *,
+    model: Any,
+    tokenizer: Any,
+    state: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    updater: Updater | None = None,
 ) -> Path:
-    """Write a checkpoint.
+    """Write a checkpoint; of a run on several ranks, all call this at once.
 
     Args:
         folder: the run's checkpoint folder.
@@ -36,6 +46,8 @@ def save_checkpoint(
         tokenizer: written beside it.
         state: tensors that training needs beside the weights.
         extra: JSON-compatible values, the step among them.
+        updater: the optimizer of a model that is divided among ranks: each writes its part of both. Without it such a model is written
+            whole, for use and not for resuming.
 
     Returns:
         The checkpoint's folder.
@@ -44,24 +56,26 @@ def save_checkpoint(
         AtodError: it could not be written (a full disk, say); earlier checkpoints are untouched.
     """
     target, part, old = folder / name, folder / f".{name}.part", folder / f".{name}.old"
+    weights = {key: ranks.full(tensor) for key, tensor in model.state_dict().items()} if updater is None else {}
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        torch.save(dict(state), part / _STATE)
-        files = {path.name: _checksum(path) for path in sorted(part.iterdir())}
-        (part / _DONE).write_text(json.dumps({**extra, "files": files}))
-        for path in (*part.iterdir(), part):
-            _settle(path)
-        # A folder cannot replace a folder in one stroke: between the two renames the old one stands aside, where
-        # `recover` finds it.
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.rename(old)
-        part.rename(target)
-        _settle(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        if ranks.rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        ranks.barrier()
+        if updater is not None:
+            save_shards(part, model, updater)
+        ranks.barrier()
+        if ranks.rank() == 0:
+            if updater is not None:
+                model.config.save_pretrained(part)
+            elif ranks.size() > 1:
+                model.save_pretrained(part, state_dict={key: value.cpu() for key, value in weights.items()})
+            else:
+                model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            torch.save(dict(state), part / _STATE)
+            _finish(target, part, old, extra)
+        ranks.barrier()
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
         recover(folder)
@@ -74,12 +88,34 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(path: Path, model: Any, adapters: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def _finish(target: Path, part: Path, old: Path, extra: Mapping[str, Any]) -> None:
+    """List the files, have them on the disk, and put the folder in its place."""
+    written = sorted(path for path in part.rglob("*") if path.is_file())
+    files = {path.relative_to(part).as_posix(): _checksum(path) for path in written}
+    (part / _DONE).write_text(json.dumps({**extra, "files": files}))
+    for path in (*part.rglob("*"), part):
+        _settle(path)
+    # A folder cannot replace a folder in one stroke: between the two renames the old one stands aside, where
+    # `recover` finds it.
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    part.rename(target)
+    _settle(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(
+    path: Path, model: Any, updater: Updater, adapters: Any = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load weights into a model; return the training state and the extra values.
+
+    A checkpoint that was written in parts is read by any number of ranks, and one that was written whole by several.
 
     Args:
         path: the checkpoint's folder.
         model: the model that gets the weights.
+        updater: its optimizer, which gets its state at once where the checkpoint was written in parts.
         adapters: peft's wrapper around it; then the checkpoint holds adapters alone.
 
     Raises:
@@ -94,6 +130,9 @@ def load_checkpoint(path: Path, model: Any, adapters: Any = None) -> tuple[dict[
             if _checksum(path / name) != checksum:
                 raise ValueError(f"{name} is not as it was written")
         state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
+        if (path / FOLDER).is_dir():
+            load_shards(path, model, updater)
+            return state, extra
         if adapters is not None:
             load_adapters(adapters, path)
             return state, extra
@@ -104,6 +143,8 @@ def load_checkpoint(path: Path, model: Any, adapters: Any = None) -> tuple[dict[
         raise DataError(
             f"{path} is not a complete checkpoint ({error}); delete it to go back to an earlier one"
         ) from error
+    own = model.state_dict()
+    weights = {name: ranks.divided_like(tensor, own.get(name)) for name, tensor in weights.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:

@@ -62,6 +62,8 @@ def _override(options: Any, values: Mapping[str, Any]) -> Any:
 def main(algorithm: type[Algorithm], arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, train, and print the final table. Exits with 2 on wrong usage, 1 on other errors."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["--"]:  # torchrun would take --run for one of its own options; behind -- it leaves them alone
+        given = given[1:]
     guarded(lambda: _run(algorithm, given))
 
 
@@ -145,14 +147,18 @@ def train(config: TrainConfig, algorithm: Algorithm, rules: str, *, dry_run: boo
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
+    from atod_algos import ranks
     from atod_algos.progress import Progress, result_table
-    from atod_algos.runlog import RunFolder
+    from atod_algos.runlog import Onlooker, RunFolder
     from atod_algos.trainer import Trainer, settings_of
 
     if config.threads or (config.student == "builtin" and not torch.cuda.is_available()):
         torch.set_num_threads(config.threads or 1)
     settings = settings_of(config, algorithm, rules)
-    progress = Progress(config.steps or 0, f"{algorithm.name} on {config.env}")
+    if not dry_run:
+        ranks.start(config.device)
+    quiet = ranks.rank() > 0
+    progress = Progress(config.steps or 0, f"{algorithm.name} on {config.env}", quiet=quiet)
     progress.console.print(f"rules: {rules}   " + _effective(settings["algorithm"]), highlight=False, soft_wrap=True)
     if dry_run:
         from atod_algos.estimate import report
@@ -162,8 +168,8 @@ def train(config: TrainConfig, algorithm: Algorithm, rules: str, *, dry_run: boo
         return None
     require_teacher(config, algorithm.scores)
     folder = Path(config.run or f"runs/{algorithm.name}-{config.env.split('/')[-1]}-seed{config.seed}")
-    run = RunFolder(folder, settings)
-    result: dict[str, Any] | None = run.result()
+    run = Onlooker(folder) if quiet else RunFolder(folder, settings)
+    result: dict[str, Any] | None = ranks.from_first(run.result() if not quiet else None)
     trainer = None
     try:
         if result is None or result["step"] < (config.steps or 0):
@@ -171,7 +177,9 @@ def train(config: TrainConfig, algorithm: Algorithm, rules: str, *, dry_run: boo
             done = trainer.resume()
             if done:
                 progress.console.print(f"resuming {folder} after step {done}", highlight=False)
-            progress = Progress(config.steps or 0, f"{algorithm.name} on {config.env}, run folder {folder}", done + 1)
+            progress = Progress(
+                config.steps or 0, f"{algorithm.name} on {config.env}, run folder {folder}", done + 1, quiet=quiet
+            )
             with progress:
                 trainer.fit(progress)
                 table = trainer.report(progress)
@@ -186,8 +194,8 @@ def train(config: TrainConfig, algorithm: Algorithm, rules: str, *, dry_run: boo
     finally:
         if trainer is not None:
             trainer.close()
-    if result is None:
-        return None
+    if result is None or quiet:
+        return result
     progress.console.print(result_table(list(result["table"].items()), result["panel"]))
     page = _report(folder, config)
     progress.console.print(f"run folder: {folder}", highlight=False)

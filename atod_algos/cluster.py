@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from atod_algos.player import LocalPlayers, OnFinish, collect_groups
-from atod_algos.rollout import EpisodeSpec, RolloutLimits
+from atod_algos.player import LocalPlayers
+from atod_algos.rollout import EpisodeSpec, OnFinish, RolloutLimits, collect_groups
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, Trajectory
 
@@ -64,20 +64,22 @@ class _Worker:
 
     def play(
         self,
-        split: str,
-        temperature: float,
+        how: tuple[str, float, float],
         specs: list[EpisodeSpec],
         limits: RolloutLimits | None,
         weights: list[Any],
         version: int,
     ) -> list[Trajectory]:
-        if self._version != version:
-            import ray
+        try:
+            if self._version != version:
+                import ray
 
-            # The reference comes inside a list, so that Ray does not fetch the weights for workers that have them.
-            self._players.load_weights(ray.get(weights[0]).items(), version)
-            self._version = version
-        return self._players.on(split, temperature).play(specs, limits)
+                # The reference comes inside a list, so that Ray does not fetch the weights for workers that have them.
+                self._players.load_weights(ray.get(weights[0]).items(), version)
+                self._version = version
+            return self._players.on(*how).play(specs, limits)
+        except Exception as error:  # not every exception survives the way to the driver; its words do
+            raise AtodError(f"{type(error).__name__}: {error}") from None
 
 
 class RayPlayers:
@@ -101,17 +103,21 @@ class RayPlayers:
         self._actor = ray.remote(num_cpus=fleet.cpus, num_gpus=fleet.gpus, max_restarts=0)(_Worker)
         self._weights: Any = None
         self._version = -1
-        self._workers: list[Any] = [self._actor.remote(make_players) for _ in range(fleet.workers)]
-        self.pids: list[int] = self._await_ready(self._workers)
+        self._workers: list[Any] = []
+        self.pids: list[int] = []
+        self._start(fleet.workers)
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Put the weights into the object store; workers fetch them with their next groups."""
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int, truth: Any | None = None) -> None:
+        """Put the weights into the object store; workers fetch them with their next groups, and check their engines then."""
         self._weights = self._ray.put({name: tensor.detach().cpu() for name, tensor in weights})
         self._version = version
 
-    def on(self, split: str, temperature: float) -> RayRollout:
+    def on(self, split: str, temperature: float, tolerated: float = 0.0) -> RayRollout:
         """What plays a split."""
-        return RayRollout(self, split, temperature)
+        return RayRollout(self, (split, temperature, tolerated))
+
+    def rest(self) -> None:
+        """Nothing: the workers have machines, or shares of them, of their own."""
 
     def close(self) -> None:
         """End the workers, and Ray if it was started here."""
@@ -125,13 +131,12 @@ class RayPlayers:
 
     def play(
         self,
-        split: str,
-        temperature: float,
+        how: tuple[str, float, float],
         specs: Sequence[EpisodeSpec],
         limits: RolloutLimits | None,
         on_finish: OnFinish | None,
     ) -> list[Trajectory]:
-        """Play all episodes on whichever workers are free; see ``Plays.play``."""
+        """Play all episodes on whichever workers are free; ``how`` is what ``on`` was asked for, the rest as in ``Plays.play``."""
         if self._weights is None:
             raise AtodError("the workers have no weights yet; call load_weights before play")
         waiting = deque(_calls(specs, self._fleet.workers))
@@ -143,7 +148,7 @@ class RayPlayers:
             while waiting and idle:
                 call = _Call(idle.popleft(), waiting.popleft(), time.monotonic())
                 chosen = [specs[place] for place in call.places]
-                future = call.worker.play.remote(split, temperature, chosen, limits, [self._weights], self._version)
+                future = call.worker.play.remote(how, chosen, limits, [self._weights], self._version)
                 running[future] = call
             done, _ = self._ray.wait(list(running), num_returns=1, timeout=min(5.0, self._fleet.patience))
             for future in [*done, *self._silent(running, done)]:
@@ -179,8 +184,7 @@ class RayPlayers:
         except RayActorError:
             return None
         except RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, Exception) else error
-            raise AtodError(f"a rollout worker failed: {type(cause).__name__}: {cause}") from error
+            raise AtodError(f"a rollout worker failed: {error.cause}") from error
 
     def _silent(self, running: dict[Any, _Call], done: Sequence[Any]) -> list[Any]:
         late = time.monotonic() - self._fleet.patience
@@ -188,50 +192,46 @@ class RayPlayers:
 
     def _replace(self, lost: Any) -> Any:
         self._ray.kill(lost)  # it may be alive and merely silent
-        fresh = self._actor.remote(self._make)
-        self._workers[self._workers.index(lost)] = fresh
-        self.pids = self._await_ready(self._workers)
-        return fresh
+        place = self._workers.index(lost)
+        del self._workers[place], self.pids[place]
+        self._start(1)
+        return self._workers[-1]
 
-    def _await_ready(self, workers: Sequence[Any]) -> list[int]:
+    def _start(self, count: int) -> None:
+        """Start workers and wait until they have loaded their model."""
         from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-        pids = []
-        for worker in workers:
-            try:
-                pids.append(int(self._ray.get(worker.ready.remote(), timeout=_START_SECONDS)))
-            except GetTimeoutError as error:
-                raise AtodError(
-                    f"a rollout worker did not start within {_START_SECONDS:.0f} s; the cluster has {_resources(self._ray)}, each of "
-                    f"{self._fleet.workers} workers takes {self._fleet.cpus:g} CPUs and {self._fleet.gpus:g} GPUs"
-                ) from error
-            except RayActorError:
-                pids.append(-1)  # died between two steps: found out, and replaced, when it is given work
-            except RayTaskError as error:
-                raise AtodError(f"a rollout worker could not start: {error.cause}") from error
-        return pids
+        fresh = [self._actor.remote(self._make) for _ in range(count)]
+        try:
+            self.pids += self._ray.get([worker.ready.remote() for worker in fresh], timeout=_START_SECONDS)
+        except GetTimeoutError as error:
+            raise AtodError(
+                f"a rollout worker did not start within {_START_SECONDS:.0f} s; the cluster has {_resources(self._ray)}, each of "
+                f"{self._fleet.workers} workers takes {self._fleet.cpus:g} CPUs and {self._fleet.gpus:g} GPUs"
+            ) from error
+        except (RayActorError, RayTaskError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise AtodError(f"a rollout worker could not start: {reason}") from error
+        self._workers += fresh
 
 
 class RayRollout:
     """One split, played by the workers of a cluster."""
 
-    def __init__(self, players: RayPlayers, split: str, temperature: float) -> None:
-        self._players, self._split, self._temperature = players, split, temperature
+    def __init__(self, players: RayPlayers, how: tuple[str, float, float]) -> None:
+        self._players, self._how = players, how
 
     def play(
         self, specs: Sequence[EpisodeSpec], limits: RolloutLimits | None = None, on_finish: OnFinish | None = None
     ) -> list[Trajectory]:
         """Play all episodes; one trajectory each, in the order of ``specs``."""
-        return self._players.play(self._split, self._temperature, specs, limits, on_finish)
+        return self._players.play(self._how, specs, limits, on_finish)
 
     def play_groups(
         self, specs: Sequence[EpisodeSpec], limits: RolloutLimits | None = None, on_finish: OnFinish | None = None
     ) -> list[Group]:
         """Play all episodes and collect them by group."""
         return collect_groups(self.play(specs, limits, on_finish))
-
-    def close(self) -> None:
-        """Nothing: the environments are the workers'."""
 
 
 @dataclass(slots=True)

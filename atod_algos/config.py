@@ -109,6 +109,14 @@ class TrainConfig:
     """Store, with the trajectories, every sampled token's log-probs under student and teacher."""
     wandb: str | None = None
     """Project to log to in Weights & Biases as well, where it is installed (WANDB_MODE=offline keeps it on this machine)."""
+    cluster: Literal["none", "ray"] = "none"
+    """Where episodes are played: 'ray' has rollout workers do it, on the cluster that $RAY_ADDRESS names or on this machine."""
+    workers: int = 2
+    """Rollout workers of a cluster, each with environments and an engine."""
+    worker_cpus: float = 1.0
+    """CPU cores that each worker takes."""
+    worker_gpus: float = 0.0
+    """GPUs that each worker takes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the models run."""
     threads: int = 0

@@ -17,6 +17,7 @@ import torch
 
 from agents.chat import ChatFormat
 from agents.models import LoadedModel, require_same_tokenizer
+from atod_algos import ranks
 from atod_algos.adapters import without_adapters
 from atod_algos.algorithm import Algorithm, Privileged, Supported
 from atod_algos.batch import Scores, TokenBatch, put_in_front
@@ -44,6 +45,9 @@ class LocalJudge:
     def __init__(self, loaded: LoadedModel, device: str) -> None:
         self.loaded, self.device = loaded, torch.device(device)
         loaded.model.requires_grad_(False)
+        if ranks.size() > 1:  # divided among the ranks, it is small enough to stay
+            loaded.model.to(device)
+            ranks.shard(loaded.model)
 
     @contextmanager
     def at_hand(self) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from atod_algos import memory
+from atod_algos import memory, ranks
 from atod_algos.batch import TokenBatch
 from atod_algos.config import OptimizerOptions
 from atod_algos.optimizer import Updater, learning_rate
@@ -117,20 +117,21 @@ class Learner:
     Args:
         model: the student; the weights of it that require a gradient are trained.
         options: optimizer settings.
+        per_token: :func:`memory.bytes_per_token` of the model, where it is known already.
 
     Attributes:
         model: the student.
         budget: tokens of a micro-batch, fewer than ``options.token_budget`` once memory has run out.
     """
 
-    def __init__(self, model: Any, options: OptimizerOptions) -> None:
+    def __init__(self, model: Any, options: OptimizerOptions, per_token: float | None = None) -> None:
         self.model = model
         self.options = options
         self.budget = memory.Budget(options.token_budget)
         weights = [weight for weight in model.parameters() if weight.requires_grad]
         self._device = weights[0].device
-        self._updater = Updater(weights, options)
-        self._per_token: float | None = None
+        self.updater = Updater(weights, options)
+        self._per_token = per_token
 
     def update(
         self,
@@ -188,10 +189,10 @@ class Learner:
                     "update",
                     partial(self._gradient, loss, rows),
                     least=max(len(batch.rows[row]) for row in rows),
-                    undo=self._updater.forget,
+                    undo=self.updater.forget,
                 )
                 sums.merge(found)
-            norm = self._updater.update(lr)
+            norm = self.updater.update(lr)
             if not math.isfinite(norm):
                 raise AtodError(
                     f"step {step}: the gradient is {norm}; the update was not made and the run stops. Lower --lr, or look at "
@@ -207,16 +208,27 @@ class Learner:
     def _gradient(self, loss: _Minibatch, rows: np.ndarray, budget: int) -> _Sums:
         """Add up the gradient of a mini-batch, a micro-batch at a time."""
         sums = _Sums()
-        for micro in split_rows(self.model, [loss.batch.rows[row] for row in rows], budget):
-            loss.of(self.model, rows[micro], sums).backward()  # type: ignore[no-untyped-call]
-        return sums
+        chosen = [loss.batch.rows[row] for row in rows]
+        budget = ranks.fair(budget, sum(len(row) for row in chosen))
+        for micro, counts in ranks.shared(split_rows(self.model, chosen, budget)):
+            found = _Sums()
+            part = loss.of(self.model, rows[micro], found)
+            # A divided model's gradient is averaged over the ranks, but the weights of the loss sum to one over all of them.
+            (part * (ranks.size() if counts else 0)).backward()  # type: ignore[no-untyped-call]
+            if counts:
+                sums.merge(found)
+        whole = _Sums()
+        for share in ranks.gather(sums):
+            whole.merge(share)
+        return whole
 
     def _make_room(self, batch: TokenBatch, parts: list[np.ndarray]) -> int:
         """Predict the update's highest use of memory, and lower the budget beforehand where it would not fit."""
         if self._per_token is None:
             self._per_token = memory.bytes_per_token(self.model)
-        now, free = memory.used(self._device), memory.available(self._device)
-        size = sum(weight.numel() for weight in self._updater.originals)
+        use = ranks.gather((memory.used(self._device), memory.available(self._device)))
+        now, free = max(now for now, _ in use), min((free for _, free in use if free is not None), default=None)
+        size = sum(weight.numel() for weight in self.updater.originals) // ranks.size()
         head = self.model.get_output_embeddings().weight
         longest = max(len(row) for row in batch.rows)
         while True:
@@ -233,7 +245,7 @@ class Learner:
                 per_token=self._per_token,
                 logits=min(sampled * int(head.shape[0]), CHUNK_LOGITS),
                 gradient=4 * size,
-                moments=0 if self._updater.moved else 2 * self._updater.moment_bytes * size,
+                moments=0 if self.updater.moved else 2 * self.updater.moment_bytes * size,
                 states=2 * sampled * int(head.shape[1]) * head.element_size(),
             )
             if free is None or predicted - now < free or self.budget.tokens <= longest:
@@ -247,12 +259,14 @@ class Learner:
             )
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model's weights."""
-        return {**self._updater.state(), "token_budget": self.budget.tokens}
+        """What a resumed run needs beside the model's weights; of a divided model, beside its shards."""
+        own = self.updater.state() if ranks.size() == 1 else {}
+        return {**own, "token_budget": self.budget.tokens}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state` gave."""
-        self._updater.load_state(state)
+        if "optimizer" in state:
+            self.updater.load_state(state)
         self.budget.tokens = min(self.budget.tokens, int(state["token_budget"]))
 
 

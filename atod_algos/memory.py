@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from atod_algos import ranks
 from atod_algos.packing import pack, packable, packed_states
 from atod_envs.errors import AtodError
 
@@ -115,14 +116,16 @@ def bytes_per_token(model: Any) -> float:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    def run() -> torch.Tensor:
+        if packable(model):
+            return packed_states(model, pack([ids]))[0]
+        rows = torch.from_numpy(ids)[None].to(next(model.parameters()).device)
+        return decoder(input_ids=rows, use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
+
     ids = np.arange(_PROBE_TOKENS) % int(model.get_input_embeddings().num_embeddings)
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            if packable(model):
-                states = packed_states(model, pack([ids]))[0]
-            else:
-                rows = torch.from_numpy(ids)[None].to(next(model.parameters()).device)
-                states = model.get_decoder()(input_ids=rows, use_cache=False).last_hidden_state[0]
+            states = run()
     finally:
         model.train(was_training)
     whole = sum(seen.values()) / _PROBE_TOKENS
@@ -190,7 +193,7 @@ class Budget:
             try:
                 return attempt(self.tokens)
             except (RuntimeError, MemoryError) as error:
-                if not ran_out(error):
+                if not ran_out(error) or ranks.size() > 1:  # one rank alone cannot begin anew
                     raise
                 reason = str(error).splitlines()[0] if str(error) else "MemoryError"
             # Outside of the handler: the error holds on to the pass's tensors.

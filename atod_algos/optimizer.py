@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from atod_algos import ranks
 from atod_algos.config import OptimizerOptions
 from atod_envs.errors import AtodError
 
@@ -71,15 +72,31 @@ class Updater:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        norm = float(torch.nn.utils.clip_grad_norm_(self.originals, self.options.grad_clip))
+        norm = float(ranks.full(torch.nn.utils.clip_grad_norm_(self.originals, self.options.grad_clip)))
         if math.isfinite(norm):
             self._optimizer.step()
-            with torch.no_grad():
-                for weight, original in self._pairs:
-                    if original is not weight:
-                        weight.copy_(original)
+            self.settle()
         self.forget()
         return norm
+
+    def settle(self) -> None:
+        """Give half-precision weights what their originals have become."""
+        with torch.no_grad():
+            for weight, original in self._pairs:
+                if original is not weight:
+                    weight.copy_(original)
+
+    def moments(self) -> list[dict[str, torch.Tensor]]:
+        """The optimizer's state of each weight by its own names, made if the first update is still to come."""
+        if not self.moved:
+            for group in self._optimizer.param_groups:
+                for weight in group["params"]:
+                    self._optimizer.state[weight] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(weight),
+                        "exp_avg_sq": torch.zeros_like(weight),
+                    }
+        return [dict(self._optimizer.state[original]) for original in self.originals]
 
     def forget(self) -> None:
         """Drop the gradient gathered so far."""
@@ -97,7 +114,15 @@ class Updater:
         with torch.no_grad():
             for original, saved in zip(halves, state["originals"], strict=True):
                 original.copy_(saved)
-        self._optimizer.load_state_dict(dict(state["optimizer"]))
+        given = dict(state["optimizer"])
+        order = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+        given["state"] = {
+            place: {
+                kind: ranks.divided_like(value, order[place]) if kind != "step" else value for kind, value in of.items()
+            }
+            for place, of in given["state"].items()
+        }
+        self._optimizer.load_state_dict(given)
 
 
 def _original(weight: torch.nn.Parameter) -> torch.Tensor:

@@ -39,10 +39,11 @@ class Progress:
         steps: training steps in all.
         title: what is run.
         first: the step that comes first (above 1 after a resume).
+        quiet: show nothing (on all but the first of several ranks).
     """
 
-    def __init__(self, steps: int, title: str, first: int = 1) -> None:
-        self.console = Console()
+    def __init__(self, steps: int, title: str, first: int = 1, *, quiet: bool = False) -> None:
+        self.console = Console(quiet=quiet)
         if not self.console.is_terminal:
             self.console.width = 120
         self._steps, self._title, self._done = steps, title, first - 1

@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import gymnasium as gym
 
@@ -68,6 +68,24 @@ class RolloutLimits:
     max_turns: int | None = None
     rounds: int = 1
     expert_leaves: int | None = None
+
+
+OnFinish = Callable[[int], None]
+"""Told the number of finished episodes."""
+
+
+class Plays(Protocol):
+    """Plays episodes of one split: a ``Rollout``, or something that has others play."""
+
+    def play(
+        self, specs: Sequence[EpisodeSpec], limits: RolloutLimits | None = None, on_finish: OnFinish | None = None
+    ) -> list[Trajectory]:
+        """Play all episodes; one trajectory each, in the order of ``specs``."""
+
+    def play_groups(
+        self, specs: Sequence[EpisodeSpec], limits: RolloutLimits | None = None, on_finish: OnFinish | None = None
+    ) -> list[Group]:
+        """Play all episodes and collect them by group, in order of first appearance."""
 
 
 @dataclass(slots=True)
@@ -230,10 +248,7 @@ class Rollout:
         on_finish: Callable[[int], None] | None = None,
     ) -> list[Group]:
         """Play all episodes and collect them by ``group_id``, in order of first appearance."""
-        groups: dict[str, list[Trajectory]] = {}
-        for trajectory in self.play(specs, limits, on_finish):
-            groups.setdefault(trajectory.group_id, []).append(trajectory)
-        return [Group(members[0].task_id, tuple(members)) for members in groups.values()]
+        return collect_groups(self.play(specs, limits, on_finish))
 
     def close(self) -> None:
         """Close the environments; the engine stays."""
@@ -298,6 +313,14 @@ class Rollout:
             logprobs=completion.logprobs,
             seconds_policy=completion.seconds,
         )
+
+
+def collect_groups(trajectories: Iterable[Trajectory]) -> list[Group]:
+    """Trajectories by ``group_id``, in order of first appearance."""
+    groups: dict[str, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        groups.setdefault(trajectory.group_id, []).append(trajectory)
+    return [Group(members[0].task_id, tuple(members)) for members in groups.values()]
 
 
 def derive_seed(*parts: int | str) -> int:

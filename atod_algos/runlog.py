@@ -43,6 +43,10 @@ _FREE = (
     "token_budget",
     "gradient_checkpointing",
     "wandb",
+    "cluster",
+    "workers",
+    "worker_cpus",
+    "worker_gpus",
 )
 """Settings that a resumed run may change: they do not alter what is computed, only how long or where."""
 
@@ -182,6 +186,32 @@ class RunFolder:
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:
         replace_text(self.path / name, json.dumps(value, indent=1) + "\n")
+
+
+class Onlooker(RunFolder):
+    """The run's folder as all but the first rank of a distributed run have it: they read, the first one writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    def begin(self, step: int) -> None:
+        """Nothing."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def store(self, step: int, trajectories: Iterable[Trajectory], turns: Mapping[str, list[Any]]) -> None:
+        """Nothing."""
+
+    def store_validation(self, step: int, trajectories: Iterable[Trajectory]) -> None:
+        """Nothing."""
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def replace_text(path: Path, text: str) -> None:

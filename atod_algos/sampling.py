@@ -11,7 +11,7 @@ from typing import cast
 
 from atod_algos.algorithm import Algorithm, Selective
 from atod_algos.batch import make_batch
-from atod_algos.rollout import EpisodeSpec, Rollout, derive_seed
+from atod_algos.rollout import EpisodeSpec, Plays, derive_seed
 from atod_envs.tasks import TaskSet
 from atod_envs.trajectory import Group
 
@@ -54,7 +54,7 @@ class StepSampler:
         ]
 
     def play(
-        self, step: int, algorithm: Algorithm, rollout: Rollout, on_progress: Callable[[str], None]
+        self, step: int, algorithm: Algorithm, rollout: Plays, on_progress: Callable[[str], None]
     ) -> tuple[list[Group], dict[str, float]]:
         """Play the groups that a step learns from.
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from atod_algos import ranks
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.memory import Budget
 from atod_algos.packing import pack, packable, packed_states, packs
@@ -162,12 +163,15 @@ def predict(
         entropy: whether entropies are wanted.
         support_MS: ids of further tokens whose log-probs are wanted in the place of each sampled one.
     """
-    index_M, states, targets = _states(model, batch, rows)
-    support = None if support_MS is None else torch.from_numpy(support_MS[index_M]).long().to(targets.device)
-    logprobs, spread, others = head_logprobs(
-        states, targets, model.get_output_embeddings(), temperature, entropy, support
-    )
-    return Predictions(index_M, logprobs, spread, None if support is None else others)
+
+    def work() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
+        index_M, states, targets = _states(model, batch, rows)
+        support = None if support_MS is None else torch.from_numpy(support_MS[index_M]).long().to(targets.device)
+        head = model.get_output_embeddings()
+        return *head_logprobs(states, targets, head, temperature, entropy, support), index_M
+
+    logprobs, spread, others, index_M = ranks.whole(model, work)
+    return Predictions(index_M, logprobs, spread, None if support_MS is None else others)
 
 
 def row_logprobs(
@@ -200,12 +204,14 @@ def score(
 
     @torch.no_grad()
     def attempt(tokens: int) -> None:
-        for rows in split_rows(model, batch.rows, tokens):
+        for rows, counts in ranks.shared(split_rows(model, batch.rows, tokens)):
             index_M, logprobs, spread = row_logprobs(model, batch, rows, temperature=temperature, entropy=entropy)
-            logprobs_M[index_M] = _numbers(logprobs)
-            entropy_M[index_M] = _numbers(spread)
+            if counts:
+                logprobs_M[index_M] = _numbers(logprobs)
+                entropy_M[index_M] = _numbers(spread)
 
     _in_memory(attempt, batch, budget)
+    ranks.together([logprobs_M, entropy_M])
     model.train(was_training)
     return logprobs_M, entropy_M
 
@@ -243,27 +249,35 @@ def compare(
 
     @torch.no_grad()
     def attempt(tokens: int) -> None:
-        for rows in split_rows(student, batch.rows, tokens):
-            index_M, own_states, targets = _states(student, batch, rows)
-            _, their_states, _ = _states(teacher, batch, rows)
-            for start in range(0, len(index_M), size):
-                chunk = slice(start, start + size)
-                at, ids = index_M[chunk], targets[chunk, None]
-                own, theirs = (
-                    torch.log_softmax(head(states[chunk]).float() / temperature, dim=-1)
-                    for head, states in zip(heads, (own_states, their_states), strict=True)
-                )
-                student_M[at] = _numbers(own.gather(1, ids)[:, 0])
-                teacher_M[at] = _numbers(theirs.gather(1, ids)[:, 0])
-                entropy_M[at] = _numbers(-(own.exp() * own).sum(-1))
-                teacher_entropy_M[at] = _numbers(-(theirs.exp() * theirs).sum(-1))
-                if ids_MS is not None and logprobs_MS is not None:
-                    best = theirs[:, :shared].topk(width, dim=-1)
-                    ids_MS[at], logprobs_MS[at] = best.indices.cpu().numpy(), best.values.cpu().numpy()
-                own, theirs = (torch.log_softmax(part[:, :shared], dim=-1) for part in (own, theirs))
-                kl_M[at] = _numbers((own.exp() * (own - theirs)).sum(-1).clamp(min=0))
+        for rows, counts in ranks.shared(split_rows(student, batch.rows, tokens)):
+            ranks.whole(student, ranks.whole, teacher, some, rows, counts)
+
+    def some(rows: np.ndarray, counts: bool) -> None:
+        index_M, own_states, targets = _states(student, batch, rows)
+        _, their_states, _ = _states(teacher, batch, rows)
+        if not counts:
+            return
+        for start in range(0, len(index_M), size):
+            chunk = slice(start, start + size)
+            at, ids = index_M[chunk], targets[chunk, None]
+            own, theirs = (
+                torch.log_softmax(head(states[chunk]).float() / temperature, dim=-1)
+                for head, states in zip(heads, (own_states, their_states), strict=True)
+            )
+            student_M[at] = _numbers(own.gather(1, ids)[:, 0])
+            teacher_M[at] = _numbers(theirs.gather(1, ids)[:, 0])
+            entropy_M[at] = _numbers(-(own.exp() * own).sum(-1))
+            teacher_entropy_M[at] = _numbers(-(theirs.exp() * theirs).sum(-1))
+            if ids_MS is not None and logprobs_MS is not None:
+                best = theirs[:, :shared].topk(width, dim=-1)
+                ids_MS[at], logprobs_MS[at] = best.indices.cpu().numpy(), best.values.cpu().numpy()
+            own, theirs = (torch.log_softmax(part[:, :shared], dim=-1) for part in (own, theirs))
+            kl_M[at] = _numbers((own.exp() * (own - theirs)).sum(-1).clamp(min=0))
 
     _in_memory(attempt, batch, budget)
+    ranks.together([student_M, teacher_M, entropy_M, teacher_entropy_M, kl_M])
+    if ids_MS is not None and logprobs_MS is not None:
+        ranks.together([ids_MS, logprobs_MS])
     student.train(modes[0]), teacher.train(modes[1])
     return Scores(
         student_M,
@@ -279,6 +293,7 @@ def compare(
 
 def _in_memory(attempt: Callable[[int], None], batch: TokenBatch, budget: int) -> None:
     """Score with so many tokens at once, or with fewer where memory runs out; what was written is written again."""
+    budget = ranks.fair(budget, sum(len(row) for row in batch.rows))
     Budget(budget).run("scoring", attempt, least=max(len(row) for row in batch.rows), undo=lambda: None)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,24 +22,25 @@ import torch
 import atod_envs
 from agents.chat import ChatFormat
 from agents.engines import make_engine
-from agents.engines.base import Engine
-from agents.engines.sync import verify_weights
-from agents.engines.transformers import TransformersEngine
 from agents.human import read_options
 from agents.models import LoadedModel, load_model
+from atod_algos import ranks
 from atod_algos.adapters import add_adapters, merged_weights
 from atod_algos.algorithm import Algorithm, Supported
 from atod_algos.batch import Scores, TokenBatch, make_batch
 from atod_algos.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint
+from atod_algos.cluster import Fleet, RayPlayers
 from atod_algos.config import TrainConfig, given, optimizer_options
 from atod_algos.diagnostics import batch_metrics, sampler_metrics, turn_table
 from atod_algos.evaluate import Evaluation, evaluate
 from atod_algos.frozen import LocalJudge, Scorer
 from atod_algos.layouts import choose_layout
 from atod_algos.learner import Learner, SupportTerm, recompute_layers
+from atod_algos.memory import bytes_per_token
 from atod_algos.overlap import Ahead, correction_metrics, importance_weights, version_of
+from atod_algos.player import LocalPlayers, Players, SharedPlayers
 from atod_algos.progress import Progress
-from atod_algos.rollout import Rollout, derive_seed
+from atod_algos.rollout import Plays, Rollout, derive_seed
 from atod_algos.runlog import RunFolder
 from atod_algos.sampling import StepSampler
 from atod_envs.errors import AtodError
@@ -66,6 +68,45 @@ def make_env(config: TrainConfig, split: str | None = None) -> gym.Env[str, str]
     return atod_envs.make(config.env, **options)
 
 
+def local_players(config: TrainConfig, model: Any, tokenizer: Any) -> LocalPlayers:
+    """Engine and environments of a run, in this process.
+
+    Args:
+        config: resolved settings.
+        model: what the engine samples from.
+        tokenizer: its tokenizer.
+    """
+    chat = ChatFormat(tokenizer)
+    context = min(given(config, "max_context"), int(model.config.max_position_embeddings))
+    engine = make_engine(config.engine, model, slots=config.slots, max_context=context, memory=config.engine_memory)
+    probe = make_env(config)
+    style, _ = choose_layout(config.layout, named_style(cast("TextEnv", probe.unwrapped), given(config, "style")), chat)
+    probe.close()
+
+    def rollout(split: str, temperature: float, tolerated: float) -> Rollout:
+        return Rollout(
+            engine,
+            chat,
+            lambda: make_env(config, split),
+            style=style,
+            max_tokens=given(config, "max_response"),
+            temperature=temperature,
+            concurrency=config.slots,
+            tolerated=tolerated,
+        )
+
+    return LocalPlayers(engine, model, rollout)
+
+
+def worker_players(config: TrainConfig, world: str) -> LocalPlayers:
+    """What a worker of a cluster plays with; its weights come from the learner."""
+    device = _device(config.device)
+    if device == "cpu":
+        torch.set_num_threads(1)
+    loaded = load_model(config.student, "student", world=world, device=device, dtype=_dtype(config, device))
+    return local_players(config, loaded.model, loaded.tokenizer)
+
+
 class Trainer:
     """Trains a student with one algorithm.
 
@@ -80,50 +121,36 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, algorithm: Algorithm, run: RunFolder) -> None:
         self.config, self.algorithm, self.run = config, algorithm, run
-        self.device = _device(config.device)
+        self.device = ranks.start(_device(config.device))
+        if config.staleness and ranks.size() > 1:
+            raise AtodError(
+                "--staleness plays in a second thread, and ranks must speak to each other in one order; use --staleness 0 under "
+                "torchrun, or --cluster ray with a single learner"
+            )
         probe = make_env(config)
         text_env = cast("TextEnv", probe.unwrapped)
         self.world, self.splits, self.tasks = text_env.env_key, text_env.splits, text_env.tasks
         self.data_version = text_env.data_version
-        style = named_style(text_env, given(config, "style"))
         probe.close()
         self.student = self._load(config.student, "student")
         self.adapters = None
-        self.policy = self.student.model
-        """The plain model that the engine samples from."""
-        if config.lora_rank or config.staleness:
-            # The sums of weights and adapters, which the learner never makes; or weights that are older than the learner's.
-            self.policy = copy.deepcopy(self.student.model)
+        policy = self.student.model
+        if config.lora_rank or config.staleness or ranks.size() > 1:
+            # The engine samples from weights that the learner does not have: sums with adapters, older ones, or all of them.
+            policy = copy.deepcopy(self.student.model)
         if config.lora_rank:
             seed = derive_seed(config.seed, "adapters")
             self.adapters = add_adapters(self.student.model, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed)
         if config.gradient_checkpointing:
             recompute_layers(self.student.model)
         self.scorer = Scorer(config, algorithm, self.student, self.adapters, self._load_frozen, self.device)
-        self.learner = Learner(self.student.model, optimizer_options(config))
-        chat = ChatFormat(self.student.tokenizer)
-        limit = int(self.student.model.config.max_position_embeddings)
-        context = min(given(config, "max_context"), limit)
-        self.engine: Engine = make_engine(
-            config.engine, self.policy, slots=config.slots, max_context=context, memory=config.engine_memory
-        )
-        style, self.rows = choose_layout(config.layout, style, chat)
-
-        def rollout(split: str, temperature: float, tolerated: float = 0.0) -> Rollout:
-            return Rollout(
-                self.engine,
-                chat,
-                lambda: make_env(config, split),
-                style=style,
-                max_tokens=given(config, "max_response"),
-                temperature=temperature,
-                concurrency=config.slots,
-                tolerated=tolerated,
-            )
-
-        self._make_rollout = rollout
-        self.training = rollout(self.splits[0], config.temperature, _TOLERATED)
-        self.selection = rollout(self.splits[1], given(config, "eval_temperature"))
+        per_token = bytes_per_token(self.student.model)
+        if ranks.size() > 1:
+            ranks.shard(self.student.model)
+        self.learner = Learner(self.student.model, optimizer_options(config), per_token)
+        self.players = self._players(policy)
+        style = named_style(text_env, given(config, "style"))
+        self.rows = choose_layout(config.layout, style, ChatFormat(self.student.tokenizer))[1]
         self.ahead: Ahead[tuple[list[Group], dict[str, float]]] | None = None
         self._stale: dict[int, Any] = {}
         self.step = 0
@@ -131,6 +158,21 @@ class Trainer:
         self.sampler = StepSampler(
             self.tasks, seed=config.seed, tasks_per_step=config.tasks_per_step, group_size=config.group_size
         )
+
+    def _players(self, policy: Any) -> Players:
+        """Who plays: this process, the ranks in shares, or a Ray cluster (which the first rank speaks to)."""
+        config = self.config
+        if config.cluster == "none":
+            own: Players | None = local_players(config, policy, self.student.tokenizer)
+        elif ranks.rank() == 0:
+            fleet = Fleet(config.workers, config.worker_cpus, config.worker_gpus)
+            own = RayPlayers(partial(worker_players, config, self.world), fleet)
+        else:
+            own = None
+        return own if own and ranks.size() == 1 else SharedPlayers(own, divided=config.cluster == "none")
+
+    def _training(self) -> Plays:
+        return self.players.on(self.splits[0], self.config.temperature, _TOLERATED)
 
     def _load(self, name: str, role: str) -> LoadedModel:
         return load_model(name, role, world=self.world, device=self.device, dtype=_dtype(self.config, self.device))
@@ -163,7 +205,8 @@ class Trainer:
             if step % config.checkpoint_every == 0 or step == steps:
                 progress.phase("checkpoint")
                 self._save(f"step_{step:06d}")
-                prune(self.run.checkpoints, keep=2)
+                if ranks.rank() == 0:
+                    prune(self.run.checkpoints, keep=2)
 
     def _train_step(self, step: int, progress: Progress) -> dict[str, float]:
         config, algorithm = self.config, self.algorithm
@@ -175,8 +218,8 @@ class Trainer:
             groups, sampling = self.ahead.take(step)
         else:
             self._sync(step - 1)
-            groups, sampling = self.sampler.play(step, algorithm, self.training, progress.phase)
-            self.engine.sleep()
+            groups, sampling = self.sampler.play(step, algorithm, self._training(), progress.phase)
+            self.players.rest()
         batch = make_batch(groups, self.rows)
         clock.lap("rollout")
         progress.phase("scoring")
@@ -210,22 +253,18 @@ class Trainer:
 
     def _sync(self, version: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         """Hand weights, by default the student's present ones, to the engine; their version is the step that made them."""
-        if self.policy is not self.student.model:
-            given_weights = dict(merged_weights(self.student.model)) if weights is None else weights
-            with torch.no_grad():
-                for name, parameter in self.policy.named_parameters():
-                    parameter.copy_(given_weights[name])
-        self.engine.wake()
-        self.engine.load_weights(self.policy.named_parameters())
-        self.engine.version = version
-        verify_weights(self.engine, self.student.model if weights is None else self.policy)
+        if weights is not None:
+            self.players.load_weights(weights.items(), version)
+            return
+        present = ((name, ranks.full(weight)) for name, weight in merged_weights(self.student.model))
+        self.players.load_weights(present, version, self.student.model if ranks.size() == 1 else None)
 
     def _play(
         self, step: int, version: int, weights: Mapping[str, torch.Tensor], ask: Callable[[], None]
     ) -> tuple[list[Group], dict[str, float]]:
         """Play a step's episodes with older weights, in the thread that plays ahead."""
         self._sync(version, weights)
-        return self.sampler.play(step, self.algorithm, self.training, lambda _: ask())
+        return self.sampler.play(step, self.algorithm, self._training(), lambda _: ask())
 
     def _corrected(
         self, step: int, batch: TokenBatch, scores: Scores, advantage_M: np.ndarray
@@ -253,7 +292,8 @@ class Trainer:
 
         def work() -> Evaluation:
             self._sync(self.step)
-            return self.evaluate_on(self.selection, self.splits[1], self.config.eval_tasks, progress)
+            rollout = self.players.on(self.splits[1], given(self.config, "eval_temperature"))
+            return self.evaluate_on(rollout, self.splits[1], self.config.eval_tasks, progress)
 
         result = work() if self.ahead is None else self.ahead.call(work)
         if result.success > self.best["success"]:
@@ -265,7 +305,7 @@ class Trainer:
         metrics[f"val/{self.world}_task_score"] = result.score
         return metrics | {f"val/{label}_success_rate": part.success for label, part in result.by_label().items()}
 
-    def evaluate_on(self, rollout: Rollout, split: str, n_tasks: int, progress: Progress) -> Evaluation:
+    def evaluate_on(self, rollout: Plays, split: str, n_tasks: int, progress: Progress) -> Evaluation:
         """Play the fixed panel of a split with whatever weights the engine holds."""
         env = make_env(self.config, split)
         tasks = cast("TextEnv", env.unwrapped).tasks
@@ -287,17 +327,24 @@ class Trainer:
                 (f"best (step {int(self.best['step'])})", lambda: nullcontext(self._load(best, "student").model))
             )
         if isinstance(self.scorer.teacher, LocalJudge):
-            policies.append(("teacher", self.scorer.teacher.at_hand))
+            if ranks.size() == 1:
+                policies.append(("teacher", self.scorer.teacher.at_hand))
+            else:  # the scorer's is divided
+                teacher = self.config.teacher
+                policies.append(("teacher", lambda: nullcontext(self._load(teacher, "teacher").model)))
         for name, weights in policies:
             progress.phase(f"final evaluation: {name}")
-            rollout = self._make_rollout(self.splits[2], given(self.config, "eval_temperature"))
             with weights() as model:
+                players = self.players
                 if model is not None:
-                    rollout.engine = TransformersEngine(
-                        model, slots=self.config.slots, max_context=self.engine.max_context
+                    own = local_players(
+                        dataclasses.replace(self.config, engine="transformers"), model, self.student.tokenizer
                     )
+                    players = own if ranks.size() == 1 else SharedPlayers(own, divided=True)
+                rollout = players.on(self.splits[2], given(self.config, "eval_temperature"))
                 rows[name] = self.evaluate_on(rollout, self.splits[2], self.config.report_tasks, progress).summary()
-            rollout.close()
+                if players is not self.players:
+                    players.close()
         return rows
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
@@ -312,6 +359,7 @@ class Trainer:
             tokenizer=self.student.tokenizer,
             state={**self.learner.state(), "stale": stale},
             extra=extra,
+            updater=self.learner.updater if ranks.size() > 1 and name != "best" else None,
         )
 
     def resume(self) -> int:
@@ -320,10 +368,12 @@ class Trainer:
         Raises:
             AtodError: the checkpoint is broken, or was trained on other data.
         """
-        recover(self.run.checkpoints)
+        if ranks.rank() == 0:
+            recover(self.run.checkpoints)
+        ranks.barrier()
         path = latest_checkpoint(self.run.checkpoints)
         if path is not None:
-            state, extra = load_checkpoint(path, self.student.model, self.adapters)
+            state, extra = load_checkpoint(path, self.student.model, self.learner.updater, self.adapters)
             if extra["data"] != self.data_version:
                 raise AtodError(
                     f"{path} was trained on the data {extra['data']!r}, but {self.config.env} now plays {self.data_version!r}; "
@@ -338,9 +388,7 @@ class Trainer:
         """Close environments and files."""
         if self.ahead is not None:
             self.ahead.close()
-        self.training.close()
-        self.selection.close()
-        self.engine.close()
+        self.players.close()
         self.run.close()
 
 

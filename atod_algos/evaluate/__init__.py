@@ -23,7 +23,7 @@ from atod_envs.errors import AtodError
 from atod_envs.trajectory import Trajectory
 
 if TYPE_CHECKING:
-    from atod_algos.rollout import Rollout
+    from atod_algos.rollout import Plays
 
 __all__ = ["Comparison", "Evaluation", "compare", "evaluate", "wilson"]
 
@@ -113,7 +113,7 @@ class Evaluation:
 
 
 def evaluate(
-    rollout: Rollout, tasks: Sequence[str], *, seed: int = 0, on_finish: Callable[[int], None] | None = None
+    rollout: Plays, tasks: Sequence[str], *, seed: int = 0, on_finish: Callable[[int], None] | None = None
 ) -> Evaluation:
     """Play every task of a panel once with a rollout's policy, without any algorithm's limits.
 

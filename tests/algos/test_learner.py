@@ -199,11 +199,11 @@ def test_half_precision_weights_have_full_precision_originals(model, batch):
     rate = 1e-6  # far below what a bfloat16 weight near 1 can take in
     first = [p.detach().clone() for p in half.parameters()]
     learner = Learner(half, learner_options(lr=rate, minibatches=1, weight_decay=0.0))
-    start = [original.clone() for original in learner._updater.originals]
+    start = [original.clone() for original in learner.updater.originals]
     teach(half, batch, steps=3, learner=learner)
-    moved = [(a - b).abs().max() for a, b in zip(learner._updater.originals, start, strict=True)]
+    moved = [(a - b).abs().max() for a, b in zip(learner.updater.originals, start, strict=True)]
     assert all(0 < float(m) < 5 * rate for m in moved)
-    for weight, original, old in zip(half.parameters(), learner._updater.originals, first, strict=True):
+    for weight, original, old in zip(half.parameters(), learner.updater.originals, first, strict=True):
         assert torch.equal(weight, original.to(torch.bfloat16)) and weight.dtype == torch.bfloat16
         assert weight.grad is None and original.grad is None
         del old
@@ -227,7 +227,7 @@ def test_a_resumed_half_precision_run_goes_on_bit_for_bit(model, batch):
     other.load_state_dict(weights)
     again.load_state(state)
     teach(other, batch, learner=again)
-    for a, b in zip(again._updater.originals, learner._updater.originals, strict=True):
+    for a, b in zip(again.updater.originals, learner.updater.originals, strict=True):
         assert torch.equal(a, b)
 
 

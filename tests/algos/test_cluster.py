@@ -1,0 +1,192 @@
+"""Episodes on a real Ray cluster: those of a single process, whoever plays them and whoever dies."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from toyworld import TOY
+
+ray = pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
+
+from agents.models import load_model
+from atod_algos.atod import ATOD
+from atod_algos.cli import main
+from atod_algos.cluster import Fleet, RayPlayers, _calls
+from atod_algos.config import TrainConfig, resolve
+from atod_algos.rollout import EpisodeSpec, RolloutLimits, derive_seed
+from atod_algos.trainer import local_players, worker_players
+from atod_envs.errors import AtodError
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster on this machine with room for more workers than it has cores."""
+    environment = {
+        "env_vars": {
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), str(HERE.parent / "envs")]),
+            "OMP_NUM_THREADS": "1",
+        }
+    }
+    ray.init(
+        num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=100 << 20,
+        runtime_env=environment,
+    )  # fmt: skip
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def config(models):
+    return resolve(
+        TrainConfig(
+            env=f"toyworld:{TOY}", student=str(models["student"]), teacher=str(models["teacher"]), style="compact", max_turns=3,
+            max_response=8, max_context=128, slots=8,
+        )
+    )  # fmt: skip
+
+
+def specs(config, groups=12, size=4):
+    tasks = [f"say-{word}-train" for word in ("apple", "pear", "plum", "fig")]
+    return [
+        EpisodeSpec(tasks[group % 4], f"g{group}", derive_seed(0, group, member))
+        for group in range(groups)
+        for member in range(size)
+    ]
+
+
+@pytest.fixture(scope="module")
+def players(cluster, config):
+    """Two workers with the student's weights; tests may kill them."""
+    players = RayPlayers(partial(worker_players, config, "toy"), Fleet(2, patience=30.0))
+    student = load_model(config.student, "student", world="toy")
+    players.load_weights(student.model.named_parameters(), 7)
+    yield players
+    players.close()
+
+
+def is_asked(players, **options):
+    """The same workers under other terms."""
+    players._fleet = dataclasses.replace(players._fleet, **options)
+
+
+def played(trajectories):
+    return [
+        (
+            t.task_id,
+            t.group_id,
+            t.seed,
+            t.success,
+            t.policy_version,
+            [(u.action, u.response_ids, u.prompt_ids) for u in t.turns],
+        )
+        for t in trajectories
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(config):
+    """What a single process plays."""
+    student = load_model(config.student, "student", world="toy")
+    players = local_players(config, student.model, student.tokenizer)
+    players.load_weights(student.model.named_parameters(), 7)
+    return players.on("train", 1.0).play(specs(config))
+
+
+def test_workers_play_what_a_single_process_plays(players, config, expected):
+    seen = []
+    got = players.on("train", 1.0).play(specs(config), None, seen.append)
+    assert played(got) == played(expected)
+    for one, other in zip(got, expected, strict=True):
+        for a, b in zip(one.turns, other.turns, strict=True):
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+    assert seen[-1] == len(expected) and seen == sorted(seen) and len(seen) > 3, "work was handed out in pieces"
+    groups = players.on("train", 1.0).play_groups(specs(config, groups=2), RolloutLimits(max_turns=1))
+    assert [len(g.trajectories) for g in groups] == [4, 4]
+    assert all(len(t.turns) == 1 for g in groups for t in g.trajectories), "an algorithm's limits reach the workers"
+
+
+def test_what_fails_on_a_worker_is_said_here(players, config):
+    broken = [EpisodeSpec("say-nothing-train", "g", 0)]
+    with pytest.raises(AtodError, match="a rollout worker failed: UnknownName: unknown task id"):
+        players.on("train", 1.0).play(broken)
+    assert len(players.on("train", 1.0).play(specs(config, groups=1))) == 4, "the worker lives"
+
+
+def test_a_killed_worker_is_replaced_and_its_groups_are_played_once(players, config, expected):
+    victim = players.pids[0]
+    rollout = players.on("train", 1.0)
+    # It dies as soon as the first piece of work has come back, in the middle of its own.
+    got = rollout.play(
+        specs(config), None, lambda n: os.kill(victim, signal.SIGKILL) if victim in players.pids else None
+    )
+    assert played(got) == played(expected)
+    assert victim not in players.pids and len(players.pids) == 2
+    assert played(rollout.play(specs(config))) == played(expected), "the replacement has the weights"
+
+
+def test_a_silent_worker_counts_as_lost(players, config, expected):
+    is_asked(players, patience=10.0)
+    stopped = players.pids[1]
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        assert played(players.on("train", 1.0).play(specs(config))) == played(expected)
+        assert stopped not in players.pids
+    finally:
+        is_asked(players, patience=30.0)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(stopped, signal.SIGCONT)
+
+
+def test_too_many_losses_end_the_run_with_advice(players, config):
+    is_asked(players, losses=0)
+    os.kill(players.pids[0], signal.SIGKILL)
+    time.sleep(0.2)
+    with pytest.raises(AtodError, match=r"1 rollout workers were lost in one step.*goes on from the last checkpoint"):
+        players.on("train", 1.0).play(specs(config))
+
+
+def test_a_cluster_that_is_too_small_is_refused(cluster, config):
+    with pytest.raises(AtodError, match="9 rollout workers of 1 CPU each do not fit: the cluster has 8 CPUs"):
+        RayPlayers(partial(worker_players, config, "toy"), Fleet(9))
+    with pytest.raises(AtodError, match="of 1 GPU each do not fit"):
+        RayPlayers(partial(worker_players, config, "toy"), Fleet(1, gpus=1.0))
+
+
+def test_a_model_that_is_missing_on_the_workers_is_said(cluster, config):
+    with pytest.raises(AtodError, match=r"a rollout worker could not start: .*nowhere"):
+        RayPlayers(partial(worker_players, dataclasses.replace(config, student="./nowhere"), "toy"), Fleet(1))
+
+
+def test_training_on_a_cluster_is_training(cluster, config, models, tmp_path):
+    options = [
+        "--env", f"toyworld:{TOY}", "--student", str(models["student"]), "--teacher", str(models["teacher"]), "--style", "compact",
+        "--max-turns", "3", "--max-response", "8", "--max-context", "128", "--lr", "2e-3", "--tasks-per-step", "4",
+        "--group-size", "4", "--eval-every", "2", "--eval-tasks", "4", "--report-tasks", "4", "--minibatches", "2", "--threads", "1",
+        "--steps", "2",
+    ]  # fmt: skip
+    main(ATOD, [*options, "--run", str(tmp_path / "one")])
+    main(ATOD, [*options, "--run", str(tmp_path / "ray"), "--cluster", "ray", "--workers", "2"])
+
+    def rows(run):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if not k.startswith(("time/", "speed/", "memory/"))} for row in lines]
+
+    for one, many in zip(rows(tmp_path / "one"), rows(tmp_path / "ray"), strict=True):
+        assert one == pytest.approx(many, rel=1e-3, abs=1e-4)
+
+
+def test_calls_are_whole_groups_and_cover_everything():
+    wanted = [EpisodeSpec("t", f"g{i // 3}", i) for i in range(30)]
+    for workers in (1, 2, 7, 40):
+        calls = _calls(wanted, workers)
+        assert sorted(place for call in calls for place in call) == list(range(30))
+        for call in calls:
+            assert len(call) % 3 == 0

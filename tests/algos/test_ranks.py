@@ -1,0 +1,166 @@
+"""Several ranks under torchrun: the run of a single process, its checkpoints at any number of ranks, and its end with a lost rank."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from atod_algos import ranks
+from atod_algos.atod import ATOD
+from atod_algos.cli import main
+from atod_algos.learner import Learner
+from atod_algos.shards import load_shards
+
+HERE = Path(__file__).parent
+COMMAND = "import sys; sys.path.insert(0, sys.argv.pop(1)); import toyworld; from atod_algos.cli import main; "
+
+
+@pytest.fixture
+def options(models):
+    return [
+        "--env", "toy/Say-v0", "--student", str(models["student"]), "--teacher", str(models["teacher"]), "--style", "compact",
+        "--max-turns", "3", "--max-response", "8", "--max-context", "128", "--lr", "2e-3", "--tasks-per-step", "4",
+        "--group-size", "4", "--eval-every", "2", "--eval-tasks", "4", "--report-tasks", "4", "--checkpoint-every", "2",
+        "--minibatches", "2", "--threads", "1", "--token-budget", "600",
+    ]  # fmt: skip
+
+
+def torchrun(count, options, tmp_path, algorithm="atod:ATOD", wait=True):
+    module, name = algorithm.split(":")
+    script = tmp_path / "run.py"
+    script.write_text(COMMAND + f"from atod_algos.{module} import {name}; main({name}, sys.argv[1:])\n")
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(count),
+        "--master-port",
+        "0",
+        "--rdzv-backend",
+        "c10d",
+    ]
+    words += ["--rdzv-endpoint", "localhost:0", str(script), str(HERE), "--", *options]
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if not wait:
+        return process
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out[-4000:]
+    return out
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def compared(row):
+    left_out = ("time/", "speed/", "memory/")
+    return {name: value for name, value in row.items() if not name.startswith(left_out)}
+
+
+def weights(run):
+    """The whole weights of a run's last checkpoint, in whatever form it was written."""
+    from toyworld import small_model
+    from transformers import AutoTokenizer
+
+    from atod_algos.checkpoint import latest_checkpoint, load_checkpoint
+    from atod_algos.config import OptimizerOptions
+
+    path = latest_checkpoint(run / "checkpoints")
+    model = small_model(AutoTokenizer.from_pretrained(path), seed=99)
+    plain = OptimizerOptions(
+        lr=1e-3, lr_floor=1.0, warmup_steps=0, steps=1, weight_decay=0.0, beta2=0.999, grad_clip=1.0, optimizer="adamw",
+        minibatches=1, token_budget=100,
+    )  # fmt: skip
+    load_checkpoint(path, model, Learner(model, plain).updater)
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("count, algorithm", [(2, "atod:ATOD"), (4, "grpo:GRPO")])
+def test_ranks_make_the_run_of_a_single_process(count, algorithm, options, tmp_path):
+    kind = {"atod:ATOD": ATOD}.get(algorithm)
+    if kind is None:
+        from atod_algos.grpo import GRPO as kind
+    extra = ["--rules", "released"] if kind is not ATOD else []  # GRPO's has a reference model and a term of its own
+    main(kind, [*options, *extra, "--steps", "3", "--run", str(tmp_path / "one")])
+    said = torchrun(count, [*options, *extra, "--steps", "3", "--run", str(tmp_path / "many")], tmp_path, algorithm)
+    assert said.count("rules:") == 1, "only the first rank speaks"
+    for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
+        assert compared(one) == pytest.approx(compared(many), rel=1e-4, abs=1e-5)
+    one, many = weights(tmp_path / "one"), weights(tmp_path / "many")
+    for name, tensor in one.items():
+        torch.testing.assert_close(many[name], tensor, rtol=1e-5, atol=1e-5)
+    stored = json.loads((tmp_path / "many" / "result.json").read_text())["table"]
+    assert stored == json.loads((tmp_path / "one" / "result.json").read_text())["table"]
+
+
+def test_a_run_goes_on_with_any_number_of_ranks(options, tmp_path):
+    main(ATOD, [*options, "--steps", "6", "--run", str(tmp_path / "whole")])
+    run = ["--run", str(tmp_path / "parts")]
+    main(ATOD, [*options, *run, "--steps", "2"])
+    torchrun(2, [*options, *run, "--steps", "4"], tmp_path)
+    assert (tmp_path / "parts" / "checkpoints" / "step_000004" / "shards").is_dir()
+    main(ATOD, [*options, *run, "--steps", "6"])
+    for one, many in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
+        assert compared(one) == pytest.approx(compared(many), rel=1e-4, abs=1e-5)
+    one, many = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    for name, tensor in one.items():
+        torch.testing.assert_close(many[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_a_lost_rank_ends_the_run_which_then_goes_on(options, tmp_path):
+    run = ["--run", str(tmp_path / "r")]
+    process = torchrun(2, [*options, *run, "--steps", "10000"], tmp_path, wait=False)
+    started = time.monotonic()
+    while not (tmp_path / "r" / "checkpoints" / "step_000002").is_dir():
+        assert process.poll() is None and time.monotonic() - started < 200, process.communicate()[0]
+        time.sleep(0.1)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "SIGKILL" in out
+    reached = max(int(p.name[5:]) for p in (tmp_path / "r" / "checkpoints").glob("step_*"))
+    main(ATOD, [*options, *run, "--steps", str(reached + 1)])
+    assert [row["step"] for row in metrics(tmp_path / "r")] == list(range(1, reached + 2))
+
+
+def test_shares_cover_everything_once(monkeypatch):
+    parts = list("abcdefg")
+    for size in (1, 2, 3, 8):
+        monkeypatch.setattr(ranks, "size", lambda size=size: size)
+        got = []
+        lengths = set()
+        for rank in range(size):
+            monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+            share = list(ranks.shared(parts))
+            lengths.add(len(share))
+            got += [part for part, counts in share if counts]
+        assert sorted(got) == parts and len(lengths) == 1
+
+
+def test_broken_shards_are_refused(tmp_path, models):
+    from atod_envs.errors import DataError
+
+    (tmp_path / "shards").mkdir()
+    model = torch.nn.Linear(2, 2)
+
+    class Nothing:
+        @property
+        def originals(self):
+            return list(model.parameters())
+
+        def moments(self):
+            return [{}, {}]
+
+    with pytest.raises(DataError, match="cannot be read"):
+        load_shards(tmp_path, model, Nothing())
+    assert np.isfinite([float(p.sum()) for p in model.parameters()]).all()
