@@ -97,17 +97,19 @@ def weight_metrics(weights: TurnWeights, batch: TokenBatch, min_turns: int) -> d
     computed_K = weights.computed_N[batch.trajectory_K] & (batch.n_K > 0)
     counted = weights.weight_K[computed_K]
     short_N = batch.turns_N < min_turns
-    largest_N = np.zeros(len(weights.computed_N))
+    computed_N = np.zeros(len(short_N), dtype=bool)  # the last trajectories may have ended before their first turn
+    computed_N[: len(weights.computed_N)] = weights.computed_N
+    largest_N = np.zeros(len(short_N))
     np.maximum.at(largest_N, batch.trajectory_K, weights.d_K)
     metrics = {
-        "tip/active_ratio": float(weights.computed_N.mean()),
+        "tip/active_ratio": float(computed_N.mean()),
         "tip/mean_importance": float(counted.mean()) if len(counted) else 1.0,
         "tip/min_importance": float(counted.min()) if len(counted) else 1.0,
         "tip/max_importance": float(counted.max()) if len(counted) else 1.0,
-        "tip/n_traj_total": float(len(weights.computed_N)),
-        "tip/n_computed": float(weights.computed_N.sum()),
+        "tip/n_traj_total": float(len(computed_N)),
+        "tip/n_computed": float(computed_N.sum()),
         "tip/n_skipped_few_turns": float(short_N.sum()),
-        "tip/n_skipped_low_div": float((~weights.computed_N & ~short_N).sum()),
+        "tip/n_skipped_low_div": float((~computed_N & ~short_N).sum()),
         "tip/avg_n_turns_per_traj": float(batch.turns_N.mean()),
         "tip/avg_max_div": float(largest_N.mean()),
     }

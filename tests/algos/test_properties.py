@@ -42,7 +42,7 @@ def holds(**drawn):
 logprob = st.floats(-20, 0, width=32)
 token = st.tuples(logprob, logprob, st.booleans())
 turn = st.tuples(st.lists(token, max_size=3), st.booleans())
-trajectory = st.tuples(st.lists(turn, min_size=1, max_size=4), st.booleans(), st.integers(0, 2))
+trajectory = st.tuples(st.lists(turn, max_size=4), st.booleans(), st.integers(0, 2))
 
 
 def as_episode(drawn):

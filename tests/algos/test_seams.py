@@ -156,3 +156,14 @@ def test_the_turn_table_holds_what_the_figures_need(rollout, stubborn, model):
     assert table["prompt_length"] == [len(turn.prompt_ids) for turn in turns]
     assert [len(values) for values in table["token_teacher"]] == table["n"]
     assert [table["reward"][k] for k in range(len(turns))] == [10.0 if t == 0 else 0.0 for t in table["trajectory"]]
+
+
+@pytest.mark.parametrize("style", ["compact", "atod"])
+def test_what_follows_an_experts_beginning_depends_on_task_and_seed_alone(rollout, stubborn, style):
+    specs = [EpisodeSpec(f"say-{word}-train", word, 7 + i) for i, word in enumerate(WORDS)]
+    limits = RolloutLimits(expert_leaves=2)
+    together = rollout(style).play(specs, limits)
+    for spec, trajectory in zip(specs, together, strict=True):
+        alone = rollout(style).play([spec], limits)[0]
+        assert [turn.response_ids for turn in alone.turns] == [turn.response_ids for turn in trajectory.turns]
+        assert [turn.prompt_ids for turn in alone.turns] == [turn.prompt_ids for turn in trajectory.turns]
