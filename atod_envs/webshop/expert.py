@@ -12,6 +12,7 @@ Example:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,8 +24,29 @@ TURNS = 15
 """Turns that it plans with; the environment's default limit."""
 OPTION_WEIGHT = 5
 """Times that the wanted options stand in the first query by default."""
-TYPE_RANKS = 4
+TYPE_RANKS = 6
 """Places that a title gains in the order of opening if it names the type of product."""
+CAP_MARGIN = 40.0
+FAR_RANKS = 12
+M_ALIKE = 0.3
+M_RANK = 0.02
+GAMBLE = 1
+Q = 3
+KW = 1
+OW = 10
+P_RANK = 2.1
+P_ALIKE = 2.3
+P_FAR = 4.3
+P_NEAR = 3.4
+R_RANK = 0.44
+R_ALIKE = 1.6
+R_FAR = 1.76
+R_NEAR = 0.92
+R_MISS = 1.25
+U_CONST = -1.2
+NEAR = 10.0
+PAGES = 1
+M_FAR = 0.5
 _BRACKETS = re.compile(r"[\[\]\s]+")
 _WORD = re.compile(r"[a-z0-9]+")
 _STOP_WORDS = """
@@ -85,15 +107,23 @@ class _Visit:
 
     def prior(self, seen: _Seen) -> float:
         """Order in which products are opened, smallest first: by rank, titles that name the type of product before."""
-        return seen.rank - TYPE_RANKS * self.alike(seen)
+        return seen.rank - TYPE_RANKS * self.alike(seen) + FAR_RANKS * self.far(seen)
+
+    def far(self, seen: _Seen) -> bool:
+        return self.wish.cap - seen.result.highest > CAP_MARGIN or seen.result.price > self.wish.cap - NEAR
 
     def merit(self, seen: _Seen) -> tuple[float, float]:
-        """How good an opened product looks: wanted options that it offers, then attributes, type and rank."""
-        wanted = self.wish.attributes
-        known = {word for text in seen.texts for word in text}
-        loosely = sum(known.issuperset(_words(phrase)) for phrase in wanted) / len(wanted) if wanted else 1.0
-        attributes = self.phrases_found(seen) + 0.3 * loosely
-        return seen.offered, attributes + 0.3 * self.alike(seen) - 0.02 * seen.rank
+        """How good an opened product looks: wanted options that it offers, then the log-odds of being what is wanted."""
+        wish, cap = self.wish, self.wish.cap
+        far = cap - seen.result.highest > CAP_MARGIN
+        near = seen.result.price > cap - 10
+        title = len(set(_words(wish.kind)) & set(_words(seen.result.title))) / max(1, len(set(_words(wish.kind))))
+        if seen.tabs:
+            missing = sum(not _stands(phrase, seen.texts) for phrase in wish.attributes)
+            score = -R_RANK * math.log1p(seen.rank) + R_ALIKE * title - R_FAR * far - R_NEAR * near - R_MISS * missing
+        else:
+            score = U_CONST - 1.28 * math.log1p(seen.rank) + 2.6 * title - 2.9 * far
+        return seen.offered, score
 
 
 class WebShopExpert:
@@ -184,7 +214,14 @@ class WebShopExpert:
     def _search(self) -> ExpertMove:
         wish = self._visit.wish
         # A repeated word counts more, and it is the options that tell products of a kind apart.
-        wanted = [value for _, value in wish.options] * (self._option_weight if self._visit.queries == 0 else 1)
+        if Q == 0:
+            wanted = [value for _, value in wish.options] * (self._option_weight if self._visit.queries == 0 else 1)
+        elif Q == 1:
+            wanted = [wish.kind] + [value for _, value in wish.options] * OW
+        elif Q == 2:
+            wanted = [f"{name} {value}" for name, value in wish.options] * OW
+        elif Q == 3:
+            wanted = [wish.kind]*KW+[f"{name} {value}" for name, value in wish.options] * OW
         words = " ".join([wish.text, *wanted])
         return ExpertMove(f"search[{_BRACKETS.sub(' ', words).lower()}]", "search for it")
 
@@ -195,8 +232,11 @@ class WebShopExpert:
         fair = [seen for seen in shown if seen.result.price <= visit.wish.cap] or shown
         fresh = sorted((seen for seen in fair if not seen.opened), key=visit.prior)
         best = max((seen for seen in fair if seen.opened), key=visit.merit, default=None)
+        if fresh and visit.far(fresh[0]) and view.more and view.number < PAGES and (best is None or not self._fits(best)):
+            if left > visit.closing + 1:
+                return _click(NEXT, "more results")
         # A look costs opening; coming back to the best of the others costs two turns more.
-        if fresh and left > visit.closing + (2 if best is not None else 0):
+        if fresh and left > visit.closing + (2 if best is not None and (self._fits(best) or not GAMBLE) else 0):
             return _click(fresh[0].result.asin, "look at it")
         if view.more and left > visit.closing + 1 and (best is None or not self._fits(best)):
             return _click(NEXT, "more results")
@@ -218,7 +258,7 @@ class WebShopExpert:
             if unread and spare >= (4 if rivals else 2):
                 return _click(tab, "read more")
             # Another look: back, open, back, open the best.
-            if spare >= 4 or (beaten and spare >= 2):
+            if spare >= 4 or (beaten and spare >= 2) or (GAMBLE and spare >= 2 and not rivals and not self._fits(here)):
                 return _click(PREVIOUS, "look at others")
         offered = dict(view.options)
         for name, value in visit.wish.options:

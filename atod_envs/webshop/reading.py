@@ -34,11 +34,12 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One line of a result page: id as it is clicked, title, lowest price in dollars."""
+    """One line of a result page: id as it is clicked, title, lowest and highest price in dollars."""
 
     asin: str
     title: str
     price: float
+    highest: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +104,10 @@ def _read_type(body: str, options: tuple[tuple[str, str], ...], cap: float) -> W
     """Attributes are mostly two words, the type follows the last one that stands before it."""
     text = _OPENING.sub("", body)
     first, *others = _JOINT.split(text)
-    *attributes, last = first.split(", ")
-    words = last.split()
+    phrases = first.split(", ")
+    # The type may hold commas itself ("women's coats, jackets & vests"): it begins at the first phrase that is too long for an attribute.
+    start = next((i for i, phrase in enumerate(phrases) if len(phrase.split()) > 2), len(phrases) - 1)
+    attributes, words = phrases[:start], ", ".join(phrases[start:]).split()
     if len(words) > 2:
         attributes.append(" ".join(words[:2]))
         words = words[2:]
@@ -141,12 +144,12 @@ def _read_results(parts: list[str], header: int, clickable: set[str]) -> View:
         if part in (NEXT, PREVIOUS):
             continue
         if part.lower() in clickable:
-            results.append(Result(part.lower(), "", 0.0))
+            results.append(Result(part.lower(), "", 0.0, 0.0))
             texts = []
         elif results:
             texts.append(part)
-            price = _PRICE.search(texts[-1]) if len(texts) > 1 else None
-            results[-1] = Result(results[-1].asin, texts[0], _dollars(price))
+            prices = [float(price.replace(",", "")) for price in _PRICE.findall(texts[-1])] if len(texts) > 1 else []
+            results[-1] = Result(results[-1].asin, texts[0], min(prices, default=0.0), max(prices, default=0.0))
     return View(Kind.RESULTS, number, tuple(results), more=number * 10 < total)
 
 
@@ -165,6 +168,3 @@ def _read_item(parts: list[str], clickable: set[str]) -> View:
     tabs = tuple(tab for tab in SUB_PAGES if tab in clickable)
     return View(Kind.ITEM, options=tuple((name, tuple(values)) for name, values in options), texts=(title,), tabs=tabs)
 
-
-def _dollars(found: re.Match[str] | None) -> float:
-    return float(found.group(1).replace(",", "")) if found else 0.0
