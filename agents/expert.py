@@ -67,17 +67,23 @@ class ExpertAgent:
         self._script.observe(action, observation, info["admissible"])
 
 
-def expert_for(env: gym.Env[str, str]) -> ExpertAgent:
+def expert_for(env: gym.Env[str, str], *, brief: bool = False) -> ExpertAgent:
     """The scripted expert of an environment.
+
+    Args:
+        env: the environment, wrapped or not.
+        brief: prefer actions that are short to say, for demonstrations; matters where the expert has a choice (WebShop).
 
     Raises:
         UnknownName: the environment has none.
     """
-    key = cast("TextEnv", env.unwrapped).env_key
+    world = cast("TextEnv", env.unwrapped)
+    key = world.env_key
     if key not in EXPERTS:
         raise UnknownName("scripted expert", key, EXPERTS)
     module, name = EXPERTS[key].split(":")
-    return ExpertAgent(getattr(importlib.import_module(module), name)())
+    script = getattr(importlib.import_module(module), name)
+    return ExpertAgent(script.for_env(world, brief=brief) if hasattr(script, "for_env") else script())
 
 
 def expert_solution(env: gym.Env[str, str], task_id: str, seed: int) -> tuple[Decision, ...]:

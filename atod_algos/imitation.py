@@ -145,7 +145,7 @@ def demonstrate(
             env = pool.pop() if pool else RecordTurns(Prompted(make_env(), style))
             episode_seed = derive_seed(seed, index)
             message, info = env.reset(seed=episode_seed, options={"task_id": task})
-            episode = _Episode(index, task, env, expert_for(env), [], [], episode_seed)
+            episode = _Episode(index, task, env, expert_for(env, brief=True), [], [], episode_seed)
             episode.expert.reset(info["observation"], info)
             advance(episode, message)
         if engine is not None:

@@ -1,6 +1,6 @@
 """Rebuild the small models that come with the project: ``make models``, or ``python data/make_reference_models.py [WORLD ...]``.
 
-For each world (``alfworld``, ``searchqa``; all by default):
+For each world (``alfworld``, ``searchqa``, ``webshop``; all by default):
 
     tokenizer   its tokens are the world's things, or the parts of its names, and its stock phrases
     student     a small Qwen3, stopped early in imitating the scripted expert: it speaks the language and seldom succeeds
@@ -37,6 +37,7 @@ from atod_algos.imitation import ImitationOptions, demonstrate, imitate
 from atod_envs.alfworld.household import tables
 from atod_envs.searchqa.generate import name_parts
 from atod_envs.searchqa.language import FACTS, stock_phrases
+from atod_envs.webshop.wares import MAKER_ENDS, MAKER_MIDDLES, MAKER_STARTS, read_wares
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """What a shipped model consists of."""
@@ -125,6 +126,63 @@ def encyclopedia_tokenizer() -> Any:
     )
 
 
+# --- WebShop ------------------------------------------------------------------------------------------------------------
+
+
+def shop() -> gym.Env[str, str]:
+    """The built-in shop's training goals."""
+    return gym.make(
+        "atod/WebShop-v0",
+        data="builtin",
+        split="train",
+        nouns="rules",
+        max_turns=builtin_profile("atod/WebShop-v0")["max_turns"],
+    )
+
+
+def shop_tokenizer() -> Any:
+    """A tokenizer from the wares: attributes, kinds and options whole, makers' names and ids in parts, the shopper's thoughts."""
+    names: set[str] = set()
+    for ware in read_wares():
+        names |= {*ware.plain, *ware.having, *ware.purpose, ware.query, ware.noun.lower(), *ware.options}
+        names |= {value for values in ware.options.values() for value in values}
+    choices = {f" choose {name}" for ware in read_wares() for name in ware.options}
+    buttons = [" buy now", " < prev", " next >", " features", " description", " reviews", " back to search"]
+    thoughts = [
+        " search for it",
+        " look at it",
+        " buy it",
+        " back to it",
+        " read more",
+        " look at others",
+        " take the best",
+    ]
+    frames = [
+        "page 1 (total results: ",
+        "\n-",
+        " description | features | reviews | buy now",
+        " rating: n.a.",
+        " rating:",
+    ]
+    frames += [" price: $", " $", " to $", " made with", " a good choice for"]
+    asking = [
+        "Find me",
+        ", and price lower than",
+        ".00 dollars",
+        ", and",
+        "same page",
+        *(f".{cents}" for cents in (99, 49, 95)),
+    ]
+    makers = [*(f" {start.lower()}" for start in MAKER_STARTS), *MAKER_MIDDLES, *MAKER_ENDS]
+    numbers = [*(f" {n}" for n in range(10, 1000, 10)), *(f"{n:02d}" for n in range(100)), *"0123456789", " b"]
+    return train_tokenizer(
+        [],
+        tags=["<think>", "</think><action>", "search[", "click[", "]</action>"],
+        stock=[*sorted(f" {name}" for name in names), *sorted(choices), *buttons, *thoughts, *frames, *asking],
+        extra=[*makers, *numbers, " with", " for", " and", *"\n-:.,?$()&|"],
+    )
+
+
 RECIPES: Mapping[str, Recipe] = {
     "alfworld": Recipe(
         "atod/ALFWorld-v0",
@@ -145,6 +203,16 @@ RECIPES: Mapping[str, Recipe] = {
         {
             "student": ImitationOptions(rounds=10, episodes=256, lr=4e-3, last_beta=0.4, seed=1),
             "teacher": ImitationOptions(rounds=40, episodes=320, lr=4e-3, last_beta=0.5, seed=2),
+        },
+    ),
+    "webshop": Recipe(
+        "atod/WebShop-v0",
+        shop,
+        shop_tokenizer,
+        {"student": shape(96, 2), "teacher": shape(96, 3)},
+        {
+            "student": ImitationOptions(rounds=10, episodes=256, lr=4e-3, last_beta=0.4, seed=1),
+            "teacher": ImitationOptions(rounds=40, episodes=256, lr=4e-3, last_beta=0.5, seed=2),
         },
     ),
 }

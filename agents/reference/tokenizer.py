@@ -41,7 +41,7 @@ def train_tokenizer(
         words: most frequent words that become one token.
         things: most frequent numbered things that become one token.
         tags: strings that always are one token.
-        stock: phrases that are one token wherever no word runs on behind them.
+        stock: phrases that are one token wherever no word or number runs on behind them.
         extra: words and parts of words that get a token although the sample may lack them.
 
     Returns:
@@ -78,8 +78,8 @@ def train_tokenizer(
 
     tokenizer = Tokenizer(models.Unigram(list(vocabulary.items()), unk_id=0, byte_fallback=True))
     alternatives = sorted({*tags, *fixed, *chosen_phrases}, key=lambda p: (-len(p), p))
-    bounded = {p for p in fixed if p[-1].isalpha()}
-    escaped = [re.escape(p) + ("(?![A-Za-z])" if p in bounded else "") for p in alternatives]
+    ends = {p: "(?![A-Za-z])" if p[-1].isalpha() else "(?![0-9])" if p[-1].isdigit() else "" for p in fixed}
+    escaped = [re.escape(p) + ends.get(p, "") for p in alternatives]
     pattern = "|".join([*escaped, THING, r" ?[A-Za-z]+", r" ?[0-9]+", r"[^A-Za-z0-9]"])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])

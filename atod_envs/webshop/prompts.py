@@ -6,11 +6,12 @@ the byte (see NOTICE for their origin); the compact style is ours, for small mod
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from atod_envs.prompting import History, Layout, Parsed, PromptStyle, history_lines, parse_tagged
-from atod_envs.webshop.pages import BACK, NEXT, PREVIOUS, SEPARATOR
+from atod_envs.webshop.pages import BACK, BUY, NEXT, PREVIOUS, SEPARATOR
 
 SEARCH_PATTERN = "search[<your query>]"
 
@@ -115,8 +116,10 @@ class AtodStyle:
 class CompactStyle:
     """One growing conversation in few words.
 
-    The first message is the instruction; later ones are the page without the instruction and without the navigation
-    that every page has, results one a line. The response is the bare action after a short thought.
+    The first message is the instruction; later ones are the page in lower case, without the instruction and without the
+    navigation that every page has: results one a line, their ids last, an item's options one name a line. A page that has not
+    changed is not told again. The response is the bare action after a short thought; blanks inside its brackets do not count,
+    so that whatever can be named is written as it stands on the page, after a blank.
     """
 
     layout: Layout = Layout.CONVERSATION
@@ -126,32 +129,59 @@ class CompactStyle:
         task = task_of(history)
         if not history.actions:
             return task
-        parts = after_instruction(history.observations[-1], task)
+        page = history.observations[-1]
+        if page == history.observations[-2]:
+            return UNCHANGED
+        parts = after_instruction(page, task)
         if parts is None:
-            return history.observations[-1]
-        products = {action[len("click[") : -1] for action in history.admissible}
-        return _lines([part for part in parts if part not in (BACK, PREVIOUS, NEXT)], products)
+            return page
+        clickable = {action[len("click[") : -1] for action in history.admissible}
+        return _short([part for part in parts if part not in (BACK, PREVIOUS, NEXT)], clickable).lower()
 
     def parse(self, response: str) -> Parsed:
-        """Read the action; the same rules as the paper's prompt."""
-        return parse_tagged(response, FALLBACK_TAIL)
+        """Read the action; the same rules as the paper's prompt, blanks inside the brackets aside."""
+        parsed = parse_tagged(response, FALLBACK_TAIL)
+        return Parsed(_PADDED.sub(r"\1[\2]", parsed.action), parsed.format_ok)
 
     def respond(self, action: str, thought: str) -> str:
         """Phrase a demonstration."""
-        return f"<think> {thought} </think><action> {action} </action>"
+        return f"<think> {thought}</think><action>{action.replace('[', '[ ', 1)}</action>"
 
 
-def _lines(parts: Sequence[str], clickable: set[str]) -> str:
-    """A result page as one product a line; any other page as its texts, separated by bars."""
+UNCHANGED = "same page"
+_PADDED = re.compile(r"^(search|click)\[\s*(.*?)\s*\]$", re.DOTALL)
+
+
+def _short(parts: Sequence[str], clickable: set[str]) -> str:
+    """A page's texts, what belongs together on one line."""
     if parts and parts[0].startswith("Page "):
-        lines = [parts[0]]
-        for part in parts[1:]:
-            if part.lower() in clickable:
-                lines.append(part)
-            else:
-                lines[-1] += f" {part}"
-        return "\n".join(lines)
-    return " | ".join(parts)
+        return "\n- ".join([parts[0], *_results(parts[1:], clickable)])
+    return "- " + "\n- ".join(_item(parts, clickable) if BUY.lower() in clickable else parts)
+
+
+def _results(parts: Sequence[str], clickable: set[str]) -> list[str]:
+    """One line a product: title, price, id."""
+    lines: list[str] = []
+    asin = ""
+    for part in parts:
+        if part.lower() in clickable:
+            lines.append(part)
+            asin = part
+        elif lines:
+            lines[-1] = f"{lines[-1].removesuffix(asin)}{part} {asin}"
+    return lines
+
+
+def _item(parts: Sequence[str], clickable: set[str]) -> list[str]:
+    """One line an option name with its values, one for the title, one for the price, one for the buttons."""
+    end = next((i for i, part in enumerate(parts) if part.startswith("Price: ")), len(parts))
+    lines: list[str] = []
+    for part in parts[:end]:
+        if lines and part in clickable:
+            lines[-1] += f"{',' if ': ' in lines[-1] else ':'} {part}"
+        else:
+            lines.append(part)
+    return [*lines, " ".join(parts[end : end + 2]), " | ".join(parts[end + 2 :])]
 
 
 STYLES: Mapping[str, PromptStyle] = {"atod": AtodStyle(), "compact": CompactStyle()}

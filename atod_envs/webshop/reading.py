@@ -167,4 +167,3 @@ def _read_item(parts: list[str], clickable: set[str]) -> View:
             options.append((part, []))
     tabs = tuple(tab for tab in SUB_PAGES if tab in clickable)
     return View(Kind.ITEM, options=tuple((name, tuple(values)) for name, values in options), texts=(title,), tabs=tabs)
-
