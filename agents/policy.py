@@ -13,7 +13,7 @@ from agents.base import Decision
 from agents.chat import ChatFormat
 from agents.engines.base import Completion, Engine, SamplingParams
 from atod_envs.errors import AtodError
-from atod_envs.prompting import History, Layout, PromptStyle
+from atod_envs.prompting import History, Layout, PromptStyle, read_response
 
 
 class PolicyAgent:
@@ -73,7 +73,7 @@ class PolicyAgent:
             done = self._engine.step()
         self._ids = [*prompt, *done[0].token_ids]
         self.response = self._chat.decode(done[0].token_ids)
-        return Decision(self._style.parse(self.response).action, self.response)
+        return Decision(read_response(self._style, self.response, self._history).action, self.response)
 
     def observe(self, action: str, observation: str, info: Mapping[str, Any]) -> None:
         """Note what an action led to."""

@@ -29,7 +29,7 @@ from atod_algos.batch import TokenBatch, make_batch
 from atod_algos.rollout import derive_seed
 from atod_algos.scoring import micro_batches, row_logprobs
 from atod_envs.command import program
-from atod_envs.prompting import Layout, Prompted, PromptStyle
+from atod_envs.prompting import Layout, Prompted, PromptStyle, phrase_response
 from atod_envs.recording import RecordTurns
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Group, StopReason, Trajectory
@@ -109,7 +109,8 @@ def demonstrate(
                 engine.submit(f"{episode.index}/{turn}", prompt, params)
                 return
             decision = episode.expert.act()
-            response = cast("Prompted", episode.env.env).style.respond(decision.action, decision.thought)
+            prompted = cast("Prompted", episode.env.env)
+            response = phrase_response(prompted.style, decision.action, decision.thought, prompted.history)
             ids = chat.encode_response(response)
             message_or_none = execute(episode, prompt, ids, (0.0,) * len(ids), response, expert=True)
             if message_or_none is None:

@@ -26,7 +26,7 @@ from agents.chat import ChatFormat
 from agents.engines.base import Completion, Engine, SamplingParams
 from agents.expert import expert_solution
 from atod_envs.errors import AtodError
-from atod_envs.prompting import Layout, Prompted, PromptStyle
+from atod_envs.prompting import Layout, Prompted, PromptStyle, phrase_response
 from atod_envs.recording import RecordTurns
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Group, StopReason, Trajectory
@@ -286,7 +286,8 @@ class Rollout:
         env.group_id, env.policy_version = spec.group_id, self.engine.version
         message, _ = env.reset(seed=spec.seed, options={"task_id": spec.task_id})
         for decision in ahead:
-            response = cast("Prompted", env.env).style.respond(decision.action, decision.thought)
+            prompted = cast("Prompted", env.env)
+            response = phrase_response(prompted.style, decision.action, decision.thought, prompted.history)
             before = (
                 episode.conversation + self.chat.continuation(message) if episode.turn else self.chat.opening(message)
             )

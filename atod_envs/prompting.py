@@ -7,10 +7,10 @@ more than the agent has seen, and parsing never raises.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import gymnasium as gym
 from gymnasium.utils import RecordConstructorArgs
@@ -76,6 +76,27 @@ class PromptStyle(Protocol):
         """A response that asks for ``action``; ``parse`` gives it back. Used for demonstrations."""
 
 
+@runtime_checkable
+class NamingStyle(PromptStyle, Protocol):
+    """A style whose messages call some things by short names of their own."""
+
+    def names(self, history: History) -> Mapping[str, str]:
+        """Action as the current message lets the model say it -> the environment's own, where the two differ."""
+
+
+def read_response(style: PromptStyle, response: str, history: History) -> Parsed:
+    """The environment's action in a response to the style's message for ``history``."""
+    parsed = style.parse(response)
+    names = style.names(history) if isinstance(style, NamingStyle) else {}
+    return Parsed(names.get(parsed.action, parsed.action), parsed.format_ok)
+
+
+def phrase_response(style: PromptStyle, action: str, thought: str, history: History) -> str:
+    """A response to the style's message for ``history``; :func:`read_response` gives the action back."""
+    names = style.names(history) if isinstance(style, NamingStyle) else {}
+    return style.respond(next((said for said, meant in names.items() if meant == action), action), thought)
+
+
 @dataclass(frozen=True, slots=True)
 class _AsConversation:
     """A prompt style whose messages follow each other in one growing conversation."""
@@ -94,6 +115,10 @@ class _AsConversation:
     def respond(self, action: str, thought: str) -> str:
         """As the inner style."""
         return self.inner.respond(action, thought)
+
+    def names(self, history: History) -> Mapping[str, str]:
+        """As the inner style."""
+        return self.inner.names(history) if isinstance(self.inner, NamingStyle) else {}
 
 
 def as_conversation(style: PromptStyle) -> PromptStyle:
@@ -170,7 +195,7 @@ class Prompted(gym.Wrapper[str, str, str, str], RecordConstructorArgs):
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Parse a response, execute its action, and return the next prompt."""
-        parsed = self.style.parse(action)
+        parsed = read_response(self.style, action, self.history)
         admissible = self.history.admissible
         observation, reward, terminated, truncated, info = self.env.step(parsed.action)
         self.history.actions.append(parsed.action)

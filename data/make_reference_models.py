@@ -141,7 +141,7 @@ def shop() -> gym.Env[str, str]:
 
 
 def shop_tokenizer() -> Any:
-    """A tokenizer from the wares: attributes, kinds and options whole, makers' names and ids in parts, the shopper's thoughts."""
+    """A tokenizer from the wares: attributes, kinds and options whole, makers' names in parts, the shopper's thoughts."""
     names: set[str] = set()
     for ware in read_wares():
         names |= {*ware.plain, *ware.having, *ware.purpose, ware.query, ware.noun.lower(), *ware.options}
@@ -174,11 +174,12 @@ def shop_tokenizer() -> Any:
         *(f".{cents}" for cents in (99, 49, 95)),
     ]
     makers = [*(f" {start.lower()}" for start in MAKER_STARTS), *MAKER_MIDDLES, *MAKER_ENDS]
-    numbers = [*(f" {n}" for n in range(10, 1000, 10)), *(f"{n:02d}" for n in range(100)), *"0123456789", " b"]
+    ranks = [f" #{n}" for n in range(1, 11)]
+    numbers = [*(f" {n}" for n in range(10, 1000, 10)), *(f"{n:02d}" for n in range(100)), *"0123456789"]
     return train_tokenizer(
         [],
         tags=["<think>", "</think><action>", "search[", "click[", "]</action>"],
-        stock=[*sorted(f" {name}" for name in names), *sorted(choices), *buttons, *thoughts, *frames, *asking],
+        stock=[*sorted(f" {name}" for name in names), *sorted(choices), *buttons, *thoughts, *frames, *asking, *ranks],
         extra=[*makers, *numbers, " with", " for", " and", *"\n-:.,?$()&|"],
     )
 
@@ -211,8 +212,8 @@ RECIPES: Mapping[str, Recipe] = {
         shop_tokenizer,
         {"student": shape(96, 2), "teacher": shape(96, 3)},
         {
-            "student": ImitationOptions(rounds=10, episodes=256, lr=4e-3, last_beta=0.4, seed=1),
-            "teacher": ImitationOptions(rounds=40, episodes=256, lr=4e-3, last_beta=0.5, seed=2),
+            "student": ImitationOptions(rounds=5, epochs=4, batch_tokens=2048, last_beta=0.4, seed=1),
+            "teacher": ImitationOptions(rounds=8, epochs=4, batch_tokens=2048, last_beta=0.5, seed=2),
         },
     ),
 }

@@ -117,9 +117,9 @@ class CompactStyle:
     """One growing conversation in few words.
 
     The first message is the instruction; later ones are the page in lower case, without the instruction and without the
-    navigation that every page has: results one a line, their ids last, an item's options one name a line. A page that has not
-    changed is not told again. The response is the bare action after a short thought; blanks inside its brackets do not count,
-    so that whatever can be named is written as it stands on the page, after a blank.
+    navigation that every page has: results one a line and numbered, an item's options one name a line. A result is clicked by its
+    number, ``click[#1]``. A page that has not changed is not told again. The response is the bare action after a short thought;
+    blanks inside its brackets do not count, so that whatever can be named is written as it stands on the page, after a blank.
     """
 
     layout: Layout = Layout.CONVERSATION
@@ -132,11 +132,14 @@ class CompactStyle:
         page = history.observations[-1]
         if page == history.observations[-2]:
             return UNCHANGED
-        parts = after_instruction(page, task)
-        if parts is None:
-            return page
-        clickable = {action[len("click[") : -1] for action in history.admissible}
-        return _short([part for part in parts if part not in (BACK, PREVIOUS, NEXT)], clickable).lower()
+        parts = _body(history)
+        return _short(parts, _clickable(history)).lower() if parts else page
+
+    def names(self, history: History) -> dict[str, str]:
+        """Clicks on results by their numbers."""
+        parts, clickable = _body(history), _clickable(history)
+        shown = [part.lower() for part in parts[1:] if part.lower() in clickable] if _lists_results(parts) else []
+        return {f"click[#{number}]": f"click[{name}]" for number, name in enumerate(shown, 1)}
 
     def parse(self, response: str) -> Parsed:
         """Read the action; the same rules as the paper's prompt, blanks inside the brackets aside."""
@@ -152,24 +155,36 @@ UNCHANGED = "same page"
 _PADDED = re.compile(r"^(search|click)\[\s*(.*?)\s*\]$", re.DOTALL)
 
 
+def _body(history: History) -> list[str]:
+    """The texts of the last page that only it has; none of a page without the instruction."""
+    parts = after_instruction(history.observations[-1], task_of(history)) or []
+    return [part for part in parts if part not in (BACK, PREVIOUS, NEXT)]
+
+
+def _clickable(history: History) -> set[str]:
+    return {action[len("click[") : -1] for action in history.admissible if action.startswith("click[")}
+
+
+def _lists_results(parts: Sequence[str]) -> bool:
+    return bool(parts) and parts[0].startswith("Page ")
+
+
 def _short(parts: Sequence[str], clickable: set[str]) -> str:
     """A page's texts, what belongs together on one line."""
-    if parts and parts[0].startswith("Page "):
+    if _lists_results(parts):
         return "\n- ".join([parts[0], *_results(parts[1:], clickable)])
     return "- " + "\n- ".join(_item(parts, clickable) if BUY.lower() in clickable else parts)
 
 
 def _results(parts: Sequence[str], clickable: set[str]) -> list[str]:
-    """One line a product: title, price, id."""
-    lines: list[str] = []
-    asin = ""
+    """One line a product: title, price, number."""
+    lines: list[list[str]] = []
     for part in parts:
         if part.lower() in clickable:
-            lines.append(part)
-            asin = part
+            lines.append([])
         elif lines:
-            lines[-1] = f"{lines[-1].removesuffix(asin)}{part} {asin}"
-    return lines
+            lines[-1].append(part)
+    return [" ".join([*line, f"#{number}"]) for number, line in enumerate(lines, 1)]
 
 
 def _item(parts: Sequence[str], clickable: set[str]) -> list[str]:
