@@ -213,7 +213,7 @@ RECIPES: Mapping[str, Recipe] = {
         {"student": shape(96, 2), "teacher": shape(96, 3)},
         {
             "student": ImitationOptions(rounds=5, epochs=4, batch_tokens=2048, last_beta=0.4, seed=1),
-            "teacher": ImitationOptions(rounds=8, epochs=4, batch_tokens=2048, last_beta=0.5, seed=2),
+            "teacher": ImitationOptions(rounds=12, epochs=4, batch_tokens=2048, last_beta=0.5, seed=2),
         },
     ),
 }

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import atod_envs
 from atod_envs.checker import check_text_env
 from atod_envs.errors import UnknownName
-from atod_envs.prompting import prompted
+from atod_envs.prompting import phrase_response, prompted
 from atod_envs.recording import RecordTurns
 from atod_envs.trajectory import StopReason
 from atod_envs.webshop.env import WebShopEnv
@@ -194,11 +194,39 @@ def test_compact_style_is_short_and_reads_back(env):
     prompt, info = agent.reset(options={"task_id": env.tasks[0]})
     assert prompt == info["task"]
     prompt, *_, info = agent.step(agent.style.respond("search[soap]", "look"))
-    assert prompt.startswith("Page 1 (Total results: ") and len(prompt.split("\n")) == 11 and len(prompt) < 900
-    asin = info["admissible"][2]
-    assert prompt.split("\n")[1].lower().startswith(asin[len("click[") : -1])
-    prompt, *_, info = agent.step(agent.style.respond(asin, "open"))
-    assert prompt.endswith("| Description | Features | Reviews | Buy Now") and info["task"] not in prompt
+    lines = prompt.split("\n")
+    assert lines[0].startswith("page 1 (total results: ") and len(lines) == 11 and len(prompt) < 900
+    assert all(line.startswith("- ") and line.endswith(f" #{place}") for place, line in enumerate(lines[1:], 1))
+    third = [name for name in info["admissible"] if name.startswith("click[b") and "back" not in name][2]
+    assert lines[3] == f"- {title_and_price(info['observation'], third)} #3"
+    prompt, *_, info = agent.step(phrase_response(agent.style, third, "open", agent.history))
+    assert info["action"] == third and info["action_admissible"] and info["format_ok"]
+    assert prompt.startswith("- ") and prompt.endswith("\n- description | features | reviews | buy now")
+    assert info["task"] not in prompt and prompt == prompt.lower()
+    assert agent.step("<think></think><action>click[ #3 ]</action>")[0] == "same page"  # no list here, no numbers
+    assert agent.step("<think></think><action>click[ < prev ]</action>")[0].split("\n") == lines
+    *_, info = agent.step(f"<think></think><action>{third}</action>")  # ids are understood, too
+    assert info["valid"] and info["webshop/page"]["url"].split("/")[5].lower() == third[len("click[") : -1]
+
+
+def title_and_price(observation, action):
+    parts = observation.split(" [SEP] ")
+    place = parts.index(action[len("click[") : -1].upper())
+    return " ".join(parts[place + 1 : place + 3]).lower()
+
+
+def test_compact_style_lists_options_by_name(tmp_path):
+    record = item("B1", "Plain Thing", customization_options=options(color=["Red", "blue"], size=["s"]))
+    agent = prompted(WebShopEnv("train", data=write_shop(tmp_path / "shop", [record])), "compact")
+    agent.reset(seed=0)
+    agent.step(agent.style.respond("search[thing]", ""))
+    prompt, *_ = agent.step(agent.style.respond("click[#1]", ""))
+    assert prompt.split("\n") == [
+        "- color: red, blue", "- size: s", "- plain thing", "- price: $10.0 rating: n.a.",
+        "- description | features | reviews | buy now",
+    ]  # fmt: skip
+    prompt, *_ = agent.step(agent.style.respond("click[features]", ""))
+    assert prompt == "- first.\n- second."
 
 
 @pytest.mark.parametrize("style", ["atod", "compact"])
