@@ -76,7 +76,7 @@ class TrainConfig:
     """Steps over which the learning rate rises linearly."""
     minibatches: int = 4
     """Optimizer updates a step."""
-    token_budget: int = 16384
+    token_budget: int = 4096
     """Tokens of a micro-batch; lowered by itself where memory runs out, results do not change."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights that compute; 'auto' is bfloat16 on a GPU, float32 elsewhere. Updates are made in float32 either way."""
@@ -90,6 +90,8 @@ class TrainConfig:
     """The adapters' products are scaled by this over the rank."""
     staleness: Literal[0, 1, 2] = 0
     """Steps by which the weights that play lag behind, so that playing and learning overlap; 0 is exactly on-policy."""
+    old_logprobs: Literal["learner", "sampler"] = "learner"
+    """Log-probs before the update: recomputed by the learner, or the engine's own, which saves a pass (where they agree to rounding)."""
     importance_cap: float = 2.0
     """Largest importance weight of a token played by older weights (with --staleness 1 or 2)."""
     layout: Literal["auto", "window", "turns", "trajectory"] = "auto"

@@ -159,6 +159,11 @@ class Scorer:
         self._adapters, self._load, self._device = adapters, load, device
         self._chat = ChatFormat(student.tokenizer)
         self._held: dict[tuple[str, str], Judge] = {}
+        if config.old_logprobs == "sampler" and config.staleness:
+            raise AtodError(
+                f"--old-logprobs sampler with --staleness {config.staleness}: the weights that sampled are not those that learn; "
+                "use --old-logprobs learner"
+            )
         wanted = algorithm.scores
         self.teacher = self._judge(config.teacher, "teacher") if "teacher" in wanted else None
         self.reference = self._judge(config.student, "student") if "reference" in wanted else None
@@ -207,7 +212,11 @@ class Scorer:
             with self.teacher.at_hand() as teacher:
                 scores = compare(model, teacher, batch, temperature=temperature, budget=budget, support=size)
         else:
-            scores = Scores(score(model, batch, temperature=temperature, budget=budget)[0], under(self.teacher))
+            if self.config.old_logprobs == "sampler":
+                student_M = batch.sampler_logprobs_M
+            else:
+                student_M = score(model, batch, temperature=temperature, budget=budget)[0]
+            scores = Scores(student_M, under(self.teacher))
         limit, teacher_M = self.config.gap_clip, scores.teacher_M
         if teacher_M is not None and limit:
             teacher_M = scores.student_M + np.clip(teacher_M - scores.student_M, -limit, limit)

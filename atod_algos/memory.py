@@ -66,7 +66,10 @@ def available(device: torch.device) -> int | None:
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         if limit != "max":
-            left = int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text())
+            # What files keep in memory counts as used there, but is given up when it is wanted.
+            kept = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+            files = int(kept.get("inactive_file", 0)) + int(kept.get("active_file", 0))
+            left = int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()) + files
             free_bytes = left if free_bytes is None else min(free_bytes, left)
     except (OSError, ValueError):
         pass

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from atod_algos import ranks
 from atod_algos.batch import Scores, TokenBatch
+from atod_algos.config import TrainConfig
 from atod_algos.memory import Budget
 from atod_algos.packing import pack, packable, packed_states, packs
 
@@ -183,7 +184,7 @@ def row_logprobs(
 
 
 def score(
-    model: Any, batch: TokenBatch, *, temperature: float, budget: int = 16384, entropy: bool = False
+    model: Any, batch: TokenBatch, *, temperature: float, budget: int = TrainConfig.token_budget, entropy: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probs of all sampled tokens of a batch, without gradients.
 
@@ -217,7 +218,13 @@ def score(
 
 
 def compare(
-    student: Any, teacher: Any, batch: TokenBatch, *, temperature: float, budget: int = 16384, support: int = 0
+    student: Any,
+    teacher: Any,
+    batch: TokenBatch,
+    *,
+    temperature: float,
+    budget: int = TrainConfig.token_budget,
+    support: int = 0,
 ) -> Scores:
     """Compare two models' whole distributions at every sampled token, without gradients and in bounded memory.
 

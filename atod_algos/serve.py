@@ -23,6 +23,7 @@ import tyro
 from agents.models import LoadedModel, load_model
 from atod_algos.batch import TokenBatch
 from atod_algos.cli import guarded
+from atod_algos.config import TrainConfig
 from atod_algos.scoring import score
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class ServeOptions:
     """Environment key of the 'builtin' teacher."""
     device: str = "cpu"
     """Where the model runs: cpu or cuda."""
-    token_budget: int = 16384
+    token_budget: int = TrainConfig.token_budget
     """Most tokens in one forward pass."""
 
 

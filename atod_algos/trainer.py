@@ -24,7 +24,7 @@ from agents.chat import ChatFormat
 from agents.engines import make_engine
 from agents.human import read_options
 from agents.models import LoadedModel, load_model
-from atod_algos import ranks
+from atod_algos import memory, ranks
 from atod_algos.adapters import add_adapters, merged_weights
 from atod_algos.algorithm import Algorithm, Supported
 from atod_algos.batch import Scores, TokenBatch, make_batch
@@ -46,7 +46,7 @@ from atod_algos.sampling import StepSampler
 from atod_envs.errors import AtodError
 from atod_envs.prompting import named_style
 from atod_envs.text_env import TextEnv
-from atod_envs.trajectory import Group
+from atod_envs.trajectory import Group, StopReason
 
 _TOLERATED = 0.25
 """Share of a step's training episodes that may be lost to an environment that raises; evaluation tolerates none."""
@@ -212,7 +212,7 @@ class Trainer:
         config, algorithm = self.config, self.algorithm
         seed = derive_seed(config.seed, "step", step)
         torch.manual_seed(seed)
-        clock = _Clock()
+        clock = _Clock(self.device)
         if self.ahead is not None:
             progress.phase("waiting for episodes")
             groups, sampling = self.ahead.take(step)
@@ -246,9 +246,11 @@ class Trainer:
             table = turn_table(step, batch, scores, reward_N, advantages.weight_K, tokens=config.keep_tokens)
             self.run.store(step, batch.trajectories, table)
         clock.lap("store")
-        metrics |= (
-            sampling | corrected | batch_metrics(batch, reward_N) | sampler_metrics(batch, scores) | advantages.metrics
-        )
+        aborted = [t.stop_reason is StopReason.ABORTED for group in groups for t in group.trajectories]
+        metrics["episode/aborted"] = sum(aborted) / len(aborted)
+        if config.old_logprobs == "learner":
+            metrics |= sampler_metrics(batch, scores)
+        metrics |= sampling | corrected | batch_metrics(batch, reward_N) | advantages.metrics
         return metrics | clock.metrics(batch)
 
     def _sync(self, version: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -393,24 +395,33 @@ class Trainer:
 
 
 class _Clock:
-    """Seconds by phase."""
+    """Seconds, and the highest use of memory, by phase."""
 
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
         self._laps: dict[str, float] = {}
+        self._peaks: dict[str, float] = {}
+        memory.start_peak(self._device)
+        self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        self._peaks[f"memory/{name}_peak_mib"] = memory.peak(self._device) / memory.MIB
+        memory.start_peak(self._device)
         now = time.perf_counter()
         self._laps[name], self._last = now - self._last, now
 
     def metrics(self, batch: TokenBatch) -> dict[str, float]:
         total = sum(self._laps.values())
         rows = sum(len(row) for row in batch.rows)
-        return {f"time/{name}": seconds for name, seconds in self._laps.items()} | {
-            "time/step": total,
-            "speed/tokens_per_second": rows / total,
-            "speed/sampled_per_second": batch.n_tokens / self._laps["rollout"],
-        }
+        return (
+            self._peaks
+            | {f"time/{name}": seconds for name, seconds in self._laps.items()}
+            | {
+                "time/step": total,
+                "speed/tokens_per_second": rows / total,
+                "speed/sampled_per_second": batch.n_tokens / self._laps["rollout"],
+            }
+        )
 
 
 def _device(name: str) -> str:

@@ -163,3 +163,27 @@ def test_adapters_train_stop_and_resume_bit_for_bit(options, tmp_path, capsys):
     # The engine samples with the sums: the learner's log-probs, with adapters, are the sampler's.
     assert max(row["sampler/logprob_gap_max"] for row in rows(tmp_path / "whole")) < 1e-4
     assert rows(tmp_path / "whole")[-1]["actor/auxiliary_loss"] > 0  # the distance to the base, adapters off
+
+
+def test_the_engines_own_log_probs_give_nearly_the_same_run(options, tmp_path, capsys):
+    main(GRPO, [*options, "--steps", "1", "--run", str(tmp_path / "a")])
+    main(GRPO, [*options, "--steps", "1", "--old-logprobs", "sampler", "--run", str(tmp_path / "b")])
+    (mine,), (other,) = rows(tmp_path / "b"), rows(tmp_path / "a")
+    assert mine["actor/grad_norm"] == pytest.approx(other["actor/grad_norm"], rel=1e-3)
+    assert "sampler/logprob_gap_max" in other and "sampler/logprob_gap_max" not in mine
+    with pytest.raises(SystemExit):
+        main(
+            GRPO,
+            [*options, "--steps", "1", "--old-logprobs", "sampler", "--staleness", "1", "--run", str(tmp_path / "c")],
+        )
+    assert "the weights that sampled are not those that learn" in capsys.readouterr().err
+
+
+def test_every_step_says_what_memory_and_episodes_it_took(options, tmp_path):
+    main(GRPO, [*options, "--steps", "1", "--run", str(tmp_path / "r")])
+    (line,) = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert row["episode/aborted"] == 0.0
+    for name in ("rollout", "score", "update"):
+        assert 100 < row[f"memory/{name}_peak_mib"] < 5000 and row[f"time/{name}"] > 0
+    assert 100 < row["memory/predicted_mib"] < 5000 and row["memory/peak_mib"] > 100
