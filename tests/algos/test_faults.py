@@ -15,11 +15,12 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import torch
-from toyworld import TOY, small_model
+from toyworld import TOY, learner_options, small_model
 
 from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
 from atod_algos.checkpoint import latest_checkpoint, load_checkpoint, recover, save_checkpoint
+from atod_algos.optimizer import Updater
 from atod_algos.rollout import EpisodeSpec, Rollout
 from atod_envs.errors import AtodError, DataError
 from atod_envs.trajectory import StopReason, read_jsonl
@@ -174,15 +175,20 @@ def saved(tokenizer, folder, name="step_000001", step=1):
     return save_checkpoint(folder, name, model=model, tokenizer=tokenizer, state={"x": torch.ones(3)}, extra=extra)
 
 
+def read(path, tokenizer):
+    model = small_model(tokenizer, 2)
+    return load_checkpoint(path, model, Updater(model.parameters(), learner_options()))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.pt", "config.json", "tokenizer.json"])
 def test_one_changed_bit_is_noticed(name, tokenizer, tmp_path):
     path = saved(tokenizer, tmp_path)
-    load_checkpoint(path, small_model(tokenizer, 2))
+    read(path, tokenizer)
     data = bytearray((path / name).read_bytes())
     data[len(data) // 2] ^= 1
     (path / name).write_bytes(data)
     with pytest.raises(DataError, match=f"not a complete checkpoint.*{name} is not as it was written"):
-        load_checkpoint(path, small_model(tokenizer, 2))
+        read(path, tokenizer)
 
 
 def test_a_checkpoint_between_two_names_is_put_back(tokenizer, tmp_path):
@@ -191,7 +197,7 @@ def test_a_checkpoint_between_two_names_is_put_back(tokenizer, tmp_path):
     (tmp_path / ".best.part").mkdir()
     recover(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
-    assert load_checkpoint(path, small_model(tokenizer, 2))[1] == {"step": 1}
+    assert read(path, tokenizer)[1] == {"step": 1}
 
 
 # --- environments -------------------------------------------------------------------------------------------------
