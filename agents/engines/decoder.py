@@ -22,6 +22,13 @@ _FAMILY = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralF
 _STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
 """Rotary variants whose angles depend on the position alone."""
 
+_PACK_BYTES = 2 << 30
+"""Models up to this size have their matrices packed, which is one more copy of them."""
+_PACK_ELEMENTS = 1 << 16
+"""Smaller matrices are faster as they are."""
+_PACK_ROWS = 32
+"""Rows of a typical step, for which the packing is chosen; it serves any number."""
+
 _Map = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -30,6 +37,9 @@ class Decoder(Protocol):
 
     def __call__(self, ids_T: torch.Tensor, positions_T: torch.Tensor, store: Store) -> torch.Tensor:
         """Compute the tokens."""
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The output layer."""
 
     def rebind(self) -> None:
         """Look the model's modules up again."""
@@ -60,6 +70,11 @@ class ModuleDecoder:
 
         AttentionInterface.register(_ATTENTION, _attention)
         self._model = model
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The model's own output layer."""
+        logits: torch.Tensor = self._model.get_output_embeddings()(states)
+        return logits
 
     def rebind(self) -> None:
         """Nothing was remembered."""
@@ -124,16 +139,45 @@ class FamilyDecoder:
         self._model = model
         self._max_context = max_context
         self._layers: list[_Layer] = []
+        self._head: _Map | None = None
+        self._packed: list[tuple[torch.Tensor, int]] = []
         self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def rebind(self) -> None:
-        """Look the modules up again; they may have been wrapped or moved."""
-        self._layers = [_Layer.of(layer) for layer in self._model.get_decoder().layers]
+        """Look the modules up again; they may have been wrapped or moved, and packed matrices are copies."""
+        size = sum(p.numel() * p.element_size() for p in self._model.parameters())
+        self._packed = []
+        project = self._pack if size <= _PACK_BYTES else _projection
+        self._layers = [_Layer.of(layer, project) for layer in self._model.get_decoder().layers]
+        self._head = project(self._model.get_output_embeddings())
         self._angles = None
+
+    def _pack(self, module: Any) -> _Map:
+        """A projection whose matrix is laid out for the processor's small products."""
+        weight = getattr(module, "weight", None)
+        fits = type(module) is torch.nn.Linear and weight is not None and weight.numel() >= _PACK_ELEMENTS
+        if (
+            not fits
+            or weight.device.type != "cpu"
+            or weight.dtype != torch.float32
+            or not torch.backends.mkldnn.is_available()
+        ):
+            return _projection(module)
+        operations, bias = torch.ops.mkldnn, module.bias
+        packed = operations._reorder_linear_weight(weight.detach(), _PACK_ROWS)
+        self._packed.append((weight, weight._version))
+        return lambda x: cast("torch.Tensor", operations._linear_pointwise(x, packed, bias, "none", [], ""))
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The output layer."""
+        if self._head is None:
+            self.rebind()
+        return cast("_Map", self._head)(states)
 
     def __call__(self, ids_T: torch.Tensor, positions_T: torch.Tensor, store: Store) -> torch.Tensor:
         """Run the layers."""
-        if not self._layers:
+        # Weights that were changed in place without being loaded must not leave old copies behind.
+        if not self._layers or any(weight._version != version for weight, version in self._packed):
             self.rebind()
         body = self._model.get_decoder()
         states = body.embed_tokens(ids_T)
@@ -183,20 +227,20 @@ class _Layer:
     scaling: float
 
     @classmethod
-    def of(cls, layer: Any) -> _Layer:
+    def of(cls, layer: Any, project: Callable[[Any], _Map]) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         return cls(
             before=_norm(layer.input_layernorm),
-            q=_projection(attention.q_proj),
-            k=_projection(attention.k_proj),
-            v=_projection(attention.v_proj),
+            q=project(attention.q_proj),
+            k=project(attention.k_proj),
+            v=project(attention.v_proj),
             q_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
             k_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
-            o=_projection(attention.o_proj),
+            o=project(attention.o_proj),
             between=_norm(layer.post_attention_layernorm),
-            gate=_projection(mlp.gate_proj),
-            up=_projection(mlp.up_proj),
-            down=_projection(mlp.down_proj),
+            gate=project(mlp.gate_proj),
+            up=project(mlp.up_proj),
+            down=project(mlp.down_proj),
             act=mlp.act_fn,
             width=attention.head_dim,
             scaling=attention.scaling,

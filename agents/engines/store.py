@@ -7,7 +7,7 @@ work. The invariant: a token sees the positions of its own slot up to its own, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ _WIDE = 64
 """Rows with at least this many new tokens attend on their own: nothing is padded, and a fused kernel pays."""
 _BLOCK_SCORES = 1 << 22
 """Most attention scores of a block that stand in memory at once."""
+_BLOCK_COST = (1 << 19, 1 << 26)
+"""What one more block costs, as bytes that could be read meanwhile: on a processor, on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,9 @@ class Store:
             self._wide_block(segments[i], int(offsets[i])) for i, s in enumerate(segments) if s.width >= _WIDE
         ]
         if single:
-            self._blocks.append(self._single_block([segments[i] for i in single], offsets[single]))
+            for part in self._split([segments[i] for i in single]):
+                chosen = [single[i] for i in part]
+                self._blocks.append(self._single_block([segments[i] for i in chosen], offsets[chosen]))
         while narrow:
             # Rows of similar width share a block; one stays small enough for its scores to be held.
             span = max(segments[i].start + segments[i].width for i in narrow)
@@ -186,6 +190,35 @@ class Store:
         span = int((starts + widths).max())
         rows = torch.tensor([s.row for s in segments], device=self.keys[0].device)
         return self._block(rows, gather, real, span, self._bias(starts[:, None] + ramp, span))
+
+    def _split(self, segments: Sequence[Segment]) -> Iterator[np.ndarray]:
+        """Divide rows with one new token, in order of slots, into blocks of similar length.
+
+        A block reads as many positions of every slot that it spans as its longest row has. Dividing saves reading and costs
+        a few more kernels.
+
+        Yields:
+            Indices into ``segments``.
+        """
+        order = np.argsort([s.row for s in segments])
+        rows = np.array([segments[i].row for i in order])
+        lengths = np.array([segments[i].start + 1 for i in order])
+        keys = self.keys[0]
+        position = 2 * keys.shape[1] * keys.shape[3] * keys.element_size()
+        extra = _BLOCK_COST[keys.device.type == "cuda"] / position
+        todo = [(0, len(order))]
+        while todo:
+            low, high = todo.pop()
+            part = lengths[low:high]
+            whole = (rows[high - 1] - rows[low] + 1) * part.max()
+            left = (rows[low : high - 1] - rows[low] + 1) * np.maximum.accumulate(part)[:-1]
+            right = (rows[high - 1] - rows[low + 1 : high] + 1) * np.maximum.accumulate(part[::-1])[-2::-1]
+            both = left + right
+            if len(both) and both.min() + extra < whole:
+                middle = low + 1 + int(both.argmin())
+                todo += [(middle, high), (low, middle)]
+            else:
+                yield order[low:high]
 
     def _single_block(self, segments: Sequence[Segment], offsets: np.ndarray) -> _Block:
         """Rows with one new token.

@@ -261,7 +261,7 @@ class TransformersEngine:
         device = self.device
         states = self._decoder(torch.from_numpy(ids_T).to(device), torch.from_numpy(columns_T).to(device), self._store)
         last = torch.from_numpy(np.cumsum([s.width for s in segments]) - 1).to(device)
-        logits = self.model.get_output_embeddings()(states[last])  # type: ignore[operator]
+        logits = self._decoder.logits(states[last])
         drawn, source = list(slots), list(range(len(slots)))
         for place, (slot, ids) in enumerate(zip(slots, new, strict=True)):
             slot.cached += ids

@@ -283,3 +283,23 @@ def test_other_weights_than_the_trained_ones_are_noticed(tiny_model):
         verify_weights(engine, model)
     engine.load_weights(model.named_parameters())
     assert verify_weights(engine, model) < 1e-5
+
+
+def test_packed_matrices_follow_their_weights(tiny_model, monkeypatch):
+    from agents.engines import decoder
+
+    monkeypatch.setattr(decoder, "_PACK_ELEMENTS", 1)
+    model = copy.deepcopy(tiny_model)
+    engine = TransformersEngine(model, slots=4)
+    texts = prompts(5, seed=14)
+    requests = [(str(i), p, SamplingParams(6, seed=i)) for i, p in enumerate(texts)]
+    for change in range(3):
+        done = run(engine, requests)
+        assert len(engine._decoder._packed) == 2 * 7 + 1
+        for i, prompt in enumerate(texts):
+            got = done[str(i)]
+            np.testing.assert_allclose(got.logprobs, plain_logprobs(model, prompt, list(got.token_ids)), atol=2e-5)
+        with torch.no_grad():  # in place, as an optimizer does; the second time the engine is not told
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        engine.load_weights(model.named_parameters()) if change == 0 else engine.sleep()
