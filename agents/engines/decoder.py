@@ -24,6 +24,7 @@ _STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
 
 _PACK_BYTES = 2 << 30
 """Models up to this size have their matrices packed, which is one more copy of them."""
+_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 _PACK_ELEMENTS = 1 << 16
 """Smaller matrices are faster as they are."""
 _PACK_ROWS = 32
@@ -154,14 +155,9 @@ class FamilyDecoder:
 
     def _pack(self, module: Any) -> _Map:
         """A projection whose matrix is laid out for the processor's small products."""
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         fits = type(module) is torch.nn.Linear and weight is not None and weight.numel() >= _PACK_ELEMENTS
-        if (
-            not fits
-            or weight.device.type != "cpu"
-            or weight.dtype != torch.float32
-            or not torch.backends.mkldnn.is_available()
-        ):
+        if not fits or weight.device.type != "cpu" or weight.dtype != torch.float32 or not _ONEDNN:
             return _projection(module)
         operations, bias = torch.ops.mkldnn, module.bias
         packed = operations._reorder_linear_weight(weight.detach(), _PACK_ROWS)

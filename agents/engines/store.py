@@ -121,8 +121,8 @@ class Store:
             self._wide_block(segments[i], int(offsets[i])) for i, s in enumerate(segments) if s.width >= _WIDE
         ]
         if single:
-            for part in self._split([segments[i] for i in single]):
-                chosen = [single[i] for i in part]
+            for together in self._split([segments[i] for i in single]):
+                chosen = [single[i] for i in together]
                 self._blocks.append(self._single_block([segments[i] for i in chosen], offsets[chosen]))
         while narrow:
             # Rows of similar width share a block; one stays small enough for its scores to be held.
