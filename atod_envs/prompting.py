@@ -8,7 +8,7 @@ more than the agent has seen, and parsing never raises.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -122,8 +122,17 @@ class _AsConversation:
 
 
 def as_conversation(style: PromptStyle) -> PromptStyle:
-    """The same messages, but each turn sees the whole conversation so far instead of its own message alone."""
-    return style if style.layout is Layout.CONVERSATION else _AsConversation(style)
+    """The style for one growing conversation, in which each turn sees all that went before.
+
+    A dataclass with a field ``layout``, such as the styles that come with the environments, is told so and leaves out what the
+    conversation already holds; of any other style, the messages stay as they are.
+    """
+    if style.layout is Layout.CONVERSATION:
+        return style
+    given = cast("Any", style)
+    if is_dataclass(given) and any(part.name == "layout" for part in fields(given)):
+        return cast("PromptStyle", replace(given, layout=Layout.CONVERSATION))  # type: ignore[type-var]
+    return _AsConversation(style)
 
 
 def parse_tagged(response: str, tail: int) -> Parsed:

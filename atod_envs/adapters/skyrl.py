@@ -1,7 +1,7 @@
 """SkyRL: the environments as ``skyrl_gym`` classes, and trajectories as its trainer's ``GeneratorOutput``.
 
 SkyRL keeps one growing conversation: the first prompt, then responses and what the environment says, each as a user
-message. Any prompt style can be used that way; its message of each turn is what is appended.
+message. Any prompt style can be used that way (``as_conversation``); its message of each turn is what is appended.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import gymnasium as gym
 import atod_envs
 from atod_envs.adapters.rows import finished, single_row, token_rows
 from atod_envs.errors import EpisodeError
-from atod_envs.prompting import Prompted
+from atod_envs.prompting import Prompted, as_conversation
 from atod_envs.trajectory import Group, StopReason
 
 try:
@@ -44,6 +44,7 @@ class SkyRLTextEnv(BaseTextEnv):  # type: ignore[misc]
         if self.extras.get("max_turns"):
             options["max_turns"] = min(int(self.extras["max_turns"]), int(options.get("max_turns", 1 << 30)))
         self.env = Prompted(gym.make(env_id, **options), style)
+        self.env.style = as_conversation(self.env.style)
         self.max_turns = self.env.get_wrapper_attr("max_turns")
         self.info: dict[str, Any] = {}
         self.total = 0.0

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import gymnasium as gym
 
-from atod_envs.prompting import Prompted
+from atod_envs.prompting import Prompted, as_conversation
 from atod_envs.text_env import TextEnv
 
 try:
@@ -131,6 +131,7 @@ class AtodEnv(vf.Env[AtodEnvConfig]):  # type: ignore[misc]
         """One episode."""
         config = cast("AtodTasksetConfig", self.taskset.config)
         env = Prompted(config.make(), config.style)
+        env.style = as_conversation(env.style)
         try:
             message, info = env.reset(seed=task.data.seed, options={"task_id": task.data.task_id})
             total, over = 0.0, False

@@ -114,3 +114,15 @@ def test_verl_itself_takes_the_rows(windows):
         rewards, chosen.batch["response_mask"], chosen.non_tensor_batch["uid"], norm_adv_by_std_in_grpo=False
     )
     assert advantages[:, 0].tolist() == pytest.approx([0.5, -0.5, 0.125, -0.125])
+
+
+def test_a_style_that_is_no_dataclass_becomes_a_conversation_too():
+    from toy import ToyStyle
+
+    from atod_envs.prompting import History, Layout, as_conversation
+
+    style = ToyStyle(Layout.WINDOW)
+    turned = as_conversation(style)
+    assert turned.layout is Layout.CONVERSATION and style.layout is Layout.WINDOW and as_conversation(turned) is turned
+    assert turned.prompt(History("say fig", ["Speak."])) == "say fig: Speak."
+    assert turned.parse(turned.respond("fig", "why")).action == "fig"
