@@ -1,4 +1,4 @@
-"""Reads runs: settings, metrics, episodes, and the quantities of every turn.
+"""Reads runs and evaluations: settings, metrics, episodes, and the quantities of every turn.
 
 The invariant: only complete files are read, so a run may be read while it is being written.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atod_algos.evaluate.settings import episodes_path
 from atod_envs.errors import DataError
 from atod_envs.trajectory import Trajectory, read_jsonl
 
@@ -39,6 +40,52 @@ class Run:
     versions: Mapping[str, str]
     metrics: list[dict[str, float]] = field(repr=False)
     result: Mapping[str, Any] | None = field(repr=False)
+
+    @property
+    def env(self) -> str:
+        """Registered id of the environment."""
+        return str(self.settings["train"]["env"])
+
+    @property
+    def teacher(self) -> str | None:
+        """Whom the run was taught by, or could have been."""
+        return str(self.settings["train"]["teacher"])
+
+    @property
+    def gap_clip(self) -> float:
+        """Largest gap to the teacher that was learned from; 0 is no limit."""
+        return float(self.settings["train"]["gap_clip"])
+
+    @property
+    def tokenizers(self) -> list[Path]:
+        """Folders in which its tokenizer may be."""
+        checkpoints = self.path / "checkpoints"
+        return [checkpoints / "best", *sorted(checkpoints.glob("step_*"))]
+
+    @property
+    def table(self) -> Mapping[str, Any] | None:
+        """Summaries of the final evaluation, by policy; ``None`` while it trains."""
+        return None if self.result is None else self.result["table"]
+
+    @property
+    def said(self) -> str:
+        """Every setting, for the page."""
+        known = {
+            **self.settings["train"],
+            **self.settings["algorithm"],
+            "rules": self.settings["rules"],
+            **self.versions,
+        }
+        return "  ".join(f"{name}={value}" for name, value in known.items())
+
+    def temperature(self, kind: str) -> float:
+        """Temperature that log-probs of an episode's tokens belong to; greedy sampling stores those at 1."""
+        train = self.settings["train"]
+        return float(train["temperature"] if kind == "train" else train["eval_temperature"] or 1.0)
+
+    def step_label(self, kind: str, step: int) -> str:
+        """How the page calls a step."""
+        return f"training step {step}" if kind == "train" else f"validation after step {step}"
 
     @property
     def method(self) -> str:
@@ -76,15 +123,14 @@ class Run:
 
     def steps(self, kind: str) -> list[int]:
         """Steps whose episodes are stored."""
+        if kind not in KINDS:
+            return []
         found = (self.path / KINDS[kind]).glob("step_*.jsonl.gz")
         return sorted(int(path.name.removeprefix("step_").removesuffix(".jsonl.gz")) for path in found)
 
     def episodes(self, kind: str, step: int) -> list[Trajectory]:
         """The episodes of a step; none if the file is not complete yet."""
-        try:
-            return list(read_jsonl(self.path / KINDS[kind] / f"step_{step:06d}.jsonl.gz"))
-        except (EOFError, zlib.error, gzip.BadGzipFile):
-            return []
+        return read_episodes(self.path / KINDS[kind] / f"step_{step:06d}.jsonl.gz")
 
     def turn_table(self, step: int) -> dict[str, list[Any]] | None:
         """Columns, one entry a turn, of a training step (``atod_algos.diagnostics.turn_table``)."""
@@ -93,6 +139,78 @@ class Run:
     def scores_path(self, kind: str, step: int) -> Path:
         """Where the scores of single tokens are kept."""
         return self.path / "scores" / f"{kind}_{step:06d}.json.gz"
+
+
+class StoredEvaluation(Run):
+    """A stored evaluation (``atod_algos.evaluate``): episodes of one policy on panels, no training.
+
+    Its only kind of episodes is ``"panel"``; its steps count the pairs of panel and seed.
+    """
+
+    @property
+    def env(self) -> str:
+        """Registered id of the environment."""
+        return str(self.settings["env"])
+
+    @property
+    def teacher(self) -> str | None:
+        """None: it was not taught here."""
+        return None
+
+    @property
+    def gap_clip(self) -> float:
+        """No limit: nothing was learned."""
+        return 0.0
+
+    @property
+    def tokenizers(self) -> list[Path]:
+        """The evaluated model's own folder."""
+        return [Path(str(self.settings["agent"])).expanduser()]
+
+    @property
+    def table(self) -> Mapping[str, Any] | None:
+        """Summaries by panel."""
+        return None if self.result is None else self.result["panels"]
+
+    @property
+    def said(self) -> str:
+        """Every setting, for the page."""
+        return "  ".join(f"{name}={value}" for name, value in {**self.settings, **self.versions}.items())
+
+    @property
+    def method(self) -> str:
+        """The agent."""
+        return str(self.settings["agent"])
+
+    @property
+    def name(self) -> str:
+        """The agent; evaluations have no training seed."""
+        return self.method
+
+    def validations(self) -> tuple[list[float], list[float]]:
+        """None: nothing was trained."""
+        return [], []
+
+    def temperature(self, kind: str) -> float:
+        """Temperature of the sampling."""
+        return float(self.settings["sampling"]["temperature"] or 1.0)
+
+    def step_label(self, kind: str, step: int) -> str:
+        """Panel and seed."""
+        panel, seed = self._parts()[step]
+        return f"{panel}, seed {seed}"
+
+    def steps(self, kind: str) -> list[int]:
+        """One for each panel and seed."""
+        return list(range(len(self._parts()))) if kind == "panel" else []
+
+    def episodes(self, kind: str, step: int) -> list[Trajectory]:
+        """The episodes of a panel with a seed."""
+        path = episodes_path(self.path, *self._parts()[step])
+        return read_episodes(path) if path.exists() else []
+
+    def _parts(self) -> list[tuple[str, int]]:
+        return [(panel["name"], seed) for panel in self.settings["panels"] for seed in self.settings["seeds"]]
 
 
 def method_of(algorithm: Mapping[str, Any]) -> str:
@@ -109,14 +227,17 @@ def method_of(algorithm: Mapping[str, Any]) -> str:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run's folder.
+    """Read the folder of a run or of an evaluation.
 
     Raises:
-        DataError: it is none; says what was looked for.
+        DataError: it is neither; says what was looked for.
     """
     config = path / "config.json"
-    if not config.is_file() or "algorithm" not in (known := _json(config)).get("settings", {}):
-        raise DataError(f"{path} is not a run's folder: no config.json of a training run in it")
+    known = _json(config) if config.is_file() else {}
+    settings = known.get("settings", {})
+    kind = Run if "algorithm" in settings else StoredEvaluation if "panels" in settings else None
+    if kind is None:
+        raise DataError(f"{path} is not a run's folder, nor an evaluation's: no config.json of either in it")
     metrics = []
     if (path / "metrics.jsonl").exists():
         for line in (path / "metrics.jsonl").read_text().splitlines():
@@ -125,7 +246,15 @@ def read_run(path: Path) -> Run:
             except json.JSONDecodeError:
                 break  # the line that is being written
     result = path / "result.json"
-    return Run(path, known["settings"], known["versions"], metrics, _json(result) if result.exists() else None)
+    return kind(path, settings, known["versions"], metrics, _json(result) if result.exists() else None)
+
+
+def read_episodes(path: Path) -> list[Trajectory]:
+    """Stored episodes; none if the file is not complete yet."""
+    try:
+        return list(read_jsonl(path))
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        return []
 
 
 def read_packed(path: Path) -> dict[str, list[Any]] | None:

@@ -1,8 +1,7 @@
 """The paper's Figures 2, 4, 5, 6, 13 and 14, drawn from stored runs as PNG and SVG.
 
 Runs that differ in their seed alone are drawn as one line, their mean, with the span between the lowest and the highest. The
-invariant: lines differ in colour, in dash and in marker, in a palette that colour-blind readers can tell apart (Okabe and Ito 2008), so
-that a figure survives a grey printer.
+invariant: a figure is drawn from stored data alone, and left out where the runs do not hold what it needs.
 """
 
 from __future__ import annotations
@@ -14,17 +13,22 @@ from typing import Any
 import numpy as np
 
 from atod_algos.report.data import Run
+from atod_algos.report.plotting import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    Series,
+    bar_figure,
+    by_method,
+    draw_lines,
+    draw_named,
+    label,
+    legend,
+    panels,
+    pyplot,
+    save,
+)
 from atod_algos.report.tokens import Scorer, TurnScores
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
-DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 3)), (0, (8, 2)))
-MARKERS = "osD^vPX"
-HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
-_WIDTH = 3.4
-"""Inches of a panel: two fit a printed column of 7 inches with 8-point letters."""
-_SMOOTH = 9
-
-Series = tuple[list[float], list[float]]
 
 
 def write_figures(runs: Sequence[Run], out: Path, scorers: Mapping[Path, Scorer]) -> list[Path]:
@@ -59,132 +63,19 @@ def write_figures(runs: Sequence[Run], out: Path, scorers: Mapping[Path, Scorer]
     return files
 
 
-def save(plt: Any, figure: Any, path: Path) -> list[Path]:
-    """Write a figure as PNG and as SVG, the same bytes for the same data."""
-    files = []
-    for suffix in ("png", "svg"):
-        target = path.with_name(f"{path.name}.{suffix}")
-        figure.savefig(target, dpi=200, metadata={"Date": None} if suffix == "svg" else {"Software": None})
-        files.append(target)
-    plt.close(figure)
-    return files
-
-
-def pyplot() -> Any:
-    """The drawing library, matplotlib's pyplot, set up for print.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            "figures need matplotlib: pip install 'atod[report]', or leave them out with --no-figures"
-        ) from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {
-            "font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 7.5, "svg.hashsalt": "atod", "svg.fonttype": "none",
-            "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e3e7eb", "grid.linewidth": 0.6,
-            "figure.constrained_layout.use": True, "lines.linewidth": 1.6, "legend.frameon": False,
-        }
-    )  # fmt: skip
-    return plt
-
-
-def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs of each method, in the order in which methods first appear."""
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        found.setdefault(run.method, []).append(run)
-    return found
-
-
-def _panels(plt: Any, n: int, columns: int = 3) -> tuple[Any, list[Any]]:
-    columns = min(n, columns)
-    rows = -(-n // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(_WIDTH * columns, 2.5 * rows), squeeze=False)
-    flat = list(axes.flat)
-    for axis in flat[n:]:
-        axis.remove()
-    return figure, flat[:n]
-
-
-def _lines(
-    axis: Any,
-    runs: Sequence[Run],
-    series: Callable[[Run], Series],
-    *,
-    smooth: bool = False,
-    scale: float = 1.0,
-    offset: int = 0,
-) -> bool:
-    """Draw a quantity by step, one line a method; whether there was anything to draw."""
-    drawn = False
-    for place, (method, members) in enumerate(by_method(runs).items(), offset):
-        steps, low, mean, high = _over_seeds([series(run) for run in members])
-        if not len(steps):
-            continue
-        drawn = True
-        style = {"color": COLOURS[place % 7], "linestyle": DASHES[place % 7]}
-        label = method + (f" ({len(members)} seeds)" if len(members) > 1 else "")
-        if smooth and len(steps) > _SMOOTH:
-            axis.plot(steps, scale * mean, color=COLOURS[place % 7], linewidth=0.5, alpha=0.35)
-            mean = _running(mean)
-            axis.plot(
-                steps,
-                scale * mean,
-                label=label,
-                marker=MARKERS[place % 7],
-                markevery=max(1, len(steps) // 7),
-                markersize=3.5,
-                **style,
-            )
-        else:
-            axis.plot(steps, scale * mean, label=label, marker=MARKERS[place % 7], markersize=3.5, **style)
-        if len(members) > 1:
-            axis.fill_between(steps, scale * low, scale * high, color=COLOURS[place % 7], alpha=0.13, linewidth=0)
-    return drawn
-
-
-def _over_seeds(series: Sequence[Series]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Steps that all members have, and the lowest, mean and highest value at each."""
-    known = [dict(zip(*one, strict=True)) for one in series]
-    steps = sorted(set.intersection(*(set(one) for one in known))) if known else []
-    values = np.array([[one[step] for step in steps] for one in known], dtype=float).reshape(len(known), len(steps))
-    if not steps:
-        empty = np.zeros(0)
-        return empty, empty, empty, empty
-    return np.array(steps), values.min(0), values.mean(0), values.max(0)
-
-
-def _running(values: np.ndarray) -> np.ndarray:
-    half = _SMOOTH // 2
-    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
-
-
-def _label(axis: Any, title: str, y: str = "", x: str = "training step") -> None:
-    axis.set_title(title, loc="left")
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-
-
 # --- the figures ------------------------------------------------------------------------------------------------------
 
 
 def _figure2(plt: Any, runs: Sequence[Run], scorers: Mapping[Path, Scorer]) -> Any:
     """(a) validation success by step; (b) d_k, h_k and w_k of the turns of one trajectory."""
     example = _example(runs, scorers)
-    figure, axes = _panels(plt, 2 if example else 1, 2)
-    if not _lines(axes[0], runs, lambda run: run.validations(), scale=100) and example is None:
+    figure, axes = panels(plt, 2 if example else 1, 2)
+    if not draw_lines(axes[0], runs, lambda run: run.validations(), scale=100) and example is None:
         plt.close(figure)
         return None
-    _label(axes[0], "(a) validation success", "%")
+    label(axes[0], "(a) validation success", "%")
     axes[0].set_ylim(bottom=0)
-    _legend(axes[0])
+    legend(axes[0])
     if example:
         title, scores = example
         turns = np.arange(1, len(scores) + 1)
@@ -212,8 +103,8 @@ def _figure2(plt: Any, runs: Sequence[Run], scorers: Mapping[Path, Scorer]) -> A
         )
         axes[1].set_xticks(turns)
         axes[1].set_ylim(bottom=0)
-        _label(axes[1], f"(b) {title}", "nats a token; weight", "turn")
-        _legend(axes[1])
+        label(axes[1], f"(b) {title}", "nats a token; weight", "turn")
+        legend(axes[1])
     return figure
 
 
@@ -251,52 +142,17 @@ def _figure4(plt: Any, runs: Sequence[Run]) -> Any:
     return bar_figure(plt, bars, "validation success, %")
 
 
-def bar_figure(plt: Any, bars: Mapping[str, Mapping[str, Sequence[float]]], y: str) -> Any:
-    """Grouped bars: mean over seeds, and each seed as a dot.
-
-    Args:
-        plt: pyplot.
-        bars: group (a method) -> bar -> values, one a seed.
-        y: label of the axis.
-    """
-    figure, axis = plt.subplots(figsize=(max(_WIDTH, 0.95 * len(bars) + 1), 2.7))
-    names = list(next(iter(bars.values())))
-    width = 0.8 / len(names)
-    for place, name in enumerate(names):
-        at = np.arange(len(bars)) + (place - (len(names) - 1) / 2) * width
-        values = [bars[group].get(name, []) for group in bars]
-        axis.bar(
-            at,
-            [float(np.mean(v)) if v else 0.0 for v in values],
-            width * 0.94,
-            color=COLOURS[place],
-            alpha=0.6,
-            hatch=HATCHES[place],
-            edgecolor="white",
-            label=name,
-        )
-        for x, points in zip(at, values, strict=True):
-            axis.plot([x] * len(points), points, "o", color="black", markersize=2.6)
-    axis.set_xticks(
-        np.arange(len(bars)), [group.replace(" w/o ", "\nw/o ").replace(" token", "\ntoken") for group in bars]
-    )
-    axis.set_ylabel(y)
-    axis.grid(axis="x", visible=False)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=len(names))
-    return figure
-
-
 def training_figure(plt: Any, runs: Sequence[Run]) -> Any:
     """(a) reward of training, (b) validation success, (c) turns, by step."""
-    figure, axes = _panels(plt, 3)
-    _lines(axes[0], runs, lambda run: run.series("critic/rewards/mean"), smooth=True)
-    _label(axes[0], "(a) training reward, mean over turns", "reward")
-    _lines(axes[1], runs, lambda run: run.validations(), scale=100)
-    _label(axes[1], "(b) validation success", "%")
+    figure, axes = panels(plt, 3)
+    draw_lines(axes[0], runs, lambda run: run.series("critic/rewards/mean"), smooth=True)
+    label(axes[0], "(a) training reward, mean over turns", "reward")
+    draw_lines(axes[1], runs, lambda run: run.validations(), scale=100)
+    label(axes[1], "(b) validation success", "%")
     axes[1].set_ylim(bottom=0)
-    _lines(axes[2], runs, lambda run: run.series("episode/length/mean"), smooth=True)
-    _label(axes[2], "(c) turns of a training episode", "turns")
-    _legend(axes[0])
+    draw_lines(axes[2], runs, lambda run: run.series("episode/length/mean"), smooth=True)
+    label(axes[2], "(c) turns of a training episode", "turns")
+    legend(axes[0])
     return figure
 
 
@@ -305,20 +161,20 @@ def _figure6(plt: Any, runs: Sequence[Run]) -> Any:
     if not any(run.series("/teacher_student_gap_mean")[0] for run in runs):
         return None
     hybrid = [run for run in runs if run.series("atod/opd_abs_mean")[0]]
-    figure, axes = _panels(plt, 3 if hybrid else 1)
+    figure, axes = panels(plt, 3 if hybrid else 1)
     if hybrid:
         whole = [run for run in hybrid if run.method == "ATOD"] or hybrid[:1]
-        _named(axes[0], whole, (("OPD term", "atod/opd_abs_mean"), ("reward term", "atod/rl_abs_mean")))
-        _label(axes[0], f"(a) size of the two terms, {whole[0].method}", "mean over tokens")
-        _legend(axes[0])
-        _lines(axes[1], hybrid, lambda run: run.series("tip/mean_importance"), smooth=True)
-        _label(axes[1], "(b) mean turn weight", "$w_k$")
+        draw_named(axes[0], whole, (("OPD term", "atod/opd_abs_mean"), ("reward term", "atod/rl_abs_mean")))
+        label(axes[0], f"(a) size of the two terms, {whole[0].method}", "mean over tokens")
+        legend(axes[0])
+        draw_lines(axes[1], hybrid, lambda run: run.series("tip/mean_importance"), smooth=True)
+        label(axes[1], "(b) mean turn weight", "$w_k$")
         axes[1].set_ylim(0, 1)
-        _legend(axes[1])
-    _lines(axes[-1], runs, lambda run: _negated(run.series("/teacher_student_gap_mean")), smooth=True)
-    _label(axes[-1], "(c) gap to the teacher", r"$-\overline{\Delta}$, nats a token")
+        legend(axes[1])
+    draw_lines(axes[-1], runs, lambda run: _negated(run.series("/teacher_student_gap_mean")), smooth=True)
+    label(axes[-1], "(c) gap to the teacher", r"$-\overline{\Delta}$, nats a token")
     axes[-1].set_ylim(bottom=0)
-    _legend(axes[-1])
+    legend(axes[-1])
     return figure
 
 
@@ -336,7 +192,7 @@ def _figure13(plt: Any, runs: Sequence[Run], scorers: Mapping[Path, Scorer]) -> 
                 tables[name] = scores
         if len(tables) < 2:
             continue
-        figure, axes = _panels(plt, 3)
+        figure, axes = panels(plt, 3)
         for axis, quantity, title in zip(
             axes, "dhw", ("(a) disagreement $d_k$", "(b) uncertainty $h_k$", "(c) weight $w_k$"), strict=True
         ):
@@ -351,8 +207,8 @@ def _figure13(plt: Any, runs: Sequence[Run], scorers: Mapping[Path, Scorer]) -> 
             alive.spines["right"].set_visible(True)
             axis.set_ylim(bottom=0)
             axis.xaxis.get_major_locator().set_params(integer=True)
-            _label(axis, f"{title}, {run.method}", "weight" if quantity == "w" else "nats a token", "turn")
-        _legend(axes[0])
+            label(axis, f"{title}, {run.method}", "weight" if quantity == "w" else "nats a token", "turn")
+        legend(axes[0])
         return figure
     return None
 
@@ -388,39 +244,15 @@ def _figure14(plt: Any, runs: Sequence[Run]) -> Any:
     held = [one for one in wanted if any(run.series(one[0])[0] for run in runs)]
     if not held:
         return None
-    figure, axes = _panels(plt, len(held))
+    figure, axes = panels(plt, len(held))
     for axis, (key, title, unit) in zip(axes, held, strict=True):
-        _lines(axis, runs, lambda run, key=key: run.series(key), smooth=not key.endswith("_coef"))  # type: ignore[misc]
-        _label(axis, title, unit)
+        draw_lines(axis, runs, lambda run, key=key: run.series(key), smooth=not key.endswith("_coef"))  # type: ignore[misc]
+        label(axis, title, unit)
         if unit == "share":
             axis.set_ylim(bottom=0)
-    _legend(axes[0])
+    legend(axes[0])
     return figure
-
-
-def _named(axis: Any, runs: Sequence[Run], keys: Sequence[tuple[str, str]]) -> None:
-    """Several quantities of one method, a line each."""
-    for place, (name, key) in enumerate(keys):
-        steps, _, mean, _ = _over_seeds([run.series(key) for run in runs])
-        if len(steps):
-            values = _running(mean) if len(steps) > _SMOOTH else mean
-            axis.plot(
-                steps,
-                values,
-                color=COLOURS[place],
-                linestyle=DASHES[place],
-                marker=MARKERS[place],
-                markevery=max(1, len(steps) // 7),
-                markersize=3.5,
-                label=name,
-            )
-    axis.set_ylim(bottom=0)
 
 
 def _negated(series: Series) -> Series:
     return series[0], [-value for value in series[1]]
-
-
-def _legend(axis: Any) -> None:
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend()

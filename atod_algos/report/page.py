@@ -88,7 +88,7 @@ def write_page(
 
 def page_data(runs: Sequence[Run], *, scorers: Mapping[Path, Scorer], turns: int = TURNS) -> dict[str, Any]:
     """Everything that the page shows, JSON-compatible."""
-    worlds = sorted({str(run.settings["train"]["env"]) for run in runs})
+    worlds = sorted({run.env for run in runs})
     names = [run.name for run in runs]
     episodes: list[dict[str, Any]] = []
     left_out = 0
@@ -107,22 +107,23 @@ def page_data(runs: Sequence[Run], *, scorers: Mapping[Path, Scorer], turns: int
 
 
 def _run(run: Run, names: list[str]) -> dict[str, Any]:
-    settings = {**run.settings["train"], **run.settings["algorithm"], "rules": run.settings["rules"], **run.versions}
-    result = run.result or {}
     series = {key: run.series(key) for panel in PANELS for key in panel["keys"] if key != "val"}
+    steps = run.settings.get("train", {}).get("steps")
     return {
         "name": run.name if names.count(run.name) == 1 else f"{run.name} ({run.path.name})",
-        "settings": "  ".join(f"{name}={value}" for name, value in settings.items()),
+        "settings": run.said,
         "series": series | {"val": run.validations()},
-        "table": result.get("table"),
-        "panel": result.get("panel", ""),
-        "steps": run.settings["train"]["steps"],
+        "table": run.table,
+        "panel": (run.result or {}).get("panel", ""),
+        "steps": steps,
         "done": int(run.metrics[-1]["step"]) if run.metrics else 0,
     }
 
 
 def chosen_steps(run: Run, turns: int) -> tuple[list[tuple[str, int]], int]:
     """Steps to show: the first and the last validation, then as many training steps, evenly spread, as ``turns`` allow.
+
+    Of an evaluation every panel is shown.
 
     Returns:
         (kind, step) of each, and how many stored steps are left out.
@@ -136,7 +137,8 @@ def chosen_steps(run: Run, turns: int) -> tuple[list[tuple[str, int]], int]:
         wanted = max(2, min(len(train), left // each))
         spread = [train[round(i * (len(train) - 1) / max(1, wanted - 1))] for i in range(wanted)]
         chosen += [("train", step) for step in sorted(set(spread))]
-    return chosen, len(stored["valid"]) + len(train) - len(chosen)
+    chosen += [("panel", step) for step in run.steps("panel")]
+    return chosen, len(stored["valid"]) + len(train) - sum(kind != "panel" for kind, _ in chosen)
 
 
 def _turns(episodes: Iterable[Trajectory]) -> int:
@@ -167,7 +169,7 @@ def _episodes(place: int, run: Run, scorer: Scorer | None, turns: int) -> tuple[
                 break
             count += len(episode.turns)
             record = _episode(episode, n, scores, texts)
-            shown.append(record | {"r": place, "k": kind, "s": step})
+            shown.append(record | {"r": place, "k": kind, "s": step, "z": run.step_label(kind, step)})
             if kind == "train":
                 shown[-1] |= {"n": solved[episode.group_id], "q": coefficients}
     return shown, left_out

@@ -71,7 +71,7 @@ class Scorer:
             w: list[float | None] = [None] * len(rows)
             if weights is not None:
                 w = [weights.get((n, turn.index)) for turn in spoken]
-            elif kind == "valid" and rows and all(value is not None for value in d):
+            elif kind != "train" and rows and all(value is not None for value in d):
                 one = np.zeros(len(rows), dtype=np.int64)
                 d_K, h_K = np.array(d, dtype=float), np.array(h)
                 w = maths.turn_weights(d_K, h_K, one, np.ones(len(rows), dtype=bool)).weight_K.tolist()
@@ -87,7 +87,9 @@ class Scorer:
             return dict(zip(_places(table), table["token_teacher"], strict=True))
         path = self.run.scores_path(kind, step)
         stored = read_packed(path)
-        name = self.teacher or str(self.run.settings["train"]["teacher"])
+        name = self.teacher or self.run.teacher
+        if name is None:
+            return None
         if stored is None or stored["teacher"] != [name]:
             if not self.compute or not any(turn.response_ids for e in episodes for turn in e.turns):
                 return None
@@ -105,14 +107,12 @@ class Scorer:
         from atod_algos.batch import make_batch
         from atod_algos.scoring import score
 
-        train = self.run.settings["train"]
-        temperature = train["temperature"] if kind == "train" else train["eval_temperature"] or 1.0
         whole = [(n, t) for n, t in enumerate(episodes) if str(t.stop_reason) != "aborted"]
         batch = make_batch([Group(trajectory.task_id, (trajectory,)) for _, trajectory in whole])
-        teacher_M, _ = score(model, batch, temperature=temperature)
-        if train["gap_clip"]:
+        teacher_M, _ = score(model, batch, temperature=self.run.temperature(kind))
+        if limit := self.run.gap_clip:
             student_M = batch.sampler_logprobs_M
-            teacher_M = student_M + np.clip(teacher_M - student_M, -train["gap_clip"], train["gap_clip"])
+            teacher_M = student_M + np.clip(teacher_M - student_M, -limit, limit)
         parts = np.split(teacher_M, np.cumsum(batch.n_K)[:-1])
         return {
             "trajectory": [whole[n][0] for n in batch.trajectory_K],
@@ -125,7 +125,7 @@ class Scorer:
             from agents.models import load_model
             from atod_algos.evaluate.settings import env_class
 
-            world = getattr(env_class(str(self.run.settings["train"]["env"])), "env_key", "")
+            world = getattr(env_class(self.run.env), "env_key", "")
             try:
                 self._loaded = load_model(name, "teacher", world=world)
             except AtodError as error:
@@ -136,8 +136,7 @@ class Scorer:
 
 def token_texts(run: Run, episodes: list[Trajectory]) -> dict[int, str] | None:
     """Text of every token that was sampled, or None where the run's tokenizer is not there."""
-    folders = [run.path / "checkpoints" / "best", *sorted((run.path / "checkpoints").glob("step_*"))]
-    folder = next((path for path in folders if (path / "tokenizer.json").is_file()), None)
+    folder = next((path for path in run.tokenizers if (path / "tokenizer.json").is_file()), None)
     if folder is None:
         return None
     from tokenizers import Tokenizer

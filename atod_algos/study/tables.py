@@ -267,7 +267,8 @@ def _with_spread(cells: Sequence[Mapping[str, Any]], which: str) -> str:
 
 def _figures(out: Path, worlds: Mapping[str, Cells]) -> None:
     from atod_algos.report.data import read_run
-    from atod_algos.report.figures import bar_figure, pyplot, save, training_figure
+    from atod_algos.report.figures import training_figure
+    from atod_algos.report.plotting import bar_figure, pyplot, save
 
     plt = pyplot()
     folder = out / "figures"

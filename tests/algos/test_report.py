@@ -138,8 +138,30 @@ def test_what_is_being_written_is_left_alone(folders, tmp_path):
     run = read_run(tmp_path / "r")
     assert len(run.metrics) == 4 and run.episodes("train", 4) == []
     page_data([run], scorers={run.path: Scorer(run, compute=False)})
-    with pytest.raises(DataError, match="is not a run's folder"):
+    with pytest.raises(DataError, match="is not a run's folder, nor an evaluation's"):
         read_run(tmp_path)
+
+
+def test_an_evaluation_is_shown_too(folders, tmp_path):
+    from atod_algos.evaluate.command import run as evaluate
+    from atod_algos.evaluate.settings import EvaluateConfig
+
+    best = folders / "atod" / "checkpoints" / "best"
+    evaluate(EvaluateConfig(env=TOY, agent=str(best), seeds=(0, 1), out=tmp_path / "model"), show=False)
+    evaluate(EvaluateConfig(env=TOY, agent="random", seeds=(0, 1), out=tmp_path / "random"), show=False)
+    page = report([tmp_path / "model", tmp_path / "random"], figures=False)
+    data = unpack(page)
+    assert data["title"] == f"{best} and random on {TOY}" and set(data["runs"][1]["table"]) == {"valid/4", "test/4"}
+    assert {e["z"] for e in data["episodes"]} == {
+        f"{split}/4, seed {seed}" for split in ("valid", "test") for seed in (0, 1)
+    }
+    assert len(data["episodes"]) == 32 and data["left_out"] == ""
+    model, other = (next(e for e in data["episodes"] if e["r"] == r) for r in (0, 1))
+    assert model["turns"][0]["x"] and model["turns"][0]["h"] > 0 and model["turns"][0]["d"] is None
+    assert other["turns"][0]["x"] == [] and model["t"] == other["t"]
+    teacher = read_run(folders / "atod").settings["train"]["teacher"]
+    taught = unpack(report([tmp_path / "model"], teacher=teacher, figures=False))
+    assert taught["episodes"][0]["turns"][0]["d"] > 0 and 0 <= taught["episodes"][0]["turns"][0]["w"] <= 1
 
 
 def test_ablations_have_names_of_their_own():
@@ -317,7 +339,7 @@ def test_the_page_in_headless_chromium(folders, tmp_path, chrome):
     solved = sum(e["ok"] for e in data["episodes"])
     view.choose("f-outcome", "1")
     assert view.count() == solved
-    view.choose("f-step", "train3")
+    view.choose("f-step", "traintraining step 3")
     assert view.count() == sum(e["ok"] and e["k"] == "train" and e["s"] == 3 for e in data["episodes"])
     view.choose("f-outcome", "")
     view.choose("f-run", "0")
@@ -334,7 +356,7 @@ def test_the_page_in_headless_chromium(folders, tmp_path, chrome):
     assert view.count() == wanted
     view.js("document.getElementById('f-task').value = ''")
 
-    view.choose("f-step", "train1")
+    view.choose("f-step", "traintraining step 1")
     view.choose("f-run", "0")
     chrome.find_elements("css selector", ".row")[0].click()
     episode = next(e for e in data["episodes"] if e["r"] == 0 and e["k"] == "train" and e["s"] == 1)
@@ -352,7 +374,7 @@ def test_the_page_in_headless_chromium(folders, tmp_path, chrome):
     assert "rgba" in darkest.get_attribute("style") and "gap" in darkest.get_attribute("title")
 
     # The same task before and after, side by side; the address brings it back.
-    view.choose("f-step", "valid0")
+    view.choose("f-step", "validvalidation after step 0")
     chrome.find_elements("css selector", ".row")[0].click()
     view.choose("f-compare", "0")
     assert len(chrome.find_elements("css selector", ".episode")) == 2
