@@ -39,6 +39,7 @@ PANELS: tuple[dict[str, Any], ...] = (
         "keys": ["atod/opd_abs_mean", "atod/rl_abs_mean"],
         "names": ["OPD: mean |kappa Delta w|", "reward: mean |rho A|"],
         "zero": True,
+        "smooth": True,
     },
     {"title": "coefficients", "keys": ["atod/kl_coef", "atod/rl_coef"], "names": ["kappa", "rho"], "zero": True},
     {"title": "mean turn weight", "keys": ["tip/mean_importance"], "zero": True, "smooth": True},

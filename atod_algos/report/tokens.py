@@ -62,12 +62,14 @@ class Scorer:
         teacher = self._teacher_tokens(kind, step, episodes)
         table = self.run.turn_table(step) if kind == "train" else None
         weights = dict(zip(_places(table), table["weight"], strict=True)) if table and "weight" in table else None
+        trained_d = _disagreement(table)
         found: dict[tuple[int, int], TurnScores] = {}
         for n, episode in enumerate(episodes):
             spoken = [turn for turn in episode.turns if turn.response_ids]
             rows = [(list(turn.logprobs), teacher.get((n, turn.index)) if teacher else None) for turn in spoken]
             h = [-float(np.mean(student)) for student, _ in rows]
             d = [None if t is None else float(np.mean(np.abs(np.subtract(t, s)))) for s, t in rows]
+            d = [trained_d.get((n, turn.index), value) for turn, value in zip(spoken, d, strict=True)]
             w: list[float | None] = [None] * len(rows)
             if weights is not None:
                 w = [weights.get((n, turn.index)) for turn in spoken]
@@ -144,6 +146,14 @@ def token_texts(run: Run, episodes: list[Trajectory]) -> dict[int, str] | None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = {i for episode in episodes for turn in episode.turns for i in turn.response_ids}
     return {i: tokenizer.decode([i], skip_special_tokens=False) for i in sorted(ids)}
+
+
+def _disagreement(table: dict[str, list[Any]] | None) -> dict[tuple[int, int], float | None]:
+    """The d_k that were trained with; they are stored for every turn, single tokens or not."""
+    if table is None or "sum_abs_gap" not in table:
+        return {}
+    values = [total / n if n else None for total, n in zip(table["sum_abs_gap"], table["n"], strict=True)]
+    return dict(zip(_places(table), values, strict=True))
 
 
 def _places(table: dict[str, list[Any]] | None) -> list[tuple[int, int]]:

@@ -96,6 +96,15 @@ def test_kept_tokens_are_used_and_equal_what_is_computed(folders, monkeypatch):
         assert score.teacher == pytest.approx(stored[place].teacher, abs=1e-4)
 
 
+def test_turns_keep_their_disagreement_where_no_token_is_scored(folders, tmp_path):
+    shutil.copytree(folders / "atod", tmp_path / "r", ignore=shutil.ignore_patterns("scores"))
+    run = read_run(tmp_path / "r")
+    scores = Scorer(run, compute=False).scores("train", 3, run.episodes("train", 3))
+    table = run.turn_table(3)
+    wanted = np.array(table["sum_abs_gap"]) / np.array(table["n"])
+    assert [s.d for s in scores.values()] == pytest.approx(wanted) and all(s.teacher is None for s in scores.values())
+
+
 def test_scores_are_kept(folders, monkeypatch):
     run = read_run(folders / "atod")
     episodes = run.episodes("valid", 4)
