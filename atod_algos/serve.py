@@ -3,8 +3,8 @@
 It answers the three requests that a teacher needs, in vLLM's form: ``POST /v1/completions`` with ``prompt_logprobs``, ``POST /tokenize``
 and ``GET /v1/models``. Unlike vLLM's, its log-probs are at the temperature of the request. It does not write texts.
 
-    python -m atod_algos.serve PATH_OR_HUB_ID --port 8765
-    python -m atod_algos.opd --teacher http://HOST:8765/v1 ...
+    atod serve teacher PATH_OR_HUB_ID --port 8765
+    atod train opd --teacher http://HOST:8765/v1 ...
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from atod_algos.batch import TokenBatch
 from atod_algos.cli import guarded
 from atod_algos.config import TrainConfig
 from atod_algos.scoring import score
+from atod_envs.command import program
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ def _are_ids(prompt: Any, size: int) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until interrupted."""
-    options = tyro.cli(ServeOptions, args=arguments, prog="python -m atod_algos.serve", description=__doc__)
+    options = tyro.cli(ServeOptions, args=arguments, prog=program("atod_algos.serve"), description=__doc__)
 
     def run() -> None:
         loaded = load_model(options.model, "teacher", world=options.world, device=options.device)

@@ -54,10 +54,11 @@ def commands() -> dict[str, Command]:
             {word: f"atod_envs.datasets.command {word}" for word in ("status", "get", "verify", "build")},
         ),
         "serve": Command(
-            "the shop or a search engine over HTTP: atod serve shop|search",
+            "the shop, a search engine or a teacher over HTTP: atod serve shop|search|teacher",
             {
                 "shop": "atod_envs.webshop.serve",
                 "search": "atod_envs.searchqa.serve",
+                "teacher": "atod_algos.serve",
             },
         ),
         "make": Command(
