@@ -276,7 +276,7 @@ def imitate(
     Args:
         model: the model.
         chat: renders messages to ids.
-        make_env: makes a raw environment.
+        make_env: makes a raw environment; asked anew each round, so what it makes may change from one to the next.
         options: how.
         style: prompt style.
         max_tokens: longest response of the learner.
@@ -284,16 +284,13 @@ def imitate(
         tasks: what episodes are drawn from; by default all tasks of the environment's split.
         on_round: called after each round (from 1) with its loss in nats a token.
     """
-    if tasks is None:
-        env = make_env()
-        tasks = cast("TextEnv", env.unwrapped).tasks
-        env.close()
     engine = TransformersEngine(model, slots=256, max_context=max_context)
     imitator = Imitator(model, options)
     for number in range(options.rounds):
         seed = derive_seed(options.seed, "round", number)
         rng = np.random.default_rng(seed)
-        chosen = [tasks[int(i)] for i in rng.integers(len(tasks), size=options.episodes)]
+        drawn_from = _tasks_of(make_env) if tasks is None else tasks
+        chosen = [drawn_from[int(i)] for i in rng.integers(len(drawn_from), size=options.episodes)]
         rise = (number - 1) / max(1, options.rounds - 2)
         beta = 0.0 if number == 0 else options.first_beta + (options.last_beta - options.first_beta) * rise
         demonstrations = demonstrate(
@@ -304,6 +301,12 @@ def imitate(
         if on_round is not None:
             on_round(number + 1, loss)
     model.eval()
+
+
+def _tasks_of(make_env: Callable[[], gym.Env[str, str]]) -> Sequence[str]:
+    env = make_env()
+    env.close()
+    return cast("TextEnv", env.unwrapped).tasks
 
 
 def _supervised(demonstrations: Demonstrations) -> tuple[TokenBatch, np.ndarray]:
@@ -331,6 +334,8 @@ class _Command:
     """Registered id of the environment; it must have a scripted expert."""
     data: str | None = None
     """Data folder of the environment."""
+    option: tuple[str, ...] = ()
+    """Further arguments of the environment, KEY=VALUE, e.g. dataset=single."""
     style: str = "compact"
     """Prompt style."""
     max_turns: int | None = None
@@ -361,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         loaded = load_model(command.student, "student")
-        config = TrainConfig(env=command.env, data=command.data, max_turns=command.max_turns)
+        config = TrainConfig(env=command.env, data=command.data, option=command.option, max_turns=command.max_turns)
         imitate(
             loaded.model,
             ChatFormat(loaded.tokenizer),

@@ -70,8 +70,8 @@ class TextEnv(gym.Env[str, str]):
     default_max_turns: ClassVar[int]
     label: ClassVar[str] = ""
     """Name in ``Frame.extra`` of what results are broken down by (task type, category, data set)."""
-    splits: ClassVar[tuple[str, str, str]] = ("train", "valid", "test")
-    """Splits by purpose: to train on, to choose checkpoints on, to report on."""
+    splits: tuple[str, str, str] = ("train", "valid", "test")
+    """Splits by purpose: to train on, to choose checkpoints on, to report on; an instance may differ with its data."""
     data_version: str = ""
     """What the tasks are made of, e.g. ``"builtin/1"`` or ``"json_2.1.1/5f2c..."``: equal versions hold the same tasks. Recorded in
     every trajectory and checkpoint."""

@@ -4,6 +4,7 @@
     python benchmarks/searchqa.py --recall wiki       recall of every index in a folder, on the real questions
     python benchmarks/searchqa.py --scale 2000000     build and search that many generated passages
     python benchmarks/searchqa.py --vectors 100000    build and search faiss indexes of that many vectors
+    python benchmarks/searchqa.py --shards 4          serve the real passages in parts, against one index over all
 
 Real data is taken from --realdata (default: $ATOD_REALDATA, else ../shared/realdata beside the repository). Rows of one
 process count CPU time, so that other work on the machine does not count; the server's row counts wall time.
@@ -23,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +33,7 @@ import numpy.typing as npt
 from atod_envs.errors import DataError
 from atod_envs.retrieval import BM25Index
 from atod_envs.retrieval.analyzer import STOP_WORDS
-from atod_envs.retrieval.build import BACKENDS, HYBRID, open_index
+from atod_envs.retrieval.build import BACKENDS, HYBRID, build_index, open_index, take_part
 from atod_envs.retrieval.corpus import Corpus, read_passages
 from atod_envs.retrieval.dense import DenseIndex, EncoderSettings
 from atod_envs.retrieval.http import HttpSearch
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--recall", type=Path, metavar="FOLDER", help="index folder over the real passages")
     parser.add_argument("--scale", type=int, metavar="PASSAGES", help="build and search this many generated passages")
     parser.add_argument("--vectors", type=int, metavar="COUNT", help="size of the faiss indexes")
+    parser.add_argument("--shards", type=int, metavar="PARTS", help="servers that the passages are cut into")
     parser.add_argument("--reader", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--queries", type=int, default=2000, help="queries that are timed")
     options = parser.parse_args()
@@ -79,19 +82,26 @@ def main() -> None:
         scale(options.scale, options.queries)
     elif options.vectors:
         dense(options.vectors)
+    elif options.shards:
+        shards(options.shards, options.realdata / "searchqa", options.queries)
     else:
         speed(options.realdata / "searchqa", options.queries)
 
 
-def speed(data: Path, count: int) -> None:
-    """BM25 by depth, the environment with its expert, and the server with concurrent clients."""
+def _texts(data: Path, count: int) -> tuple[list[tuple[str, str]], list[str]]:
+    """Passages and some questions: the real ones, else those of the built-in world."""
     if (data / "questions.jsonl").is_file():
         passages = list(read_passages(data / "passages.jsonl.gz"))
         queries = [question.text for question in load_questions(data)]
     else:
         passages = list(world().passages())
         queries = [question.text for question in world().questions]
-    queries = [queries[place] for place in np.random.default_rng(0).permutation(len(queries))[:count]]
+    return passages, [queries[place] for place in np.random.default_rng(0).permutation(len(queries))[:count]]
+
+
+def speed(data: Path, count: int) -> None:
+    """BM25 by depth, the environment with its expert, and the server with concurrent clients."""
+    passages, queries = _texts(data, count)
     started = time.process_time()
     index = BM25Index.build(passages)
     print(f"passages                  {len(passages):>12,}")
@@ -137,6 +147,40 @@ def _server(service: LocalSearch, queries: Sequence[str]) -> float:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def shards(parts: int, data: Path, count: int) -> None:
+    """BM25 over random parts, each served by a process of its own behind one more: agreement with one index, and speed."""
+    passages, queries = _texts(data, count)
+    whole = LocalSearch(BM25Index.build(passages), Corpus.build(passages))
+    exact = whole.retrieve(queries, 10)
+    with tempfile.TemporaryDirectory(prefix="searchqa-shards-") as scratch, ExitStack() as running:
+        urls = []
+        for number in range(1, parts + 1):
+            folder = Path(scratch, f"part{number}")
+            build_index(take_part(passages, f"{number}/{parts}"), folder, "bm25")
+            urls.append(_serve(running, "--index", str(folder)))
+        client = HttpSearch(_serve(running, *(text for url in urls for text in ("--shard", url))))
+        found = client.retrieve(queries, 10)
+        print(f"{len(passages):,} passages in {parts} parts, {len(queries):,} questions")
+        for k in DEPTHS:
+            pairs = [({p.docid for p in a[:k]}, {p.docid for p in b[:k]}) for a, b in zip(exact, found, strict=True)]
+            shared = np.mean([len(a & b) / max(1, len(a)) for a, b in pairs])
+            print(f"of the best {k:<2} of one index  {100 * shared:>6.1f} % are found")
+        with ThreadPoolExecutor(32) as pool:
+            started = time.perf_counter()
+            list(pool.map(lambda query: client.retrieve([query], 3), queries))
+            print(f"32 clients, top 3        {len(queries) / (time.perf_counter() - started):>10,.0f} queries/s, wall")
+        client.close()
+
+
+def _serve(running: ExitStack, *options: str) -> str:
+    """Start a server in a process that ends with the stack; its address."""
+    command = [sys.executable, "-m", "atod_envs.searchqa.serve", "--port", "0", *options]
+    process = running.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    running.callback(process.terminate)
+    assert process.stdout is not None
+    return process.stdout.readline().split()[-1]
 
 
 def recall(folder: Path, data: Path) -> None:

@@ -65,7 +65,7 @@ class ALFWorldEnv(TextEnv):
     env_key: ClassVar[str] = "alfworld"
     default_max_turns: ClassVar[int] = 50
     label: ClassVar[str] = "task_type"
-    splits: ClassVar[tuple[str, str, str]] = ("train", "valid_seen", "valid_unseen")
+    splits: tuple[str, str, str] = ("train", "valid_seen", "valid_unseen")
 
     def __init__(
         self,

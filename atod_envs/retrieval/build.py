@@ -7,8 +7,9 @@ every index in a folder names the checksum of the corpus beside it, and opening 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -65,6 +66,29 @@ def build_index(
         DenseIndex.build(counted, folder / backend, TransformersEncoder(settings_for(model), half=half), kind=kind)
 
 
+def take_part(passages: Iterable[tuple[str, str]], part: str) -> Iterator[tuple[str, str]]:
+    """One of n random parts of a corpus; the n parts together are the corpus.
+
+    Where a passage goes depends on its id alone, so that each machine can cut its own part.
+
+    Args:
+        passages: pairs of id and contents.
+        part: `"i/n"`, i from 1 to n.
+
+    Raises:
+        ValueError: the part is not of that form.
+    """
+    number, _, count = part.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"part={part!r}; expected I/N with I from 1 to N, such as 1/4")
+    mine, parts = int(number) - 1, int(count)
+
+    def place(docid: str) -> int:
+        return int.from_bytes(hashlib.blake2b(docid.encode(), digest_size=8).digest()) % parts
+
+    return (passage for passage in passages if place(passage[0]) == mine)
+
+
 def open_index(path: str | Path) -> LocalSearch:
     """Open an index with its corpus, memory-mapped.
 
@@ -114,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog=program("atod_envs.retrieval.build"), description="Build a retrieval index.")
     parser.add_argument("--corpus", help="corpus file (.jsonl, .jsonl.gz, .parquet); not needed where --out has one")
+    parser.add_argument("--part", metavar="I/N", help="index one of N random parts, to be served as a shard")
     parser.add_argument("--out", required=True, help="folder of the corpus and its indexes")
     parser.add_argument("--backend", choices=BACKENDS, default="bm25", help="default: %(default)s")
     parser.add_argument("--model", default=MINILM, help="encoder of a dense index; default: %(default)s")
@@ -124,6 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         passages = read_passages(options.corpus) if options.corpus else None
+        if options.part:
+            if passages is None:
+                raise ValueError("--part cuts a corpus file; give it with --corpus")
+            passages = take_part(passages, options.part)
         build_index(passages, options.out, options.backend, model=options.model, kind=options.kind, half=options.half)
         opened = open_index(Path(options.out) / options.backend)
     except (AtodError, ValueError) as error:

@@ -19,7 +19,7 @@ from .actions import ANSWER_PATTERN, SEARCH_PATTERN, information, project
 from .prompts import STYLES
 from .sampling import QuestionSet
 from .scoring import score_answer
-from .sources import load_service, load_tasks
+from .sources import load_service, load_splits, load_tasks
 
 if TYPE_CHECKING:
     from atod_envs.prompting import PromptStyle
@@ -50,7 +50,7 @@ class SearchQAEnv(TextEnv):
     env_key: ClassVar[str] = "searchqa"
     default_max_turns: ClassVar[int] = 4
     label: ClassVar[str] = "dataset"
-    splits: ClassVar[tuple[str, str, str]] = ("train", "dev", "test")
+    splits: tuple[str, str, str] = ("train", "dev", "test")
     tasks: QuestionSet
 
     def __init__(
@@ -67,6 +67,7 @@ class SearchQAEnv(TextEnv):
     ) -> None:
         check_depth(topk)
         super().__init__(load_tasks(data, split, dataset), max_turns=max_turns, render_mode=render_mode)
+        self.splits = load_splits(data)
         self._service = load_service(data, retriever, corpus)
         self.blocking = not isinstance(self._service, LocalSearch)
         searched = self._service.corpus.checksum[:12] if isinstance(self._service, LocalSearch) else "remote"

@@ -137,6 +137,19 @@ def parse_datasets(dataset: str | Mapping[str, float] | Iterable[str] | None) ->
     return weights
 
 
+def purposes(questions: Sequence[Question]) -> tuple[str, str, str]:
+    """The splits to train on, to choose checkpoints on and to report on.
+
+    Some public sets are evaluated on `dev` because the answers of their `test` are secret. Where that is so, `eval` is
+    reported on, which has all sets, and `dev` questions that a checkpoint was chosen by may be among them.
+    """
+    held_out = {question.dataset for question in questions if question.split != "train"}
+    tested = {question.dataset for question in questions if question.split == "test"}
+    report = "test" if tested == held_out else EVAL
+    choose = "dev" if any(question.split == "dev" for question in questions) else report
+    return "train", choose, report
+
+
 def select(
     questions: Sequence[Question], split: str, dataset: str | Mapping[str, float] | Iterable[str] | None
 ) -> QuestionSet:

@@ -14,9 +14,9 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from atod_envs.errors import DataError
 from atod_envs.retrieval.bm25 import BM25Index
@@ -24,13 +24,19 @@ from atod_envs.retrieval.corpus import Corpus, read_passages
 from atod_envs.retrieval.protocol import LocalSearch, SearchService
 
 from .questions import Question, load_questions
-from .sampling import QuestionSet, parse_datasets, select
+from .sampling import QuestionSet, parse_datasets, purposes, select
+
+if TYPE_CHECKING:
+    from .builtin import World
 
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()
 
 BUILTIN: Final = "builtin"
-"""Names the built-in world as data."""
+"""Names the built-in world as data; with `:7` behind it, the encyclopedia of that seed."""
+
+ENCYCLOPEDIAS: Final = 4
+"""Encyclopedias that are kept in memory at a time; each takes some 10 MB."""
 
 CORPUS_NAMES: Final = ("passages", "corpus", "wiki-18", "wiki18")
 _CORPUS_SUFFIXES: Final = (".jsonl", ".jsonl.gz", ".parquet")
@@ -45,13 +51,22 @@ def load_tasks(
         DataError: a file is missing or broken.
         UnknownName: no question has that split or data set.
     """
-    data = _chosen(data)
+    source = _chosen(data)
     weights = parse_datasets(dataset)
     chosen = None if weights is None else tuple(weights.items())
     with _lock:
-        if data is None:
-            return _selected(None, (0, 0), split, chosen)
-        return _selected(Path(data).resolve(), _stamp(Path(data)), split, chosen)
+        if isinstance(source, int):
+            return _selected_builtin(source, split, chosen)
+        return _selected(source.resolve(), _stamp(source), split, chosen)
+
+
+def load_splits(data: str | Path | None) -> tuple[str, str, str]:
+    """The splits to train on, to choose checkpoints on and to report on; see `sampling.purposes`."""
+    source = _chosen(data)
+    with _lock:
+        if isinstance(source, int):
+            return purposes(_encyclopedia(source).questions)
+        return purposes(_questions(source.resolve(), _stamp(source)))
 
 
 def load_service(
@@ -62,30 +77,31 @@ def load_service(
     Raises:
         DataError: a file is missing or broken, or no corpus is known for the retriever that was asked for.
     """
-    data = _chosen(data)
     with _lock:  # environments made in threads share one load
-        return _service(data, retriever, corpus)
+        return _service(_chosen(data), retriever, corpus)
 
 
-def _chosen(data: str | Path | None) -> str | Path | None:
-    """The data folder or file to use; `None` is the built-in world."""
-    if data is None:
-        data = os.environ.get("SEARCHQA_DATA") or BUILTIN
-    return None if data == BUILTIN else data
+def _chosen(data: str | Path | None) -> Path | int:
+    """The data folder or file to use, or the seed of an encyclopedia that is made here."""
+    from .builtin import SEED
+
+    name = str(os.environ.get("SEARCHQA_DATA") or BUILTIN if data is None else data)
+    kind, colon, seed = name.partition(":")
+    if kind != BUILTIN or (colon and not seed.isdecimal()):
+        return Path(name)
+    return int(seed) if colon else SEED
 
 
-def _service(
-    data: str | Path | None, retriever: str | Path | SearchService, corpus: str | Path | None
-) -> SearchService:
+def _service(data: Path | int, retriever: str | Path | SearchService, corpus: str | Path | None) -> SearchService:
     if not isinstance(retriever, (str, Path)):
         return retriever
     name = str(retriever)
     if name.startswith(("http://", "https://")):
         return _remote(name)
     if name in ("bm25", "lucene"):
-        if corpus is None and data is None:
-            return _builtin_search(name)
-        file = Path(corpus) if corpus is not None else find_corpus(Path(data or "."))
+        if corpus is None and isinstance(data, int):
+            return _builtin_search(data, name)
+        file = Path(corpus) if corpus is not None else find_corpus(data if isinstance(data, Path) else Path())
         return _indexed(index_folder(file, name), file.resolve(), name)
     from atod_envs.retrieval.build import open_index
 
@@ -124,10 +140,9 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 @cache
 def _selected(
-    path: Path | None, stamp: tuple[int, int], split: str, weights: tuple[tuple[str, float], ...] | None
+    path: Path, stamp: tuple[int, int], split: str, weights: tuple[tuple[str, float], ...] | None
 ) -> QuestionSet:
-    questions = _builtin_questions() if path is None else _questions(path, stamp)
-    return select(questions, split, None if weights is None else dict(weights))
+    return select(_questions(path, stamp), split, None if weights is None else dict(weights))
 
 
 @cache
@@ -135,18 +150,21 @@ def _questions(path: Path, stamp: tuple[int, int]) -> Sequence[Question]:
     return tuple(load_questions(path))
 
 
-@cache
-def _builtin_questions() -> Sequence[Question]:
-    from .builtin import world
+@lru_cache(ENCYCLOPEDIAS)
+def _encyclopedia(seed: int) -> World:
+    from .builtin import SEED, make_world, world
 
-    return world().questions
+    return world() if seed == SEED else make_world(seed)
 
 
-@cache
-def _builtin_search(backend: str) -> SearchService:
-    from .builtin import world
+@lru_cache(8 * ENCYCLOPEDIAS)
+def _selected_builtin(seed: int, split: str, weights: tuple[tuple[str, float], ...] | None) -> QuestionSet:
+    return select(_encyclopedia(seed).questions, split, None if weights is None else dict(weights))
 
-    passages = list(world().passages())
+
+@lru_cache(ENCYCLOPEDIAS)
+def _builtin_search(seed: int, backend: str) -> SearchService:
+    passages = list(_encyclopedia(seed).passages())
     corpus = Corpus.build(passages)
     if backend == "bm25":
         return LocalSearch(BM25Index.build(passages), corpus)

@@ -51,7 +51,7 @@ class WebShopEnv(TextEnv):
     env_key: ClassVar[str] = "webshop"
     default_max_turns: ClassVar[int] = 15
     label: ClassVar[str] = "category"
-    splits: ClassVar[tuple[str, str, str]] = ("train", "dev", "test")
+    splits: tuple[str, str, str] = ("train", "dev", "test")
 
     def __init__(
         self,

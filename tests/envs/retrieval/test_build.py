@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from atod_envs.errors import DataError, UnknownName
-from atod_envs.retrieval.build import build_index, main, open_index
+from atod_envs.retrieval.build import build_index, main, open_index, take_part
 from atod_envs.retrieval.corpus import Corpus, contents_of, read_passages, title_and_text
 from atod_envs.retrieval.dense import DenseIndex, EncoderSettings, TransformersEncoder, settings_for
 from atod_envs.retrieval.hybrid import HybridRetriever, fuse
@@ -133,6 +133,19 @@ def test_the_command(tmp_path, capsys):
     assert main(["--out", str(tmp_path / "w"), "--backend", "bm25"]) == 0
     assert main(["--corpus", str(tmp_path / "missing"), "--out", str(tmp_path / "v")]) == 1
     assert "error: " in capsys.readouterr().err
+
+
+def test_parts_are_random_and_together_the_whole(tmp_path, capsys):
+    passages = [(str(number), f'"t {number}"\ntext') for number in range(3000)]
+    parts = [list(take_part(passages, f"{number}/3")) for number in (1, 2, 3)]
+    assert sorted(passage for part in parts for passage in part) == sorted(passages)
+    assert all(900 < len(part) < 1100 for part in parts)
+    assert list(take_part(passages[::-1], "2/3")) == parts[1][::-1]
+    for wrong in ("0/3", "4/3", "2", "a/b", ""):
+        with pytest.raises(ValueError, match="expected I/N"):
+            take_part(passages, wrong)
+    assert main(["--out", str(tmp_path / "x"), "--part", "1/2"]) == 1
+    assert "--corpus" in capsys.readouterr().err
 
 
 def test_the_progress_bar():

@@ -9,7 +9,7 @@ import pytest
 
 from atod_envs.errors import DataError, UnknownName
 from atod_envs.searchqa.questions import DATASETS, Question, load_questions
-from atod_envs.searchqa.sampling import QuestionSet, parse_datasets, select, summarise
+from atod_envs.searchqa.sampling import QuestionSet, parse_datasets, purposes, select, summarise
 
 
 def test_the_real_files(realdata):
@@ -185,6 +185,19 @@ def test_results_per_set():
     assert table["all"].em == pytest.approx(0.5)
     with pytest.raises(ValueError, match="no results"):
         summarise([])
+
+
+def _held_out(**splits):
+    questions = [Question(f"{s}/{d}", d, s, "q", ("a",)) for d, names in splits.items() for s in names.split()]
+    return purposes(questions)
+
+
+def test_splits_by_purpose_follow_the_data():
+    """Public files: some sets have only dev, some only test; a report on test alone would leave sets out."""
+    assert _held_out(nq="train dev test", popqa="dev test") == ("train", "dev", "test")
+    assert _held_out(nq="train test", hotpotqa="train dev") == ("train", "dev", "eval")
+    assert _held_out(nq="train test", hotpotqa="test") == ("train", "test", "test")
+    assert _held_out(hotpotqa="train dev") == ("train", "dev", "eval")
 
 
 def test_wrong_names_say_what_is_allowed():

@@ -18,9 +18,11 @@ import pytest
 
 from atod_envs.retrieval import BM25Index
 from atod_envs.retrieval.batching import Batcher
+from atod_envs.retrieval.build import take_part
 from atod_envs.retrieval.corpus import Corpus
 from atod_envs.retrieval.http import HttpSearch, ShardedSearch
 from atod_envs.retrieval.protocol import LocalSearch, Passage, RetrievalError
+from atod_envs.searchqa.builtin import world
 from atod_envs.searchqa.env import SearchQAEnv
 from atod_envs.searchqa.serve import RetrievalServer, main
 
@@ -338,6 +340,33 @@ def test_shards_answer_as_one():
         ShardedSearch([Part([]), Down()]).retrieve(["q"], 1)
     with pytest.raises(ValueError, match="no shards"):
         ShardedSearch([])
+
+
+def test_shards_behind_http_are_one_search_until_one_is_down():
+    """Random parts of the built-in corpus on servers of their own, and a server before them."""
+    made = world()
+    passages = list(made.passages())
+    whole = LocalSearch(BM25Index.build(passages), Corpus.build(passages))
+    names = [entity.name for entity in made.entities["test"] if entity.kind == "person"][:60]
+    with contextlib.ExitStack() as stack:
+        parts = []
+        for number in (1, 2, 3):
+            part = list(take_part(passages, f"{number}/3"))
+            parts.append(stack.enter_context(serving(LocalSearch(BM25Index.build(part), Corpus.build(part)))))
+        clients = [HttpSearch(part.url, retries=1, sleep=lambda _: None) for part in parts]
+        front = stack.enter_context(serving(ShardedSearch(clients)))
+        client = HttpSearch(front.url, retries=0)
+        found, exact = client.retrieve(names, 3), whole.retrieve(names, 3)
+        assert {passage.docid for row in found for passage in row} <= set(dict(passages))
+        assert all(row[0].contents.startswith(f'"{name}"') for name, row in zip(names, found, strict=True))
+        same = sum(len({p.docid for p in a} & {p.docid for p in b}) for a, b in zip(found, exact, strict=True))
+        assert same >= 0.85 * 3 * len(names)  # word statistics of the parts differ a little
+        parts[1].shutdown()
+        parts[1].server_close()
+        with pytest.raises(RetrievalError, match=parts[1].url):
+            client.retrieve(names[:1], 3)
+        for each in (client, *clients):
+            each.close()
 
 
 def test_the_command_serves_the_built_in_world(capsys):
