@@ -23,7 +23,8 @@ class TrainConfig:
     data: str | None = None
     """Data folder of the environment; by default its own variable (e.g. $ALFWORLD_DATA), else the built-in world."""
     option: tuple[str, ...] = ()
-    """Any other arguments of the environment, as key=value: --option dataset=nq,hotpotqa split_style=verl-agent."""
+    """Any other arguments of the environment, as key=value: --option dataset=nq,hotpotqa split_style=verl-agent. With a split before
+    it, for that split alone: train.dataset=nq:2,hotpotqa:1."""
     student: str = "builtin"
     """Model to train: a folder, a hub id, or 'builtin'."""
     teacher: str = "builtin"

@@ -59,9 +59,14 @@ def make_env(config: TrainConfig, split: str | None = None) -> gym.Env[str, str]
         UnknownName: no environment of that id is registered.
     """
     try:
-        options = read_options(config.option)
+        given = read_options(config.option)
     except ValueError as error:
         raise AtodError(str(error)) from error
+    options: dict[str, Any] = {}
+    for key, value in given.items():
+        where, dot, name = key.rpartition(".")
+        if not dot or where == (split or "train"):
+            options[name] = value
     options |= {"data": config.data, "max_turns": config.max_turns}
     if split is not None:
         options["split"] = split
