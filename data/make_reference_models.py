@@ -53,7 +53,7 @@ class Recipe:
         tokenizer: makes the tokenizer.
         shapes: by role, the arguments of ``Qwen3Config`` that set the size.
         imitation: by role, how long it imitates.
-        copying: begin with heads that copy and compare; see ``new_model``.
+        copying: begin with heads that copy; see ``teach_copying``.
         grpo_steps: steps of GRPO after the teacher's imitation.
     """
 
@@ -108,7 +108,7 @@ def household_words() -> list[str]:
 # --- Search-QA ----------------------------------------------------------------------------------------------------------
 
 
-SINGLE_ROUNDS = 10
+SINGLE_ROUNDS = 6
 """Rounds over questions that one search answers, before all kinds are asked."""
 
 
@@ -210,8 +210,8 @@ RECIPES: Mapping[str, Recipe] = {
         encyclopedia_tokenizer,
         {"student": shape(2, 4, 4, 32, 192), "teacher": shape(3, 4, 4, 32, 192)},
         {
-            "student": ImitationOptions(rounds=20, episodes=400, lr=4e-3, last_beta=0.5, batch_tokens=2048, seed=1),
-            "teacher": ImitationOptions(rounds=40, episodes=400, lr=4e-3, last_beta=0.5, batch_tokens=2048, seed=1),
+            "student": ImitationOptions(20, 400, epochs=1, lr=3e-3, last_beta=0.5, batch_tokens=2048, seed=1),
+            "teacher": ImitationOptions(40, 400, epochs=1, lr=3e-3, last_beta=0.5, batch_tokens=2048, seed=1),
         },
         copying=True,
     ),
@@ -236,8 +236,7 @@ def new_model(tokenizer: Any, size: Mapping[str, int], seed: int, *, copying: bo
         tokenizer: sets the vocabulary.
         size: sets the shape.
         seed: of the weights.
-        copying: what a head puts out begins as what it reads (O is V transposed), and all layers but the first begin by comparing
-            like with like (Q is K). Copying names that were never seen is then found in hundreds of updates, not thousands.
+        copying: begin with heads that copy; see ``teach_copying``.
     """
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -247,6 +246,8 @@ def new_model(tokenizer: Any, size: Mapping[str, int], seed: int, *, copying: bo
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
+        # Published Qwen3 models have this base: half of a head then still compares like with like 200 tokens apart.
+        **({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}} if copying else {}),
         **size,
     )
     model = Qwen3ForCausalLM(config)
@@ -254,12 +255,60 @@ def new_model(tokenizer: Any, size: Mapping[str, int], seed: int, *, copying: bo
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(0, 0.05 if "embed" in name else size["hidden_size"] ** -0.5)
-        for number, layer in enumerate(model.model.layers if copying else ()):
-            attention = layer.self_attn
-            attention.o_proj.weight.copy_(attention.v_proj.weight.T)
-            if number:
-                attention.q_proj.weight.copy_(attention.k_proj.weight)
+        if copying:
+            teach_copying(model)
     return model
+
+
+def teach_copying(model: Any) -> None:
+    """Put the circuit that continues a name (an induction head) into the first two layers.
+
+    A model learns this circuit by itself, from far more text than the little that is needed for the rest. One head of the first layer
+    looks at the token before; three of the second look for a place where the token before is the present one, and say what
+    stands there. It holds for any token, seen or not, and training may change all of it.
+    """
+    config = model.config
+    width, dim = config.hidden_size, config.head_dim
+    half, fast = dim // 2, 5
+    # Three subspaces beside dimension 0: what a token is (twice), and what the token before it is.
+    basis = torch.zeros(width, width - 1)
+    basis[1:] = torch.linalg.qr(torch.randn(width - 1, width - 1))[0]
+    own, before, rest = basis[:, :dim], basis[:, dim : 2 * dim], basis[:, 2 * dim :]
+    model.model.embed_tokens.weight.normal_(0, 0.2)
+    model.model.embed_tokens.weight[:, 0] = (
+        1.0  # a constant to build fixed queries from; in the output it favours no token
+    )
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.o_proj.weight.copy_(0.1 * attention.v_proj.weight.T)
+        layer.mlp.down_proj.weight.mul_(0.1)
+
+    first = model.model.layers[0].self_attn
+    angles = 1e6 ** (-torch.arange(half) / half)
+    strength = torch.zeros(half)
+    strength[:fast] = torch.tensor([0.45, 0.2, 0.15, 0.1, 0.1]).sqrt()
+    first.k_proj.weight[:dim] = 0.0
+    first.k_proj.weight[:half, 0] = strength
+    first.q_proj.weight[:dim] = 0.0
+    # The query is the key turned one step back.
+    first.q_proj.weight[:half, 0] = strength * torch.cos(angles)
+    first.q_proj.weight[half:dim, 0] = -strength * torch.sin(angles)
+    first.q_norm.weight[:fast] = first.q_norm.weight[half : half + fast] = 3.0
+    first.v_proj.weight[:dim] = own.T
+    first.o_proj.weight[:, :dim] = before
+
+    second = model.model.layers[1].self_attn
+    slow = torch.cat([torch.arange(fast, half), torch.arange(half + fast, dim)])  # what the distance hardly turns
+    for head, said in enumerate((own, rest[:, :dim])):
+        rows = slice(head * dim, (head + 1) * dim)
+        second.q_proj.weight[rows] = 0.0
+        second.k_proj.weight[rows] = 0.0
+        second.q_proj.weight[rows][slow] = own.T[slow]
+        second.k_proj.weight[rows][slow] = before.T[slow]
+        second.v_proj.weight[rows] = 0.0
+        second.v_proj.weight[rows][: said.shape[1]] = said.T
+        second.o_proj.weight[:, rows] = 3 * second.v_proj.weight[rows].T
+    second.q_norm.weight.fill_(2.0)
 
 
 def imitator(recipe: Recipe, role: str, tokenizer: Any, out: Path) -> None:
