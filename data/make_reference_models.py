@@ -137,8 +137,8 @@ def encyclopedia_tokenizer() -> Any:
 # --- WebShop ------------------------------------------------------------------------------------------------------------
 
 
-def shop() -> gym.Env[str, str]:
-    """The built-in shop's training goals."""
+def shop(number: int = 0) -> gym.Env[str, str]:
+    """The built-in shop's training goals, in every round."""
     return gym.make(
         "atod/WebShop-v0",
         data="builtin",
@@ -210,7 +210,7 @@ RECIPES: Mapping[str, Recipe] = {
         encyclopedia_tokenizer,
         {"student": shape(2, 4, 4, 32, 192), "teacher": shape(3, 4, 4, 32, 192)},
         {
-            "student": ImitationOptions(20, 400, epochs=1, lr=3e-3, last_beta=0.5, batch_tokens=2048, seed=1),
+            "student": ImitationOptions(18, 400, epochs=1, lr=3e-3, last_beta=0.5, batch_tokens=2048, seed=1),
             "teacher": ImitationOptions(40, 400, epochs=1, lr=3e-3, last_beta=0.5, batch_tokens=2048, seed=1),
         },
         copying=True,
@@ -219,7 +219,7 @@ RECIPES: Mapping[str, Recipe] = {
         "atod/WebShop-v0",
         shop,
         shop_tokenizer,
-        {"student": shape(96, 2), "teacher": shape(96, 3)},
+        {"student": shape(2, 6, 2, 16, 288), "teacher": shape(3, 6, 2, 16, 288)},
         {
             "student": ImitationOptions(rounds=5, epochs=4, batch_tokens=2048, last_beta=0.4, seed=1),
             "teacher": ImitationOptions(rounds=12, epochs=4, batch_tokens=2048, last_beta=0.5, seed=2),
@@ -264,7 +264,7 @@ def teach_copying(model: Any) -> None:
     """Put the circuit that continues a name (an induction head) into the first two layers.
 
     A model learns this circuit by itself, from far more text than the little that is needed for the rest. One head of the first layer
-    looks at the token before; three of the second look for a place where the token before is the present one, and say what
+    looks at the token before; two of the second look for a place where the token before is the present one, and say what
     stands there. It holds for any token, seen or not, and training may change all of it.
     """
     config = model.config
