@@ -166,7 +166,7 @@ BUILTIN: dict[str, Any] = {
 
 BUILTIN_WORLDS: dict[str, dict[str, Any]] = {
     "atod/ALFWorld-v0": {"steps": 150, "max_turns": 14},
-    "atod/WebShop-v0": {"steps": 60, "max_turns": 6, "max_response": 32},
+    "atod/WebShop-v0": {"steps": 100, "max_turns": 6, "max_response": 32, "lr": 1.5e-3},
     "atod/SearchQA-v0": {"steps": 60, "max_turns": 4, "lr": 2e-4},
 }
 """Registered id -> what the reference models of that environment need beside, or instead of, ``BUILTIN``."""
