@@ -18,22 +18,22 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def settings(folder, **changed):
-    return GRPOConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        max_steps=1,
-        per_device_train_batch_size=4,
-        num_generations=4,
-        learning_rate=1e-2,
-        beta=0.0,
-        report_to=[],
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        **changed,
-    )
+    usual = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "learning_rate": 1e-2,
+        "beta": 0.0,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
+    return GRPOConfig(**{**usual, **changed})
 
 
 def low_ids_are_better(*, completion_ids, **_):
@@ -104,6 +104,35 @@ def test_rollouts_are_reproducible_and_groups_differ(tmp_path):
     first = play()
     assert first == play()
     assert len({str(episode) for episode in first}) > 1
+
+
+def test_low_rank_adapters_accumulation_and_evaluation(tmp_path):
+    """What else a run does: adapters, several updates of the same episodes, an evaluation between them."""
+    peft = pytest.importorskip("peft", reason="peft is not installed (extra 'lora')")
+    tokens = tiny.tokenizer()
+    rollout = TRLRollout("atod/ALFWorld-v0", style="atod", max_tokens=4, max_turns=2, data="builtin")
+    asked = []
+
+    def play(prompts, trainer):
+        asked.append((len(prompts), trainer.state.global_step))
+        return rollout(prompts, trainer)
+
+    changed = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_iterations": 2}
+    changed |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2, "num_generations_eval": 2}
+    trainer = GRPOTrainer(
+        model=tiny.model(tokens),
+        processing_class=tokens,
+        reward_funcs=[environment_reward, low_ids_are_better],
+        args=settings(tmp_path, **changed),
+        train_dataset=Dataset.from_list(rollout.prompts(rollout.tasks[:2])),
+        eval_dataset=Dataset.from_list(rollout.prompts(rollout.tasks[2:3])),
+        rollout_func=play,
+        peft_config=peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    assert asked == [(4, 0), (2, 2)]
+    log = trainer.state.log_history
+    assert log[0]["grad_norm"] > 0 and any("eval_reward" in entry for entry in log)
 
 
 def test_windows_are_refused_and_conversations_are_not():
