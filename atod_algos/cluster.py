@@ -1,7 +1,8 @@
 """Episodes on a Ray cluster: workers hold environments and an engine each, groups are work.
 
-Whichever worker is free takes the next groups, so a slow one holds up nobody but its own. Weights go through Ray's object store: once
-per step into it, once per node out of it. A worker that dies or falls silent is replaced, and what it was playing is played again.
+A worker takes groups as it has room for them, and takes more as its own end, so a slow one holds up nothing but what it holds. Weights go
+through Ray's object store: once a step into it, once for each node out of it. A worker that dies or falls silent is replaced, and what it
+had taken is played again.
 
 The invariant: every group is in the result exactly once, played with the weights of that call. Seeds come from the specs, so who played
 makes no difference.
@@ -16,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from atod_algos.player import LocalPlayers
@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 
 _START_SECONDS = 300.0
 """A worker that has not loaded its model by then will not."""
-_CALLS_PER_WORKER = 3
-"""Work is cut so that each worker is asked about this often: fewer calls idle at the end, more batch worse."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Fleet:
     gpus: float = 0.0
     """GPUs for each."""
     patience: float = 1800.0
-    """Seconds without an answer after which a worker counts as lost."""
+    """Seconds after which a worker that has not come to the end of a step's episodes counts as lost."""
     losses: int = 8
     """Workers that may be lost in one step before the run stops."""
 
@@ -63,23 +61,68 @@ class _Worker:
         return os.getpid()
 
     def play(
-        self,
-        how: tuple[str, float, float],
-        specs: list[EpisodeSpec],
-        limits: RolloutLimits | None,
-        weights: list[Any],
-        version: int,
-    ) -> list[Trajectory]:
+        self, how: tuple[str, float, float], limits: RolloutLimits | None, weights: list[Any], version: int, work: Any
+    ) -> tuple[list[int], list[Trajectory]]:
+        """Play groups until none are left; returns the places of their episodes, and the episodes."""
+        import ray
+
         try:
             if self._version != version:
-                import ray
-
                 # The reference comes inside a list, so that Ray does not fetch the weights for workers that have them.
                 self._players.load_weights(ray.get(weights[0]).items(), version)
                 self._version = version
-            return self._players.on(*how).play(specs, limits)
+            places: list[int] = []
+
+            def more(room: int, finished: int) -> list[EpisodeSpec] | None:
+                taken = ray.get(work.take.remote(os.getpid(), room, len(places) - finished))
+                if taken is None:
+                    return None
+                places.extend(place for place, _ in taken)
+                return [spec for _, spec in taken]
+
+            return places, self._players.on(*how).play((), limits, more=more)
         except Exception as error:  # not every exception survives the way to the driver; its words do
             raise AtodError(f"{type(error).__name__}: {error}") from None
+
+
+class _Work:
+    """The groups of a step that nobody has taken yet. An actor of its own, so that workers need not wait for the driver."""
+
+    def __init__(self, specs: list[EpisodeSpec], workers: int) -> None:
+        groups: dict[str, list[tuple[int, EpisodeSpec]]] = {}
+        for place, spec in enumerate(specs):
+            groups.setdefault(spec.group_id, []).append((place, spec))
+        self._left = deque(groups.values())
+        # Nobody holds more than its share at a time: whoever comes first would take everything.
+        self._share = math.ceil(len(specs) / workers)
+        self._taken: dict[int, list[list[tuple[int, EpisodeSpec]]]] = {}
+        self._running: dict[int, int] = {}
+        self._total = len(specs)
+
+    def take(self, worker: int, room: int, running: int) -> list[tuple[int, EpisodeSpec]] | None:
+        """Groups for a worker: as many as it has room for, but no more than its share; None when there are none left."""
+        self._running[worker] = running
+        if not self._left:
+            return None
+        taken: list[tuple[int, EpisodeSpec]] = []
+        while self._left and (not taken or len(taken) + len(self._left[0]) <= room):
+            if running + len(taken) and running + len(taken) + len(self._left[0]) > self._share:
+                break
+            group = self._left.popleft()
+            self._taken.setdefault(worker, []).append(group)
+            taken += group
+        self._running[worker] += len(taken)
+        return taken
+
+    def give_back(self, worker: int) -> None:
+        """A worker is lost: all that it took is to be taken again."""
+        self._left.extendleft(reversed(self._taken.pop(worker, [])))
+        self._running.pop(worker, None)
+
+    def finished(self) -> int:
+        """Episodes that have come to their end, as far as the workers have said."""
+        waiting = sum(len(group) for group in self._left)
+        return self._total - waiting - sum(self._running.values())
 
 
 class RayPlayers:
@@ -101,6 +144,7 @@ class RayPlayers:
             _connect(ray)
         _require_resources(ray, fleet)
         self._actor = ray.remote(num_cpus=fleet.cpus, num_gpus=fleet.gpus, max_restarts=0)(_Worker)
+        self._dispenser = ray.remote(num_cpus=0)(_Work)
         self._weights: Any = None
         self._version = -1
         self._workers: list[Any] = []
@@ -139,39 +183,41 @@ class RayPlayers:
         """Play all episodes on whichever workers are free; ``how`` is what ``on`` was asked for, the rest as in ``Plays.play``."""
         if self._weights is None:
             raise AtodError("the workers have no weights yet; call load_weights before play")
-        waiting = deque(_calls(specs, self._fleet.workers))
-        running: dict[Any, _Call] = {}
-        idle = deque(self._workers)
+        work = self._dispenser.remote(list(specs), len(self._workers))
         finished: dict[int, Trajectory] = {}
-        losses = 0
-        while waiting or running:
-            while waiting and idle:
-                call = _Call(idle.popleft(), waiting.popleft(), time.monotonic())
-                chosen = [specs[place] for place in call.places]
-                future = call.worker.play.remote(how, chosen, limits, [self._weights], self._version)
-                running[future] = call
-            done, _ = self._ray.wait(list(running), num_returns=1, timeout=min(5.0, self._fleet.patience))
+        running: dict[Any, _Call] = {}
+
+        def give(worker: Any) -> None:
+            future = worker.play.remote(how, limits, [self._weights], self._version, work)
+            running[future] = _Call(worker, self.pids[self._workers.index(worker)], time.monotonic())
+
+        for worker in self._workers:
+            give(worker)
+        losses = shown = 0
+        while running:
+            done, _ = self._ray.wait(list(running), num_returns=1, timeout=min(1.0, self._fleet.patience))
             for future in [*done, *self._silent(running, done)]:
                 call = running.pop(future)
                 answer = self._answer(future) if future in done else None
-                if answer is None:
-                    losses += 1
-                    if losses > self._fleet.losses:
-                        raise AtodError(
-                            f"{losses} rollout workers were lost in one step; look at the nodes' memory and at Ray's logs. The same "
-                            "command goes on from the last checkpoint"
-                        )
-                    log.warning("a rollout worker was lost; its %d episodes are played again", len(call.places))
-                    idle.append(self._replace(call.worker))
-                    waiting.appendleft(call.places)
+                if answer is not None:
+                    finished.update(zip(*answer, strict=True))
                     continue
-                idle.append(call.worker)
-                finished.update(zip(call.places, answer, strict=True))
-                if on_finish is not None:
-                    on_finish(len(finished))
+                losses += 1
+                if losses > self._fleet.losses:
+                    raise AtodError(
+                        f"{losses} rollout workers were lost in one step; look at the nodes' memory and at Ray's logs. The same "
+                        "command goes on from the last checkpoint"
+                    )
+                log.warning("a rollout worker was lost; what it had taken is played again")
+                self._ray.get(work.give_back.remote(call.pid))
+                give(self._replace(call.worker))
+            if on_finish is not None and (now := self._ray.get(work.finished.remote())) > shown:
+                shown = now
+                on_finish(shown)
+        self._ray.kill(work)
         return [finished[place] for place in range(len(specs))]
 
-    def _answer(self, future: Any) -> list[Trajectory] | None:
+    def _answer(self, future: Any) -> tuple[list[int], list[Trajectory]] | None:
         """What a call returned; None if its worker died.
 
         Raises:
@@ -180,7 +226,8 @@ class RayPlayers:
         from ray.exceptions import RayActorError, RayTaskError
 
         try:
-            return list(self._ray.get(future))
+            places, trajectories = self._ray.get(future)
+            return places, trajectories
         except RayActorError:
             return None
         except RayTaskError as error:
@@ -237,18 +284,8 @@ class RayRollout:
 @dataclass(slots=True)
 class _Call:
     worker: Any
-    places: list[int]
+    pid: int
     since: float
-
-
-def _calls(specs: Sequence[EpisodeSpec], workers: int) -> list[list[int]]:
-    """Places of the specs, cut into calls of whole groups."""
-    groups: dict[str, list[int]] = {}
-    for place, spec in enumerate(specs):
-        groups.setdefault(spec.group_id, []).append(place)
-    each = math.ceil(len(groups) / (workers * _CALLS_PER_WORKER))
-    members = list(groups.values())
-    return [list(chain(*members[start : start + each])) for start in range(0, len(members), each)]
 
 
 def _ray() -> Any:

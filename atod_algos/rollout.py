@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -72,6 +73,9 @@ class RolloutLimits:
 
 OnFinish = Callable[[int], None]
 """Told the number of finished episodes."""
+
+MoreEpisodes = Callable[[int, int], "Sequence[EpisodeSpec] | None"]
+"""(places free, episodes finished) -> episodes to go on with: none of them for the moment, or None for never again."""
 
 
 class Plays(Protocol):
@@ -140,6 +144,7 @@ class Rollout:
         specs: Sequence[EpisodeSpec],
         limits: RolloutLimits | None = None,
         on_finish: Callable[[int], None] | None = None,
+        more: MoreEpisodes | None = None,
     ) -> list[Trajectory]:
         """Play all episodes.
 
@@ -147,9 +152,10 @@ class Rollout:
             specs: what to play.
             limits: an algorithm's limits.
             on_finish: called with the number of finished episodes whenever one ends.
+            more: asked for further episodes whenever there is room.
 
         Returns:
-            One trajectory an episode, in the order of ``specs``.
+            One trajectory an episode, in the order of ``specs`` and of what ``more`` gave.
 
         Raises:
             AtodError: more environments raised than are tolerated, or one could not even begin; names the task.
@@ -157,7 +163,8 @@ class Rollout:
         finished: dict[int, Trajectory] = {}
         running: dict[str, _Episode] = {}
         stepping: dict[Future[_Answer], tuple[_Episode, str]] = {}
-        waiting = list(enumerate(specs))[::-1]
+        waiting = deque(enumerate(specs))
+        total = len(waiting)
 
         def end(episode: _Episode, trajectory: Trajectory) -> None:
             finished[episode.index] = trajectory
@@ -177,9 +184,9 @@ class Rollout:
                 failed.append(episode.index)
                 place = f"turn {episode.turn} of task {episode.spec.task_id!r} (seed {episode.spec.seed})"
                 what = f"the environment raised {type(error).__name__}: {error} at {place}, answering {response!r}"
-                if len(failed) > self.tolerated * len(specs):
+                if len(failed) > self.tolerated * total:
                     raise AtodError(
-                        f"{what}; {len(failed)} of {len(specs)} episodes have failed so. Mend the environment and run the same "
+                        f"{what}; {len(failed)} of {total} episodes have failed so. Mend the environment and run the same "
                         "command to go on from the last checkpoint"
                     ) from error
                 log.warning("%s; the episode is left out", what)
@@ -214,9 +221,17 @@ class Rollout:
             else:
                 ask(episode, message, stopped)
 
-        while waiting or running or stepping:
+        while waiting or running or stepping or more is not None:
+            room = self.concurrency - len(running) - len(stepping)
+            if more is not None and not waiting and room > 0:
+                further = more(room, len(finished))
+                if further is None:
+                    more = None
+                else:
+                    waiting.extend(enumerate(further, total))
+                    total += len(further)
             while waiting and len(running) + len(stepping) < self.concurrency:
-                index, spec = waiting.pop()
+                index, spec = waiting.popleft()
                 episode = _Episode(index, spec, self._environment(limits))
                 message, trajectory = self._begin_or_say(episode, limits)
                 if trajectory is None:
@@ -239,7 +254,7 @@ class Rollout:
                     episode, response = stepping.pop(future)
                     answer = step(episode, response, future.result)
                     settle(episode, answer, episode.conversation[-1] in self.chat.stop_ids)
-        return [finished[index] for index in range(len(specs))]
+        return [finished[index] for index in range(total)]
 
     def play_groups(
         self,
