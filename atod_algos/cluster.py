@@ -215,6 +215,8 @@ class RayPlayers:
                 shown = now
                 on_finish(shown)
         self._ray.kill(work)
+        if on_finish is not None and shown < len(specs):
+            on_finish(len(specs))
         return [finished[place] for place in range(len(specs))]
 
     def _answer(self, future: Any) -> tuple[list[int], list[Trajectory]] | None:
