@@ -46,7 +46,7 @@ def commands() -> dict[str, Command]:
             "train an agent: atod train ALGORITHM [options]",
             {**dict(sorted(algorithms.items())), "imitation": "atod_algos.imitation"},
         ),
-        "evaluate": Command("play fixed panels of tasks, or compare two results", {"": "atod_algos.evaluate.command"}),
+        "eval": Command("play fixed panels of tasks, or compare two results", {"": "atod_algos.evaluate.command"}),
         "report": Command("show every turn of a run, and why it was weighted", {"": "atod_algos.report.command"}),
         "study": Command("compare methods over environments and seeds", {"": "atod_algos.study.command"}),
         "plan": Command("how long a training step takes on a given cluster", {"": "atod_algos.pipeline"}),
@@ -55,8 +55,9 @@ def commands() -> dict[str, Command]:
             {word: f"atod_envs.datasets.command {word}" for word in ("status", "get", "verify", "build")},
         ),
         "serve": Command(
-            "the shop, a search engine or a teacher over HTTP: atod serve shop|search|teacher",
+            "environments, the shop, a search engine or a teacher over HTTP: atod serve env|shop|search|teacher",
             {
+                "env": "atod_envs.serve.command",
                 "shop": "atod_envs.webshop.serve",
                 "search": "atod_envs.searchqa.serve",
                 "teacher": "atod_algos.serve",
@@ -73,6 +74,9 @@ def commands() -> dict[str, Command]:
         ),
     }
 
+
+ALIASES: Mapping[str, str] = MappingProxyType({"evaluate": "eval"})
+"""Other names of commands."""
 
 ALGORITHM = "algorithm:"
 """Before the name of an algorithm, which is run by its entry point rather than by its module."""
@@ -115,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(_version())
         return 0
-    name, rest = words[0], words[1:]
+    name, rest = ALIASES.get(words[0], words[0]), words[1:]
     if name == "completion":
         return _completion(rest)
     if name not in known:
