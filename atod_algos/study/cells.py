@@ -101,10 +101,15 @@ def finish_cell(
 
     Raises:
         Busy: another process is at it.
+        AtodError: the cell was trained with another learning rate.
     """
     folder = study / world.name / method.name / f"seed{seed}"
     known = read_cell(folder)
     if known is not None:
+        if known.get("lr", lr) != lr:
+            raise AtodError(
+                f"{folder} was trained with learning rate {known['lr']:g}, but now it is {lr:g}; give the same --lrs, or another --out"
+            )
         return known
     with _held(folder):
         started = time.time()

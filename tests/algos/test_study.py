@@ -98,6 +98,14 @@ def test_one_learning_rate_needs_no_tuning(preset, tmp_path):
     assert tune(tmp_path, METHODS["grpo"], preset.worlds[0], "paper", 9, (0.5,)) == 0.5 and not list(tmp_path.iterdir())
 
 
+def test_cells_of_other_learning_rates_are_not_mixed_in(preset, tmp_path):
+    arguments = (tmp_path, METHODS["grpo"], preset.worlds[0], "paper", 0)
+    first = finish_cell(*arguments, 1e-3, "test")
+    assert finish_cell(*arguments, 1e-3, "test") == first
+    with pytest.raises(AtodError, match=r"trained with learning rate 0.001, but now it is 0.002"):
+        finish_cell(*arguments, 2e-3, "test")
+
+
 def test_a_cell_that_another_process_holds_is_left_to_it(preset, tmp_path):
     folder = tmp_path / "toy" / "vanilla" / "seed0"
     folder.mkdir(parents=True)
