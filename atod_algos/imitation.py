@@ -354,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from agents.models import load_model
     from atod_algos.cli import guarded
     from atod_algos.config import TrainConfig
-    from atod_algos.trainer import make_env
+    from atod_algos.player import make_env
 
     command = tyro.cli(
         _Command,

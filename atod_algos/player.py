@@ -7,14 +7,25 @@ rounding where other episodes share a forward pass), in the order of the specs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+import gymnasium as gym
 import torch
 
+import atod_envs
+from agents.chat import ChatFormat
+from agents.engines import make_engine
 from agents.engines.base import Engine
 from agents.engines.sync import verify_weights
+from agents.human import read_options
+from agents.models import load_model
 from atod_algos import ranks
+from atod_algos.config import TrainConfig, given
+from atod_algos.layouts import choose_layout
 from atod_algos.rollout import EpisodeSpec, OnFinish, Plays, Rollout, RolloutLimits, collect_groups
+from atod_envs.errors import AtodError
+from atod_envs.prompting import named_style
+from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Group, Trajectory
 
 
@@ -145,3 +156,85 @@ class _SharedRollout:
     ) -> list[Group]:
         """Play all episodes and collect them by group."""
         return collect_groups(self.play(specs, limits, on_finish))
+
+
+# --- of a run ----------------------------------------------------------------------------------------------------
+
+
+def make_env(config: TrainConfig, split: str | None = None) -> gym.Env[str, str]:
+    """Make the raw environment of a run.
+
+    Raises:
+        UnknownName: no environment of that id is registered.
+    """
+    try:
+        named = read_options(config.option)
+    except ValueError as error:
+        raise AtodError(str(error)) from error
+    options: dict[str, Any] = {}
+    for key, value in named.items():
+        where, dot, name = key.rpartition(".")
+        if not dot or where == (split or "train"):
+            options[name] = value
+    options |= {"data": config.data, "max_turns": config.max_turns}
+    if split is not None:
+        options["split"] = split
+    return atod_envs.make(config.env, **options)
+
+
+def local_players(config: TrainConfig, model: Any, tokenizer: Any) -> LocalPlayers:
+    """Engine and environments of a run, in this process.
+
+    Args:
+        config: resolved settings.
+        model: what the engine samples from.
+        tokenizer: its tokenizer.
+    """
+    chat = ChatFormat(tokenizer)
+    context = min(given(config, "max_context"), int(model.config.max_position_embeddings))
+    engine = make_engine(config.engine, model, slots=config.slots, max_context=context, memory=config.engine_memory)
+    probe = make_env(config)
+    style, _ = choose_layout(config.layout, named_style(cast("TextEnv", probe.unwrapped), given(config, "style")), chat)
+    probe.close()
+
+    def rollout(split: str, temperature: float, tolerated: float) -> Rollout:
+        return Rollout(
+            engine,
+            chat,
+            lambda: make_env(config, split),
+            style=style,
+            max_tokens=given(config, "max_response"),
+            temperature=temperature,
+            concurrency=config.slots,
+            tolerated=tolerated,
+        )
+
+    return LocalPlayers(engine, model, rollout)
+
+
+def worker_players(config: TrainConfig, world: str) -> LocalPlayers:
+    """What a worker of a cluster plays with; its weights come from the learner."""
+    device = device_of(config.device)
+    if device == "cpu":
+        torch.set_num_threads(1)
+    loaded = load_model(config.student, "student", world=world, device=device, dtype=dtype_of(config, device))
+    return local_players(config, loaded.model, loaded.tokenizer)
+
+
+def device_of(name: str) -> str:
+    """The device that an option names.
+
+    Raises:
+        AtodError: it is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise AtodError(
+            "--device cuda was asked for, but torch sees no GPU; use --device cpu, or install a CUDA build of torch"
+        )
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def dtype_of(config: TrainConfig, device: str) -> torch.dtype:
+    """The type of the weights that compute."""
+    name = ("bfloat16" if device == "cuda" else "float32") if config.dtype == "auto" else config.dtype
+    return torch.bfloat16 if name == "bfloat16" else torch.float32

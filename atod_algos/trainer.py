@@ -15,14 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import gymnasium as gym
 import numpy as np
 import torch
 
-import atod_envs
 from agents.chat import ChatFormat
-from agents.engines import make_engine
-from agents.human import read_options
 from agents.models import LoadedModel, load_model
 from atod_algos import memory, ranks
 from atod_algos.adapters import add_adapters, merged_weights
@@ -38,9 +34,9 @@ from atod_algos.layouts import choose_layout
 from atod_algos.learner import Learner, SupportTerm, recompute_layers
 from atod_algos.memory import bytes_per_token
 from atod_algos.overlap import Ahead, correction_metrics, importance_weights, version_of
-from atod_algos.player import LocalPlayers, Players, SharedPlayers
+from atod_algos.player import Players, SharedPlayers, device_of, dtype_of, local_players, make_env, worker_players
 from atod_algos.progress import Progress
-from atod_algos.rollout import Plays, Rollout, derive_seed
+from atod_algos.rollout import Plays, derive_seed
 from atod_algos.runlog import RunFolder
 from atod_algos.sampling import StepSampler
 from atod_envs.errors import AtodError
@@ -50,66 +46,6 @@ from atod_envs.trajectory import Group, StopReason
 
 _TOLERATED = 0.25
 """Share of a step's training episodes that may be lost to an environment that raises; evaluation tolerates none."""
-
-
-def make_env(config: TrainConfig, split: str | None = None) -> gym.Env[str, str]:
-    """Make the raw environment of a run.
-
-    Raises:
-        UnknownName: no environment of that id is registered.
-    """
-    try:
-        given = read_options(config.option)
-    except ValueError as error:
-        raise AtodError(str(error)) from error
-    options: dict[str, Any] = {}
-    for key, value in given.items():
-        where, dot, name = key.rpartition(".")
-        if not dot or where == (split or "train"):
-            options[name] = value
-    options |= {"data": config.data, "max_turns": config.max_turns}
-    if split is not None:
-        options["split"] = split
-    return atod_envs.make(config.env, **options)
-
-
-def local_players(config: TrainConfig, model: Any, tokenizer: Any) -> LocalPlayers:
-    """Engine and environments of a run, in this process.
-
-    Args:
-        config: resolved settings.
-        model: what the engine samples from.
-        tokenizer: its tokenizer.
-    """
-    chat = ChatFormat(tokenizer)
-    context = min(given(config, "max_context"), int(model.config.max_position_embeddings))
-    engine = make_engine(config.engine, model, slots=config.slots, max_context=context, memory=config.engine_memory)
-    probe = make_env(config)
-    style, _ = choose_layout(config.layout, named_style(cast("TextEnv", probe.unwrapped), given(config, "style")), chat)
-    probe.close()
-
-    def rollout(split: str, temperature: float, tolerated: float) -> Rollout:
-        return Rollout(
-            engine,
-            chat,
-            lambda: make_env(config, split),
-            style=style,
-            max_tokens=given(config, "max_response"),
-            temperature=temperature,
-            concurrency=config.slots,
-            tolerated=tolerated,
-        )
-
-    return LocalPlayers(engine, model, rollout)
-
-
-def worker_players(config: TrainConfig, world: str) -> LocalPlayers:
-    """What a worker of a cluster plays with; its weights come from the learner."""
-    device = _device(config.device)
-    if device == "cpu":
-        torch.set_num_threads(1)
-    loaded = load_model(config.student, "student", world=world, device=device, dtype=_dtype(config, device))
-    return local_players(config, loaded.model, loaded.tokenizer)
 
 
 class Trainer:
@@ -126,7 +62,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, algorithm: Algorithm, run: RunFolder) -> None:
         self.config, self.algorithm, self.run = config, algorithm, run
-        self.device = ranks.start(_device(config.device))
+        self.device = ranks.start(device_of(config.device))
         if config.staleness and ranks.size() > 1:
             raise AtodError(
                 "--staleness plays in a second thread, and ranks must speak to each other in one order; use --staleness 0 under "
@@ -180,11 +116,11 @@ class Trainer:
         return self.players.on(self.splits[0], self.config.temperature, _TOLERATED)
 
     def _load(self, name: str, role: str) -> LoadedModel:
-        return load_model(name, role, world=self.world, device=self.device, dtype=_dtype(self.config, self.device))
+        return load_model(name, role, world=self.world, device=self.device, dtype=dtype_of(self.config, self.device))
 
     def _load_frozen(self, name: str, role: str) -> LoadedModel:
         """A model that stays in the computer's own memory and visits the device."""
-        return load_model(name, role, world=self.world, device="cpu", dtype=_dtype(self.config, self.device))
+        return load_model(name, role, world=self.world, device="cpu", dtype=dtype_of(self.config, self.device))
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -427,19 +363,6 @@ class _Clock:
                 "speed/sampled_per_second": batch.n_tokens / self._laps["rollout"],
             }
         )
-
-
-def _device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise AtodError(
-            "--device cuda was asked for, but torch sees no GPU; use --device cpu, or install a CUDA build of torch"
-        )
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def _dtype(config: TrainConfig, device: str) -> torch.dtype:
-    name = ("bfloat16" if device == "cuda" else "float32") if config.dtype == "auto" else config.dtype
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def settings_of(config: TrainConfig, algorithm: Algorithm, rules: str) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def commands() -> dict[str, Command]:
         "eval": Command("play fixed panels of tasks, or compare two results", {"": "atod_algos.evaluate.command"}),
         "report": Command("show every turn of a run, and why it was weighted", {"": "atod_algos.report.command"}),
         "study": Command("compare methods over environments and seeds", {"": "atod_algos.study.command"}),
-        "plan": Command("how long a training step takes on a given cluster", {"": "atod_algos.pipeline"}),
+        "plan": Command("how long a training step takes on a given cluster", {"": "atod_algos.plan"}),
         "data": Command(
             "what data is there, and where it comes from: atod data status|get|verify|build",
             {word: f"atod_envs.datasets.command {word}" for word in ("status", "get", "verify", "build")},

@@ -363,10 +363,10 @@ def packing(args: argparse.Namespace) -> None:
     from atod_algos.batch import make_batch
     from atod_algos.config import TrainConfig, optimizer_options, resolve
     from atod_algos.learner import Learner, Objective
+    from atod_algos.player import make_env
     from atod_algos.rollout import Rollout
     from atod_algos.sampling import StepSampler
     from atod_algos.scoring import score, split_rows, stream_tokens
-    from atod_algos.trainer import make_env
 
     config = resolve(TrainConfig(data="builtin"))
     loaded = load_model("builtin", "student", world="alfworld")

@@ -20,8 +20,8 @@ from atod_algos.atod import ATOD
 from atod_algos.cli import main
 from atod_algos.cluster import Fleet, RayPlayers, _Work
 from atod_algos.config import TrainConfig, resolve
+from atod_algos.player import local_players, worker_players
 from atod_algos.rollout import EpisodeSpec, RolloutLimits, derive_seed
-from atod_algos.trainer import local_players, worker_players
 from atod_envs.errors import AtodError
 
 HERE = Path(__file__).parent

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from atod_algos.pipeline import Rates, Workload, episode_lengths, from_run, main, simulate
+from atod_algos.pipeline import Rates, Workload, episode_lengths, simulate
+from atod_algos.plan import from_run, main
 from atod_envs.errors import DataError
 
 WORK = Workload(groups=16, group_size=8, turns=6.0, longest=14, prefill=50.0, response=10.0, rows=50_000.0)
