@@ -299,6 +299,8 @@ def _ray() -> Any:
 
 
 def _connect(ray: Any) -> None:
+    # By default Ray's workers give way to everything else on a machine (niceness 15): here the learner waits for them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # Workers must find what the driver finds: a registered environment may live in the folder it was started from.
     paths = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}}

@@ -75,11 +75,18 @@ def from_run(folder: Path) -> tuple[Workload, Rates]:
         bandwidth=1.0,
         fixed=mean("time/step") - mean("time/rollout") - mean("time/score") - mean("time/update"),
     )
-    return work, _fit_engine(work, rates, mean("time/rollout"))
+    return work, fit_engine(work, rates, mean("time/rollout"))
 
 
-def _fit_engine(work: Workload, rates: Rates, rollout: float) -> Rates:
-    """The speed of the engine with which one worker takes as long as was measured."""
+def fit_engine(work: Workload, rates: Rates, rollout: float) -> Rates:
+    """Find the speed of the engine with which a rollout takes as long as was measured.
+
+    Args:
+        work: what was played.
+        rates: everything but the engine's three speeds, which are replaced: a request alone gets an eighth of what many get together, and
+            prompts are read eight times as fast as answers are written.
+        rollout: seconds that were measured.
+    """
     low, high = 1e-3, 1e9
     for _ in range(60):
         speed = math.sqrt(low * high)

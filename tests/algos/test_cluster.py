@@ -36,6 +36,7 @@ def cluster():
             "OMP_NUM_THREADS": "1",
         }
     }
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=100 << 20,
         runtime_env=environment,
