@@ -167,9 +167,10 @@ BUILTIN: dict[str, Any] = {
 BUILTIN_WORLDS: dict[str, dict[str, Any]] = {
     "atod/ALFWorld-v0": {"steps": 150, "max_turns": 14},
     "atod/WebShop-v0": {"steps": 100, "max_turns": 6, "max_response": 32, "lr": 1.5e-3},
-    "atod/SearchQA-v0": {"steps": 60, "max_turns": 4, "lr": 2e-4},
+    "atod/SearchQA-v0": {"steps": 150, "max_turns": 4, "lr": 5e-4, "option": ("topk=1",)},
 }
-"""Registered id -> what the reference models of that environment need beside, or instead of, ``BUILTIN``."""
+"""Registered id -> what the reference models of that environment need beside, or instead of, ``BUILTIN``. Its ``option`` stands before
+the options that were given, so that those win."""
 
 PUBLISHED: dict[str, Any] = {
     "steps": 150,
@@ -213,4 +214,5 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what was left open from the profile of the student."""
     profile = builtin_profile(config.env) if config.student == "builtin" else PUBLISHED
     missing = {name: value for name, value in profile.items() if getattr(config, name) is None}
-    return dataclasses.replace(config, **missing)
+    first = tuple(pair for pair in profile.get("option", ()) if pair not in config.option)
+    return dataclasses.replace(config, option=(*first, *config.option), **missing)

@@ -194,6 +194,8 @@ class ImitationOptions:
     """AdamW's weight decay."""
     warmup: float = 0.05
     """Share of the training over which the rate rises."""
+    stop: int | None = None
+    """Rounds after which it stops early, on the schedule of all of them; by default it plays them all."""
     seed: int = 0
     """Seed of tasks, coins, sampling and mini-batches."""
 
@@ -286,7 +288,7 @@ def imitate(
     """
     engine = TransformersEngine(model, slots=256, max_context=max_context)
     imitator = Imitator(model, options)
-    for number in range(options.rounds):
+    for number in range(options.rounds if options.stop is None else min(options.stop, options.rounds)):
         seed = derive_seed(options.seed, "round", number)
         rng = np.random.default_rng(seed)
         drawn_from = _tasks_of(make_env) if tasks is None else tasks

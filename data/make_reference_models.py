@@ -5,7 +5,7 @@ For each world (``alfworld``, ``searchqa``, ``webshop``; all by default):
     tokenizer   its tokens are the world's things, or the parts of its names, and its stock phrases
     student     a small Qwen3, stopped early in imitating the scripted expert: it speaks the language and seldom succeeds
     teacher     a larger Qwen3 that imitates longer, mostly from states that its own actions led to; ALFWorld's is then improved
-                by GRPO
+                by GRPO, and Search-QA's is of the student's size and differs in nothing but when it stopped
 
 One thread and fixed seeds: on the same machine the same bits come out. It takes the better part of an hour on one core.
 """
@@ -28,6 +28,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from agents.chat import ChatFormat
+from agents.human import read_options
 from agents.models import REFERENCE
 from agents.reference.tokenizer import train_tokenizer
 from atod_algos.cli import train
@@ -115,7 +116,8 @@ SINGLE_ROUNDS = 6
 def encyclopedia(number: int) -> gym.Env[str, str]:
     """Another encyclopedia every round, none of them the built-in one: of names that were never seen, only copies can be right."""
     dataset = "single" if number < SINGLE_ROUNDS else None
-    return gym.make("atod/SearchQA-v0", data=f"builtin:{100 + number}", split="train", dataset=dataset)
+    options = read_options(builtin_profile("atod/SearchQA-v0")["option"])
+    return gym.make("atod/SearchQA-v0", data=f"builtin:{100 + number}", split="train", dataset=dataset, **options)
 
 
 def encyclopedia_tokenizer() -> Any:
@@ -208,10 +210,11 @@ RECIPES: Mapping[str, Recipe] = {
         "atod/SearchQA-v0",
         encyclopedia,
         encyclopedia_tokenizer,
-        {"student": shape(2, 4, 4, 32, 192), "teacher": shape(3, 4, 4, 32, 192)},
+        {"student": shape(2, 4, 4, 32, 192), "teacher": shape(2, 4, 4, 32, 192)},
         {
-            "student": ImitationOptions(18, 400, epochs=1, lr=3e-3, last_beta=0.5, batch_tokens=2048, seed=1),
-            "teacher": ImitationOptions(40, 400, epochs=1, lr=3e-3, last_beta=0.5, batch_tokens=2048, seed=1),
+            # The student is the teacher, stopped early.
+            "student": ImitationOptions(60, 400, 1, lr=3e-3, last_beta=0.5, batch_tokens=2048, stop=11, seed=1),
+            "teacher": ImitationOptions(60, 400, 1, lr=3e-3, last_beta=0.5, batch_tokens=2048, seed=1),
         },
         copying=True,
     ),

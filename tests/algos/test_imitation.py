@@ -8,7 +8,7 @@ from toyworld import small_model
 from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
 from agents.reference.tokenizer import train_tokenizer
-from atod_algos.imitation import ImitationOptions, Imitator, demonstrate
+from atod_algos.imitation import ImitationOptions, Imitator, demonstrate, imitate
 
 
 def world():
@@ -63,3 +63,19 @@ def test_fitting_lowers_the_loss(chat):
     imitator = Imitator(model, ImitationOptions(rounds=4, epochs=2, lr=1e-2, batch_tokens=1024))
     losses = [imitator.fit(shown, seed) for seed in range(4)]
     assert losses[-1] < 0.6 * losses[0] and imitator.done == pytest.approx(1.0)
+
+
+def test_an_early_stop_is_the_same_training_cut_short(chat):
+    def weights_after(rounds, stop):
+        model, kept = small_model(chat.tokenizer, 1), {}
+
+        def keep(number, loss):
+            kept[number] = [p.detach().clone() for p in model.parameters()]
+
+        options = ImitationOptions(rounds, episodes=6, epochs=1, batch_tokens=1024, stop=stop, seed=3)
+        imitate(model, chat, world, options, style="compact", max_tokens=24, max_context=512, on_round=keep)
+        return kept
+
+    whole, cut = weights_after(3, None), weights_after(3, 2)
+    assert sorted(whole) == [1, 2, 3] and sorted(cut) == [1, 2]
+    assert all((a == b).all() for a, b in zip(whole[2], cut[2], strict=True))
