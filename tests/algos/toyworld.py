@@ -5,7 +5,7 @@ from pathlib import Path
 
 import gymnasium as gym
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "envs")]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "envs")]
 from tinymodel import tiny_qwen3
 from toy import ToyEnv
 
