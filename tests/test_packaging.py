@@ -15,7 +15,9 @@ PYTHONS = ("3.11", "3.12", "3.13")
 
 
 def run(*words, cwd, **environment):
-    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")} | environment
+    # The published alfworld package, once imported, names its data folder in the environment.
+    left_out = ("PYTHONPATH", "VIRTUAL_ENV", "ALFWORLD_DATA", "WEBSHOP_DATA", "SEARCHQA_DATA")
+    env = {key: value for key, value in os.environ.items() if key not in left_out} | environment
     done = subprocess.run([str(word) for word in words], cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
     return done.stdout
