@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from atod_algos.player import LocalPlayers
 from atod_algos.rollout import EpisodeSpec, OnFinish, RolloutLimits, collect_groups
 from atod_envs.errors import AtodError
-from atod_envs.trajectory import Group, Trajectory
+from atod_envs.trajectory import Group, Trajectory, from_record, to_record
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ class _Worker:
 
     def play(
         self, how: tuple[str, float, float], limits: RolloutLimits | None, weights: list[Any], version: int, work: Any
-    ) -> tuple[list[int], list[Trajectory]]:
+    ) -> tuple[list[int], list[dict[str, Any]]]:
         """Play groups until none are left; returns the places of their episodes, and the episodes."""
         import ray
 
@@ -72,15 +72,21 @@ class _Worker:
                 self._players.load_weights(ray.get(weights[0]).items(), version)
                 self._version = version
             places: list[int] = []
+            refused_at = -1
 
             def more(room: int, finished: int) -> list[EpisodeSpec] | None:
+                nonlocal refused_at
+                if finished == refused_at:  # it holds its share, and none of it has ended since it last asked
+                    return []
                 taken = ray.get(work.take.remote(os.getpid(), room, len(places) - finished))
                 if taken is None:
                     return None
+                refused_at = -1 if taken else finished
                 places.extend(place for place, _ in taken)
                 return [spec for _, spec in taken]
 
-            return places, self._players.on(*how).play((), limits, more=more)
+            # As records: a turn's prompt repeats all turns before it, and only what is new has to travel.
+            return places, [to_record(episode) for episode in self._players.on(*how).play((), limits, more=more)]
         except Exception as error:  # not every exception survives the way to the driver; its words do
             raise AtodError(f"{type(error).__name__}: {error}") from None
 
@@ -228,8 +234,8 @@ class RayPlayers:
         from ray.exceptions import RayActorError, RayTaskError
 
         try:
-            places, trajectories = self._ray.get(future)
-            return places, trajectories
+            places, records = self._ray.get(future)
+            return places, [from_record(record) for record in records]
         except RayActorError:
             return None
         except RayTaskError as error:
