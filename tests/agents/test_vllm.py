@@ -155,6 +155,16 @@ def test_heads_without_a_kernel_are_refused_at_once():
         make_engine("vllm", random_model(head_dim=8), slots=2, max_context=64, memory=0.3)
 
 
+def test_log_probs_of_prompts_are_the_models_own(engine, model):
+    texts = prompts(6, seed=3, high=200)
+    engine.load_weights(model.named_parameters())
+    for ids, found in zip(texts, engine.prompt_logprobs(texts), strict=True):
+        with torch.no_grad():
+            rows = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), dim=-1)
+        expected = rows[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0].numpy()
+        assert np.isnan(found[0]) and np.allclose(found[1:], expected, atol=1e-4)
+
+
 def test_an_engine_that_failed_stays_dead_and_says_why(engine, model, monkeypatch):
     # Last: the engine is of no use afterwards.
     engine.submit("a", [1, 2, 3], SamplingParams(4))
@@ -164,13 +174,3 @@ def test_an_engine_that_failed_stays_dead_and_says_why(engine, model, monkeypatc
             engine.step()
     with pytest.raises(EngineDied):
         engine.load_weights(model.named_parameters())
-
-
-def test_log_probs_of_prompts_are_the_models_own(engine, model):
-    texts = prompts(6, seed=3, high=200)
-    engine.load_weights(model.named_parameters())
-    for ids, found in zip(texts, engine.prompt_logprobs(texts), strict=True):
-        with torch.no_grad():
-            rows = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), dim=-1)
-        expected = rows[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0].numpy()
-        assert np.isnan(found[0]) and np.allclose(found[1:], expected, atol=1e-4)
