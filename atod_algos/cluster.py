@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from atod_algos.player import LocalPlayers
 from atod_algos.rollout import EpisodeSpec, OnFinish, RolloutLimits, collect_groups
 from atod_envs.errors import AtodError
-from atod_envs.trajectory import Group, Trajectory, from_record, to_record
+from atod_envs.trajectory import Group, Trajectory
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ class _Worker:
 
     def play(
         self, how: tuple[str, float, float], limits: RolloutLimits | None, weights: list[Any], version: int, work: Any
-    ) -> tuple[list[int], list[dict[str, Any]]]:
+    ) -> tuple[list[int], list[Trajectory]]:
         """Play groups until none are left; returns the places of their episodes, and the episodes."""
         import ray
 
@@ -85,8 +85,7 @@ class _Worker:
                 places.extend(place for place, _ in taken)
                 return [spec for _, spec in taken]
 
-            # As records: a turn's prompt repeats all turns before it, and only what is new has to travel.
-            return places, [to_record(episode) for episode in self._players.on(*how).play((), limits, more=more)]
+            return places, self._players.on(*how).play((), limits, more=more)
         except Exception as error:  # not every exception survives the way to the driver; its words do
             raise AtodError(f"{type(error).__name__}: {error}") from None
 
@@ -234,8 +233,8 @@ class RayPlayers:
         from ray.exceptions import RayActorError, RayTaskError
 
         try:
-            places, records = self._ray.get(future)
-            return places, [from_record(record) for record in records]
+            places, trajectories = self._ray.get(future)
+            return places, trajectories
         except RayActorError:
             return None
         except RayTaskError as error:
