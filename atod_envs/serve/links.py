@@ -6,6 +6,7 @@ refused or broken connection, a time-out, a server that is busy) is tried again 
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import http.client
 import itertools
@@ -59,7 +60,7 @@ def connect(url: str, token: str, *, timeout: float, retries: int) -> Link:
     return kinds[parts.scheme](url.rstrip("/"), token, timeout, retries)
 
 
-class _Link:
+class _Link(abc.ABC):
     """What both ways share: attempts, and errors from answers."""
 
     def __init__(self, url: str, token: str, timeout: float, retries: int) -> None:
@@ -80,11 +81,18 @@ class _Link:
         tried = f"{attempts} attempt{'s' if attempts > 1 else ''}"
         raise RemoteError(f"{self.url} did not answer {name!r} ({tried}): {reason}; is the server running?")
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Close the connection."""
 
+    @abc.abstractmethod
     def _attempt(self, name: str, arguments: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        raise NotImplementedError
+        """Ask once: the status, and the message.
+
+        Raises:
+            _Passing: it may go well another time.
+            RemoteError: it will not.
+        """
 
     def _checked(self, status: int, answer: dict[str, Any]) -> dict[str, Any]:
         if status == 200:
@@ -151,7 +159,9 @@ class HttpLink(_Link):
             self._connection = kind(self._parts.hostname or "", self._parts.port, timeout=self._timeout)
         connection = self._connection
         headers = {"Content-Type": "application/json", **self._headers()}
-        connection.request("POST", f"{self._parts.path}/v1/{name}", body, headers)
+        # A server that refuses a message closes the connection before all of it is sent; its answer is there to read.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.request("POST", f"{self._parts.path}/v1/{name}", body, headers)
         response = connection.getresponse()
         parts: list[bytes] = []
         size = 0

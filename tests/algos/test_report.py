@@ -319,6 +319,10 @@ class Viewer:
     def open(self):
         self.chrome.find_element("id", "tab-episodes").click()
 
+    def click(self, selector):
+        # In one go as well: an element that was found may have been replaced before it is clicked.
+        self.js("document.querySelector(arguments[0]).click()", selector)
+
     def choose(self, name, value):
         self.js(
             "const s = document.getElementById(arguments[0]); s.value = arguments[1]; s.dispatchEvent(new Event('change'))",
@@ -367,7 +371,7 @@ def test_the_page_in_headless_chromium(folders, tmp_path, chrome):
 
     view.choose("f-step", "traintraining step 1")
     view.choose("f-run", "0")
-    chrome.find_elements("css selector", ".row")[0].click()
+    view.click(".row")
     episode = next(e for e in data["episodes"] if e["r"] == 0 and e["k"] == "train" and e["s"] == 1)
     first = episode["turns"][0]
     shown = view.text(".turn")
@@ -384,7 +388,7 @@ def test_the_page_in_headless_chromium(folders, tmp_path, chrome):
 
     # The same task before and after, side by side; the address brings it back.
     view.choose("f-step", "validvalidation after step 0")
-    chrome.find_elements("css selector", ".row")[0].click()
+    view.click(".row")
     view.choose("f-compare", "0")
     assert len(chrome.find_elements("css selector", ".episode")) == 2
     heads = view.text(".episode .head b")
