@@ -47,6 +47,9 @@ from atod_envs.trajectory import Group, StopReason
 _TOLERATED = 0.25
 """Share of a step's training episodes that may be lost to an environment that raises; evaluation tolerates none."""
 
+CHECKPOINTS_KEPT = 2
+"""Checkpoints of steps that stay, beside the best one: the newest, and one to fall back on."""
+
 
 class Trainer:
     """Trains a student with one algorithm.
@@ -147,7 +150,7 @@ class Trainer:
                 progress.phase("checkpoint")
                 self._save(f"step_{step:06d}")
                 if ranks.rank() == 0:
-                    prune(self.run.checkpoints, keep=2)
+                    prune(self.run.checkpoints, CHECKPOINTS_KEPT)
 
     def _train_step(self, step: int, progress: Progress) -> dict[str, float]:
         config, algorithm = self.config, self.algorithm
@@ -313,6 +316,7 @@ class Trainer:
         """
         if ranks.rank() == 0:
             recover(self.run.checkpoints)
+            prune(self.run.checkpoints, CHECKPOINTS_KEPT)  # an earlier process may have been killed just before it did
         ranks.barrier()
         path = latest_checkpoint(self.run.checkpoints)
         if path is not None:

@@ -7,6 +7,7 @@ size of files makes the system refuse the write).
 import gzip
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -148,6 +149,16 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(whole, runner
         order = {"arguments": [*arguments, "--run", str(run)], "out": str(tmp_path / "out")}
         end = runner(**order, seconds=delay)
         assert end["killed"] or end["code"] == 0, (delay, (tmp_path / "out").read_text())
+    require_equal(run, expected)
+
+
+@pytest.mark.parametrize("whole", [0], ids=["on-policy"], indirect=True)
+def test_killed_between_the_last_checkpoint_and_the_removal_of_an_old_one(whole, runner, tmp_path):
+    arguments, expected, _ = whole
+    run = tmp_path / "r"
+    shutil.copytree(expected, run)
+    shutil.copytree(run / "checkpoints" / f"step_{STEPS - 1:06d}", run / "checkpoints" / "step_000001")
+    assert runner(arguments=[*arguments, "--run", str(run)], out=str(tmp_path / "out"))["code"] == 0
     require_equal(run, expected)
 
 
