@@ -126,7 +126,7 @@ def _laptop() -> Preset:
     return Preset(
         worlds=(
             _world("alfworld", "atod/ALFWorld-v0", steps=60, max_turns=14, report_tasks=256, **common),
-            _world("webshop", "atod/WebShop-v0", steps=60, max_turns=8, report_tasks=500, **common),
+            _world("webshop", "atod/WebShop-v0", steps=60, max_turns=6, report_tasks=500, **common),
             _world("searchqa", "atod/SearchQA-v0", steps=60, max_turns=4, report_tasks=512, **common),
         ),
         lrs=(3e-4, 1e-3),
