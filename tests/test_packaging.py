@@ -75,10 +75,9 @@ def interpreter(minor):
 
 
 SMOKE = """
-import sys, time
-started = time.perf_counter()
+import sys
 import atod_envs
-assert time.perf_counter() - started < 2 and "torch" not in sys.modules
+assert not {"torch", "transformers", "pyarrow", "scipy", "pandas"} & set(sys.modules)
 import gymnasium as gym
 for name, action in (("ALFWorld", "look"), ("WebShop", "search[shirt]"), ("SearchQA", "<search>who</search>")):
     env = gym.make(f"atod/{name}-v0")

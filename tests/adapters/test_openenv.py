@@ -32,7 +32,7 @@ def serving(app):
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
 
 
 def test_client_and_server_play_the_experts_episode(env_id, options):
@@ -101,4 +101,4 @@ def test_the_command_of_the_docs_serves():
             assert "WebShop" in client.reset(seed=0).observation.text
     finally:
         process.terminate()
-        process.wait(15)
+        process.wait(60)

@@ -53,7 +53,7 @@ class Terminal:
     def type(self, text):
         os.write(self.master, text.encode())
 
-    def wait_for(self, text, seconds=20.0):
+    def wait_for(self, text, seconds=100.0):
         deadline = time.monotonic() + seconds
         while text not in self.seen:
             assert time.monotonic() < deadline, f"{text!r} never came; the terminal shows:\n{self.seen}"
@@ -98,18 +98,18 @@ def test_plays_to_a_win_in_a_terminal_with_completion(terminal):
         terminal.wait_for("> ")
         terminal.type(command + "\n")
     terminal.wait_for(f"Solved after {len(PLAN) + 1} turns (success); score 1.00")
-    assert terminal.process.wait(10) == 0
+    assert terminal.process.wait(60) == 0
 
 
 def test_control_d_and_control_c_leave_quietly(terminal):
     terminal.wait_for("> ")
     terminal.type("\x04")
     terminal.wait_for("Not solved after 0 turns (left)")
-    assert terminal.process.wait(10) == 0
+    assert terminal.process.wait(60) == 0
     again = Terminal()
     try:
         again.wait_for("> ")
-        for _ in range(40):  # one that comes just before the line editor waits is noticed with the next key
+        for _ in range(200):  # one that comes just before the line editor waits is noticed with the next key
             again.type("\x03")
             try:
                 again.process.wait(0.5)
@@ -124,7 +124,7 @@ def test_control_d_and_control_c_leave_quietly(terminal):
 def test_plays_through_a_pipe():
     lines = "\n".join([":actions", ":nonsense", *PLAN]) + "\n"
     done = subprocess.run(
-        COMMAND, input=lines, capture_output=True, text=True, env=environment(), cwd=REPOSITORY, timeout=60
+        COMMAND, input=lines, capture_output=True, text=True, env=environment(), cwd=REPOSITORY, timeout=200
     )
     assert done.returncode == 0 and done.stderr == ""
     assert "inventory, look" in done.stdout.replace("\n", " ")

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import signal
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -122,11 +121,26 @@ def test_what_fails_on_a_worker_is_said_here(players, config):
     assert len(players.on("train", 1.0).play(specs(config, groups=1))) == 4, "the worker lives"
 
 
-def test_a_killed_worker_is_replaced_and_its_groups_are_played_once(players, config, expected):
+def test_a_killed_worker_is_replaced_and_its_groups_are_played_once(players, config, expected, monkeypatch):
     victim = players.pids[0]
+
+    class Deadly(_Work):
+        """Kills the victim when it takes groups for the second time: with groups in its hands."""
+
+        taken = 0
+
+        def take(self, worker, room, running):
+            groups = super().take(worker, room, running)
+            self.taken += worker == victim and bool(groups)
+            if self.taken == 2:
+                self.taken += 1
+                os.kill(worker, signal.SIGKILL)
+            return groups
+
     rollout = players.on("train", 1.0)
-    threading.Timer(0.4, os.kill, (victim, signal.SIGKILL)).start()  # with groups in its hands
-    got = rollout.play(specs(config))
+    with monkeypatch.context() as patch:
+        patch.setattr(players, "_dispenser", ray.remote(num_cpus=0)(Deadly))
+        got = rollout.play(specs(config))
     assert played(got) == played(expected)
     assert victim not in players.pids and len(players.pids) == 2
     assert played(rollout.play(specs(config))) == played(expected), "the replacement has the weights"

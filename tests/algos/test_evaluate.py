@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -151,7 +150,7 @@ class Server:
 
     def __init__(self):
         self.plan, self.requests, self.running, self.most = [], [], 0, 0
-        self.lock, self.seconds = threading.Lock(), 0.0
+        self.lock, self.together, self.over = threading.Lock(), None, threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -162,14 +161,15 @@ class Server:
                     outer.running += 1
                     outer.most = max(outer.most, outer.running)
                     trouble = outer.plan.pop(0) if outer.plan else None
-                time.sleep(outer.seconds)
+                if outer.together is not None:
+                    outer.together.wait(120)
                 with outer.lock:
                     outer.running -= 1
                 if trouble == "drop":
                     self.close_connection = True
                     return
                 if trouble == "hang":
-                    time.sleep(1.5)
+                    outer.over.wait(250)
                     return
                 status, payload, headers = trouble or (200, outer.answer(body), {})
                 blob = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
@@ -200,6 +200,7 @@ def server(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     found = Server()
     yield found
+    found.over.set()
     found.http.shutdown()
     found.http.server_close()
 
@@ -232,10 +233,10 @@ def test_a_server_plays_a_panel(server, style, tmp_path):
 
 
 def test_requests_run_at_the_same_time(server, tmp_path):
-    server.seconds = 0.2
+    server.together = threading.Barrier(4)  # answers when four are there
     run(config_of(server, tmp_path / "e", concurrency=4))
     assert server.most == 4
-    server.most = 0
+    server.most, server.together = 0, None
     run(config_of(server, tmp_path / "f", concurrency=1))
     assert server.most == 1
 
@@ -243,7 +244,7 @@ def test_requests_run_at_the_same_time(server, tmp_path):
 def test_what_passes_is_tried_again(server, tmp_path, no_waiting):
     busy = {"error": {"message": "slow down"}}
     server.plan = [(429, busy, {"Retry-After": "0.25"}), (503, b"", {}), "drop", "hang", (200, b'{"choi', {})]
-    result = run(config_of(server, tmp_path / "e", concurrency=1, api_timeout=0.5))
+    result = run(config_of(server, tmp_path / "e", concurrency=1, api_timeout=3))
     assert result["panels"]["test/4"]["success"] == 1.0
     assert no_waiting[0] == 0.25 and len(no_waiting) == 5
     assert no_waiting[1] < no_waiting[3] < 24  # the pause doubles

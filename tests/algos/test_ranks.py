@@ -2,13 +2,13 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -124,8 +124,7 @@ def test_a_lost_rank_ends_the_run_which_then_goes_on(options, tmp_path):
     while not (tmp_path / "r" / "checkpoints" / "step_000002").is_dir():
         assert process.poll() is None and time.monotonic() - started < 200, process.communicate()[0]
         time.sleep(0.1)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    psutil.Process(process.pid).children()[-1].kill()
     out, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "SIGKILL" in out
     reached = max(int(p.name[5:]) for p in (tmp_path / "r" / "checkpoints").glob("step_*"))

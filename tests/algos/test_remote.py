@@ -21,7 +21,7 @@ from atod_algos.remote import RemoteJudge
 from atod_algos.serve import ServeOptions, TeacherServer, row_batch
 from atod_envs.errors import AtodError
 
-QUICK = ApiOptions(timeout=5.0, retries=2)
+QUICK = ApiOptions(timeout=60.0, retries=2)
 
 
 class Server(TeacherServer):
@@ -223,7 +223,7 @@ def test_a_served_teacher_dies_and_the_run_goes_on_when_it_is_back(
 ):
     local = [*options, "--teacher", str(models["teacher"])]
     main(ATOD, [*local, "--steps", "3", "--run", str(tmp_path / "local")])
-    monkeypatch.setattr("atod_algos.remote.ApiOptions", lambda *a: ApiOptions(*a[:1], 5.0, 1) if a else QUICK)
+    monkeypatch.setattr("atod_algos.remote.ApiOptions", lambda *a: ApiOptions(*a[:1], 60.0, 1) if a else QUICK)
     monkeypatch.setattr("agents.api.time.sleep", lambda _: None)
     remote = [*options, "--teacher", server.address, "--steps", "3", "--run", str(tmp_path / "remote")]
     honest, died = server.completions, []
@@ -268,7 +268,7 @@ def test_the_serving_command_serves(models, tokenizer):
         assert np.isfinite(remote.rows([np.array([3, 4, 5])])[0][1:]).all()
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def test_whole_distributions_cannot_be_had_from_a_server(server, tokenizer, teacher):

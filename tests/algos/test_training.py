@@ -220,13 +220,13 @@ def test_a_run_folder_of_another_run_is_not_touched(options, tmp_path, capsys):
     assert (tmp_path / "r" / "metrics.jsonl").read_text() == before
 
 
-def test_a_finished_run_is_shown_again_without_training(options, tmp_path, capsys):
+def test_a_finished_run_is_shown_again_without_training(options, tmp_path, capsys, monkeypatch):
     arguments = [*options, "--steps", "2", "--run", str(tmp_path / "r")]
     main(OPD, arguments)
     first = capsys.readouterr().out
-    started = time.perf_counter()
+    for work in ("trainer.Trainer._train_step", "rollout.Rollout.play"):
+        monkeypatch.setattr(f"atod_algos.{work}", lambda *a, **k: pytest.fail("played or trained again"))
     main(OPD, arguments)
-    assert time.perf_counter() - started < 5
     assert capsys.readouterr().out.split("95 %")[1] == first.split("95 %")[1]
 
 

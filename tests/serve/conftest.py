@@ -7,13 +7,22 @@ sys.path[:0] = [
     str(Path(__file__).parent),
     *(str(Path(__file__).parents[1] / name) for name in ("envs", "algos", "adapters")),
 ]
-from servers import TOY_OFFERS, running
+from servers import TOY_OFFERS, Gate, OddEnv, running
 
 
 @pytest.fixture(scope="module")
 def toy_server():
     with running(TOY_OFFERS) as (url, _):
         yield url
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Where the toy worlds of a test wait; open when the test has ended."""
+    made = Gate()
+    monkeypatch.setattr(OddEnv, "gate", made)
+    yield made
+    made.open()
 
 
 @pytest.fixture(params=["http", "ws"])

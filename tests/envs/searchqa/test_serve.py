@@ -48,14 +48,17 @@ def serving(service):
 
 @contextmanager
 def answering(*replies):
-    """A server that gives these (status, body, delay) in turn, the last one for ever; keeps its requests."""
-    requests = []
+    """A server that gives these (status, body) in turn, the last one for ever, and None never; keeps its requests."""
+    requests, over = [], threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            status, body, delay = replies[min(len(requests), len(replies)) - 1]
-            time.sleep(delay)
+            reply = replies[min(len(requests), len(replies)) - 1]
+            if reply is None:
+                over.wait(250)
+                return
+            status, body = reply
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             with contextlib.suppress(OSError):  # the client may have stopped waiting
@@ -71,13 +74,14 @@ def answering(*replies):
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}", requests
     finally:
+        over.set()
         server.shutdown()
         server.server_close()
         thread.join()
 
 
 def _post(server, body, path="/retrieve"):
-    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=10)
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=60)
     connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode())
     response = connection.getresponse()
     return response.status, json.loads(response.read())
@@ -105,7 +109,7 @@ def test_the_published_request_and_answer():
         assert len(plain["result"][0]) == 3 and set(plain["result"][0][0]) == {"id", "contents"}
         _, single = _post(server, {"query": "word5", "topk": 1, "return_scores": True})
         assert single["result"][0][0]["document"]["id"] == "5"
-        connection = http.client.HTTPConnection(*server.server_address[:2], timeout=10)
+        connection = http.client.HTTPConnection(*server.server_address[:2], timeout=60)
         connection.request("GET", "/health")
         assert json.loads(connection.getresponse().read())["passages"] == 30
 
@@ -149,19 +153,19 @@ GOOD = json.dumps({"result": [[{"document": {"id": "1", "contents": '"T"\ntext'}
 @pytest.mark.parametrize(
     "bad",
     [
-        (503, b"busy", 0),
-        (200, b"<html>oops</html>", 0),
-        (200, b'{"result": []}', 0),
-        (200, b'{"result": [[{"score": 1}]]}', 0),
-        (200, b'{"detail": "no"}', 0),
-        (200, GOOD, 1.0),
+        (503, b"busy"),
+        (200, b"<html>oops</html>"),
+        (200, b'{"result": []}'),
+        (200, b'{"result": [[{"score": 1}]]}'),
+        (200, b'{"detail": "no"}'),
+        None,
     ],
-    ids=["busy", "html", "too few", "no contents", "no result", "slow"],
+    ids=["busy", "html", "too few", "no contents", "no result", "silent"],
 )
 def test_what_can_pass_is_tried_again(bad):
     waits = []
-    with answering(bad, (200, GOOD, 0)) as (url, requests):
-        client = HttpSearch(url, timeout=0.3, sleep=waits.append)
+    with answering(bad, (200, GOOD)) as (url, requests):
+        client = HttpSearch(url, timeout=60 if bad else 3, sleep=waits.append)
         assert client.retrieve(["q"], 1) == [[Passage("1", '"T"\ntext', 2.0)]]
         assert requests == [{"queries": ["q"], "topk": 1, "return_scores": True}] * 2
         assert waits == [0.5]
@@ -170,31 +174,32 @@ def test_what_can_pass_is_tried_again(bad):
 @pytest.mark.parametrize(
     ("bad", "attempts", "reason"),
     [
-        ((500, b"boom", 0), 3, r"3 attempts.*HTTP 500: boom"),
-        ((404, b"gone", 0), 1, r"1 attempt\).*HTTP 404: gone"),
-        ((200, b"hello", 0), 3, r"not JSON: b'hello'"),
-        ((200, GOOD, 1.0), 3, r"no answer within 0\.2 s"),
+        ((500, b"boom"), 3, r"3 attempts.*HTTP 500: boom"),
+        ((404, b"gone"), 1, r"1 attempt\).*HTTP 404: gone"),
+        ((200, b"hello"), 3, r"not JSON: b'hello'"),
+        (None, 3, r"3 attempts.*no answer within 0\.2 s"),
     ],
-    ids=["error", "final", "nonsense", "slow"],
+    ids=["error", "final", "nonsense", "silent"],
 )
 def test_lasting_failures_end_in_a_clear_error(bad, attempts, reason):
     waits = []
     with answering(bad) as (url, requests):
-        client = HttpSearch(url, timeout=0.2, retries=2, sleep=waits.append)
+        client = HttpSearch(url, timeout=60 if bad else 0.2, retries=2, sleep=waits.append)
         with pytest.raises(RetrievalError, match=reason) as caught:
             client.retrieve(["q"], 1)
-        assert len(requests) == attempts and url in str(caught.value)
+        # A silent server may read a request only after the client has given it up.
+        assert (len(requests) == attempts or not bad) and url in str(caught.value)
         assert waits == [0.5, 1.0][: attempts - 1]
 
 
 def test_a_server_that_is_down_is_named():
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
+        unused.bind(("127.0.0.1", 0))  # nobody else can take it, and nobody listens
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-    env = SearchQAEnv("dev", retriever=HttpSearch(url, retries=1, sleep=lambda seconds: None))
-    env.reset(seed=0)
-    with pytest.raises(RetrievalError, match=r"did not answer 1 queries \(2 attempts\): ConnectionRefusedError"):
-        env.step("<search>x</search>")
+        env = SearchQAEnv("dev", retriever=HttpSearch(url, retries=1, sleep=lambda seconds: None))
+        env.reset(seed=0)
+        with pytest.raises(RetrievalError, match=r"did not answer 1 queries \(2 attempts\): ConnectionRefusedError"):
+            env.step("<search>x</search>")
     with pytest.raises(ValueError, match="expected an address"):
         HttpSearch("localhost:8000")
 
@@ -217,7 +222,8 @@ def test_a_connection_that_the_server_closed_is_opened_anew():
 
 
 def test_an_answer_that_drips_is_given_up():
-    body = json.dumps({"result": [[]]}).encode()
+    """Each byte arrives in time, the whole answer never does: a client without a limit for the whole would wait for two minutes."""
+    body = json.dumps({"result": [[]]}).encode().ljust(1200)
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def drip():
@@ -234,7 +240,7 @@ def test_an_answer_that_drips_is_given_up():
         started = time.monotonic()
         with pytest.raises(RetrievalError, match=r"no answer within 0\.3 s"):
             client.retrieve(["x"], 1)
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 60
 
 
 def test_waiting_queries_travel_together_and_equal_ones_once():
@@ -242,7 +248,7 @@ def test_waiting_queries_travel_together_and_equal_ones_once():
 
     def answer(queries, k):
         asked.append((queries, k))
-        gate.wait(5)
+        gate.wait(200)
         return [[Passage(query, query, float(k))] for query in queries]
 
     batcher = Batcher(answer, workers=1, batch_size=4)
@@ -286,7 +292,7 @@ def test_a_slow_search_does_not_hold_up_other_episodes():
     class Slow:
         def retrieve(self, queries, k):
             if any("slow" in query for query in queries):
-                release.wait(10)
+                release.wait(250)
             return [[Passage(query, f'"{query}"\nx', 1.0)] for query in queries]
 
     class Direct(RetrievalServer):
@@ -306,10 +312,10 @@ def test_a_slow_search_does_not_hold_up_other_episodes():
 
     with ThreadPoolExecutor(8) as pool:
         slow = pool.submit(episode, "slow")
-        quick = [pool.submit(episode, f"quick {n}").result(timeout=5) for n in range(20)]
+        quick = [pool.submit(episode, f"quick {n}").result(timeout=200) for n in range(20)]
         assert not slow.done() and all("quick" in observation for observation in quick)
         release.set()
-        assert "slow" in slow.result(timeout=5)
+        assert "slow" in slow.result(timeout=200)
     client.close()
     server.shutdown()
     server.server_close()
@@ -384,6 +390,6 @@ def test_the_command_serves_the_built_in_world(capsys):
         assert env.step(f"<search>{task}</search>")[0] == local.step(f"<search>{task}</search>")[0] != ""
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
     assert main(["--index", "no/such/folder"]) == 1
     assert "error: retriever='no/such/folder'" in capsys.readouterr().err

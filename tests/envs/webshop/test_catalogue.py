@@ -179,7 +179,7 @@ def test_workers_that_start_together_build_one_store(tmp_path):
     workers = [context.Process(target=_open_in_child, args=(folder, queue)) for _ in range(3)]
     for worker in workers:
         worker.start()
-    answers = [queue.get(timeout=60) for _ in workers]
+    answers = [queue.get(timeout=200) for _ in workers]
     for worker in workers:
         worker.join(60)
     assert len({pid for pid, _ in answers}) == 3 and len({built for _, built in answers}) == 1
