@@ -8,7 +8,6 @@ earlier lines, and without a terminal (input from a file or a pipe) it plays the
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from agents.base import Agent, Decision
 from agents.expert import expert_for
 from atod_envs.command import program
 from atod_envs.errors import AtodError, UnknownName
+from atod_envs.options import read_options
 
 COMMANDS: Mapping[str, str] = {
     ":actions": "list what can be done now",
@@ -142,24 +142,6 @@ def complete_with(completions: Callable[[str], list[str]]) -> None:
     readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
 
 
-def read_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` pairs as an environment's arguments; numbers, ``true`` and ``false`` become what they say.
-
-    Raises:
-        ValueError: a pair has no ``=``.
-    """
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, separator, text = pair.partition("=")
-        if not separator:
-            raise ValueError(f"--option {pair!r}: expected key=value, such as --option max_turns=30")
-        value: Any = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-        with contextlib.suppress(ValueError):
-            value = int(text)
-        options[key] = value
-    return options
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog=program("agents.human"), description="Play an episode in the terminal.")
@@ -168,11 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--task-id", help="play this task")
     parser.add_argument("--seed", type=int, help="draws the task; same seed, same episode")
     parser.add_argument(
-        "--option", action="append", default=[], metavar="KEY=VALUE", help="any other argument of the environment"
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="any other argument of the environment"
     )
     chosen = parser.parse_args(arguments)
     try:
-        options = read_options(chosen.option)
+        options = read_options(chosen.option, chosen.split)
         if chosen.split is not None:
             options["split"] = chosen.split
         env = atod_envs.make(chosen.env, **options)

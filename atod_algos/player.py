@@ -17,13 +17,13 @@ from agents.chat import ChatFormat
 from agents.engines import make_engine
 from agents.engines.base import Engine
 from agents.engines.sync import verify_weights
-from agents.human import read_options
 from agents.models import load_model
 from atod_algos import ranks
 from atod_algos.config import TrainConfig, given
 from atod_algos.layouts import choose_layout
 from atod_algos.rollout import EpisodeSpec, OnFinish, Plays, Rollout, RolloutLimits, collect_groups
 from atod_envs.errors import AtodError
+from atod_envs.options import read_options
 from atod_envs.prompting import named_style
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Group, Trajectory
@@ -167,16 +167,7 @@ def make_env(config: TrainConfig, split: str | None = None) -> gym.Env[str, str]
     Raises:
         UnknownName: no environment of that id is registered.
     """
-    try:
-        named = read_options(config.option)
-    except ValueError as error:
-        raise AtodError(str(error)) from error
-    options: dict[str, Any] = {}
-    for key, value in named.items():
-        where, dot, name = key.rpartition(".")
-        if not dot or where == (split or "train"):
-            options[name] = value
-    options |= {"data": config.data, "max_turns": config.max_turns}
+    options = read_options(config.option, split) | {"data": config.data, "max_turns": config.max_turns}
     if split is not None:
         options["split"] = split
     return atod_envs.make(config.env, **options)

@@ -28,7 +28,6 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from agents.chat import ChatFormat
-from agents.human import read_options
 from agents.models import REFERENCE
 from agents.reference.tokenizer import train_tokenizer
 from atod_algos.cli import train
@@ -36,6 +35,7 @@ from atod_algos.config import TrainConfig, builtin_profile, resolve
 from atod_algos.grpo import GRPO
 from atod_algos.imitation import ImitationOptions, demonstrate, imitate
 from atod_envs.alfworld.household import tables
+from atod_envs.options import read_options
 from atod_envs.searchqa.generate import name_parts
 from atod_envs.searchqa.language import FACTS, stock_phrases
 from atod_envs.webshop.wares import MAKER_ENDS, MAKER_MIDDLES, MAKER_STARTS, read_wares

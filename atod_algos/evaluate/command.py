@@ -85,7 +85,7 @@ def run(config: EvaluateConfig, *, show: bool = True) -> dict[str, Any]:
     result = {"panels": rows} | ({"usage": player.usage} if player.usage else {})
     replace_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     title = f"{config.agent} on {config.env}, seeds {', '.join(map(str, config.seeds))}; " + ", ".join(
-        f"{name} {value}" for name, value in dataclasses.asdict(sampling).items() if value is not None
+        f"{name} {value}" for name, value in dataclasses.asdict(sampling).items() if value not in (None, ())
     )
     if show:
         console = Console()

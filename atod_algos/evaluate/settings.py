@@ -17,8 +17,8 @@ import gymnasium as gym
 from gymnasium.envs.registration import load_env_creator
 
 import atod_envs
-from agents.human import read_options
 from atod_envs.errors import AtodError
+from atod_envs.options import read_options
 from atod_envs.text_env import TextEnv
 
 PANEL_SIZE = 512
@@ -42,7 +42,7 @@ class EvaluateConfig:
     out: Path | None = None
     """Where to store it; by default evaluations/<agent>-<environment>."""
     style: str | None = None
-    """Prompt style; this and the next four: by default those of the run that a checkpoint comes from, else of its profile."""
+    """Prompt style; this, the next four and --option: by default those of the run that a checkpoint comes from, else of its profile."""
     max_turns: int | None = None
     """Turn limit."""
     max_response: int | None = None
@@ -54,7 +54,7 @@ class EvaluateConfig:
     concurrency: int = 64
     """Episodes at the same time; for a server: requests."""
     option: tuple[str, ...] = ()
-    """Further arguments of the environment, KEY=VALUE."""
+    """Any other arguments of the environment, as name=value; they stand after those of the run or the profile, and win."""
     api_base: str = ""
     """Server's address up to /v1; by default $OPENAI_BASE_URL. Its key is read from $OPENAI_API_KEY."""
     api_timeout: float = 120.0
@@ -95,8 +95,9 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How responses are asked for; empty for agents that are no language models."""
+    """How responses are asked for, of what environment; empty but for the latter for agents that are no language models."""
 
+    option: tuple[str, ...] = ()
     style: str | None = None
     max_turns: int | None = None
     max_response: int | None = None
@@ -141,7 +142,7 @@ def sampling_of(config: EvaluateConfig) -> Sampling:
         ]
         if given:
             raise AtodError(f"--{given[0].replace('_', '-')} means nothing for --agent {config.agent}; leave it out")
-        return Sampling(max_turns=config.max_turns)
+        return Sampling(option=config.option, max_turns=config.max_turns)
     from atod_algos.config import TrainConfig, resolve
 
     source = Path(config.agent).expanduser().parent.parent / "config.json"
@@ -152,8 +153,10 @@ def sampling_of(config: EvaluateConfig) -> Sampling:
     profile = {**profile, "temperature": profile["eval_temperature"]}
     if config.agent.startswith("api:"):
         profile["max_context"] = None  # the server knows its own
-    names = [f.name for f in dataclasses.fields(Sampling)]
-    return Sampling(**{n: profile[n] if getattr(config, n) is None else getattr(config, n) for n in names})
+    first = profile["option"] if profile["env"] == config.env else ()
+    option = (*(pair for pair in first if pair not in config.option), *config.option)
+    names = [f.name for f in dataclasses.fields(Sampling) if f.name != "option"]
+    return Sampling(option, **{n: profile[n] if getattr(config, n) is None else getattr(config, n) for n in names})
 
 
 def env_class(env: str) -> Any:
@@ -178,12 +181,10 @@ def make_env(config: EvaluateConfig, sampling: Sampling, split: str) -> gym.Env[
     Raises:
         UnknownName: no environment of that id is registered.
     """
-    try:
-        options = read_options(config.option)
-    except ValueError as error:
-        raise AtodError(str(error)) from error
-    options |= {"data": config.data, "max_turns": sampling.max_turns, "split": split}
-    return atod_envs.make(config.env, **options)
+    options = read_options(sampling.option, split)
+    return atod_envs.make(
+        config.env, **options | {"data": config.data, "max_turns": sampling.max_turns, "split": split}
+    )
 
 
 def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, Any], list[Panel]]:
@@ -196,11 +197,11 @@ def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, A
     settings = {
         "env": config.env,
         "data": config.data,
-        "option": list(config.option),
+        "option": list(sampling.option),
         "agent": config.agent,
         "weights": _weights(config.agent),
         "api_extra": config.api_extra,
-        "sampling": dataclasses.asdict(sampling),
+        "sampling": {name: value for name, value in dataclasses.asdict(sampling).items() if name != "option"},
         "seeds": list(config.seeds),
         "panels": [
             {"name": p.name, "tasks": len(p.tasks), "digest": p.digest, "data_version": p.data_version} for p in panels

@@ -142,7 +142,7 @@ def finish_cell(
 
 def _evaluate(out: Path, agent: str, world: World, seed: int, split: str) -> dict[str, Any]:
     from atod_algos.evaluate.command import run
-    from atod_algos.evaluate.settings import Sampling, make_env
+    from atod_algos.evaluate.settings import make_env, sampling_of
 
     config = config_of(world, seed, 1.0, out)
     asked = EvaluateConfig(
@@ -158,7 +158,7 @@ def _evaluate(out: Path, agent: str, world: World, seed: int, split: str) -> dic
         temperature=config.eval_temperature,
         device=config.device,
     )
-    env: Any = make_env(asked, Sampling(max_turns=config.max_turns), split).unwrapped
+    env: Any = make_env(asked, sampling_of(asked), split).unwrapped
     size = min(world.report_tasks, len(env.tasks))
     result = run(dataclasses.replace(asked, panels=(f"{split}/{size}",)), show=False)
     (summary,) = result["panels"].values()

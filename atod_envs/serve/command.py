@@ -8,7 +8,6 @@ The invariant: beyond this machine the server asks for a token, and what clients
 from __future__ import annotations
 
 import argparse
-import ast
 import ipaddress
 import logging
 import os
@@ -22,6 +21,7 @@ import gymnasium as gym
 
 import atod_envs
 from atod_envs.errors import AtodError
+from atod_envs.options import read_options
 from atod_envs.serve.client import TOKEN_VARIABLE
 from atod_envs.serve.sessions import Limits, Offer, Sessions
 from atod_envs.text_env import TextEnv
@@ -45,17 +45,6 @@ def make_offer(env_id: str, splits: Sequence[str], options: dict[str, Any]) -> O
     return offer
 
 
-def parse_option(text: str) -> tuple[str, Any]:
-    """``name=value``, the value a Python literal or else a string."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r}; expected NAME=VALUE, such as data=PATH or max_turns=20")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     defaults = Limits()
@@ -74,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--option",
         action="append",
         default=[],
-        type=parse_option,
         metavar="NAME=VALUE",
         help="argument of the environment; repeat",
     )
@@ -110,7 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise AtodError(f"--{part.name.replace('_', '-')} {getattr(limits, part.name)}; expected more than 0")
         from atod_envs.serve.app import listen, make_server
 
-        options = dict(given.option)
+        if split := next((pair for pair in given.option if "." in pair.partition("=")[0]), None):
+            raise AtodError(
+                f"--option {split!r}: a server's options hold for all its splits; leave out the split's name"
+            )
+        options = read_options(given.option)
         offers = [make_offer(env_id, given.split, options) for env_id in given.env or atod_envs.ENVIRONMENTS]
         sessions = Sessions(offers, limits)
         server = make_server(sessions, token=token, certificate=given.certificate, key=given.key)

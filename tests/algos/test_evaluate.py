@@ -1,5 +1,6 @@
 """Evaluation on fixed panels: agents, checkpoints, and models behind a server that the test starts."""
 
+import dataclasses
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,10 +9,11 @@ import pytest
 from toyworld import TOY
 
 from agents.api import ChatClient
+from atod_algos.config import TrainConfig, resolve
 from atod_algos.evaluate import Evaluation, compare
 from atod_algos.evaluate.command import main, run
 from atod_algos.evaluate.paired_command import load_evaluation
-from atod_algos.evaluate.settings import EvaluateConfig, episodes_path
+from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, make_env, sampling_of
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import StopReason, Trajectory, Turn, read_jsonl
 
@@ -102,6 +104,30 @@ def test_a_checkpoint_is_sampled_as_its_run_was(models, tmp_path):
         run(EvaluateConfig(env=TOY, agent=str(tmp_path / "r"), out=tmp_path / "f"))
 
 
+def test_the_world_is_the_runs_or_the_profiles_unless_told_otherwise(tmp_path):
+    """The built-in models of Search-QA read one passage a search; so do the checkpoints of a run that they begin."""
+    search = "atod/SearchQA-v0"
+
+    def options(agent="builtin", env=search, **changes):
+        return sampling_of(EvaluateConfig(env=env, agent=agent, **changes)).option
+
+    assert options() == options("builtin:teacher") == options(option=("topk=1",)) == ("topk=1",)
+    assert options(option=("topk=2",)) == ("topk=1", "topk=2")
+    assert options("api:some/model") == options("expert") == options("random") == options(env=TOY) == ()
+    run = tmp_path / "r"
+    (run / "checkpoints" / "best").mkdir(parents=True)
+    (run / "metrics.jsonl").touch()
+    train = dataclasses.asdict(resolve(TrainConfig(env=search, option=("dataset=single",))))
+    (run / "config.json").write_text(json.dumps({"settings": {"train": train}}))
+    best = str(run / "checkpoints" / "best")
+    assert options(best) == ("topk=1", "dataset=single") and options(best, TOY) == ()
+    config = EvaluateConfig(env=search, data="builtin", agent=best, option=("test.topk=2",))
+    env = make_env(config, sampling_of(config), "test").unwrapped
+    _, info = env.reset(seed=0)
+    found = env.step(f"<search>{info['task']}</search>")[0]
+    assert "Doc 2" in found and "Doc 3" not in found
+
+
 def test_builtin_expert_beats_random_task_by_task(tmp_path, capsys):
     for agent in ("expert", "random"):
         run(EvaluateConfig(data="builtin", agent=agent, panels=("valid_unseen/20",), out=tmp_path / agent))
@@ -114,7 +140,7 @@ def test_builtin_expert_beats_random_task_by_task(tmp_path, capsys):
 
 
 def test_the_official_games_are_played_in_full(realdata):
-    from atod_algos.evaluate.settings import Sampling, held_out_splits, make_env, read_panels
+    from atod_algos.evaluate.settings import Sampling, held_out_splits, read_panels
 
     config = EvaluateConfig(data=str(realdata / "alfworld" / "sample_12"), agent="expert")
     make = lambda split: make_env(config, Sampling(), split).unwrapped  # noqa: E731

@@ -117,7 +117,7 @@ def test_other_data_than_the_run_was_trained_on_is_refused(options, tmp_path, ca
 def test_a_slip_in_an_option_costs_nothing(options, tmp_path, capsys):
     run = ["--run", str(tmp_path / "r"), "--steps", "1"]
     assert "unexpected keyword argument 'colour'" in failing(ATOD, [*options, *run, "--option", "colour=red"], capsys)
-    assert "--option 'colour': expected key=value" in failing(ATOD, [*options, *run, "--option", "colour"], capsys)
+    assert "--option 'colour': expected NAME=VALUE" in failing(ATOD, [*options, *run, "--option", "colour"], capsys)
     main(ATOD, [*options, *run])
     assert (tmp_path / "r" / "result.json").exists()
 

@@ -427,6 +427,8 @@ def test_the_command_serves_and_stops(tmp_path):
         (["--env", "atod/Nothing-v0"], "Nothing"),
         (["--env", "atod/ALFWorld-v0", "--split", "nowhere"], "nowhere"),
         (["--env", "atod/ALFWorld-v0", "--option", "data=/nowhere/at/all"], "/nowhere/at/all"),
+        (["--option", "train.data=builtin"], "leave out the split's name"),
+        (["--option", "data"], "expected NAME=VALUE"),
         (["--sessions", "0"], "--sessions 0"),
         (["--token-file", "/nowhere"], "nowhere"),
     ],

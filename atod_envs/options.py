@@ -1,0 +1,45 @@
+"""``--option NAME=VALUE``: any argument of an environment, said on a command line; every command reads it here.
+
+The invariant: the same words mean the same to whoever plays, trains, evaluates or serves.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from typing import Any
+
+from atod_envs.errors import AtodError
+
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+def read_options(pairs: Iterable[str], split: str | None = None) -> dict[str, Any]:
+    """``NAME=VALUE`` pairs as an environment's arguments; of two with the same name the later one counts.
+
+    Args:
+        pairs: a value is a Python literal (a number, a string in quotes, a list), ``true``, ``false`` or ``none``, and text otherwise.
+            ``SPLIT.NAME=VALUE`` is for that split alone.
+        split: the split that the environment will play; by default ``train``, as the environments themselves have it.
+
+    Raises:
+        AtodError: a pair has no ``=``.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        where, dot, name = key.rpartition(".")
+        if not equals or not name.isidentifier():
+            raise AtodError(f"--option {pair!r}: expected NAME=VALUE, such as --option max_turns=30")
+        if not dot or where == (split or "train"):
+            options[name] = _value(text)
+    return options
+
+
+def _value(text: str) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
