@@ -4,11 +4,15 @@ A block that cannot run here (a GPU, a hub, data of the reader's) is marked with
 get ``SHORT`` appended, so that what is shown is what runs, only smaller.
 """
 
+import contextlib
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
 try:
     from sybil import Example, Sybil
@@ -33,18 +37,28 @@ def shortened(line: str) -> str:
 def run_shell(example: "Example") -> str | None:
     """Run a block; what goes wrong is the test's failure message."""
     script = "set -euo pipefail\n" + "\n".join(map(shortened, example.parsed.splitlines()))
+    for port in set(re.findall(r"127\.0\.0\.1:(\d+)", script)):  # the page's own may be taken on this machine
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            script = script.replace(port, str(free.getsockname()[1]))
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "COLUMNS": "120",
     }
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=240)
-    return (
-        None
-        if done.returncode == 0
-        else f"status {done.returncode}\n{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    )
+    with TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            ["bash", "-c", script], stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            status: int | str = process.wait(240)
+        except subprocess.TimeoutExpired:
+            status = "none after 240 s"
+        with contextlib.suppress(ProcessLookupError):  # whatever the block started in the background ends with it
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        said.seek(0)
+        return None if status == 0 else f"status {status}\n{script}\n{said.read()[-6000:]}"
 
 
 def enter(namespace: dict) -> None:

@@ -52,36 +52,27 @@ _EVERYWHERE: Mapping[str, Any] = {
     "seed": 0,
 }
 
+_BY_TURNS: Mapping[str, Any] = {
+    **_EVERYWHERE,
+    "tasks_per_step": 16,
+    "minibatches": 16,
+    "eval_temperature": 0.4,
+    "eval_every": 5,
+    "eval_tasks": 128,
+    "warmup_steps": 0,
+}
+"""What the two worlds of many turns, ALFWorld and WebShop, share."""
+
 WORLDS: Mapping[str, World] = MappingProxyType(
     {
         "atod/ALFWorld-v0": World(
-            {
-                **_EVERYWHERE,
-                "tasks_per_step": 16,
-                "minibatches": 16,
-                "max_turns": 50,
-                "max_context": 2048 + 512,
-                "eval_temperature": 0.4,
-                "eval_every": 5,
-                "eval_tasks": 128,
-                "warmup_steps": 0,
-            },
+            {**_BY_TURNS, "max_turns": 50, "max_context": 2048 + 512},
             invalid_penalty=0.1,
             kl_coef=0.01,
             turns_every=3,
         ),
         "atod/WebShop-v0": World(
-            {
-                **_EVERYWHERE,
-                "tasks_per_step": 16,
-                "minibatches": 16,
-                "max_turns": 15,
-                "max_context": 4096 + 512,
-                "eval_temperature": 0.4,
-                "eval_every": 5,
-                "eval_tasks": 128,
-                "warmup_steps": 0,
-            },
+            {**_BY_TURNS, "max_turns": 15, "max_context": 4096 + 512},
             invalid_penalty=0.1,
             kl_coef=0.01,
             turns_every=6,
