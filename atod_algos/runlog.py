@@ -218,7 +218,7 @@ def replace_text(path: Path, text: str) -> None:
     """Write a file so that it holds either the old or the new text, whenever the process ends."""
     part = path.with_name(path.name + ".part")
     with written(path):
-        part.write_text(text)
+        part.write_text(text, encoding="utf-8")
         os.replace(part, path)
 
 

@@ -110,17 +110,17 @@ class EpisodeJournal:
         """What was played before; a line that was cut off is dropped."""
         kept: list[Trajectory] = []
         if self.path.exists():
-            for line in self.path.read_text().splitlines():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
                 try:
                     kept.append(from_record(json.loads(line), str(self.path)))
                 except (json.JSONDecodeError, DataError):
                     break
-            self.path.write_text("".join(_line(trajectory) for trajectory in kept))
+            self.path.write_text("".join(_line(trajectory) for trajectory in kept), encoding="utf-8")
         return kept
 
     def add(self, trajectory: Trajectory) -> None:
         """Append an episode."""
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(_line(trajectory))
 
     def drop(self) -> None:

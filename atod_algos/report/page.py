@@ -81,7 +81,7 @@ def write_page(
     """
     data = page_data(runs, scorers=scorers, turns=turns) | {"live": live, "stamp": stamp}
     packed = base64.b64encode(gzip.compress(json.dumps(data, separators=(",", ":")).encode(), 6, mtime=0)).decode()
-    template = (Path(__file__).parent / "page.html").read_text()
+    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     before, _, after = template.replace("@TITLE@", html.escape(data["title"])).partition("@DATA@")
     replace_text(path, before + packed + after)
     return data

@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -48,6 +49,9 @@ class Terminal:
 
     @staticmethod
     def _control():
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # a suite in the background of a shell ignores it, and so would its children
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     def type(self, text):

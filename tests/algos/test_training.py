@@ -132,6 +132,8 @@ def spawn(options, run, steps):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ},
+        # A suite in the background of a shell ignores Ctrl-C, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
