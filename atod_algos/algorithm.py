@@ -102,6 +102,14 @@ class Privileged(Protocol):
         """
 
 
+def needs_student(algorithm: Algorithm) -> bool:
+    """Whether the algorithm looks at ``scores.student_M`` before the update; it does unless its ``needs_student`` says False.
+
+    Where it does not, and a step has one update, the pass that makes the update gives them: a pass less.
+    """
+    return bool(getattr(algorithm, "needs_student", True))
+
+
 def find_algorithm(name: str) -> type[Algorithm]:
     """Load an algorithm by name from the entry-point group ``atod.algorithms``.
 

@@ -19,11 +19,11 @@ from agents.chat import ChatFormat
 from agents.models import LoadedModel, require_same_tokenizer
 from atod_algos import ranks
 from atod_algos.adapters import without_adapters
-from atod_algos.algorithm import Algorithm, Privileged, Supported
+from atod_algos.algorithm import Algorithm, Privileged, Supported, needs_student
 from atod_algos.batch import Scores, TokenBatch, put_in_front
 from atod_algos.config import TrainConfig
 from atod_algos.remote import RemoteJudge, is_address
-from atod_algos.scoring import compare, score
+from atod_algos.scoring import compare, drops_out, score
 from atod_envs.errors import AtodError
 
 
@@ -142,6 +142,10 @@ class Scorer:
         load: loads a model by name and role.
         device: where models score.
 
+    Attributes:
+        late: the student's log-probs are left open (not a number): nobody asks for them before the step's only update, whose own
+            pass gives them.
+
     Raises:
         AtodError: a model does not fit the student, or cannot give what the algorithm asks for.
     """
@@ -159,6 +163,15 @@ class Scorer:
         self._adapters, self._load, self._device = adapters, load, device
         self._chat = ChatFormat(student.tokenizer)
         self._held: dict[tuple[str, str], Judge] = {}
+        self.late = (
+            config.old_logprobs == "learner"
+            and config.minibatches == 1
+            and not config.staleness
+            and ranks.size() == 1
+            and not needs_student(algorithm)
+            and not algorithm.scores & {"teacher", "divergence", "support"}
+            and not drops_out(student.model)
+        )
         if config.old_logprobs == "sampler" and config.staleness:
             raise AtodError(
                 f"--old-logprobs sampler with --staleness {config.staleness}: the weights that sampled are not those that learn; "
@@ -214,6 +227,8 @@ class Scorer:
         else:
             if self.config.old_logprobs == "sampler":
                 student_M = batch.sampler_logprobs_M
+            elif self.late:
+                student_M = np.full(batch.n_tokens, np.nan)
             else:
                 student_M = score(model, batch, temperature=temperature, budget=budget)[0]
             scores = Scores(student_M, under(self.teacher))

@@ -54,6 +54,7 @@ class GiGPO:
     """Group-in-group policy optimisation."""
 
     name: ClassVar[str] = "gigpo"
+    needs_student: ClassVar[bool] = False
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "released": {

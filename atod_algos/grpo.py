@@ -58,6 +58,7 @@ class GRPO:
     """Group-relative policy optimisation."""
 
     name: ClassVar[str] = "grpo"
+    needs_student: ClassVar[bool] = False
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "released": {

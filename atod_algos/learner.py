@@ -21,6 +21,7 @@ from atod_algos import memory, ranks
 from atod_algos.batch import TokenBatch
 from atod_algos.config import OptimizerOptions
 from atod_algos.optimizer import Updater, learning_rate
+from atod_algos.products import fast_products, same_products
 from atod_algos.scoring import CHUNK_LOGITS, predict, split_rows, stream_tokens
 from atod_envs.errors import AtodError
 
@@ -108,7 +109,7 @@ def aggregation_weights(batch: TokenBatch, chosen_N: np.ndarray, objective: Obje
 def recompute_layers(model: Any) -> None:
     """Keep only the layers' inputs for the backward pass and compute their insides again (gradient checkpointing)."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, "context_fn": same_products})
 
 
 class Learner:
@@ -145,6 +146,7 @@ class Learner:
         seed: int,
         auxiliary: AuxiliaryLoss | None = None,
         support: SupportTerm | None = None,
+        old_known: bool = True,
     ) -> dict[str, float]:
         """One training step: every trajectory is used once, in ``minibatches`` optimizer updates.
 
@@ -158,13 +160,20 @@ class Learner:
             seed: shuffles trajectories into mini-batches.
             auxiliary: a further loss for each token, added with the same weights.
             support: a further loss from more than the sampled tokens, added with the same weights.
+            old_known: False: ``old_logprobs_M`` is filled here with what the pass of the step's only update gives. Before
+                that update they are the same.
 
         Returns:
             Metrics under ``actor/``, and ``memory/predicted_mib`` beside the ``memory/peak_mib`` that was used.
 
         Raises:
             AtodError: an advantage, the loss or the gradient is not finite, or a single row does not fit into memory.
+            ValueError: old log-probs are unknown, but there are several updates.
         """
+        if not old_known:
+            if self.options.minibatches > 1:
+                raise ValueError("after the first of several updates the old log-probs cannot be found any more")
+            old_logprobs_M[:] = 0.0
         if not (np.isfinite(advantage_M).all() and np.isfinite(old_logprobs_M).all()):
             bad = int(np.flatnonzero(~(np.isfinite(advantage_M) & np.isfinite(old_logprobs_M)))[0])
             raise AtodError(
@@ -183,7 +192,9 @@ class Learner:
             chosen_N = np.zeros(len(batch.group_N), dtype=bool)
             chosen_N[part] = True
             rows = np.flatnonzero(chosen_N[batch.trajectory_B])
-            loss = _Minibatch(batch, chosen_N, advantage_M, old_logprobs_M, objective, temperature, auxiliary, support)
+            loss = _Minibatch(
+                batch, chosen_N, advantage_M, old_logprobs_M, objective, temperature, auxiliary, support, old_known
+            )
             if len(rows):
                 found = self.budget.run(
                     "update",
@@ -212,9 +223,10 @@ class Learner:
         budget = ranks.fair(budget, sum(len(row) for row in chosen))
         for micro, counts in ranks.shared(split_rows(self.model, chosen, budget)):
             found = _Sums()
-            part = loss.of(self.model, rows[micro], found)
-            # A divided model's gradient is averaged over the ranks, but the weights of the loss sum to one over all of them.
-            (part * (ranks.size() if counts else 0)).backward()  # type: ignore[no-untyped-call]
+            with fast_products(self._device):
+                part = loss.of(self.model, rows[micro], found)
+                # A divided model's gradient is averaged over the ranks, but the weights of the loss sum to one over all.
+                (part * (ranks.size() if counts else 0)).backward()  # type: ignore[no-untyped-call]
             if counts:
                 sums.merge(found)
         whole = _Sums()
@@ -282,6 +294,7 @@ class _Minibatch:
     temperature: float
     auxiliary: AuxiliaryLoss | None
     support: SupportTerm | None
+    old_known: bool
 
     def of(self, model: Any, rows: np.ndarray, sums: _Sums) -> torch.Tensor:
         """These rows' share of the loss; what is to be reported is added to ``sums``."""
@@ -302,6 +315,8 @@ class _Minibatch:
             return torch.from_numpy(np.asarray(values_M[index_M], dtype=np.float32)).to(logprobs.device)
 
         weight = at(weight_M)
+        if not self.old_known:
+            self.old_logprobs_M[index_M] = logprobs.detach().cpu().numpy()
         log_ratio = logprobs - at(self.old_logprobs_M)
         loss, clipped = surrogate(log_ratio.exp(), at(self.advantage_M), objective)
         total = (weight * loss).sum()

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from atod_algos.products import even_filling
+
 log = logging.getLogger(__name__)
 
 _NAME = "atod_packed"
@@ -131,6 +133,7 @@ class _Rows:
     offsets: torch.Tensor
     place_R: torch.Tensor | None
     keep_T: torch.Tensor | None
+    filling: int
 
 
 def packed_states(model: Any, packed: Pack) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,13 +147,16 @@ def packed_states(model: Any, packed: Pack) -> tuple[torch.Tensor, torch.Tensor]
         States [T, D] and ids [T] of the stream.
     """
     device = next(model.parameters()).device
-    ids = torch.from_numpy(packed.ids_T).to(device)
+    length = len(packed.ids_T)
+    filling = even_filling(length, device)
+    ids = F.pad(torch.from_numpy(packed.ids_T).to(device), (0, filling))
     shares = packed.keep_T is not None
     rows = _Rows(
         packed.bounds,
         torch.tensor(packed.bounds, dtype=torch.int32, device=device),
         torch.from_numpy(packed.place_R).to(device) if shares else None,
         torch.from_numpy(cast("np.ndarray", packed.keep_T)).to(device) if shares else None,
+        filling,
     )
     decoder = model.get_decoder()
     if decoder.config._attn_implementation != _NAME:
@@ -158,14 +164,14 @@ def packed_states(model: Any, packed: Pack) -> tuple[torch.Tensor, torch.Tensor]
         decoder.config._attn_implementation = _NAME
     output = decoder(
         input_ids=ids[None],
-        position_ids=torch.from_numpy(packed.position_T).to(device)[None],
+        position_ids=F.pad(torch.from_numpy(packed.position_T).to(device), (0, filling))[None],
         # A mask of four dimensions is passed on as it is, so none of T x T is built. Should it ever reach another
         # attention than ours, the result is not a number rather than a quiet mixture of rows.
         attention_mask=torch.full((1, 1, 1, 1), float("nan"), device=device, dtype=next(model.parameters()).dtype),
         use_cache=False,
         packed_rows=rows,
     )
-    return output.last_hidden_state[0], ids
+    return output.last_hidden_state[0, :length], ids[:length]
 
 
 def _attention(
@@ -188,7 +194,8 @@ def _attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
         )
         return cast("tuple[torch.Tensor, torch.Tensor | None]", plain)
-    states = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, width]
+    length = query.shape[2] - packed_rows.filling
+    states = [tensor[0, :, :length].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, width]
     if packed_rows.place_R is not None:
         states = [tensor.index_select(0, packed_rows.place_R) for tensor in states]
     half = query.dtype in (torch.float16, torch.bfloat16)
@@ -198,25 +205,21 @@ def _attention(
         output = _loop_rows(states, packed_rows.bounds, scaling, dropout)
     if packed_rows.keep_T is not None:
         output = output.index_select(0, packed_rows.keep_T)
-    return output[None], None
+    return F.pad(output, (0, 0, 0, 0, 0, packed_rows.filling))[None], None
 
 
 def _loop_rows(
     states: list[torch.Tensor], bounds: tuple[int, ...], scaling: float | None, dropout: float
 ) -> torch.Tensor:
-    query, key, value = (tensor.transpose(0, 1)[None] for tensor in states)
-    grouped = query.shape[1] != key.shape[1]
+    # Divided at once: a slice for each row would be given back a gradient of the whole stream for each row.
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    divided = ((tensor.transpose(0, 1)[None] for tensor in torch.split(tensor, lengths)) for tensor in states)
+    grouped = states[0].shape[1] != states[1].shape[1]
     parts = [
         F.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            dropout_p=dropout,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=grouped,
+            query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
         )[0].transpose(0, 1)
-        for start, end in itertools.pairwise(bounds)
+        for query, key, value in zip(*divided, strict=True)
     ]
     return torch.cat(parts)
 

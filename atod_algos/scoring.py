@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from atod_algos import ranks
@@ -20,6 +21,7 @@ from atod_algos.batch import Scores, TokenBatch
 from atod_algos.config import TrainConfig
 from atod_algos.memory import Budget
 from atod_algos.packing import pack, packable, packed_states, packs
+from atod_algos.products import even_filling, fast_products, same_products
 
 CHUNK_LOGITS = 1 << 24
 """Most logits alive at once (64 MiB in float32)."""
@@ -92,9 +94,13 @@ def head_logprobs(
 
     size = max(1, CHUNK_LOGITS // int(head.weight.shape[0]))
     if len(targets) <= size:
-        return part(hidden, targets, asked)
+        count = len(targets)
+        filling = even_filling(count, hidden.device)
+        filled = (F.pad(hidden, (0, 0, 0, filling)), F.pad(targets, (0, filling)), F.pad(asked, (0, 0, 0, filling)))
+        chosen, width, further = part(*filled)
+        return chosen[:count], width[:count], further[:count]
     pieces = [
-        checkpoint(part, *piece, use_reentrant=False)
+        checkpoint(part, *piece, use_reentrant=False, context_fn=same_products)
         for piece in zip(torch.split(hidden, size), torch.split(targets, size), torch.split(asked, size), strict=True)
     ]
     logprobs, spread, others = zip(*pieces, strict=True)
@@ -171,7 +177,8 @@ def predict(
         head = model.get_output_embeddings()
         return *head_logprobs(states, targets, head, temperature, entropy, support), index_M
 
-    logprobs, spread, others, index_M = ranks.whole(model, work)
+    with fast_products(next(model.parameters()).device):
+        logprobs, spread, others, index_M = ranks.whole(model, work)
     return Predictions(index_M, logprobs, spread, None if support_MS is None else others)
 
 
@@ -181,6 +188,12 @@ def row_logprobs(
     """:func:`predict` without a support: indices into axis M, log-probs, entropies."""
     found = predict(model, batch, rows, temperature=temperature, entropy=entropy)
     return found.index_M, found.logprobs, found.entropy
+
+
+def drops_out(model: Any) -> bool:
+    """Whether a training pass leaves something out by chance, so that its log-probs are not those of scoring."""
+    parts = any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in model.modules())
+    return parts or bool(getattr(model.get_decoder().config, "attention_dropout", 0.0))
 
 
 def score(
@@ -257,7 +270,8 @@ def compare(
     @torch.no_grad()
     def attempt(tokens: int) -> None:
         for rows, counts in ranks.shared(split_rows(student, batch.rows, tokens)):
-            ranks.whole(student, ranks.whole, teacher, some, rows, counts)
+            with fast_products(next(student.parameters()).device):
+                ranks.whole(student, ranks.whole, teacher, some, rows, counts)
 
     def some(rows: np.ndarray, counts: bool) -> None:
         index_M, own_states, targets = _states(student, batch, rows)

@@ -183,6 +183,7 @@ class Trainer:
             seed=derive_seed(seed, "minibatches"),
             auxiliary=lambda logprobs, index_M: algorithm.auxiliary_loss(logprobs, index_M, scores),
             support=self._support_term(scores),
+            old_known=not self.scorer.late,
         )
         clock.lap("update")
         reward_N = algorithm.reward(batch)

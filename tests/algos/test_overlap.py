@@ -177,6 +177,27 @@ def test_the_engines_own_log_probs_give_nearly_the_same_run(options, tmp_path, c
     assert "the weights that sampled are not those that learn" in capsys.readouterr().err
 
 
+def test_a_step_of_one_update_runs_one_pass_less_and_still_checks_the_engine(options, tmp_path, monkeypatch):
+    from atod_algos import frozen
+
+    scored = []
+    score = frozen.score
+    monkeypatch.setattr(frozen, "score", lambda *a, **k: scored.append(1) or score(*a, **k))
+    plain = [*options, "--steps", "2", "--minibatches", "1"]
+    main(GRPO, [*plain, "--run", str(tmp_path / "less")])
+    assert not scored
+    monkeypatch.setattr(GRPO, "needs_student", True)
+    main(GRPO, [*plain, "--run", str(tmp_path / "more")])
+    assert len(scored) == 2
+    for mine, other in zip(rows(tmp_path / "less"), rows(tmp_path / "more"), strict=True):
+        assert mine["actor/ppo_kl"] == 0.0
+        assert mine["sampler/logprob_gap_max"] == pytest.approx(other["sampler/logprob_gap_max"], abs=1e-5) < 1e-4
+        assert mine["actor/grad_norm"] == pytest.approx(other["actor/grad_norm"], rel=1e-3)
+    monkeypatch.setattr(GRPO, "needs_student", False)
+    main(GRPO, [*plain, "--minibatches", "2", "--run", str(tmp_path / "several")])
+    assert len(scored) == 4
+
+
 def test_every_step_says_what_memory_and_episodes_it_took(options, tmp_path):
     main(GRPO, [*options, "--steps", "1", "--run", str(tmp_path / "r")])
     (line,) = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
