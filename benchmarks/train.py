@@ -24,7 +24,6 @@ from typing import Any
 
 CONTENDERS = {
     "ours": "this trainer",
-    "ours-sampler": "engine's log-probs",
     "trl": "TRL GRPOTrainer",
     "trl-engine": "TRL with our engine",
 }
@@ -96,7 +95,7 @@ def write_model(folder: Path, args: argparse.Namespace) -> None:
 # --- ours ---------------------------------------------------------------------------------------------------------
 
 
-def run_ours(folder: Path, args: argparse.Namespace, old: str) -> list[dict[str, Any]]:
+def run_ours(folder: Path, args: argparse.Namespace, phases: Phases) -> None:
     from atod_algos.config import TrainConfig, resolve
     from atod_algos.grpo import GRPO
     from atod_algos.progress import Progress
@@ -108,14 +107,13 @@ def run_ours(folder: Path, args: argparse.Namespace, old: str) -> list[dict[str,
             env="atod/ALFWorld-v0", data="builtin", student=str(folder), style="compact", max_turns=args.turns,
             max_response=args.response, max_context=args.context, tasks_per_step=args.tasks, group_size=args.group,
             minibatches=1, lr=1e-6, eval_every=0, keep_trajectories=0, slots=args.tasks * args.group, device="cpu",
-            steps=args.steps + 1, old_logprobs=old,
+            steps=args.steps + 1,
         )
     )  # fmt: skip
     algorithm = GRPO()
     trainer = Trainer(
         config, algorithm, RunFolder(Path(tempfile.mkdtemp(dir=folder.parent)), settings_of(config, algorithm, "paper"))
     )
-    phases = Phases()
     laps = {"rollout": "rollout", "score": "scoring", "advantage": "update", "update": "update", "store": "update"}
 
     class Clock:
@@ -136,139 +134,6 @@ def run_ours(folder: Path, args: argparse.Namespace, old: str) -> list[dict[str,
     for step in range(1, args.steps + 2):
         trainer._train_step(step, progress)
     trainer.close()
-    return phases.steps[1:]
-
-
-# --- TRL ----------------------------------------------------------------------------------------------------------
-
-
-def generate_rollout(args: argparse.Namespace) -> Any:
-    """A ``rollout_func`` as a user of TRL writes it: turn by turn, ``generate()`` over the episodes that still run."""
-    import torch
-
-    import atod_envs
-    from agents.chat import ChatFormat
-    from atod_envs.prompting import Prompted
-
-    pool: list[Any] = []
-
-    def rollout(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
-        tokenizer, model = trainer.processing_class, trainer.model
-        chat = ChatFormat(tokenizer)
-        while len(pool) < len(prompts):
-            pool.append(Prompted(atod_envs.make("atod/ALFWorld-v0", data="builtin", max_turns=args.turns), "compact"))
-        count = len(prompts)
-        first: list[list[int]] = []
-        for i, prompt in enumerate(prompts):
-            seed = trainer.state.global_step * 1000 + i
-            message, _ = pool[i].reset(seed=seed, options={"task_id": prompt[0]["content"]})
-            first.append(chat.opening(message))
-        completions: list[list[int]] = [[] for _ in range(count)]
-        mask: list[list[int]] = [[] for _ in range(count)]
-        rewards = [0.0] * count
-        live = list(range(count))
-        model.eval()
-        while live:
-            inputs = [first[i] + completions[i] for i in live]
-            width = max(map(len, inputs))
-            ids = torch.full((len(live), width), tokenizer.pad_token_id)
-            seen = torch.zeros_like(ids)
-            for row, tokens in enumerate(inputs):
-                ids[row, width - len(tokens) :] = torch.tensor(tokens)
-                seen[row, width - len(tokens) :] = 1
-            with torch.no_grad():
-                out = model.generate(
-                    input_ids=ids, attention_mask=seen, max_new_tokens=args.response, do_sample=True, temperature=1.0,
-                    top_k=0, top_p=1.0, eos_token_id=list(chat.stop_ids), pad_token_id=tokenizer.pad_token_id,
-                )  # fmt: skip
-            going = []
-            for row, i in enumerate(live):
-                said = out[row, width:].tolist()
-                ends = [place for place, token in enumerate(said) if token in chat.stop_ids]
-                said = said[: ends[0] + 1] if ends else said
-                completions[i] += said
-                mask[i] += [1] * len(said)
-                message, reward, terminated, truncated, _ = pool[i].step(chat.decode(said))
-                rewards[i] += float(reward)
-                more = chat.continuation(message, bool(ends))
-                room = args.context - len(first[i]) - len(completions[i]) - len(more)
-                if not (terminated or truncated) and room >= args.response:
-                    completions[i] += more
-                    mask[i] += [0] * len(more)
-                    going.append(i)
-            live = going
-        model.train()
-        return {
-            "prompt_ids": first,
-            "completion_ids": completions,
-            "env_mask": mask,
-            "logprobs": None,
-            "episode_reward": rewards,
-        }
-
-    return rollout
-
-
-def run_trl(folder: Path, args: argparse.Namespace, engine: bool) -> list[dict[str, Any]]:
-    import warnings
-
-    warnings.filterwarnings("ignore")
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    import atod_envs
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tasks = atod_envs.make("atod/ALFWorld-v0", data="builtin").unwrapped.tasks
-    rows = [{"prompt": [{"role": "user", "content": task}]} for task in tasks.order(0)[: 4 * args.tasks]]
-    phases = Phases()
-    batch = args.tasks * args.group
-    config = GRPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=args.trl_batch,
-        gradient_accumulation_steps=batch // args.trl_batch, num_generations=args.group, max_steps=args.steps + 1,
-        num_iterations=1, beta=0.0, bf16=False, gradient_checkpointing=False, learning_rate=1e-6, use_cpu=True,
-        temperature=1.0, top_k=0, top_p=1.0, loss_type="grpo", logging_strategy="no", save_strategy="no", report_to="none",
-        disable_tqdm=True, max_completion_length=args.context, dataloader_num_workers=0, weight_decay=0.01,
-    )  # fmt: skip
-    if engine:
-        from atod_algos.trl_rollout import TRLRollout
-
-        play: Any = TRLRollout(
-            "atod/ALFWorld-v0", style="compact", max_tokens=args.response, max_context=args.context, concurrency=batch,
-            data="builtin", max_turns=args.turns,
-        )  # fmt: skip
-    else:
-        play = generate_rollout(args)
-    made: dict[str, int] = {}
-
-    def timed(prompts: list[Any], trainer: Any) -> Any:
-        phases.lap("update")  # what TRL does before it asks: nearly nothing
-        answer = play(prompts, trainer)
-        phases.lap("rollout")
-        made["row_tokens"] = sum(map(len, answer["prompt_ids"])) + sum(map(len, answer["completion_ids"]))
-        made["sampled"] = sum(map(sum, answer["env_mask"]))
-        made["episodes"] = len(prompts)
-        return answer
-
-    class Steps(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            phases.begin()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            phases.lap("update")
-            phases.end(**made)
-
-    def reward(episode_reward: list[float], **_: Any) -> list[float]:
-        return list(episode_reward)
-
-    trainer = GRPOTrainer(
-        model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-        rollout_func=timed, callbacks=[Steps()],
-    )  # fmt: skip
-    trainer.train()
-    return phases.steps[1:]
 
 
 # --- side by side -------------------------------------------------------------------------------------------------
@@ -326,7 +191,7 @@ def table(rounds: dict[str, list[list[dict[str, Any]]]], args: argparse.Namespac
             + f"{middle([step['row_tokens'] / total(step, 1) for step in steps]):11.0f}"
         )
     print("(processor seconds a step, but for 'wall'; medians over all steps)")
-    for mine in (who for who in rounds if who.startswith("ours")):
+    for mine in (who for who in rounds if who == "ours"):
         for other in (who for who in rounds if who.startswith("trl")):
             head = f"{CONTENDERS[other]} / {CONTENDERS[mine]}"
             for label, which in (("processor time", 1), ("wall time", 0)):
@@ -409,125 +274,6 @@ def packing(args: argparse.Namespace) -> None:
         print(f"{how}, {budget:6d} tokens: scores {counted[how, budget]:6d} in {columns[0]}; update {columns[1]}")
 
 
-# --- shares of a device's peak --------------------------------------------------------------------------------------
-
-
-def shares(args: argparse.Namespace) -> None:
-    """Learner's arithmetic and engine's memory traffic against what torch itself reaches on this device."""
-    import numpy as np
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    from agents.engines.base import SamplingParams
-    from agents.engines.transformers import TransformersEngine
-    from atod_algos.batch import make_batch
-    from atod_algos.config import TrainConfig, optimizer_options, resolve
-    from atod_algos.learner import Learner, Objective
-    from atod_algos.scoring import score
-    from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
-
-    gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-    shape = {
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "head_dim": 16,
-        "num_attention_heads": 4,
-    }
-    rows, prompt, response, side = 4, 40, 12, 256
-    if not args.tiny:
-        # Qwen3-0.6B's: 28 layers, width 1024; about 440 million weights without the embedding.
-        shape = {
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 28,
-            "head_dim": 128,
-            "num_attention_heads": 16,
-        }
-        rows, prompt, response, side = 128, 1536, 512, 8192
-    vocabulary = 512 if args.tiny else 151_936
-    torch.manual_seed(0)
-    heads = max(1, shape["num_attention_heads"] // 2)
-    with torch.device(device):
-        model = Qwen3ForCausalLM(
-            Qwen3Config(vocab_size=vocabulary, num_key_value_heads=heads, max_position_embeddings=4096, tie_word_embeddings=True, **shape)
-        )  # fmt: skip
-    model = model.to(dtype)
-
-    def seconds(work: Any, repeats: int) -> float:
-        times = []
-        for _ in range(repeats + 1):
-            if gpu:
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            work()
-            if gpu:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-        return min(times[1:])
-
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    flops = 2 * side**3 / seconds(lambda: a @ a, 5)
-    big = torch.empty((1 << 24) if args.tiny else (1 << 30), dtype=torch.uint8, device=device)
-    bandwidth = 2 * big.numel() / seconds(lambda: big.clone(), 5)
-    print(f"device: {torch.cuda.get_device_name() if gpu else platform.machine()}, torch {torch.__version__}, {dtype}")
-    print(f"reached by torch: {flops / 1e12:.3g} TFLOP/s in a matrix product, {bandwidth / 1e9:.3g} GB/s in a copy")
-
-    rng = np.random.default_rng(0)
-
-    def ids(n: int) -> tuple[int, ...]:
-        return tuple(rng.integers(0, vocabulary, n).tolist())
-
-    lone = []
-    for _ in range(rows):
-        turn = Turn(0, "", (), ids(prompt), ids(response), (0.0,) * response, "", "", True, True, 0.0)
-        lone.append(Trajectory("e", "t", "s", "", "g", 0, (turn,), "", False, 0.0, StopReason.FAILURE))
-    batch = make_batch([Group("t", tuple(lone))])
-    config = resolve(TrainConfig(student="x", lr=1e-6, minibatches=1, steps=10))
-    learner = Learner(model, optimizer_options(config))
-    old_M = score(model, batch, temperature=1.0)[0]
-    advantage_M = rng.normal(size=batch.n_tokens)
-    step = iter(range(1, 100))
-
-    def update() -> None:
-        learner.update(batch, advantage_M, old_M, Objective(), step=next(step), temperature=1.0, seed=0)
-
-    tokens, sampled = rows * (prompt + response), rows * response
-    head = model.get_output_embeddings().weight.numel()
-    body = sum(p.numel() for p in model.parameters()) - head
-    width = shape["head_dim"] * shape["num_attention_heads"]
-    # Forward 2 operations a weight and token, backward 4; causal attention 2 x 2 x half the row, forward once, backward twice.
-    attention = 3 * 2 * shape["num_hidden_layers"] * width * tokens * (prompt + response)
-    operations = 6 * body * tokens + 6 * head * sampled + attention
-    took = seconds(update, 2)
-    print(
-        f"learner: {tokens} tokens in {took:.3f} s, {tokens / took:.0f} tokens/s, "
-        f"{100 * operations / took / flops:.1f} % of that arithmetic"
-    )
-    for slots in (1, rows):
-        engine = TransformersEngine(model, slots=slots, max_context=prompt + response)
-        for i in range(slots):
-            engine.submit(str(i), ids(prompt), SamplingParams(response, seed=i))
-        engine.step()
-        began, steps = time.perf_counter(), 0
-        done = 0
-        while done < slots:
-            done += len(engine.step())
-            steps += 1
-        if gpu:
-            torch.cuda.synchronize()
-        took = (time.perf_counter() - began) / steps
-        size = model.dtype.itemsize
-        cache = 2 * shape["num_hidden_layers"] * heads * shape["head_dim"] * size * slots * (prompt + response // 2)
-        traffic = (body + head) * size + cache
-        print(
-            f"engine, {slots} at once: {slots / took:.0f} tokens/s, {100 * traffic / took / bandwidth:.1f} % of that bandwidth "
-            "(weights and keys, read once a token)"
-        )
-        engine.close()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -558,6 +304,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.gpu:
+        from device_shares import shares
+
         shares(args)
     elif args.packing:
         packing(args)
@@ -567,12 +315,14 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(args.threads)
-        who = args.worker
-        if who.startswith("ours"):
-            steps = run_ours(args.folder, args, "learner" if who == "ours" else "sampler")
+        phases = Phases()
+        if args.worker == "ours":
+            run_ours(args.folder, args, phases)
         else:
-            steps = run_trl(args.folder, args, who == "trl-engine")
-        print(json.dumps(steps))
+            from trl_side import run_trl
+
+            run_trl(args.folder, args, args.worker == "trl-engine", phases)
+        print(json.dumps(phases.steps[1:]))  # the first step warms up
 
 
 if __name__ == "__main__":

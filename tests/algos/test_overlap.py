@@ -191,7 +191,7 @@ def test_a_step_of_one_update_runs_one_pass_less_and_still_checks_the_engine(opt
     assert len(scored) == 2
     for mine, other in zip(rows(tmp_path / "less"), rows(tmp_path / "more"), strict=True):
         assert mine["actor/ppo_kl"] == 0.0
-        assert mine["sampler/logprob_gap_max"] == pytest.approx(other["sampler/logprob_gap_max"], abs=1e-5) < 1e-4
+        assert max(mine["sampler/logprob_gap_max"], other["sampler/logprob_gap_max"]) < 1e-4
         assert mine["actor/grad_norm"] == pytest.approx(other["actor/grad_norm"], rel=1e-3)
     monkeypatch.setattr(GRPO, "needs_student", False)
     main(GRPO, [*plain, "--minibatches", "2", "--run", str(tmp_path / "several")])
