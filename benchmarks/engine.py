@@ -2,6 +2,7 @@
 
     python benchmarks/engine.py                        # every engine that is installed, every workload
     python benchmarks/engine.py --engines transformers lock-step --workloads mixed
+    python benchmarks/engine.py --products             # matrix products: PyTorch's default beside oneDNN
 
 Engines: ``transformers`` (ours), ``vllm`` (where installed), and ``lock-step``: what a script does without an engine, one
 ``model.generate()`` over all that wait, left-padded, until the longest is done. Lock-step is given every advantage: the
@@ -263,6 +264,54 @@ def best(engine: Engine, work: Callable[[Engine, int], Any], repeats: int) -> di
     return {"tokens_per_second": rate, "tokens": tokens, "engine_seconds": seconds, "wall_seconds": wall}
 
 
+def products(repeats: int) -> None:
+    """Matrix products of the engine (packed weights, few rows) and of the learner (both gradients, many rows)."""
+    from atod_algos.products import _product
+
+    def rate(work: Callable[[], Any], operations: float) -> float:
+        work()
+        inner = max(1, int(2e8 / operations))
+        times = []
+        for _ in range(repeats):
+            start = time.process_time()
+            for _ in range(inner):
+                work()
+            times.append((time.process_time() - start) / inner)
+        return operations / float(np.median(times)) / 1e9
+
+    print(
+        f"billion operations a second, medians of {repeats}; torch {torch.__version__}, {torch.get_num_threads()} thread"
+    )
+    call = torch.ops.mkldnn._linear_pointwise
+    for rows in (1, 8, 32, 128, 4096):
+        for inner, outer in ((256, 256), (256, 768), (1024, 1024), (1024, 3072)):
+            x, weight, gradient = torch.randn(rows, inner), torch.randn(outer, inner), torch.randn(rows, outer)
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
+            pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+                "forward, packed": (
+                    lambda x=x, weight=weight: torch.nn.functional.linear(x, weight),
+                    lambda x=x, packed=packed: call(x, packed, None, "none", [], ""),
+                )
+            }
+            if rows == 4096:
+                pairs = {
+                    "forward": (pairs["forward, packed"][0], lambda x=x, weight=weight: _product(x, weight)),
+                    "gradient of x": (
+                        lambda gradient=gradient, weight=weight: gradient @ weight,
+                        lambda gradient=gradient, weight=weight: _product(gradient, weight.t()),
+                    ),
+                    "of the weights": (
+                        lambda gradient=gradient, x=x: gradient.t() @ x,
+                        lambda gradient=gradient, x=x: _product(gradient.t(), x.t()),
+                    ),
+                }
+            for name, (default, onednn) in pairs.items():
+                a, b = (rate(work, 2.0 * rows * inner * outer) for work in (default, onednn))
+                print(
+                    f"{rows:5d} rows x {inner:4d} x {outer:4d}, {name:15}: {a:6.0f} default, {b:6.0f} oneDNN, {b / a:4.1f} times"
+                )
+
+
 WEIGHTS: list[Any] = []
 """Those of the model that an engine without a model of its own is given again."""
 
@@ -276,8 +325,12 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=32, help="episodes on the random model")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--products", action="store_true", help="time matrix products instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.products:
+        products(max(3, options.repeats))
+        return
 
     _, play = played(maker("transformers"))
     recorded = play(played(maker("transformers"))[0], 1)
