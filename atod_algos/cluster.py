@@ -2,7 +2,7 @@
 
 A worker takes groups as it has room for them, and takes more as its own end, so a slow one holds up nothing but what it holds. Weights go
 through Ray's object store: once a step into it, once for each node out of it. A worker that dies or falls silent is replaced, and what it
-had taken is played again.
+had taken is played again. Every process of the cluster is started once and stays: starting one costs more than a small rollout.
 
 The invariant: every group is in the result exactly once, played with the weights of that call. Seeds come from the specs, so who played
 makes no difference.
@@ -11,16 +11,15 @@ makes no difference.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from atod_algos.player import LocalPlayers
 from atod_algos.rollout import EpisodeSpec, OnFinish, RolloutLimits, collect_groups
+from atod_algos.work import Work
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, Trajectory
 
@@ -61,7 +60,14 @@ class _Worker:
         return os.getpid()
 
     def play(
-        self, how: tuple[str, float, float], limits: RolloutLimits | None, weights: list[Any], version: int, work: Any
+        self,
+        how: tuple[str, float, float],
+        specs: Sequence[EpisodeSpec],
+        limits: RolloutLimits | None,
+        weights: list[Any],
+        version: int,
+        work: Any,
+        call: int,
     ) -> tuple[list[int], list[Trajectory]]:
         """Play groups until none are left; returns the places of their episodes, and the episodes."""
         import ray
@@ -78,56 +84,16 @@ class _Worker:
                 nonlocal refused_at
                 if finished == refused_at:  # it holds its share, and none of it has ended since it last asked
                     return []
-                taken = ray.get(work.take.remote(os.getpid(), room, len(places) - finished))
+                taken = ray.get(work.take.remote(call, room, len(places) - finished))
                 if taken is None:
                     return None
                 refused_at = -1 if taken else finished
-                places.extend(place for place, _ in taken)
-                return [spec for _, spec in taken]
+                places.extend(taken)
+                return [specs[place] for place in taken]
 
             return places, self._players.on(*how).play((), limits, more=more)
         except Exception as error:  # not every exception survives the way to the driver; its words do
             raise AtodError(f"{type(error).__name__}: {error}") from None
-
-
-class _Work:
-    """The groups of a step that nobody has taken yet. An actor of its own, so that workers need not wait for the driver."""
-
-    def __init__(self, specs: list[EpisodeSpec], workers: int) -> None:
-        groups: dict[str, list[tuple[int, EpisodeSpec]]] = {}
-        for place, spec in enumerate(specs):
-            groups.setdefault(spec.group_id, []).append((place, spec))
-        self._left = deque(groups.values())
-        # Nobody holds more than its share at a time: whoever comes first would take everything.
-        self._share = math.ceil(len(specs) / workers)
-        self._taken: dict[int, list[list[tuple[int, EpisodeSpec]]]] = {}
-        self._running: dict[int, int] = {}
-        self._total = len(specs)
-
-    def take(self, worker: int, room: int, running: int) -> list[tuple[int, EpisodeSpec]] | None:
-        """Groups for a worker: as many as it has room for, but no more than its share; None when there are none left."""
-        self._running[worker] = running
-        if not self._left:
-            return None
-        taken: list[tuple[int, EpisodeSpec]] = []
-        while self._left and (not taken or len(taken) + len(self._left[0]) <= room):
-            if running + len(taken) and running + len(taken) + len(self._left[0]) > self._share:
-                break
-            group = self._left.popleft()
-            self._taken.setdefault(worker, []).append(group)
-            taken += group
-        self._running[worker] += len(taken)
-        return taken
-
-    def give_back(self, worker: int) -> None:
-        """A worker is lost: all that it took is to be taken again."""
-        self._left.extendleft(reversed(self._taken.pop(worker, [])))
-        self._running.pop(worker, None)
-
-    def finished(self) -> int:
-        """Episodes that have come to their end, as far as the workers have said."""
-        waiting = sum(len(group) for group in self._left)
-        return self._total - waiting - sum(self._running.values())
 
 
 class RayPlayers:
@@ -143,13 +109,18 @@ class RayPlayers:
 
     def __init__(self, make_players: Callable[[], LocalPlayers], fleet: Fleet) -> None:
         self._ray = ray = _ray()
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
         self._fleet, self._make = fleet, make_players
         self._own = not ray.is_initialized()
         if self._own:
             _connect(ray)
         _require_resources(ray, fleet)
         self._actor = ray.remote(num_cpus=fleet.cpus, num_gpus=fleet.gpus, max_restarts=0)(_Worker)
-        self._dispenser = ray.remote(num_cpus=0)(_Work)
+        # Beside the driver: a node that is lost must not take the list of what is to be done with it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._work = ray.remote(num_cpus=0)(Work).options(scheduling_strategy=here).remote()
+        self._calls = 0
         self._weights: Any = None
         self._version = -1
         self._workers: list[Any] = []
@@ -170,7 +141,7 @@ class RayPlayers:
 
     def close(self) -> None:
         """End the workers, and Ray if it was started here."""
-        for worker in self._workers:
+        for worker in [*self._workers, self._work]:
             self._ray.kill(worker)
         self._workers = []
         if self._own:
@@ -188,13 +159,15 @@ class RayPlayers:
         """Play all episodes on whichever workers are free; ``how`` is what ``on`` was asked for, the rest as in ``Plays.play``."""
         if self._weights is None:
             raise AtodError("the workers have no weights yet; call load_weights before play")
-        work = self._dispenser.remote(list(specs), len(self._workers))
+        work, everything = self._work, self._ray.put(list(specs))
+        self._ray.get(work.begin.remote([spec.group_id for spec in specs], len(self._workers), self._calls))
         finished: dict[int, Trajectory] = {}
         running: dict[Any, _Call] = {}
 
         def give(worker: Any) -> None:
-            future = worker.play.remote(how, limits, [self._weights], self._version, work)
-            running[future] = _Call(worker, self.pids[self._workers.index(worker)], time.monotonic())
+            future = worker.play.remote(how, everything, limits, [self._weights], self._version, work, self._calls)
+            running[future] = _Call(worker, self._calls, time.monotonic())
+            self._calls += 1
 
         for worker in self._workers:
             give(worker)
@@ -214,12 +187,11 @@ class RayPlayers:
                         "command goes on from the last checkpoint"
                     )
                 log.warning("a rollout worker was lost; what it had taken is played again")
-                self._ray.get(work.give_back.remote(call.pid))
+                self._ray.get(work.give_back.remote(call.number))
                 give(self._replace(call.worker))
             if on_finish is not None and (now := self._ray.get(work.finished.remote())) > shown:
                 shown = now
                 on_finish(shown)
-        self._ray.kill(work)
         if on_finish is not None and shown < len(specs):
             on_finish(len(specs))
         return [finished[place] for place in range(len(specs))]
@@ -291,7 +263,7 @@ class RayRollout:
 @dataclass(slots=True)
 class _Call:
     worker: Any
-    pid: int
+    number: int
     since: float
 
 

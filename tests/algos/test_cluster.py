@@ -17,10 +17,11 @@ ray = pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
 from agents.models import load_model
 from atod_algos.atod import ATOD
 from atod_algos.cli import main
-from atod_algos.cluster import Fleet, RayPlayers, _Work
+from atod_algos.cluster import Fleet, RayPlayers
 from atod_algos.config import TrainConfig, resolve
 from atod_algos.player import local_players, worker_players
 from atod_algos.rollout import EpisodeSpec, RolloutLimits, derive_seed
+from atod_algos.work import Work
 from atod_envs.errors import AtodError
 
 HERE = Path(__file__).parent
@@ -198,8 +199,9 @@ def test_training_on_a_cluster_is_training(cluster, config, models, tmp_path):
 
 
 def test_work_is_shared_in_whole_groups_and_given_back_once():
-    wanted = [EpisodeSpec("t", f"g{i // 3}", i) for i in range(30)]
-    work = _Work(wanted, workers=3)
+    wanted = [f"g{i // 3}" for i in range(30)]
+    work = Work()
+    work.begin(wanted, workers=3, first=1)
     first = work.take(1, 128, 0)
     assert len(first) == 9, "its share of 10, in whole groups"
     second = work.take(2, 6, 0)
@@ -208,6 +210,11 @@ def test_work_is_shared_in_whole_groups_and_given_back_once():
     assert len(work.take(1, 128, 4)) == 6 and work.finished() == 5
     work.give_back(1)
     third = [part for _ in range(9) for part in work.take(3, 128, 0) or []]
-    assert sorted(place for place, _ in [*second, *third]) == list(range(30))
+    assert sorted([*second, *third]) == list(range(30))
     assert work.take(3, 128, 0) is None
-    assert len(_Work(wanted, workers=40).take(1, 128, 0)) == 3, "one group at least"
+    work.begin(wanted, workers=40, first=4)
+    assert len(work.take(4, 128, 0)) == 3, "one group at least"
+    assert work.take(3, 128, 0) is None, "who still plays an earlier step gets nothing of this one"
+    work.give_back(4)
+    assert work.take(4, 128, 0) is None, "nor who was given up"
+    assert work.take(5, 128, 0) == [0, 1, 2]
