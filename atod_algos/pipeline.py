@@ -1,9 +1,11 @@
 """How long a training step takes on a given cluster, and what holds it up: a small simulator of the pipeline.
 
 Engines take groups as in ``atod_algos.cluster``: each holds no more than its share, and takes more as its own end. An engine serves its
-running requests at once, each at the speed that so many together leave it; between two turns an environment takes its time; then
-teacher and student score, the learner learns, and the new weights travel. The invariant: with one engine and rates measured on a
-run, the step that was measured comes out.
+running requests at once, each at the speed that so many together leave it: few requests leave an engine half idle, so twice the engines
+are less than twice as fast. Between two turns an environment takes its time, and the engine waits, for both are driven by one thread;
+then teacher and student score, the learner learns, and the new weights travel.
+
+The invariant: with one engine and rates measured on a run, the step that was measured comes out.
 """
 
 from __future__ import annotations
@@ -48,14 +50,16 @@ class Rates:
         slots: requests that an engine runs at the same time.
         prefill: prompt tokens a second of one engine.
         decode_one: tokens a second of a request that runs alone.
-        decode_all: tokens a second of a full engine, all requests together.
-        env_seconds: of one environment step; environments of one engine's worker take turns on one core.
+        decode_all: tokens a second of a full engine, all requests together; between one and ``slots`` requests
+            a step of the engine takes time in a straight line (the weights are read once, and something for each request).
+        env_seconds: of one environment step; environments of one worker and its engine take turns.
         learn: tokens a second of the learner, all its ranks together.
         score: tokens a second when the student scores.
         teach: tokens a second when the teacher scores; 0 for none.
         weight_bytes: of the student, as they travel.
         bandwidth: bytes a second from the learner to all engines' nodes.
         fixed: seconds of a step that nothing above explains.
+        dispatch: seconds of a rollout in which nobody plays: work on its way to workers, and episodes on theirs.
     """
 
     engines: int
@@ -70,6 +74,17 @@ class Rates:
     weight_bytes: float
     bandwidth: float
     fixed: float = 0.0
+    dispatch: float = 0.0
+
+    def turn(self, work: Workload, running: int) -> float:
+        """Seconds in which every one of so many running episodes gets one turn on.
+
+        T(n) = response (a + b n) + n (prefill / speed of reading + environment).
+        """
+        last = max(2, self.slots)
+        each = max(0.0, (last / self.decode_all - 1 / self.decode_one) / (last - 1))
+        step = max(0.0, 1 / self.decode_one - each) + each * running
+        return work.response * step + running * (work.prefill / self.prefill + self.env_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +94,8 @@ class Step:
     Attributes:
         seconds: by phase: rollout, teacher, score, update, weights, other.
         busy: share of the rollout during which the engines had something to do, over engines.
-        env_share: share of an episode's own time that is the environment's.
-        longest: seconds that the longest episode would take with an engine of its own.
+        env_share: share of a lone episode's time that is the environment's.
+        longest: seconds that the slowest group would take with an engine of its own.
     """
 
     seconds: dict[str, float]
@@ -113,7 +128,7 @@ def simulate(work: Workload, rates: Rates, seed: int = 0) -> Step:
         seed: of the episodes' lengths.
     """
     lengths = episode_lengths(work, np.random.default_rng(seed))
-    left = [group.tolist() for group in lengths[::-1]]
+    left = [[int(turns) for turns in group] for group in lengths[::-1]]
     share = max(work.group_size, math.ceil(work.groups * work.group_size / rates.engines))
     engines = [_Engine(work, rates) for _ in range(rates.engines)]
     while left or any(engine.active for engine in engines):
@@ -122,10 +137,15 @@ def simulate(work: Workload, rates: Rates, seed: int = 0) -> Step:
                 engine.take(left.pop())
         first = min((engine for engine in engines if engine.active), key=_Engine.next_moment)
         first.advance()
-    ends = max(engine.now for engine in engines)
+    ends = rates.dispatch + max(engine.now for engine in engines)
     busy = sum(engine.busy for engine in engines)
-    env = sum(engine.env_seconds for engine in engines)
-    own = float(lengths.sum()) * engines[0].cost / rates.decode_one
+    slowest = 0.0
+    for group in lengths:
+        lone = _Engine(work, rates)
+        lone.take([int(turns) for turns in group])
+        while lone.active:
+            lone.advance()
+        slowest = max(slowest, lone.now)
     phases = {
         "rollout": ends,
         "teacher": work.rows / rates.teach if rates.teach else 0.0,
@@ -134,8 +154,7 @@ def simulate(work: Workload, rates: Rates, seed: int = 0) -> Step:
         "weights": rates.weight_bytes / rates.bandwidth,
         "other": rates.fixed,
     }
-    longest = float(lengths.max()) * (engines[0].cost / rates.decode_one + rates.env_seconds)
-    return Step(phases, busy / max(1e-9, ends * rates.engines), env / max(1e-9, own + env), longest)
+    return Step(phases, busy / max(1e-9, ends * rates.engines), rates.env_seconds / rates.turn(work, 1), slowest)
 
 
 def episode_lengths(work: Workload, rng: np.random.Generator) -> np.ndarray:
@@ -150,56 +169,33 @@ def episode_lengths(work: Workload, rng: np.random.Generator) -> np.ndarray:
 
 
 class _Engine:
-    """One engine and the core of its environments, as far as they have come.
+    """One engine and its environments, as far as they have come.
 
-    A request is ``response`` tokens of work, its prefill counted as the tokens that could be decoded meanwhile. With n running each
-    advances at ``decode_one`` until together they reach ``decode_all``; so all advance alike, and one number says how far.
+    All running episodes advance alike, so one number, in turns, says how far; its speed depends on how many they are.
     """
 
     def __init__(self, work: Workload, rates: Rates) -> None:
-        self.cost = work.response + work.prefill * rates.decode_all / rates.prefill
-        self._rates = rates
-        self._running: list[tuple[float, int]] = []  # (progress at which it is done, turns left)
-        self._stepping: list[tuple[float, int]] = []  # (time at which the environment has answered, turns left)
-        self._progress = self._core = 0.0
-        self.now = self.busy = self.env_seconds = 0.0
+        self._work, self._rates = work, rates
+        self._running: list[float] = []  # progress at which each is at its end
+        self._progress = 0.0
+        self.now = self.busy = 0.0
 
     @property
     def active(self) -> int:
         """Episodes that go on."""
-        return len(self._running) + len(self._stepping)
+        return len(self._running)
 
     def take(self, group: Sequence[int]) -> None:
         """Begin a group's episodes, given by their turns."""
         for turns in group:
-            heapq.heappush(self._running, (self._progress + self.cost, turns))
-
-    def _speed(self) -> float:
-        return min(self._rates.decode_one, self._rates.decode_all / max(1, len(self._running)))
-
-    def _moments(self) -> tuple[float, float]:
-        done = self.now + (self._running[0][0] - self._progress) / self._speed() if self._running else math.inf
-        return done, self._stepping[0][0] if self._stepping else math.inf
+            heapq.heappush(self._running, self._progress + turns)
 
     def next_moment(self) -> float:
-        """When something happens next."""
-        return min(self._moments())
+        """When an episode ends next."""
+        return self.now + (self._running[0] - self._progress) * self._rates.turn(self._work, self.active)
 
     def advance(self) -> None:
         """Go on to that moment."""
-        done, answered = self._moments()
-        moment = min(done, answered)
-        if self._running:
-            self.busy += moment - self.now
-            self._progress += (moment - self.now) * self._speed()
-        self.now = moment
-        if done <= answered:
-            _, left = heapq.heappop(self._running)
-            # One core answers one environment after the other.
-            self._core = max(self._core, self.now) + self._rates.env_seconds
-            self.env_seconds += self._rates.env_seconds
-            heapq.heappush(self._stepping, (self._core, left - 1))
-        else:
-            _, left = heapq.heappop(self._stepping)
-            if left:
-                heapq.heappush(self._running, (self._progress + self.cost, left))
+        moment = self.next_moment()
+        self.busy += moment - self.now
+        self.now, self._progress = moment, heapq.heappop(self._running)

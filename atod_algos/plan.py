@@ -78,19 +78,26 @@ def from_run(folder: Path) -> tuple[Workload, Rates]:
     return work, fit_engine(work, rates, mean("time/rollout"))
 
 
-def fit_engine(work: Workload, rates: Rates, rollout: float) -> Rates:
+def fit_engine(work: Workload, rates: Rates, rollout: float, few: tuple[int, float] | None = None) -> Rates:
     """Find the speed of the engine with which a rollout takes as long as was measured.
 
     Args:
         work: what was played.
-        rates: everything but the engine's three speeds, which are replaced: a request alone gets an eighth of what many get together, and
-            prompts are read eight times as fast as answers are written.
+        rates: everything but the engine's three speeds, which are replaced; prompts are read eight times as fast as answers are written.
         rollout: seconds that were measured.
+        few: so many episodes, and the seconds that a turn of each took when they played alone; where that was not measured, a request
+            alone gets an eighth of what many get together.
     """
     low, high = 1e-3, 1e9
     for _ in range(60):
         speed = math.sqrt(low * high)
-        tried = replace(rates, decode_all=speed, decode_one=speed / 8, prefill=speed * 8)
+        one = speed / 8
+        if few is not None:  # a token of the few, and of a full engine, give the straight line
+            count, turn = few
+            full, some = rates.slots / speed, turn - count * (work.prefill / (8 * speed) + rates.env_seconds)
+            some = min(full, max(full * count / rates.slots, some / work.response))
+            one = 1 / (some - (count - 1) * (full - some) / max(1, rates.slots - count))
+        tried = replace(rates, decode_all=speed, decode_one=one, prefill=speed * 8)
         low, high = (speed, high) if simulate(work, tried).seconds["rollout"] > rollout else (low, speed)
     return tried
 

@@ -2,8 +2,10 @@
 
     python benchmarks/scale.py                    # the built-in ALFWorld student, 16 tasks x 8 attempts
 
-The simulator is fitted to one worker alone and then asked about the others; workers that share a core share its speed. Wall seconds: the best of
-``--rounds``, because whatever else runs on the machine only ever adds.
+The simulator is fitted to the single process (all episodes, and one group alone) and to what one worker adds to it, and then asked about more workers.
+CPU seconds are those of the driver, which waits, plus the busiest worker: what the clock would show if each had a core of its own and nothing else
+ran, and what the simulator predicts. Wall seconds depend on what the machine has left. The least of ``--rounds`` rollouts each, for
+whatever else runs only ever adds.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +26,32 @@ from atod_algos.config import TrainConfig, resolve
 from atod_algos.pipeline import Rates, Workload, simulate
 from atod_algos.plan import fit_engine
 from atod_algos.player import local_players, worker_players
-from atod_algos.rollout import EpisodeSpec, derive_seed
+from atod_algos.rollout import EpisodeSpec, Plays, derive_seed
+from atod_envs.trajectory import Trajectory
+
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICK
+
+
+def timed(
+    rollout: Plays, specs: Sequence[EpisodeSpec], rounds: int, workers: Sequence[int] = ()
+) -> tuple[float, float, list[Trajectory]]:
+    """Least wall and CPU seconds of a rollout, and its episodes; the first rollout, which fills caches, does not count."""
+    played = rollout.play(specs)
+    wall = cpu = float("inf")
+    for _ in range(rounds):
+        before = [cpu_seconds(pid) for pid in workers]
+        started, driver = time.perf_counter(), time.process_time()
+        played = rollout.play(specs)
+        wall = min(wall, time.perf_counter() - started)
+        used = [cpu_seconds(pid) - old for pid, old in zip(workers, before, strict=True)]
+        cpu = min(cpu, time.process_time() - driver + max(used, default=0.0))
+    return wall, cpu, played
 
 
 def main() -> None:
@@ -33,50 +62,42 @@ def main() -> None:
     given = parser.parse_args()
     config = resolve(TrainConfig(env="atod/ALFWorld-v0", data="builtin"))
     student = load_model(config.student, "student", world="alfworld")
-    alone = local_players(config, student.model, student.tokenizer)
-    alone.load_weights(student.model.named_parameters(), 0)
-    probe = alone.on("train", 1.0)._make_env()
+    here = local_players(config, student.model, student.tokenizer)
+    here.load_weights(student.model.named_parameters(), 0)
+    probe = here.on("train", 1.0)._make_env()
     order = probe.unwrapped.tasks.order(0)
     specs = [
         EpisodeSpec(order[group], str(group), derive_seed(0, group, member))
         for group in range(given.tasks)
         for member in range(8)
     ]
-
-    def timed(rollout) -> tuple[float, list]:
-        rollout.play(specs)  # the first one starts environments and fills caches
-        best, played = float("inf"), []
-        for _ in range(given.rounds):
-            started = time.perf_counter()
-            played = rollout.play(specs)
-            best = min(best, time.perf_counter() - started)
-        return best, played
-
-    seconds, episodes = timed(alone.on("train", 1.0))
+    wall, seconds, episodes = timed(here.on("train", 1.0), specs, given.rounds)
     turns = [turn for episode in episodes for turn in episode.turns]
-    print(f"{len(specs)} episodes, {len(turns) / len(episodes):.1f} turns, {os.cpu_count()} cores")
-    print(f"{'workers':>14} {'seconds':>9} {'simulated':>10}")
-    print(f"{'in process':>14} {seconds:9.2f}")
+    # Environments are timed by the clock, which other programs on the machine hold up as much as they hold up the rollout.
+    env = float(np.mean([turn.seconds_env for turn in turns])) * seconds / wall
+    _, group, few = timed(here.on("train", 1.0), specs[:8], 3 * given.rounds)
+    turn = group / max(len(episode.turns) for episode in few)
+    print(
+        f"{len(specs)} episodes, {len(turns) / len(episodes):.1f} turns, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    )
+    print(f"a turn of 8 episodes alone: {turn * 1000:.1f} ms of CPU; one environment step {env * 1000:.2f} ms")
+    print(f"{'workers':>14} {'wall s':>9} {'CPU s':>9} {'simulated':>10}")
+    print(f"{'in process':>14} {wall:9.2f} {seconds:9.2f}", flush=True)
     work = Workload(
         given.tasks, 8, len(turns) / len(episodes), max(len(e.turns) for e in episodes),
         float(np.mean([len(t.prompt_ids) for t in turns])) / 4, float(np.mean([len(t.response_ids) for t in turns])), 1.0,
     )  # fmt: skip
-    env = float(np.mean([turn.seconds_env for turn in turns]))
-    blank = Rates(1, config.slots, 1.0, 1.0, 1.0, env, 1.0, 1.0, 0.0, 0.0, 1.0)
-    fitted = None
-    for workers in given.workers:
-        players = RayPlayers(partial(worker_players, config, "alfworld"), Fleet(workers, cpus=0.4))
+    rates = fit_engine(work, Rates(1, config.slots, 1.0, 1.0, 1.0, env, 1.0, 1.0, 0.0, 0.0, 1.0), seconds, (8, turn))
+    for count in given.workers:
+        players = RayPlayers(partial(worker_players, config, "alfworld"), Fleet(count, cpus=0.4))
         players.load_weights(student.model.named_parameters(), 1)
-        measured, same = timed(players.on("train", 1.0))
+        wall, used, same = timed(players.on("train", 1.0), specs, given.rounds, players.pids)
         players.close()
         assert [e.success for e in same] == [e.success for e in episodes], "another number of workers, another result"
-        if fitted is None:
-            fitted = fit_engine(work, replace(blank, engines=workers), measured)
-        slow = min(1.0, (os.cpu_count() or 1) / workers)
-        rates = replace(
-            fitted, engines=workers, decode_all=fitted.decode_all * slow, decode_one=fitted.decode_one * slow, prefill=fitted.prefill * slow
-        )  # fmt: skip
-        print(f"{workers:>14} {measured:9.2f} {simulate(work, rates).seconds['rollout']:10.2f}", flush=True)
+        if count == 1:
+            rates = replace(rates, dispatch=max(0.0, used - seconds))
+        step = simulate(work, replace(rates, engines=count))
+        print(f"{count:>14} {wall:9.2f} {used:9.2f} {step.seconds['rollout']:10.2f}", flush=True)
 
 
 if __name__ == "__main__":
