@@ -5,6 +5,8 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from atod_algos.atod import ATOD
 from atod_algos.cli import main
 from atod_algos.cluster import Fleet, RayPlayers
 from atod_algos.config import TrainConfig, resolve
+from atod_algos.grpo import GRPO
 from atod_algos.player import local_players, worker_players
 from atod_algos.rollout import EpisodeSpec, RolloutLimits, derive_seed
 from atod_algos.work import Work
@@ -34,6 +37,7 @@ def cluster():
         "env_vars": {
             "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), str(HERE.parent / "envs")]),
             "OMP_NUM_THREADS": "1",
+            "IMPATIENT": "1",
         }
     }
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -180,6 +184,11 @@ def test_a_model_that_is_missing_on_the_workers_is_said(cluster, config):
         RayPlayers(partial(worker_players, dataclasses.replace(config, student="./nowhere"), "toy"), Fleet(1))
 
 
+def rows(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "speed/", "memory/"))} for row in lines]
+
+
 def test_training_on_a_cluster_is_training(cluster, config, models, tmp_path):
     options = [
         "--env", f"toyworld:{TOY}", "--student", str(models["student"]), "--teacher", str(models["teacher"]), "--style", "compact",
@@ -190,12 +199,51 @@ def test_training_on_a_cluster_is_training(cluster, config, models, tmp_path):
     main(ATOD, [*options, "--run", str(tmp_path / "one")])
     main(ATOD, [*options, "--run", str(tmp_path / "ray"), "--cluster", "ray", "--workers", "2"])
 
-    def rows(run):
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in row.items() if not k.startswith(("time/", "speed/", "memory/"))} for row in lines]
-
     for one, many in zip(rows(tmp_path / "one"), rows(tmp_path / "ray"), strict=True):
         assert one == pytest.approx(many, rel=1e-3, abs=1e-4)
+
+
+@contextlib.contextmanager
+def retriever(port, *last):
+    """A retriever in a process of its own; its process and its address."""
+    command = [sys.executable, str(HERE / "impatient.py"), str(port), *map(str, last)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+def test_a_retriever_that_is_lost_ends_the_run_which_goes_on_when_it_is_back(cluster, tmp_path, capfd):
+    options = [
+        "--env", "impatient:atod/SearchQA-v0", "--data", "builtin", "--style", "compact", "--max-turns", "4", "--max-response", "24",
+        "--max-context", "1024", "--lr", "5e-4", "--tasks-per-step", "2", "--group-size", "4", "--eval-every", "2", "--eval-tasks", "1",
+        "--report-tasks", "1", "--threads", "1", "--steps", "2",
+    ]  # fmt: skip
+    main(GRPO, [*options, "--run", str(tmp_path / "one"), "--option", "topk=1"])
+    run = tmp_path / "ray"
+    with retriever(0, run / "checkpoints" / "step_000001") as (process, address):
+        options += [
+            "--run",
+            str(run),
+            "--cluster",
+            "ray",
+            "--workers",
+            "1",
+            "--option",
+            "topk=1",
+            f"retriever={address}",
+        ]
+        with pytest.raises(SystemExit):
+            main(GRPO, options)
+        assert process.wait(60) == 9
+    said = capfd.readouterr().err
+    assert f"a rollout worker failed: RetrievalError: {address} did not answer" in said and "3 attempts" in said
+    assert len(rows(run)) == 1, "the first step was logged, the second one not"
+    with retriever(address.rpartition(":")[2]):
+        main(GRPO, options)
+    for one, other in zip(rows(tmp_path / "one"), rows(run), strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
 
 
 def test_work_is_shared_in_whole_groups_and_given_back_once():
