@@ -43,6 +43,11 @@ def add_adapters(model: Any, *, rank: int, alpha: float, seed: int) -> Any:
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"))
 
 
+def base_model(model: Any) -> Any:
+    """The model under peft's wrapper, adapters in its layers; anything else is given back."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def without_adapters(wrapper: Any) -> AbstractContextManager[Any]:
     """While open, the model computes what it did before adapters were added."""
     return wrapper.disable_adapter()  # type: ignore[no-any-return]

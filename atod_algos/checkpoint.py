@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from atod_algos import ranks
-from atod_algos.adapters import load_adapters
+from atod_algos.adapters import base_model, load_adapters
 from atod_algos.optimizer import Updater
 from atod_algos.shards import FOLDER, load_shards, save_shards
 from atod_envs.errors import AtodError, DataError
@@ -63,7 +63,7 @@ def save_checkpoint(
             part.mkdir(parents=True)
         ranks.barrier()
         if updater is not None:
-            save_shards(part, model, updater)
+            save_shards(part, base_model(model), updater)
         ranks.barrier()
         if ranks.rank() == 0:
             if updater is not None:

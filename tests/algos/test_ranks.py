@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from atod_algos import ranks
 from atod_algos.atod import ATOD
@@ -115,6 +116,24 @@ def test_a_run_goes_on_with_any_number_of_ranks(options, tmp_path):
     one, many = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     for name, tensor in one.items():
         torch.testing.assert_close(many[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_learn_on_any_number_of_ranks(options, tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed (extra lora)")
+    options = [*options, "--lora-rank", "4", "--checkpoint-every", "1", "--eval-every", "1", "--lr", "1e-2"]
+    main(ATOD, [*options, "--steps", "3", "--run", str(tmp_path / "whole")])
+    run = ["--run", str(tmp_path / "parts")]
+    main(ATOD, [*options, *run, "--steps", "1"])
+    torchrun(2, [*options, *run, "--steps", "2"], tmp_path)
+    assert (tmp_path / "parts" / "checkpoints" / "step_000002" / "shards").is_dir()
+    main(ATOD, [*options, *run, "--steps", "3"])
+    for one, many in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
+        assert compared(one) == pytest.approx(compared(many), rel=1e-4, abs=1e-5)
+    name = "checkpoints/step_000003/adapter_model.safetensors"
+    one, many = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
+    assert max(float(tensor.abs().max()) for key, tensor in one.items() if "lora_B" in key) > 1e-3, "they have moved"
+    for key, tensor in one.items():
+        torch.testing.assert_close(many[key], tensor, rtol=1e-5, atol=1e-5)
 
 
 def test_a_lost_rank_ends_the_run_which_then_goes_on(options, tmp_path):
