@@ -16,8 +16,11 @@ from safetensors.torch import load_file
 from atod_algos import ranks
 from atod_algos.atod import ATOD
 from atod_algos.cli import main
+from atod_algos.config import TrainConfig
 from atod_algos.learner import Learner
 from atod_algos.shards import load_shards
+from atod_algos.trainer import Trainer
+from atod_envs.errors import AtodError
 
 HERE = Path(__file__).parent
 COMMAND = "import sys; sys.path.insert(0, sys.argv.pop(1)); import toyworld; from atod_algos.cli import main; "
@@ -149,6 +152,13 @@ def test_a_lost_rank_ends_the_run_which_then_goes_on(options, tmp_path):
     reached = max(int(p.name[5:]) for p in (tmp_path / "r" / "checkpoints").glob("step_*"))
     main(ATOD, [*options, *run, "--steps", str(reached + 1)])
     assert [row["step"] for row in metrics(tmp_path / "r")] == list(range(1, reached + 2))
+
+
+def test_playing_ahead_is_refused_on_several_ranks(monkeypatch):
+    monkeypatch.setattr(ranks, "start", lambda device: device)
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    with pytest.raises(AtodError, match="use --staleness 0 under torchrun, or --cluster ray with a single learner"):
+        Trainer(TrainConfig(env="toy/Say-v0", device="cpu", staleness=1), ATOD(), None)
 
 
 def test_shares_cover_everything_once(monkeypatch):
