@@ -127,24 +127,24 @@ def test_what_fails_on_a_worker_is_said_here(players, config):
 
 
 def test_a_killed_worker_is_replaced_and_its_groups_are_played_once(players, config, expected, monkeypatch):
-    victim = players.pids[0]
+    victim, number = players.pids[0], players._calls
 
-    class Deadly(_Work):
+    class Deadly(Work):
         """Kills the victim when it takes groups for the second time: with groups in its hands."""
 
         taken = 0
 
-        def take(self, worker, room, running):
-            groups = super().take(worker, room, running)
-            self.taken += worker == victim and bool(groups)
+        def take(self, call, room, running):
+            groups = super().take(call, room, running)
+            self.taken += call == number and bool(groups)
             if self.taken == 2:
                 self.taken += 1
-                os.kill(worker, signal.SIGKILL)
+                os.kill(victim, signal.SIGKILL)
             return groups
 
     rollout = players.on("train", 1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(players, "_dispenser", ray.remote(num_cpus=0)(Deadly))
+        patch.setattr(players, "_work", ray.remote(num_cpus=0)(Deadly).remote())
         got = rollout.play(specs(config))
     assert played(got) == played(expected)
     assert victim not in players.pids and len(players.pids) == 2
