@@ -7,10 +7,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# What a user has set for work of their own is not the tests': data folders, servers, a cluster, a launcher's ranks.
+# What a user has set for work of their own is not the tests': data folders, servers, a cluster, a launcher's ranks, a terminal.
 for name in (
     "ALFWORLD_DATA", "WEBSHOP_DATA", "SEARCHQA_DATA", "ATOD_TOKEN", "OPENAI_API_KEY", "OPENAI_BASE_URL", "RAY_ADDRESS",
     "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
+    "FORCE_COLOR", "COLUMNS", "LINES",
 ):  # fmt: skip
     os.environ.pop(name, None)
 for name in ("no_proxy", "NO_PROXY"):  # the tests' servers are on this machine

@@ -51,7 +51,7 @@ def folders(models, tmp_path_factory):
 
 
 def unpack(page: Path):
-    blob = re.search(r'id="data">([^<]*)<', page.read_text())[1]
+    blob = re.search(r'id="data">([^<]*)<', page.read_text(encoding="utf-8"))[1]
     return json.loads(gzip.decompress(base64.b64decode(blob)))
 
 
@@ -240,7 +240,7 @@ def test_watch_serves_the_page_and_follows(folders, tmp_path):
         url = re.search(r"http://127.0.0.1:\d+/", (tmp_path / "out").read_text())[0]
         before = urllib.request.urlopen(url + "stamp").read()
         page = urllib.request.urlopen(url).read().decode()
-        assert page == (tmp_path / "r" / "report.html").read_text()
+        assert page == (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
         assert unpack(tmp_path / "r" / "report.html")["runs"][0]["done"] == 2
         (tmp_path / "whole").write_text("".join(lines))
         (tmp_path / "whole").rename(tmp_path / "r" / "metrics.jsonl")  # at once, so that nobody sees it half written

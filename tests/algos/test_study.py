@@ -62,7 +62,7 @@ def test_a_study_runs_every_method_and_goes_on_where_it_stopped(preset, tmp_path
 
     monkeypatch.setattr(Trainer, "_train_step", lambda *given: pytest.fail("trained again"))
     run(StudyConfig("toy", out=tmp_path / "whole", methods=NAMES))
-    text = (tmp_path / "whole" / "tables.md").read_text()
+    text = (tmp_path / "whole" / "tables.md").read_text(encoding="utf-8")
     for words in (
         "| Vanilla |",
         "ATOD w/o T-DUR",
