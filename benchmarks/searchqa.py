@@ -265,8 +265,9 @@ def search(folder: Path, queries: Sequence[str]) -> None:
     memory = {
         line.split()[0]: int(line.split()[1]) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     }
-    private = (memory["Private_Clean:"] + memory["Private_Dirty:"]) / 1024
-    print(f"memory of the reader      resident {memory['Rss:'] / 1024:,.0f} MiB, of it private {private:,.0f} MiB")
+    # Not the private pages: those of a mapped file count as private as long as nobody else happens to look at them.
+    own = memory["Anonymous:"] / 1024
+    print(f"memory of the reader      resident {memory['Rss:'] / 1024:,.0f} MiB, of it its own {own:,.0f} MiB")
 
 
 class _Random:
