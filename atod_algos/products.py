@@ -21,7 +21,8 @@ _SMALLEST = 1 << 12
 _EVEN = 64
 """oneDNN keeps a kernel for each number of rows that it meets; were every batch of another length, these would lie scattered among large
 tensors, and the memory between them could not be used again."""
-_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
+"""The operator is one of PyTorch's own that promises nothing: a build without it multiplies as ever."""
 
 
 @contextlib.contextmanager
