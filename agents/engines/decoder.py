@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import linear, pad, rms_norm
 
 from agents.engines.store import Store
 
@@ -29,6 +29,10 @@ _PACK_ELEMENTS = 1 << 16
 """Smaller matrices are faster as they are."""
 _PACK_ROWS = 32
 """Rows of a typical step, for which the packing is chosen; it serves any number."""
+_EVEN_ROWS = (8, 64)
+"""Passes are filled up to a multiple of the first number of rows, large ones of the second: oneDNN makes and keeps a kernel for each
+number of rows that it meets (half a millisecond and half a MiB each)."""
+_LARGE_ROWS = 512
 
 _Map = Callable[[torch.Tensor], torch.Tensor]
 
@@ -168,7 +172,11 @@ class FamilyDecoder:
         """The output layer."""
         if self._head is None:
             self.rebind()
-        return cast("_Map", self._head)(states)
+        return cast("_Map", self._head)(pad(states, (0, 0, 0, self._filling(len(states)))))[: len(states)]
+
+    def _filling(self, rows: int) -> int:
+        """How many rows to add to a pass."""
+        return -rows % _EVEN_ROWS[rows >= _LARGE_ROWS] if self._packed and rows >= _EVEN_ROWS[0] else 0
 
     def __call__(self, ids_T: torch.Tensor, positions_T: torch.Tensor, store: Store) -> torch.Tensor:
         """Run the layers."""
@@ -176,6 +184,9 @@ class FamilyDecoder:
         if not self._layers or any(weight._version != version for weight, version in self._packed):
             self.rebind()
         body = self._model.get_decoder()
+        length = len(ids_T)
+        filling = self._filling(length)
+        ids_T, positions_T = pad(ids_T, (0, filling)), pad(positions_T, (0, filling))
         states = body.embed_tokens(ids_T)
         cos, sin = self._rotary(body, positions_T, states)
         for index, layer in enumerate(self._layers):
@@ -184,12 +195,12 @@ class FamilyDecoder:
             q, k, v = layer.q(x).view(heads), layer.k(x).view(heads), layer.v(x).view(heads)
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = layer.q_norm(q), layer.k_norm(k)
-            store.write(index, _rotate(k, cos, sin), v)
-            mixed = store.attend(index, _rotate(q, cos, sin), layer.scaling)
-            states = states + layer.o(mixed.flatten(1))
+            store.write(index, _rotate(k, cos, sin)[:length], v[:length])
+            mixed = store.attend(index, _rotate(q, cos, sin)[:length], layer.scaling)
+            states = states + layer.o(pad(mixed.flatten(1), (0, 0, 0, filling)))
             x = layer.between(states)
             states = states + layer.down(layer.act(layer.gate(x)) * layer.up(x))
-        return _norm(body.norm)(states)
+        return _norm(body.norm)(states[:length])
 
     def _rotary(self, body: Any, positions_T: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine of each token, [T, 1, width], from a table of all positions."""
