@@ -170,7 +170,7 @@ class Learner:
             AtodError: an advantage, the loss or the gradient is not finite, or a single row does not fit into memory.
             ValueError: old log-probs are unknown, but there are several updates.
         """
-        if not old_known:
+        if not old_known:  # zeros until the pass fills them, so that the check below looks at the advantages alone
             if self.options.minibatches > 1:
                 raise ValueError("after the first of several updates the old log-probs cannot be found any more")
             old_logprobs_M[:] = 0.0
