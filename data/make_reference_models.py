@@ -7,7 +7,7 @@ For each world (``alfworld``, ``searchqa``, ``webshop``; all by default):
     teacher     a larger Qwen3 that imitates longer, mostly from states that its own actions led to; ALFWorld's is then improved
                 by GRPO, and Search-QA's is of the student's size and differs in nothing but when it stopped
 
-One thread and fixed seeds: on the same machine the same bits come out. It takes the better part of an hour on one core.
+One thread and fixed seeds: on the same machine the same version of the code gives the same bits. It takes the better part of an hour on one core.
 """
 
 from __future__ import annotations
