@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from atod_envs.errors import AtodError
+from atod_envs.options import put_before
 
 
 @dataclass(frozen=True)
@@ -214,5 +215,4 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in what was left open from the profile of the student."""
     profile = builtin_profile(config.env) if config.student == "builtin" else PUBLISHED
     missing = {name: value for name, value in profile.items() if getattr(config, name) is None}
-    first = tuple(pair for pair in profile.get("option", ()) if pair not in config.option)
-    return dataclasses.replace(config, option=(*first, *config.option), **missing)
+    return dataclasses.replace(config, option=put_before(profile.get("option", ()), config.option), **missing)

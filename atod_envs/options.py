@@ -36,6 +36,12 @@ def read_options(pairs: Iterable[str], split: str | None = None) -> dict[str, An
     return options
 
 
+def put_before(first: Iterable[str], given: Iterable[str]) -> tuple[str, ...]:
+    """Pairs of which those that were given win, whatever stands first; one that is in both stands once."""
+    given = tuple(given)
+    return (*(pair for pair in first if pair not in given), *given)
+
+
 def _value(text: str) -> Any:
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]

@@ -18,7 +18,7 @@ from gymnasium.envs.registration import load_env_creator
 
 import atod_envs
 from atod_envs.errors import AtodError
-from atod_envs.options import read_options
+from atod_envs.options import put_before, read_options
 from atod_envs.text_env import TextEnv
 
 PANEL_SIZE = 512
@@ -154,7 +154,7 @@ def sampling_of(config: EvaluateConfig) -> Sampling:
     if config.agent.startswith("api:"):
         profile["max_context"] = None  # the server knows its own
     first = profile["option"] if profile["env"] == config.env else ()
-    option = (*(pair for pair in first if pair not in config.option), *config.option)
+    option = put_before(first, config.option)
     names = [f.name for f in dataclasses.fields(Sampling) if f.name != "option"]
     return Sampling(option, **{n: profile[n] if getattr(config, n) is None else getattr(config, n) for n in names})
 
