@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from atod_algos.config import builtin_profile
+
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -95,14 +97,15 @@ ANNEALING_SHARE = 80 / 150
 """Share of the training over which ATOD's coefficients change (released scripts: 80 of 150 steps)."""
 
 
-def _world(name: str, env: str, *, steps: int, max_turns: int, report_tasks: int, **train: Any) -> World:
-    """A world whose schedules are scaled to its number of steps.
+def _world(name: str, env: str, *, steps: int, report_tasks: int, **train: Any) -> World:
+    """A world of the reference models, with the turns that they know, whose schedules are scaled to its number of steps.
 
     ATOD's annealing ends at the published share of the training; TCOD's window reaches the turn limit half-way (its paper: after a
     quarter, ATOD's re-implementation: at the end).
     """
     annealing = {"coef_anneal_steps": round(ANNEALING_SHARE * steps)}
     scaled = {"atod": annealing, "atod-uniform": annealing, "atod-token": annealing}
+    max_turns = builtin_profile(env)["max_turns"]
     window = {"turns_every": max(1, steps // (2 * (max_turns - 1)))}
     settings = {"env": env, "steps": steps, "max_turns": max_turns, **train}
     return World(name, settings, report_tasks, {**scaled, "tcod": window})
@@ -125,9 +128,9 @@ def _laptop() -> Preset:
     }
     return Preset(
         worlds=(
-            _world("alfworld", "atod/ALFWorld-v0", steps=60, max_turns=14, report_tasks=256, **common),
-            _world("webshop", "atod/WebShop-v0", steps=60, max_turns=6, report_tasks=500, **common),
-            _world("searchqa", "atod/SearchQA-v0", steps=60, max_turns=4, report_tasks=512, **common),
+            _world("alfworld", "atod/ALFWorld-v0", steps=60, report_tasks=256, **common),
+            _world("webshop", "atod/WebShop-v0", steps=60, report_tasks=500, **common),
+            _world("searchqa", "atod/SearchQA-v0", steps=60, report_tasks=512, **common),
         ),
         lrs=(3e-4, 1e-3),
     )
