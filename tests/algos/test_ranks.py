@@ -71,6 +71,16 @@ def compared(row):
     return {name: value for name, value in row.items() if not name.startswith(left_out)}
 
 
+def require_same_metrics(one, many):
+    for left, right in zip(metrics(one), metrics(many), strict=True):
+        assert compared(left) == pytest.approx(compared(right), rel=1e-4, abs=1e-5)
+
+
+def require_same_tensors(one, many):
+    for name, tensor in one.items():
+        torch.testing.assert_close(many[name], tensor, rtol=1e-5, atol=1e-5)
+
+
 def weights(run):
     """The whole weights of a run's last checkpoint, in whatever form it was written."""
     from toyworld import small_model
@@ -98,11 +108,8 @@ def test_ranks_make_the_run_of_a_single_process(count, algorithm, options, tmp_p
     main(kind, [*options, *extra, "--steps", "3", "--run", str(tmp_path / "one")])
     said = torchrun(count, [*options, *extra, "--steps", "3", "--run", str(tmp_path / "many")], tmp_path, algorithm)
     assert said.count("rules:") == 1, "only the first rank speaks"
-    for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
-        assert compared(one) == pytest.approx(compared(many), rel=1e-4, abs=1e-5)
-    one, many = weights(tmp_path / "one"), weights(tmp_path / "many")
-    for name, tensor in one.items():
-        torch.testing.assert_close(many[name], tensor, rtol=1e-5, atol=1e-5)
+    require_same_metrics(tmp_path / "one", tmp_path / "many")
+    require_same_tensors(weights(tmp_path / "one"), weights(tmp_path / "many"))
     stored = json.loads((tmp_path / "many" / "result.json").read_text())["table"]
     assert stored == json.loads((tmp_path / "one" / "result.json").read_text())["table"]
 
@@ -114,11 +121,8 @@ def test_a_run_goes_on_with_any_number_of_ranks(options, tmp_path):
     torchrun(2, [*options, *run, "--steps", "4"], tmp_path)
     assert (tmp_path / "parts" / "checkpoints" / "step_000004" / "shards").is_dir()
     main(ATOD, [*options, *run, "--steps", "6"])
-    for one, many in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
-        assert compared(one) == pytest.approx(compared(many), rel=1e-4, abs=1e-5)
-    one, many = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    for name, tensor in one.items():
-        torch.testing.assert_close(many[name], tensor, rtol=1e-5, atol=1e-5)
+    require_same_metrics(tmp_path / "whole", tmp_path / "parts")
+    require_same_tensors(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
 def test_adapters_learn_on_any_number_of_ranks(options, tmp_path):
@@ -130,13 +134,11 @@ def test_adapters_learn_on_any_number_of_ranks(options, tmp_path):
     torchrun(2, [*options, *run, "--steps", "2"], tmp_path)
     assert (tmp_path / "parts" / "checkpoints" / "step_000002" / "shards").is_dir()
     main(ATOD, [*options, *run, "--steps", "3"])
-    for one, many in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
-        assert compared(one) == pytest.approx(compared(many), rel=1e-4, abs=1e-5)
+    require_same_metrics(tmp_path / "whole", tmp_path / "parts")
     name = "checkpoints/step_000003/adapter_model.safetensors"
     one, many = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
     assert max(float(tensor.abs().max()) for key, tensor in one.items() if "lora_B" in key) > 1e-3, "they have moved"
-    for key, tensor in one.items():
-        torch.testing.assert_close(many[key], tensor, rtol=1e-5, atol=1e-5)
+    require_same_tensors(one, many)
 
 
 def test_a_lost_rank_ends_the_run_which_then_goes_on(options, tmp_path):
