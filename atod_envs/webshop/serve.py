@@ -136,9 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
         size = int(self.headers.get("Content-Length") or 0)
         if not 0 <= size <= LONGEST_REQUEST:
             self.close_connection = True
-            self.rfile.read(
-                max(0, min(size, 16 * LONGEST_REQUEST))
-            )  # a browser that is still sending does not read the answer
+            # A browser that is still sending does not read the answer.
+            self.rfile.read(max(0, min(size, 16 * LONGEST_REQUEST)))
             self._send(_frame("<p class='error'>Too much text.</p>"), HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
             return
         form = parse_qs(self.rfile.read(size).decode("utf-8", "replace"), keep_blank_values=True)
