@@ -55,8 +55,8 @@ $(VENV)-%/peer: pyproject.toml
 	@touch $@
 
 peers: $(VENV)-verifiers/peer $(VENV)-openenv/peer
-	$(VENV)-verifiers/bin/python -m pytest tests/adapters/test_verifiers.py docs/adapters.md
-	$(VENV)-openenv/bin/python -m pytest tests/adapters/test_openenv.py docs/adapters.md
+	$(VENV)-verifiers/bin/python -m pytest tests/integrations/test_verifiers.py docs/integrations.md
+	$(VENV)-openenv/bin/python -m pytest tests/integrations/test_openenv.py docs/integrations.md
 
 # The CPU build of vLLM takes numpy and transformers back to older releases, and brings three packages that do not fit this torch.
 $(VENV)-vllm/ready: pyproject.toml

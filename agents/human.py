@@ -18,9 +18,8 @@ import gymnasium as gym
 import atod_envs
 from agents.base import Agent, Decision
 from agents.expert import expert_for
-from atod_envs.command import program
 from atod_envs.errors import AtodError, UnknownName
-from atod_envs.options import read_options
+from atod_envs.options import program, read_options
 
 COMMANDS: Mapping[str, str] = {
     ":actions": "list what can be done now",

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.learner import Objective
-from atod_algos.rollout import RolloutLimits
+from atod_algos.learner.learner import Objective
+from atod_algos.rollout.episodes import RolloutLimits
 from atod_envs.errors import AtodError, UnknownName
 from atod_envs.trajectory import Trajectory
 

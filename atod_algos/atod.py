@@ -43,10 +43,10 @@ from atod_algos import advantages as maths
 from atod_algos.advantages import GroupOptions
 from atod_algos.algorithm import Advantages
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.diagnostics import teacher_metrics, term_metrics, weight_metrics
 from atod_algos.grpo import grpo_metrics, grpo_token_advantage, task_reward
-from atod_algos.learner import Objective
-from atod_algos.rollout import RolloutLimits
+from atod_algos.learner.learner import Objective
+from atod_algos.metrics import teacher_metrics, term_metrics, weight_metrics
+from atod_algos.rollout.episodes import RolloutLimits
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +150,6 @@ class ATOD:
 
 
 if __name__ == "__main__":
-    from atod_algos.cli import main
+    from atod_algos.training.cli import main
 
     main(ATOD)

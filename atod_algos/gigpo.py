@@ -41,8 +41,8 @@ from atod_algos.advantages import GroupOptions, group_advantage, reward_advantag
 from atod_algos.algorithm import Advantages
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.grpo import grpo_metrics, kl_to_reference, task_reward
-from atod_algos.learner import Objective
-from atod_algos.rollout import RolloutLimits
+from atod_algos.learner.learner import Objective
+from atod_algos.rollout.episodes import RolloutLimits
 from atod_envs.errors import AtodError
 
 if TYPE_CHECKING:
@@ -146,6 +146,6 @@ def discounted_returns(reward_K: np.ndarray, trajectory_K: np.ndarray, discount:
 
 
 if __name__ == "__main__":
-    from atod_algos.cli import main
+    from atod_algos.training.cli import main
 
     main(GiGPO)

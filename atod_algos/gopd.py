@@ -29,11 +29,11 @@ import numpy as np
 from atod_algos.advantages import GroupOptions
 from atod_algos.algorithm import Advantages
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.diagnostics import teacher_metrics
 from atod_algos.grpo import task_reward
-from atod_algos.learner import Objective
+from atod_algos.learner.learner import Objective
+from atod_algos.metrics import teacher_metrics
 from atod_algos.opd import OPD
-from atod_algos.rollout import RolloutLimits
+from atod_algos.rollout.episodes import RolloutLimits
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +75,6 @@ class GOPD:
 
 
 if __name__ == "__main__":
-    from atod_algos.cli import main
+    from atod_algos.training.cli import main
 
     main(GOPD)

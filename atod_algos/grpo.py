@@ -45,9 +45,9 @@ import numpy as np
 from atod_algos.advantages import GroupOptions, reward_advantage
 from atod_algos.algorithm import Advantages
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.diagnostics import row_reward_metrics
-from atod_algos.learner import Objective
-from atod_algos.rollout import RolloutLimits
+from atod_algos.learner.learner import Objective
+from atod_algos.metrics import row_reward_metrics
+from atod_algos.rollout.episodes import RolloutLimits
 
 if TYPE_CHECKING:
     import torch
@@ -145,6 +145,6 @@ def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    from atod_algos.cli import main
+    from atod_algos.training.cli import main
 
     main(GRPO)

@@ -1,6 +1,6 @@
 """How long a training step takes on a given cluster, and what holds it up: a small simulator of the pipeline.
 
-Engines take groups as in ``atod_algos.cluster``: each holds no more than its share, and takes more as its own end. An engine serves its
+Engines take groups as in ``atod_algos.rollout.ray_pool``: each holds no more than its share, and takes more as its own end. An engine serves its
 running requests at once, each at the speed that so many together leave it: few requests leave an engine half idle, so twice the engines
 are less than twice as fast. Between two turns an environment takes its time, and the engine waits, for both are driven by one thread;
 then teacher and student score, the learner learns, and the new weights travel.

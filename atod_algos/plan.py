@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from atod_algos.pipeline import Rates, Workload, simulate
-from atod_envs.command import program
 from atod_envs.errors import AtodError, DataError
+from atod_envs.options import program
 
 
 def from_run(folder: Path) -> tuple[Workload, Rates]:
@@ -216,8 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _of_preset(given: argparse.Namespace, device: Device) -> tuple[Workload, list[Rates]]:
-    from atod_algos.estimate import cache_bytes, shape_of
-    from atod_algos.presets import preset_config
+    from atod_algos.training.memory_estimate import cache_bytes, shape_of
+    from atod_algos.training.presets import preset_config
 
     config = preset_config(given.preset, given.env)
     student, teacher = shape_of(config.student, "", "student"), shape_of(config.teacher, "", "teacher")

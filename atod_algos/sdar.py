@@ -44,10 +44,10 @@ import numpy as np
 from atod_algos.advantages import GroupOptions
 from atod_algos.algorithm import Advantages
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.diagnostics import gate_metrics
 from atod_algos.grpo import grpo_metrics, grpo_token_advantage, k3, task_reward
-from atod_algos.learner import Objective
-from atod_algos.rollout import RolloutLimits
+from atod_algos.learner.learner import Objective
+from atod_algos.metrics import gate_metrics
+from atod_algos.rollout.episodes import RolloutLimits
 from atod_envs.errors import DataError
 from atod_envs.skills import read_skills, skills_of
 from atod_envs.trajectory import Trajectory
@@ -129,6 +129,6 @@ class SDAR:
 
 
 if __name__ == "__main__":
-    from atod_algos.cli import main
+    from atod_algos.training.cli import main
 
     main(SDAR)

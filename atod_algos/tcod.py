@@ -42,10 +42,10 @@ import numpy as np
 from atod_algos.advantages import GroupOptions
 from atod_algos.algorithm import Advantages
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.diagnostics import teacher_metrics
 from atod_algos.grpo import task_reward
-from atod_algos.learner import Objective
-from atod_algos.rollout import RolloutLimits
+from atod_algos.learner.learner import Objective
+from atod_algos.metrics import teacher_metrics
+from atod_algos.rollout.episodes import RolloutLimits
 from atod_envs.errors import AtodError
 
 if TYPE_CHECKING:
@@ -112,6 +112,6 @@ class TCOD:
 
 
 if __name__ == "__main__":
-    from atod_algos.cli import main
+    from atod_algos.training.cli import main
 
     main(TCOD)

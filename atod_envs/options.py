@@ -6,6 +6,7 @@ The invariant: the same words mean the same to whoever plays, trains, evaluates 
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -49,3 +50,8 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def program(module: str) -> str:
+    """How the user called a module, for its usage line: ``atod play`` or ``python -m agents.human``."""
+    return sys.argv[0] if sys.argv[0].startswith("atod ") else f"python -m {module}"

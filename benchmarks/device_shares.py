@@ -17,9 +17,9 @@ def shares(args: argparse.Namespace) -> None:
     from agents.engines.base import SamplingParams
     from agents.engines.transformers import TransformersEngine
     from atod_algos.batch import make_batch
-    from atod_algos.config import TrainConfig, optimizer_options, resolve
-    from atod_algos.learner import Learner, Objective
-    from atod_algos.scoring import score
+    from atod_algos.learner.learner import Learner, Objective
+    from atod_algos.learner.logprobs import score
+    from atod_algos.training.config import TrainConfig, optimizer_options, resolve
     from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 
     gpu = torch.cuda.is_available()

@@ -41,7 +41,7 @@ from agents.chat import ChatFormat
 from agents.engines import make_engine
 from agents.engines.base import Completion, Engine, SamplingParams
 from agents.models import load_model
-from atod_algos.rollout import EpisodeSpec, Rollout, derive_seed
+from atod_algos.rollout.episodes import EpisodeSpec, Rollout, derive_seed
 from atod_envs.errors import AtodError
 
 TASKS, GROUP = 16, 8
@@ -266,7 +266,7 @@ def best(engine: Engine, work: Callable[[Engine, int], Any], repeats: int) -> di
 
 def products(repeats: int) -> None:
     """Matrix products of the engine (packed weights, few rows) and of the learner (both gradients, many rows)."""
-    from atod_algos.products import _product
+    from atod_algos.learner.onednn import _product
 
     def rate(work: Callable[[], Any], operations: float) -> float:
         work()

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from agents.models import load_model
-from atod_algos.cluster import Fleet, RayPlayers
-from atod_algos.config import TrainConfig, resolve
 from atod_algos.pipeline import Rates, Workload, simulate
 from atod_algos.plan import fit_engine
-from atod_algos.player import local_players, worker_players
-from atod_algos.rollout import EpisodeSpec, Plays, derive_seed
+from atod_algos.rollout.episodes import EpisodeSpec, Plays, derive_seed
+from atod_algos.rollout.pools import local_players, worker_players
+from atod_algos.rollout.ray_pool import Fleet, RayPlayers
+from atod_algos.training.config import TrainConfig, resolve
 from atod_envs.trajectory import Trajectory
 
 TICK = os.sysconf("SC_CLK_TCK")

@@ -96,11 +96,11 @@ def write_model(folder: Path, args: argparse.Namespace) -> None:
 
 
 def run_ours(folder: Path, args: argparse.Namespace, phases: Phases) -> None:
-    from atod_algos.config import TrainConfig, resolve
     from atod_algos.grpo import GRPO
-    from atod_algos.progress import Progress
-    from atod_algos.runlog import RunFolder
-    from atod_algos.trainer import Trainer, settings_of
+    from atod_algos.training.config import TrainConfig, resolve
+    from atod_algos.training.console import Progress
+    from atod_algos.training.run_dir import RunFolder
+    from atod_algos.training.trainer import Trainer, settings_of
 
     config = resolve(
         TrainConfig(
@@ -127,7 +127,7 @@ def run_ours(folder: Path, args: argparse.Namespace, phases: Phases) -> None:
             phases.end(sampled=batch.n_tokens, row_tokens=sum(map(len, batch.rows)), episodes=len(batch.trajectories))
             return {}
 
-    import atod_algos.trainer as module
+    import atod_algos.training.trainer as module
 
     module._Clock = Clock  # type: ignore[misc, assignment]
     progress = Progress(config.steps or 0, "benchmark")
@@ -224,14 +224,14 @@ def packing(args: argparse.Namespace) -> None:
     from agents.chat import ChatFormat
     from agents.engines.transformers import TransformersEngine
     from agents.models import load_model
-    from atod_algos import packing as module
     from atod_algos.batch import make_batch
-    from atod_algos.config import TrainConfig, optimizer_options, resolve
-    from atod_algos.learner import Learner, Objective
-    from atod_algos.player import make_env
-    from atod_algos.rollout import Rollout
-    from atod_algos.sampling import StepSampler
-    from atod_algos.scoring import score, split_rows, stream_tokens
+    from atod_algos.learner import packing as module
+    from atod_algos.learner.learner import Learner, Objective
+    from atod_algos.learner.logprobs import score, split_rows, stream_tokens
+    from atod_algos.rollout.episodes import Rollout
+    from atod_algos.rollout.pools import make_env
+    from atod_algos.rollout.task_sampler import StepSampler
+    from atod_algos.training.config import TrainConfig, optimizer_options, resolve
 
     config = resolve(TrainConfig(data="builtin"))
     loaded = load_model("builtin", "student", world="alfworld")

@@ -105,7 +105,7 @@ def run_trl(folder: Path, args: argparse.Namespace, engine: bool, phases: Any) -
         disable_tqdm=True, max_completion_length=args.context, dataloader_num_workers=0, weight_decay=0.01,
     )  # fmt: skip
     if engine:
-        from atod_algos.trl_rollout import TRLRollout
+        from atod_algos.rollout.trl import TRLRollout
 
         play: Any = TRLRollout(
             "atod/ALFWorld-v0", style="compact", max_tokens=args.response, max_context=args.context, concurrency=batch,

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch.nn.functional import linear, pad, rms_norm
 
-from agents.engines.store import Store
+from agents.engines.kv_cache import Store
 
 _ATTENTION = "atod_ragged"
 """Name under which the store's attention is registered with transformers."""

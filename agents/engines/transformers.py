@@ -23,7 +23,7 @@ import torch
 
 from agents.engines.base import Completion, EngineDied, SamplingParams, check_request, uniform
 from agents.engines.decoder import make_decoder
-from agents.engines.store import Segment, Store
+from agents.engines.kv_cache import Segment, Store
 
 _PASS_TOKENS = 8192
 """Most new tokens of one forward pass; bounds its activations. A single longer prompt is read in on its own."""

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atod_algos.significance import Paired, bootstrap, mcnemar, paired, wilson
+from atod_algos.evaluate.statistics import Paired, bootstrap, mcnemar, paired, wilson
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Trajectory
 
 if TYPE_CHECKING:
-    from atod_algos.rollout import Plays
+    from atod_algos.rollout.episodes import Plays
 
 __all__ = ["Comparison", "Evaluation", "compare", "evaluate", "wilson"]
 
@@ -123,7 +123,7 @@ def evaluate(
         seed: of episodes and sampling.
         on_finish: called with the number of finished episodes.
     """
-    from atod_algos.rollout import EpisodeSpec
+    from atod_algos.rollout.episodes import EpisodeSpec
 
     specs = [EpisodeSpec(task, task, episode_seed(seed, task)) for task in tasks]
     return Evaluation(tuple(rollout.play(specs, on_finish=on_finish)))
@@ -131,7 +131,7 @@ def evaluate(
 
 def episode_seed(seed: int, task: str) -> int:
     """Seed of a task's episode: the same for every policy, so that comparisons share whatever the task leaves open."""
-    from atod_algos.rollout import derive_seed
+    from atod_algos.rollout.episodes import derive_seed
 
     return derive_seed(seed, "evaluation", task)
 

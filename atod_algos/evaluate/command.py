@@ -25,16 +25,16 @@ from atod_algos.evaluate.paired_command import show_comparison
 from atod_algos.evaluate.play import EpisodeJournal
 from atod_algos.evaluate.players import Player
 from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, sampling_of, settings_of
-from atod_algos.progress import result_table
-from atod_algos.runlog import replace_text, versions
-from atod_envs.command import program
+from atod_algos.training.console import result_table
+from atod_algos.training.run_dir import replace_text, versions
 from atod_envs.errors import AtodError
+from atod_envs.options import program
 from atod_envs.trajectory import read_jsonl, write_jsonl
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    from atod_algos.cli import guarded
+    from atod_algos.training.cli import guarded
 
     config = tyro.cli(EvaluateConfig, args=arguments, prog=program("atod_algos.evaluate"), description=__doc__)
     logging.basicConfig(level=logging.INFO if config.verbose else logging.WARNING, format="%(levelname)s %(message)s")

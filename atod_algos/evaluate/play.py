@@ -16,7 +16,7 @@ from typing import Any
 import gymnasium as gym
 
 from agents.base import Agent
-from atod_algos.rollout import EpisodeSpec
+from atod_algos.rollout.episodes import EpisodeSpec
 from atod_envs.errors import DataError
 from atod_envs.recording import RecordTurns
 from atod_envs.trajectory import Trajectory, from_record, to_record

@@ -12,7 +12,7 @@ import gymnasium as gym
 from atod_algos.evaluate import episode_seed, evaluate
 from atod_algos.evaluate.play import EpisodeJournal, play_agents
 from atod_algos.evaluate.settings import EvaluateConfig, Panel, Sampling, make_env
-from atod_algos.rollout import EpisodeSpec
+from atod_algos.rollout.episodes import EpisodeSpec
 from atod_envs.errors import AtodError
 from atod_envs.prompting import prompted
 from atod_envs.text_env import TextEnv
@@ -93,7 +93,7 @@ class Player:
     def play(self, panel: Panel, seed: int, journal: Path, on_finish: Callable[[int], None]) -> Sequence[Trajectory]:
         """Play every task of a panel once."""
         if self._engine is not None:
-            from atod_algos.rollout import Rollout
+            from atod_algos.rollout.episodes import Rollout
 
             rollout = Rollout(
                 self._engine,

@@ -143,7 +143,7 @@ def sampling_of(config: EvaluateConfig) -> Sampling:
         if given:
             raise AtodError(f"--{given[0].replace('_', '-')} means nothing for --agent {config.agent}; leave it out")
         return Sampling(option=config.option, max_turns=config.max_turns)
-    from atod_algos.config import TrainConfig, resolve
+    from atod_algos.training.config import TrainConfig, resolve
 
     source = Path(config.agent).expanduser().parent.parent / "config.json"
     student = "builtin" if config.agent.startswith("builtin") else config.agent

@@ -133,7 +133,7 @@ class Run:
         return read_episodes(self.path / KINDS[kind] / f"step_{step:06d}.jsonl.gz")
 
     def turn_table(self, step: int) -> dict[str, list[Any]] | None:
-        """Columns, one entry a turn, of a training step (``atod_algos.diagnostics.turn_table``)."""
+        """Columns, one entry a turn, of a training step (``atod_algos.metrics.turn_table``)."""
         return read_packed(self.path / "turns" / f"step_{step:06d}.json.gz")
 
     def scores_path(self, kind: str, step: int) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 
 from atod_algos.report.data import Run
 from atod_algos.report.tokens import Scorer, TurnScores, token_texts
-from atod_algos.runlog import replace_text
+from atod_algos.training.run_dir import replace_text
 from atod_envs.trajectory import Trajectory
 
 TURNS = 10_000

@@ -107,7 +107,7 @@ class Scorer:
 
     def _compute(self, model: Any, kind: str, episodes: list[Trajectory]) -> dict[str, list[Any]]:
         from atod_algos.batch import make_batch
-        from atod_algos.scoring import score
+        from atod_algos.learner.logprobs import score
 
         whole = [(n, t) for n, t in enumerate(episodes) if str(t.stop_reason) != "aborted"]
         batch = make_batch([Group(trajectory.task_id, (trajectory,)) for _, trajectory in whole])

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from atod_algos.config import builtin_profile
+from atod_algos.training.config import builtin_profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class World:
         train: settings of ``TrainConfig`` that differ from its profile, the environment among them.
         report_tasks: tasks of the final panel (all of a smaller split).
         options: by method, options that depend on how long is trained here.
-        preset: published settings that all this stands on (``atod_algos.presets``); empty for none.
+        preset: published settings that all this stands on (``atod_algos.training.presets``); empty for none.
     """
 
     name: str

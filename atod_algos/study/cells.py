@@ -1,6 +1,6 @@
 """One cell of the study: a method in a world with a seed, trained and evaluated. Resumable at any point.
 
-    STUDY/WORLD/METHOD/seedS/           a training run's folder (see ``atod_algos.runlog``)
+    STUDY/WORLD/METHOD/seedS/           a training run's folder (see ``atod_algos.training.run_dir``)
     STUDY/WORLD/METHOD/seedS/evaluation-last, evaluation-best    its evaluations on the final panel, episodes included
     STUDY/WORLD/METHOD/seedS/cell.json  the numbers; a cell without it is not finished
     STUDY/WORLD/tuning/METHOD/lrX/      the runs that chose the learning rate, with validation alone
@@ -20,12 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from atod_algos.cli import with_rules
-from atod_algos.config import TrainConfig, resolve
 from atod_algos.evaluate.settings import EvaluateConfig
-from atod_algos.presets import fit_algorithm, preset_config, require_teacher
-from atod_algos.runlog import replace_text, versions
 from atod_algos.study import METHODS, Method, World
+from atod_algos.training.cli import with_rules
+from atod_algos.training.config import TrainConfig, resolve
+from atod_algos.training.presets import fit_algorithm, preset_config, require_teacher
+from atod_algos.training.run_dir import replace_text, versions
 from atod_envs.errors import AtodError, DataError
 
 
@@ -62,9 +62,9 @@ def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int
     """Train one run to its end, from its last checkpoint if there is one."""
     import torch
 
-    from atod_algos.progress import Progress
-    from atod_algos.runlog import RunFolder
-    from atod_algos.trainer import Trainer, settings_of
+    from atod_algos.training.console import Progress
+    from atod_algos.training.run_dir import RunFolder
+    from atod_algos.training.trainer import Trainer, settings_of
 
     config = config_of(world, seed, lr, folder)
     if config.threads or (config.student == "builtin" and not torch.cuda.is_available()):

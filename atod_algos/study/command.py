@@ -14,13 +14,13 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from atod_algos.cli import guarded
 from atod_algos.evaluate.settings import held_out_splits
-from atod_algos.runlog import replace_text
 from atod_algos.study import METHODS, PRESETS, Method, Preset, World
 from atod_algos.study.cells import Busy, finish_cell, read_study, tune
-from atod_envs.command import program
+from atod_algos.training.cli import guarded
+from atod_algos.training.run_dir import replace_text
 from atod_envs.errors import UnknownName
+from atod_envs.options import program
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from atod_envs.alfworld.household import SIZES, TASK_TYPES, Room
 from atod_envs.alfworld.layouts import Dice, Layout, make_layout
 from atod_envs.alfworld.rendering import domain, game_data, grammar, trajectory_data
 from atod_envs.alfworld.worlds import World, choose_goal, make_world, possible_goals
-from atod_envs.command import program
 from atod_envs.errors import DataError
+from atod_envs.options import program
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
 DATA_FOLDER = "json_2.1.1"

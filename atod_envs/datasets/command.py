@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from atod_envs.command import program
 from atod_envs.datasets.download import RECORD, fetch, read_record, verify
 from atod_envs.datasets.sources import DATASETS, KNOWN_VERSIONS, Source, bundle, dataset
 from atod_envs.errors import AtodError, DataError
+from atod_envs.options import program
 
 
 def parser() -> argparse.ArgumentParser:

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from atod_envs.command import program
 from atod_envs.errors import AtodError, DataError
+from atod_envs.options import program
 
 from .bm25 import BM25Index
 from .corpus import Corpus, read_passages

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from atod_envs.command import program
 from atod_envs.errors import AtodError
+from atod_envs.options import program
 from atod_envs.trajectory import Trajectory, read_jsonl
 
 from .actions import project

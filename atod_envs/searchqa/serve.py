@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
-from atod_envs.command import program
 from atod_envs.errors import AtodError
+from atod_envs.options import program
 from atod_envs.retrieval.batching import Batcher
 from atod_envs.retrieval.http import BATCH_SIZE, HttpSearch, ShardedSearch
 from atod_envs.retrieval.protocol import LocalSearch, Passage, RetrievalError, SearchService

@@ -26,8 +26,8 @@ from urllib.parse import parse_qs, urlsplit
 import gymnasium as gym
 
 import atod_envs
-from atod_envs.command import program
 from atod_envs.errors import AtodError
+from atod_envs.options import program
 from atod_envs.recording import RecordTurns
 from atod_envs.trajectory import to_record
 from atod_envs.webshop.env import WebShopEnv

@@ -64,7 +64,7 @@ def test_policy_agent_says_what_a_rollout_says(layout):
     from agents.engines.transformers import TransformersEngine
     from agents.policy import PolicyAgent
     from agents.reference.tokenizer import train_tokenizer
-    from atod_algos.rollout import EpisodeSpec, Rollout
+    from atod_algos.rollout.episodes import EpisodeSpec, Rollout
 
     texts = ["say fig: Speak. You say fig. Nothing happens. <think>x</think><action>fig</action>"] * 30
     tokenizer = train_tokenizer(texts, tags=["<think>", "</think><action>", "</action>"])

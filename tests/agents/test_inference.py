@@ -6,8 +6,8 @@ import torch
 
 from agents.engines.base import EngineDied, SamplingParams, uniform
 from agents.engines.decoder import FamilyDecoder
-from agents.engines.sync import WeightMismatch, verify_weights
 from agents.engines.transformers import TransformersEngine
+from agents.engines.weight_check import WeightMismatch, verify_weights
 
 
 def run(engine, requests):

@@ -6,9 +6,9 @@ import pytest
 from agents.chat import ChatFormat, first_difference
 from agents.engines.transformers import TransformersEngine
 from agents.models import REFERENCE, load_model, require_same_tokenizer
-from atod_algos.config import builtin_profile
 from atod_algos.evaluate import evaluate
-from atod_algos.rollout import Rollout
+from atod_algos.rollout.episodes import Rollout
+from atod_algos.training.config import builtin_profile
 from atod_envs.errors import AtodError
 
 PROFILE = builtin_profile("atod/ALFWorld-v0")

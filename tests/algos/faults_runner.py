@@ -19,15 +19,16 @@ import torch.utils.tensorboard
 import toyworld  # noqa: F401
 
 from agents.models import load_model
-from atod_algos import checkpoint, cli, learner, optimizer, progress, trainer  # noqa: F401
 from atod_algos.atod import ATOD
+from atod_algos.learner import learner, optimizer  # noqa: F401
+from atod_algos.training import checkpoint, cli, console, trainer  # noqa: F401
 
 PLACES = {
-    "rollout": "atod_algos.rollout.Rollout._note",
-    "scoring": "atod_algos.frozen.score",
-    "update": "atod_algos.optimizer.Updater.update",
-    "log": "atod_algos.runlog.RunFolder.log",
-    "store": "atod_algos.runlog.RunFolder.store",
+    "rollout": "atod_algos.rollout.episodes.Rollout._note",
+    "scoring": "atod_algos.teachers.local.score",
+    "update": "atod_algos.learner.optimizer.Updater.update",
+    "log": "atod_algos.training.run_dir.RunFolder.log",
+    "store": "atod_algos.training.run_dir.RunFolder.store",
     "weights": "torch.save",
     "settle": "os.fsync",
     "rename": "pathlib.Path.rename",

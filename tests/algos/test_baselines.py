@@ -11,13 +11,13 @@ from atod_algos import advantages as maths
 from atod_algos.advantages import GroupOptions
 from atod_algos.atod import ATOD
 from atod_algos.batch import Scores
-from atod_algos.cli import with_rules
 from atod_algos.grpo import GRPO
 from atod_algos.opd import OPD
-from atod_algos.rollout import RolloutLimits
+from atod_algos.rollout.episodes import RolloutLimits
 from atod_algos.sdar import SDAR
 from atod_algos.sod import SOD
 from atod_algos.tcod import TCOD
+from atod_algos.training.cli import with_rules
 from atod_envs.errors import AtodError
 
 RULES = pytest.mark.parametrize("rules", ["paper", "released"])

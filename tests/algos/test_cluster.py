@@ -18,13 +18,13 @@ ray = pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
 
 from agents.models import load_model
 from atod_algos.atod import ATOD
-from atod_algos.cli import main
-from atod_algos.cluster import Fleet, RayPlayers
-from atod_algos.config import TrainConfig, resolve
 from atod_algos.grpo import GRPO
-from atod_algos.player import local_players, worker_players
-from atod_algos.rollout import EpisodeSpec, RolloutLimits, derive_seed
-from atod_algos.work import Work
+from atod_algos.rollout.episodes import EpisodeSpec, RolloutLimits, derive_seed
+from atod_algos.rollout.pools import local_players, worker_players
+from atod_algos.rollout.ray_pool import Fleet, RayPlayers
+from atod_algos.rollout.work_queue import Work
+from atod_algos.training.cli import main
+from atod_algos.training.config import TrainConfig, resolve
 from atod_envs.errors import AtodError
 
 HERE = Path(__file__).parent

@@ -10,9 +10,9 @@ from cases import batch_of, close
 from atod_algos import advantages as maths
 from atod_algos.advantages import GroupOptions
 from atod_algos.atod import ATOD
-from atod_algos.diagnostics import term_metrics
 from atod_algos.grpo import GRPO
-from atod_algos.learner import Objective, aggregation_weights, surrogate
+from atod_algos.learner.learner import Objective, aggregation_weights, surrogate
+from atod_algos.metrics import term_metrics
 from atod_algos.opd import OPD
 
 

@@ -9,11 +9,11 @@ import pytest
 from toyworld import TOY
 
 from agents.api import ChatClient
-from atod_algos.config import TrainConfig, resolve
 from atod_algos.evaluate import Evaluation, compare
 from atod_algos.evaluate.command import main, run
 from atod_algos.evaluate.paired_command import load_evaluation
 from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, make_env, sampling_of
+from atod_algos.training.config import TrainConfig, resolve
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import StopReason, Trajectory, Turn, read_jsonl
 
@@ -85,8 +85,8 @@ def test_a_finished_part_is_not_played_again(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_is_sampled_as_its_run_was(models, tmp_path):
-    from atod_algos.cli import main as train
     from atod_algos.opd import OPD
+    from atod_algos.training.cli import main as train
 
     options = [
         "--env", TOY, "--student", str(models["student"]), "--teacher", str(models["teacher"]), "--style", "compact",

@@ -20,9 +20,9 @@ from toyworld import TOY, learner_options, small_model
 
 from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
-from atod_algos.checkpoint import latest_checkpoint, load_checkpoint, recover, save_checkpoint
-from atod_algos.optimizer import Updater
-from atod_algos.rollout import EpisodeSpec, Rollout
+from atod_algos.learner.optimizer import Updater
+from atod_algos.rollout.episodes import EpisodeSpec, Rollout
+from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, recover, save_checkpoint
 from atod_envs.errors import AtodError, DataError
 from atod_envs.trajectory import StopReason, read_jsonl
 

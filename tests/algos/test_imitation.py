@@ -8,7 +8,7 @@ from toyworld import small_model
 from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
 from agents.reference.tokenizer import train_tokenizer
-from atod_algos.imitation import ImitationOptions, Imitator, demonstrate, imitate
+from atod_algos.training.sft import ImitationOptions, Imitator, demonstrate, imitate
 
 
 def world():

@@ -15,10 +15,10 @@ from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
 from atod_algos.atod import ATOD
 from atod_algos.batch import RowLayout, make_batch
-from atod_algos.cli import main
-from atod_algos.layouts import choose_layout
-from atod_algos.rollout import EpisodeSpec, Rollout
-from atod_algos.scoring import score
+from atod_algos.learner.logprobs import score
+from atod_algos.rollout.episodes import EpisodeSpec, Rollout
+from atod_algos.rollout.layouts import choose_layout
+from atod_algos.training.cli import main
 from atod_envs.errors import AtodError
 from atod_envs.prompting import Layout
 
@@ -100,7 +100,7 @@ def test_a_style_that_tells_only_what_is_new_cannot_stand_alone(tokenizer):
 @pytest.mark.parametrize("name", ["auto", "window", "turns", "trajectory"])
 def test_qwen3s_template_is_repaired_and_said_aloud(name, qwen, caplog):
     styles = gym.make("atod/ALFWorld-v0", data="builtin").unwrapped.prompt_styles()
-    with caplog.at_level(logging.WARNING, "atod_algos.layouts"):
+    with caplog.at_level(logging.WARNING, "atod_algos.rollout.layouts"):
         choose_layout(name, styles["atod"], ChatFormat(qwen))
     warned = [record.getMessage() for record in caplog.records]
     if name in ("auto", "window"):  # every prompt is rendered anew: nothing to repair

@@ -12,13 +12,13 @@ import pytest
 import torch
 from toyworld import learner_options, small_model
 
-from atod_algos import memory
-from atod_algos.adapters import add_adapters, load_adapters, merged_weights, without_adapters
 from atod_algos.batch import make_batch
-from atod_algos.frozen import LocalJudge
-from atod_algos.learner import Learner, Objective, recompute_layers
-from atod_algos.optimizer import Updater, _adamw
-from atod_algos.scoring import score
+from atod_algos.learner import memory
+from atod_algos.learner.learner import Learner, Objective, recompute_layers
+from atod_algos.learner.logprobs import score
+from atod_algos.learner.lora import add_adapters, load_adapters, merged_weights, without_adapters
+from atod_algos.learner.optimizer import Updater, _adamw
+from atod_algos.teachers.local import LocalJudge
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 
@@ -55,7 +55,7 @@ def close(a, b, rtol=1e-3):
 
 
 def test_running_out_of_memory_splits_the_batch_and_changes_no_result(model, batch, monkeypatch, caplog):
-    import atod_algos.learner as module
+    import atod_algos.learner.learner as module
 
     whole = copy.deepcopy(model)
     _, expected = teach(whole, batch)
@@ -86,7 +86,7 @@ def test_running_out_of_memory_splits_the_batch_and_changes_no_result(model, bat
 
 
 def test_a_row_that_can_not_be_split_is_said_to_be_too_long(model, batch, monkeypatch):
-    import atod_algos.learner as module
+    import atod_algos.learner.learner as module
 
     def never(*_, **__):
         raise MemoryError
@@ -99,7 +99,7 @@ def test_a_row_that_can_not_be_split_is_said_to_be_too_long(model, batch, monkey
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(model, batch, monkeypatch):
-    import atod_algos.learner as module
+    import atod_algos.learner.learner as module
 
     def wrong(*_, **__):
         raise RuntimeError("size mismatch")
@@ -116,9 +116,9 @@ logging.basicConfig(level=logging.WARNING)
 sys.path[:0] = [{here!r}]
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from toyworld import learner_options
-from atod_algos import memory
+from atod_algos.learner import memory
 from atod_algos.batch import make_batch
-from atod_algos.learner import Learner, Objective
+from atod_algos.learner.learner import Learner, Objective
 from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 model = Qwen3ForCausalLM(Qwen3Config(vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=4, head_dim=16,
     num_attention_heads=4, num_key_value_heads=4))
@@ -322,7 +322,7 @@ def test_a_model_at_home_elsewhere_leaves_no_copy_behind(models, batch, monkeypa
     judge = LocalJudge(loaded, "cpu")
     judge.device = torch.device("meta")
     home = [p.data_ptr() for p in loaded.model.parameters()]
-    monkeypatch.setattr("atod_algos.frozen._visiting", lambda tensor, device: tensor.clone())
+    monkeypatch.setattr("atod_algos.teachers.local._visiting", lambda tensor, device: tensor.clone())
     with judge.at_hand() as model:
         assert not set(home) & {p.data_ptr() for p in model.parameters()}
         assert np.array_equal(score(model, batch, temperature=1.0)[0], expected)

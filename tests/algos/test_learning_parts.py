@@ -13,11 +13,11 @@ from toyworld import TOY, learner_options, small_model
 
 from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
-from atod_algos import scoring
 from atod_algos.batch import RowLayout, make_batch
 from atod_algos.evaluate import wilson
-from atod_algos.learner import Learner, Objective, aggregation_weights
-from atod_algos.rollout import EpisodeSpec, Rollout, RolloutLimits
+from atod_algos.learner import logprobs as scoring
+from atod_algos.learner.learner import Learner, Objective, aggregation_weights
+from atod_algos.rollout.episodes import EpisodeSpec, Rollout, RolloutLimits
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, StopReason
 

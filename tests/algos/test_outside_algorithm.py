@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from toyworld import TOY
 
-from atod_envs import command
+from atod_algos import command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "add_algorithm.md"
@@ -46,7 +46,7 @@ def installed(tmp_path_factory):
 def atod(installed, *words):
     here = [str(installed), str(REPOSITORY), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
-        [sys.executable, "-m", "atod_envs.command", *words],
+        [sys.executable, "-m", "atod_algos.command", *words],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, here)), "COLUMNS": "200"},

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from toyworld import TOY
 
 from atod_algos.atod import ATOD
-from atod_algos.cli import main
 from atod_algos.grpo import GRPO
-from atod_algos.overlap import Ahead, correction_metrics, importance_weights, version_of
+from atod_algos.rollout.async_rollout import Ahead, correction_metrics, importance_weights, version_of
+from atod_algos.training.cli import main
 from atod_envs.trajectory import read_jsonl
 
 
@@ -178,11 +178,11 @@ def test_the_engines_own_log_probs_give_nearly_the_same_run(options, tmp_path, c
 
 
 def test_a_step_of_one_update_runs_one_pass_less_and_still_checks_the_engine(options, tmp_path, monkeypatch):
-    from atod_algos import frozen
+    from atod_algos.teachers import local
 
     scored = []
-    score = frozen.score
-    monkeypatch.setattr(frozen, "score", lambda *a, **k: scored.append(1) or score(*a, **k))
+    score = local.score
+    monkeypatch.setattr(local, "score", lambda *a, **k: scored.append(1) or score(*a, **k))
     plain = [*options, "--steps", "2", "--minibatches", "1"]
     main(GRPO, [*plain, "--run", str(tmp_path / "less")])
     assert not scored

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atod_algos import packing
-from atod_algos.packing import common, pack, packable, packed_states, packs
+from atod_algos.learner import packing
+from atod_algos.learner.packing import common, pack, packable, packed_states, packs
 
 
 def qwen(**options):

@@ -13,17 +13,18 @@ from toyworld import TOY, learner_options
 from agents.engines.base import SamplingParams
 from agents.engines.transformers import TransformersEngine
 from agents.models import load_model
-from atod_algos import estimate, memory, scoring
 from atod_algos.atod import ATOD
 from atod_algos.batch import make_batch
-from atod_algos.cli import main, with_rules
-from atod_algos.config import TrainConfig, resolve
 from atod_algos.entropy_aware import EntropyAware
 from atod_algos.gopd import GOPD
 from atod_algos.grpo import GRPO
-from atod_algos.learner import Learner, Objective, recompute_layers
-from atod_algos.presets import MODELS, WORLDS, fit_algorithm, preset_config
+from atod_algos.learner import logprobs, memory
+from atod_algos.learner.learner import Learner, Objective, recompute_layers
 from atod_algos.tcod import TCOD
+from atod_algos.training import memory_estimate
+from atod_algos.training.cli import main, with_rules
+from atod_algos.training.config import TrainConfig, resolve
+from atod_algos.training.presets import MODELS, WORLDS, fit_algorithm, preset_config
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 
@@ -131,12 +132,12 @@ def test_what_a_preset_cannot_do_is_said_in_one_line(arguments, words, capsys):
 )
 def test_weights_are_counted_exactly_without_being_there(name, parameters):
     """The numbers that the published checkpoints' own files add up to."""
-    assert estimate.shape_of(name, "", "student").parameters == parameters
-    assert estimate.shape_of(f"{name} after GRPO", "", "teacher").parameters == parameters
+    assert memory_estimate.shape_of(name, "", "student").parameters == parameters
+    assert memory_estimate.shape_of(f"{name} after GRPO", "", "teacher").parameters == parameters
 
 
 def test_an_unknown_architecture_is_not_guessed(capsys):
-    assert estimate.shape_of("some-org/some-model", "", "student") is None
+    assert memory_estimate.shape_of("some-org/some-model", "", "student") is None
     _, text = dry(ATOD, ["--preset", "paper-0.6b", "--teacher", "some-org/some-model"], capsys)
     assert "without teacher: architecture not known here" in text and "596,049,920 numbers" in text
 
@@ -150,7 +151,7 @@ def builtin():
 def test_weights_originals_and_moments_of_the_built_in_model(dtype):
     model = load_model("builtin", "student", world="alfworld", dtype=dtype).model
     config = resolve(TrainConfig(dtype=str(dtype).removeprefix("torch.")))
-    parts = {part.name: part.size for part in estimate.memory(config, ATOD())}
+    parts = {part.name: part.size for part in memory_estimate.memory(config, ATOD())}
     assert parts["student: weights"] == sum(p.numel() * p.element_size() for p in model.parameters())
     teacher = load_model("builtin", "teacher", world="alfworld", dtype=dtype)
     assert parts["teacher: weights"] == dtype.itemsize * teacher.n_parameters
@@ -167,14 +168,14 @@ def test_weights_originals_and_moments_of_the_built_in_model(dtype):
 
 def test_adapters_of_the_built_in_model():
     pytest.importorskip("peft", reason="peft is not installed")
-    from atod_algos.adapters import add_adapters
+    from atod_algos.learner.lora import add_adapters
 
     model = load_model("builtin", "student", world="alfworld").model
     add_adapters(model, rank=4, alpha=8.0, seed=0)
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert estimate.adapter_weights(estimate.shape_of("builtin", "alfworld", "student"), 4) == learned
+    assert memory_estimate.adapter_weights(memory_estimate.shape_of("builtin", "alfworld", "student"), 4) == learned
     config = resolve(TrainConfig(lora_rank=4))
-    parts = {part.name: part.size for part in estimate.memory(config, with_rules(GRPO, "released"))}
+    parts = {part.name: part.size for part in memory_estimate.memory(config, with_rules(GRPO, "released"))}
     assert parts["student: AdamW"] == 2 * 4 * learned and parts["engine: weights"] == parts["student: weights"]
     assert "reference: weights" not in parts  # the student with its adapters off
 
@@ -197,17 +198,21 @@ def batch_of_rows(n, prompt, response):
 def test_activations_are_what_autograd_keeps(role, dtype):
     """Within 3 % of every tensor saved for the backward pass, with and without recomputed layers."""
     model = load_model("builtin", role, world="alfworld", dtype=dtype).model
-    shape = estimate.shape_of("builtin", "alfworld", role)
-    assert memory.bytes_per_token(model) == pytest.approx(estimate.activation_bytes(shape, 1, dtype.itemsize), rel=0.03)
+    shape = memory_estimate.shape_of("builtin", "alfworld", role)
+    assert memory.bytes_per_token(model) == pytest.approx(
+        memory_estimate.activation_bytes(shape, 1, dtype.itemsize), rel=0.03
+    )
     recompute_layers(model.train())
-    assert memory.bytes_per_token(model) == pytest.approx(estimate.recomputed_bytes(shape, 1, dtype.itemsize), rel=0.12)
+    assert memory.bytes_per_token(model) == pytest.approx(
+        memory_estimate.recomputed_bytes(shape, 1, dtype.itemsize), rel=0.12
+    )
 
 
 @pytest.mark.parametrize("n, prompt, response", [(8, 200, 40), (4, 480, 20), (64, 40, 24)])
 def test_a_whole_pass_stays_within_its_estimate(builtin, n, prompt, response):
     """Decoder within 5 %, output head below its bound, on rows of several lengths."""
     batch = batch_of_rows(n, prompt, response)
-    shape = estimate.shape_of("builtin", "alfworld", "student")
+    shape = memory_estimate.shape_of("builtin", "alfworld", "student")
     own = {p.untyped_storage().data_ptr() for p in builtin.parameters()}
     alive, decoder, head = [], {}, {}
 
@@ -220,11 +225,11 @@ def test_a_whole_pass_stays_within_its_estimate(builtin, n, prompt, response):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        scoring.row_logprobs(builtin.train(), batch, np.arange(n), temperature=1.0, entropy=True)
+        logprobs.row_logprobs(builtin.train(), batch, np.arange(n), temperature=1.0, entropy=True)
     builtin.eval()
     tokens = n * (prompt + response)
-    assert 0.95 < sum(decoder.values()) / estimate.activation_bytes(shape, tokens, 4) < 1.05
-    assert 0 < sum(head.values()) <= estimate.head_bytes(shape, n * response)
+    assert 0.95 < sum(decoder.values()) / memory_estimate.activation_bytes(shape, tokens, 4) < 1.05
+    assert 0 < sum(head.values()) <= memory_estimate.head_bytes(shape, n * response)
 
 
 def test_cache_is_what_the_engine_holds_when_it_is_full(builtin):
@@ -233,8 +238,8 @@ def test_cache_is_what_the_engine_holds_when_it_is_full(builtin):
         engine.submit(str(i), list(range(5, 505)), SamplingParams(max_tokens=12))
     engine.step()
     held = sum(t.numel() * t.element_size() for t in (*engine._store.keys, *engine._store.values))
-    shape = estimate.shape_of("builtin", "alfworld", "student")
-    assert held == estimate.cache_bytes(shape, 3, 512, 4)
+    shape = memory_estimate.shape_of("builtin", "alfworld", "student")
+    assert held == memory_estimate.cache_bytes(shape, 3, 512, 4)
 
 
 def test_local_folders_are_read(models, tmp_path):
@@ -242,15 +247,15 @@ def test_local_folders_are_read(models, tmp_path):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     student = load_model(str(models["student"]), "student")
-    assert estimate.shape_of(str(models["student"]), "", "student").parameters == student.n_parameters
+    assert memory_estimate.shape_of(str(models["student"]), "", "student").parameters == student.n_parameters
     config = LlamaConfig(
         vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
     llama = AutoModelForCausalLM.from_config(config).eval()
     llama.config.save_pretrained(tmp_path)
-    shape = estimate.shape_of(str(tmp_path), "", "student")
+    shape = memory_estimate.shape_of(str(tmp_path), "", "student")
     assert shape.parameters == sum(p.numel() for p in llama.parameters())
-    assert 0.7 < memory.bytes_per_token(llama) / estimate.activation_bytes(shape, 1, 4) <= 1.01
+    assert 0.7 < memory.bytes_per_token(llama) / memory_estimate.activation_bytes(shape, 1, 4) <= 1.01
 
 
 def test_a_step_stays_below_its_estimate(models, tmp_path):
@@ -274,7 +279,7 @@ def test_a_step_stays_below_its_estimate(models, tmp_path):
                 group_size=4,
             )
         )
-        found = estimate.tokens(config, ATOD())
+        found = memory_estimate.tokens(config, ATOD())
         turns = row["episode/length/mean"] * found["episodes"]
         assert found["episodes"] == 16 and turns <= 16 * found["turns of an episode, at most"]
         assert 0 < row["batch/tokens"] <= found["sampled tokens, at most"]
@@ -284,38 +289,38 @@ def test_a_step_stays_below_its_estimate(models, tmp_path):
 
 def test_what_is_asked_for_is_counted():
     config = preset_config("paper-0.6b", WEBSHOP)
-    names = {part.name for part in estimate.memory(config, with_rules(GRPO, "released"))}
+    names = {part.name for part in memory_estimate.memory(config, with_rules(GRPO, "released"))}
     assert "reference: weights" in names and "teacher: weights" not in names
-    parts = {part.name: part.size for part in estimate.memory(config, GOPD())}
+    parts = {part.name: part.size for part in memory_estimate.memory(config, GOPD())}
     assert parts["base: weights"] == parts["student: weights"] < parts["teacher: weights"]
     shared = dataclasses.replace(config, base=config.teacher)
-    assert "teacher, base: weights" in {part.name for part in estimate.memory(shared, GOPD())}  # held once
-    on_cpu = estimate.memory(dataclasses.replace(config, device="cpu"), GOPD())
+    assert "teacher, base: weights" in {part.name for part in memory_estimate.memory(shared, GOPD())}  # held once
+    on_cpu = memory_estimate.memory(dataclasses.replace(config, device="cpu"), GOPD())
     assert {part.phase for part in on_cpu} == {"always", "update"}
-    assert estimate.peak(on_cpu) == sum(part.size for part in on_cpu)
-    on_gpu = estimate.memory(config, GOPD())
+    assert memory_estimate.peak(on_cpu) == sum(part.size for part in on_cpu)
+    on_gpu = memory_estimate.memory(config, GOPD())
     weights = {part.name: part.size for part in on_gpu}
     turns = sum(part.size for part in on_gpu if part.phase == "update")
     always = sum(part.size for part in on_gpu if part.phase == "always")
-    assert estimate.peak(on_gpu) == always + max(turns, weights["teacher: weights"])
-    parts = {part.name: part.size for part in estimate.memory(config, EntropyAware())}
+    assert memory_estimate.peak(on_gpu) == always + max(turns, weights["teacher: weights"])
+    parts = {part.name: part.size for part in memory_estimate.memory(config, EntropyAware())}
     assert parts["teacher's likeliest"] == 128 * 15 * 512 * 16 * 8
-    dapo = estimate.tokens(config, with_rules(GRPO, "dapo"))
+    dapo = memory_estimate.tokens(config, with_rules(GRPO, "dapo"))
     assert dapo["episodes played, at most"] == 10 * dapo["episodes"] == 1280
-    assert estimate.tokens(config, with_rules(TCOD, "released"))["turns of an episode, at most"] == 15
-    lowered = {p.name: p.size for p in estimate.memory(dataclasses.replace(config, slots=64), GRPO())}
-    whole = {p.name: p.size for p in estimate.memory(config, GRPO())}
+    assert memory_estimate.tokens(config, with_rules(TCOD, "released"))["turns of an episode, at most"] == 15
+    lowered = {p.name: p.size for p in memory_estimate.memory(dataclasses.replace(config, slots=64), GRPO())}
+    whole = {p.name: p.size for p in memory_estimate.memory(config, GRPO())}
     assert 2 * lowered["engine: keys, values"] == whole["engine: keys, values"]
 
 
 def test_unresolved_settings_are_refused():
     with pytest.raises(AtodError, match="--max-context is not set"):
-        estimate.memory(TrainConfig(), GRPO())
+        memory_estimate.memory(TrainConfig(), GRPO())
 
 
 def test_a_dry_run_leaves_nothing_behind_and_fetches_nothing(tmp_path):
     """In a process of its own, in an empty folder, with the hub out of reach."""
-    code = "import sys; from atod_algos.cli import main; from atod_algos.atod import ATOD; main(ATOD, sys.argv[1:])"
+    code = "import sys; from atod_algos.training.cli import main; from atod_algos.atod import ATOD; main(ATOD, sys.argv[1:])"
     import os
 
     done = subprocess.run(

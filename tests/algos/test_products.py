@@ -9,15 +9,15 @@ from tinymodel import tiny_qwen3
 from torch.nn.functional import linear
 from toyworld import learner_options, small_model
 
-from atod_algos import products, scoring
 from atod_algos.batch import make_batch
-from atod_algos.learner import Learner, Objective, recompute_layers
-from atod_algos.packing import pack, packable, packed_states
-from atod_algos.scoring import drops_out, score
+from atod_algos.learner import logprobs, onednn
+from atod_algos.learner.learner import Learner, Objective, recompute_layers
+from atod_algos.learner.logprobs import drops_out, score
+from atod_algos.learner.packing import pack, packable, packed_states
 from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 
 CPU = torch.device("cpu")
-onednn = pytest.mark.skipif(not products._ONEDNN, reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not onednn._ONEDNN, reason="this torch has no oneDNN")
 
 
 def episodes(rows, seed=0, longest=40):
@@ -41,19 +41,19 @@ def test_a_linear_layer_and_its_gradients_are_the_plain_ones(inner, outer, bias,
     plain = linear(x, weight, offset)
     direction = torch.randn_like(plain)
     expected = torch.autograd.grad(plain, leaves, direction)
-    with products.fast_products(CPU):
+    with onednn.fast_products(CPU):
         fast = linear(x, weight, offset)
     assert torch.allclose(fast, plain, rtol=1e-5, atol=1e-4)
-    if products._ONEDNN:
+    if onednn._ONEDNN:
         assert (fast.grad_fn is not None and "_Linear" in fast.grad_fn.name()) or bias
     for got, wanted in zip(torch.autograd.grad(fast, leaves, direction), expected, strict=True):
         assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-3)
 
 
-@onednn
+@needs_onednn
 def test_only_large_float32_products_on_a_processor_are_replaced():
     def replaced(x, weight, device=CPU):
-        with products.fast_products(device):
+        with onednn.fast_products(device):
             return "_Linear" in linear(x, weight).grad_fn.name()
 
     large, small = torch.randn(64, 64, requires_grad=True), torch.randn(32, 64, requires_grad=True)
@@ -65,17 +65,17 @@ def test_only_large_float32_products_on_a_processor_are_replaced():
     assert not replaced(x.bfloat16(), large.detach().bfloat16().requires_grad_())
 
 
-@onednn
+@needs_onednn
 @pytest.mark.parametrize("recompute", [False, True])
 def test_an_update_takes_the_same_step_with_and_without_them(tokenizer, monkeypatch, recompute):
     batch = episodes(12)
     start = tiny_qwen3(64, 3, hidden=64)
     advantage_M = np.random.default_rng(1).normal(size=batch.n_tokens)
     calls, ends = [], []
-    product = products._product
-    monkeypatch.setattr(products, "_product", lambda a, b: calls.append(1) or product(a, b))
+    product = onednn._product
+    monkeypatch.setattr(onednn, "_product", lambda a, b: calls.append(1) or product(a, b))
     for smallest in (1, 1 << 40, 1):
-        monkeypatch.setattr(products, "_SMALLEST", smallest)
+        monkeypatch.setattr(onednn, "_SMALLEST", smallest)
         model = copy.deepcopy(start)
         if recompute:
             recompute_layers(model)
@@ -102,13 +102,13 @@ def test_filling_changes_no_state_and_no_gradient(shared):
     assert (packed.keep_T is not None) == shared
     found = []
     for even in (1, 64):
-        products._EVEN, kept = even, products._EVEN
+        onednn._EVEN, kept = even, onednn._EVEN
         try:
-            filling = products.even_filling(len(packed.ids_T), CPU)
+            filling = onednn.even_filling(len(packed.ids_T), CPU)
             states, ids = packed_states(model, packed)
         finally:
-            products._EVEN = kept
-        assert (filling > 0) == (even == 64 and products._ONEDNN)
+            onednn._EVEN = kept
+        assert (filling > 0) == (even == 64 and onednn._ONEDNN)
         assert len(states) == len(ids) == len(packed.ids_T)
         gradient = torch.autograd.grad(states.square().sum(), list(model.get_decoder().parameters()))
         found.append((states.detach(), *gradient))
@@ -121,8 +121,8 @@ def test_one_update_gives_the_old_log_probs_by_its_own_pass(tokenizer, monkeypat
     start = small_model(tokenizer, 4)
     advantage_M = np.random.default_rng(1).normal(size=batch.n_tokens)
     passes = []
-    predict = scoring.predict
-    monkeypatch.setattr(scoring, "predict", lambda *a, **k: passes.append(1) or predict(*a, **k))
+    predict = logprobs.predict
+    monkeypatch.setattr(logprobs, "predict", lambda *a, **k: passes.append(1) or predict(*a, **k))
     options = learner_options(lr=1e-3, minibatches=1, token_budget=150)
     results = []
     for known in (True, False):

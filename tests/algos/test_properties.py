@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from atod_algos import advantages as maths
 from atod_algos.atod import ATOD
-from atod_algos.cli import with_rules
 from atod_algos.grpo import GRPO
 from atod_algos.opd import OPD
 from atod_algos.sdar import SDAR
 from atod_algos.sod import SOD
 from atod_algos.tcod import TCOD
+from atod_algos.training.cli import with_rules
 
 ALGORITHMS = {
     f"{cls.name}-{rules}": with_rules(cls, rules) for cls in (GRPO, OPD, ATOD, SDAR, SOD, TCOD) for rules in cls.rules

@@ -13,17 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from atod_algos import ranks
 from atod_algos.atod import ATOD
-from atod_algos.cli import main
-from atod_algos.config import TrainConfig
-from atod_algos.learner import Learner
-from atod_algos.shards import load_shards
-from atod_algos.trainer import Trainer
+from atod_algos.learner import distributed
+from atod_algos.learner.learner import Learner
+from atod_algos.training.cli import main
+from atod_algos.training.config import TrainConfig
+from atod_algos.training.shards import load_shards
+from atod_algos.training.trainer import Trainer
 from atod_envs.errors import AtodError
 
 HERE = Path(__file__).parent
-COMMAND = "import sys; sys.path.insert(0, sys.argv.pop(1)); import toyworld; from atod_algos.cli import main; "
+COMMAND = "import sys; sys.path.insert(0, sys.argv.pop(1)); import toyworld; from atod_algos.training.cli import main; "
 
 
 @pytest.fixture
@@ -86,8 +86,8 @@ def weights(run):
     from toyworld import small_model
     from transformers import AutoTokenizer
 
-    from atod_algos.checkpoint import latest_checkpoint, load_checkpoint
-    from atod_algos.config import OptimizerOptions
+    from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint
+    from atod_algos.training.config import OptimizerOptions
 
     path = latest_checkpoint(run / "checkpoints")
     model = small_model(AutoTokenizer.from_pretrained(path), seed=99)
@@ -157,8 +157,8 @@ def test_a_lost_rank_ends_the_run_which_then_goes_on(options, tmp_path):
 
 
 def test_playing_ahead_is_refused_on_several_ranks(monkeypatch):
-    monkeypatch.setattr(ranks, "start", lambda device: device)
-    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "start", lambda device: device)
+    monkeypatch.setattr(distributed, "size", lambda: 2)
     with pytest.raises(AtodError, match="use --staleness 0 under torchrun, or --cluster ray with a single learner"):
         Trainer(TrainConfig(env="toy/Say-v0", device="cpu", staleness=1), ATOD(), None)
 
@@ -166,12 +166,12 @@ def test_playing_ahead_is_refused_on_several_ranks(monkeypatch):
 def test_shares_cover_everything_once(monkeypatch):
     parts = list("abcdefg")
     for size in (1, 2, 3, 8):
-        monkeypatch.setattr(ranks, "size", lambda size=size: size)
+        monkeypatch.setattr(distributed, "size", lambda size=size: size)
         got = []
         lengths = set()
         for rank in range(size):
-            monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-            share = list(ranks.shared(parts))
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            share = list(distributed.shared(parts))
             lengths.add(len(share))
             got += [part for part, counts in share if counts]
         assert sorted(got) == parts and len(lengths) == 1

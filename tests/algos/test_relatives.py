@@ -15,19 +15,19 @@ from test_equations import batch_of
 from toyworld import TOY, learner_options, small_model
 
 from agents.chat import ChatFormat
-from atod_algos import scoring
 from atod_algos.algorithm import Advantages
 from atod_algos.batch import Scores, make_batch
-from atod_algos.cli import main, with_rules
 from atod_algos.entropy_aware import EntropyAware
 from atod_algos.gigpo import GiGPO, anchor_states, discounted_returns
 from atod_algos.gopd import GOPD
 from atod_algos.grpo import GRPO, differing_groups
-from atod_algos.learner import Learner, Objective, SupportTerm, aggregation_weights
+from atod_algos.learner import logprobs
+from atod_algos.learner.learner import Learner, Objective, SupportTerm, aggregation_weights
 from atod_algos.opd import OPD
-from atod_algos.rollout import RolloutLimits
-from atod_algos.sampling import StepSampler
+from atod_algos.rollout.episodes import RolloutLimits
+from atod_algos.rollout.task_sampler import StepSampler
 from atod_algos.tip import TIP, largest
+from atod_algos.training.cli import main, with_rules
 from atod_envs.tasks import TaskSet
 from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 
@@ -124,7 +124,7 @@ def test_rules_preset_the_forms_of_the_papers():
 
 
 def test_clip_higher_lets_a_good_token_grow_further():
-    from atod_algos.learner import surrogate
+    from atod_algos.learner.learner import surrogate
 
     ratio, up = torch.tensor([1.25], requires_grad=True), torch.tensor([1.0])
     for high, slope in ((0.2, 0.0), (0.28, -1.0)):
@@ -331,8 +331,8 @@ def test_comparison_equals_brute_force_in_any_chunks(tokenizer, batch, temperatu
     own, theirs = plain_logprobs(student, batch, temperature), plain_logprobs(teacher, batch, temperature)
     ids = np.array([batch.rows[r][c] for r, c in zip(batch.row_M, batch.column_M, strict=True)])
     for limit in (1 << 24, 4 * 5 * len(tokenizer)):
-        monkeypatch.setattr(scoring, "CHUNK_LOGITS", limit)
-        found = scoring.compare(student, teacher, batch, temperature=temperature, budget=40, support=7)
+        monkeypatch.setattr(logprobs, "CHUNK_LOGITS", limit)
+        found = logprobs.compare(student, teacher, batch, temperature=temperature, budget=40, support=7)
         close(found.student_M, own[np.arange(len(ids)), ids], 2e-5)
         close(found.teacher_M, theirs[np.arange(len(ids)), ids], 2e-5)
         close(found.entropy_M, -(np.exp(own) * own).sum(1), 2e-5)
@@ -358,12 +358,12 @@ def test_comparison_equals_the_plain_scores_and_holds_no_large_tensor(tokenizer,
                 largest_seen = max(largest_seen, out.numel() // len(tokenizer))
             return out
 
-    monkeypatch.setattr(scoring, "CHUNK_LOGITS", 4 * 3 * len(tokenizer))
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 4 * 3 * len(tokenizer))
     with Watch():
-        found = scoring.compare(student, teacher, batch, temperature=1.0, support=4)
+        found = logprobs.compare(student, teacher, batch, temperature=1.0, support=4)
     assert 0 < largest_seen <= 3 < batch.n_tokens
-    close(found.student_M, scoring.score(student, batch, temperature=1.0)[0])
-    close(found.teacher_M, scoring.score(teacher, batch, temperature=1.0)[0])
+    close(found.student_M, logprobs.score(student, batch, temperature=1.0)[0])
+    close(found.teacher_M, logprobs.score(teacher, batch, temperature=1.0)[0])
 
 
 def test_padded_vocabularies_are_compared_where_both_have_ids(tokenizer, batch):
@@ -371,7 +371,7 @@ def test_padded_vocabularies_are_compared_where_both_have_ids(tokenizer, batch):
     teacher.resize_token_embeddings(len(tokenizer) + 24, mean_resizing=False)
     with torch.no_grad():
         teacher.get_output_embeddings().weight[len(tokenizer) :] = 0.05
-    found = scoring.compare(student, teacher, batch, temperature=1.0, support=10**6)
+    found = logprobs.compare(student, teacher, batch, temperature=1.0, support=10**6)
     assert found.vocabulary == len(tokenizer) and found.support_MS.shape == (batch.n_tokens, len(tokenizer))
     theirs = plain_logprobs(teacher, batch)[:, : len(tokenizer)]
     theirs -= np.log(np.exp(theirs).sum(1, keepdims=True))
@@ -381,7 +381,7 @@ def test_padded_vocabularies_are_compared_where_both_have_ids(tokenizer, batch):
 
 def test_student_and_teacher_alike_leave_nothing_to_learn(tokenizer, batch):
     model = small_model(tokenizer, 5)
-    found = scoring.compare(model, model, batch, temperature=1.0)
+    found = logprobs.compare(model, model, batch, temperature=1.0)
     close(found.reverse_kl_M, np.zeros(batch.n_tokens))
     close(TIP(keep=1.0).advantages(batch, found, 1).token_M, np.zeros(batch.n_tokens))
 
@@ -485,7 +485,7 @@ def test_truncated_support_by_hand():
 def test_the_learner_follows_the_whole_distribution(tokenizer, batch):
     """With no advantage at all, a step on the support loss alone is the gradient of the brute-force forward KL."""
     student, teacher = small_model(tokenizer, 5), small_model(tokenizer, 6)
-    scores = scoring.compare(student, teacher, batch, temperature=1.0, support=len(tokenizer))
+    scores = logprobs.compare(student, teacher, batch, temperature=1.0, support=len(tokenizer))
     algorithm = EntropyAware(entropy_threshold=float(np.median(scores.teacher_entropy_M)))
     learner = Learner(student, learner_options(lr=1e-3, minibatches=1, grad_clip=1e9, token_budget=30))
     seen = {}
@@ -518,12 +518,12 @@ def test_the_learner_follows_the_whole_distribution(tokenizer, batch):
 def test_support_needs_no_large_tensor_in_the_backward_pass(tokenizer, batch, monkeypatch):
     """Chunks are recomputed: the gradient does not depend on their size."""
     student, teacher = small_model(tokenizer, 5), small_model(tokenizer, 6)
-    scores = scoring.compare(student, teacher, batch, temperature=1.0, support=3)
+    scores = logprobs.compare(student, teacher, batch, temperature=1.0, support=3)
     gradients = []
     for limit in (1 << 24, 4 * len(tokenizer)):
-        monkeypatch.setattr(scoring, "CHUNK_LOGITS", limit)
+        monkeypatch.setattr(logprobs, "CHUNK_LOGITS", limit)
         student.zero_grad()
-        found = scoring.predict(
+        found = logprobs.predict(
             student, batch, np.arange(len(batch.rows)), temperature=1.0, support_MS=scores.support_MS
         )
         assert found.support.shape == (batch.n_tokens, 3)

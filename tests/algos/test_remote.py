@@ -14,11 +14,11 @@ from toyworld import TOY
 from agents.api import ApiOptions
 from agents.models import load_model
 from atod_algos.atod import ATOD
-from atod_algos.cli import main
-from atod_algos.frozen import LocalJudge
 from atod_algos.opd import OPD
-from atod_algos.remote import RemoteJudge
-from atod_algos.serve import ServeOptions, TeacherServer, row_batch
+from atod_algos.teachers.local import LocalJudge
+from atod_algos.teachers.remote import RemoteJudge
+from atod_algos.teachers.server import ServeOptions, TeacherServer, row_batch
+from atod_algos.training.cli import main
 from atod_envs.errors import AtodError
 
 QUICK = ApiOptions(timeout=60.0, retries=2)
@@ -90,7 +90,7 @@ def test_a_server_gives_what_the_model_gives_here(echo, temperature, server, tea
 
 
 def test_rows_go_in_batches_and_each_is_asked_for_once(server, tokenizer, rows, monkeypatch):
-    monkeypatch.setattr("atod_algos.remote._REQUEST_TOKENS", 60)
+    monkeypatch.setattr("atod_algos.teachers.remote._REQUEST_TOKENS", 60)
     remote = judge(server, tokenizer)
     first = remote.rows([*rows, rows[0]])
     assert server.seen == remote.requests == 2  # 5 + 40, and 17 + 2 + 33; the row that comes twice goes once
@@ -101,7 +101,7 @@ def test_rows_go_in_batches_and_each_is_asked_for_once(server, tokenizer, rows, 
 
 
 def test_what_is_kept_is_bounded(server, tokenizer, rows, monkeypatch):
-    monkeypatch.setattr("atod_algos.remote._KEPT_TOKENS", 50)
+    monkeypatch.setattr("atod_algos.teachers.remote._KEPT_TOKENS", 50)
     remote = judge(server, tokenizer)
     assert len(remote.rows(rows)) == 5
     for row in rows:
@@ -223,7 +223,7 @@ def test_a_served_teacher_dies_and_the_run_goes_on_when_it_is_back(
 ):
     local = [*options, "--teacher", str(models["teacher"])]
     main(ATOD, [*local, "--steps", "3", "--run", str(tmp_path / "local")])
-    monkeypatch.setattr("atod_algos.remote.ApiOptions", lambda *a: ApiOptions(*a[:1], 60.0, 1) if a else QUICK)
+    monkeypatch.setattr("atod_algos.teachers.remote.ApiOptions", lambda *a: ApiOptions(*a[:1], 60.0, 1) if a else QUICK)
     monkeypatch.setattr("agents.api.time.sleep", lambda _: None)
     remote = [*options, "--teacher", server.address, "--steps", "3", "--run", str(tmp_path / "remote")]
     honest, died = server.completions, []
@@ -259,7 +259,7 @@ def test_a_served_teacher_dies_and_the_run_goes_on_when_it_is_back(
 
 
 def test_the_serving_command_serves(models, tokenizer):
-    command = [sys.executable, "-m", "atod_algos.serve", str(models["teacher"]), "--port", "0"]
+    command = [sys.executable, "-m", "atod_algos.teachers.server", str(models["teacher"]), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         said = process.stdout.readline()
@@ -272,8 +272,8 @@ def test_the_serving_command_serves(models, tokenizer):
 
 
 def test_whole_distributions_cannot_be_had_from_a_server(server, tokenizer, teacher):
-    from atod_algos.config import TrainConfig, resolve
-    from atod_algos.frozen import Scorer
+    from atod_algos.teachers.local import Scorer
+    from atod_algos.training.config import TrainConfig, resolve
 
     class Divergent(OPD):
         scores = frozenset({"teacher", "divergence"})

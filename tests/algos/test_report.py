@@ -19,13 +19,13 @@ from toyworld import TOY
 
 from atod_algos.advantages import turn_weights
 from atod_algos.atod import ATOD
-from atod_algos.cli import main as train
-from atod_algos.diagnostics import MOST_TURNS
 from atod_algos.grpo import GRPO
+from atod_algos.metrics import MOST_TURNS
 from atod_algos.report.command import ReportConfig, main, report, watch
 from atod_algos.report.data import method_of, read_run
 from atod_algos.report.page import chosen_steps, page_data
 from atod_algos.report.tokens import Scorer
+from atod_algos.training.cli import main as train
 from atod_envs.errors import AtodError, DataError
 from atod_envs.trajectory import StopReason, Trajectory, Turn, write_jsonl
 

@@ -16,15 +16,15 @@ from agents.chat import ChatFormat
 from agents.models import REFERENCE, load_model
 from atod_algos.advantages import GroupOptions
 from atod_algos.atod import ATOD
-from atod_algos.config import BUILTIN, TrainConfig, resolve
 from atod_algos.grpo import GRPO
 from atod_algos.opd import OPD
-from atod_algos.progress import Progress
-from atod_algos.runlog import RunFolder
 from atod_algos.sdar import HEADING, SDAR
 from atod_algos.sod import SOD
 from atod_algos.tcod import TCOD
-from atod_algos.trainer import Trainer, settings_of
+from atod_algos.training.config import BUILTIN, TrainConfig, resolve
+from atod_algos.training.console import Progress
+from atod_algos.training.run_dir import RunFolder
+from atod_algos.training.trainer import Trainer, settings_of
 from atod_envs.alfworld.env import ALFWorldEnv
 from atod_envs.skills import read_skills
 from atod_envs.tasks import TaskSet

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atod_algos.significance import bootstrap, mcnemar, paired, t_interval, t_tail, welch
+from atod_algos.evaluate.statistics import bootstrap, mcnemar, paired, t_interval, t_tail, welch
 
 
 def test_mcnemar_is_the_exact_binomial_test():

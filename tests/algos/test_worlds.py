@@ -9,9 +9,9 @@ import pytest
 
 from agents.expert import expert_solution
 from agents.models import REFERENCE
-from atod_algos.cli import main
 from atod_algos.sdar import HEADING, SDAR
 from atod_algos.tcod import TCOD
+from atod_algos.training.cli import main
 from atod_envs.alfworld.household import TASK_TYPES
 from atod_envs.errors import AtodError, DataError, UnknownName
 from atod_envs.searchqa.language import KINDS

@@ -10,7 +10,7 @@ from tinymodel import tiny_qwen3
 from toy import ToyEnv
 
 from atod_algos.batch import make_batch
-from atod_algos.scoring import row_logprobs
+from atod_algos.learner.logprobs import row_logprobs
 from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 
 TOY = "toy/Say-v0"
@@ -44,6 +44,6 @@ def fit(model, prompts, responses, updates: int, lr: float = 5e-3):
 
 def learner_options(**changes):
     """The learner's settings as a real checkpoint's run has them, with changes."""
-    from atod_algos.config import TrainConfig, optimizer_options, resolve
+    from atod_algos.training.config import TrainConfig, optimizer_options, resolve
 
     return optimizer_options(resolve(TrainConfig(student="folder", **changes)))

@@ -9,15 +9,15 @@ from importlib.metadata import entry_points
 
 import pytest
 
-from atod_envs import command
-from atod_envs.command import commands, main
+from atod_algos import command
+from atod_algos.command import commands, main
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def shell(*words, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "atod_envs.command", *words],
+        [sys.executable, "-m", "atod_algos.command", *words],
         capture_output=True,
         text=True,
         cwd=environment.pop("cwd", REPOSITORY),
@@ -129,7 +129,7 @@ def test_completion_of_an_unknown_shell_is_refused(capsys):
 
 def test_a_reader_that_stops_early_is_no_error():
     done = subprocess.run(
-        f"{sys.executable} -m atod_envs.command train atod --help | head -1",
+        f"{sys.executable} -m atod_algos.command train atod --help | head -1",
         shell=True,
         capture_output=True,
         text=True,

@@ -122,7 +122,7 @@ def test_vector_environments_and_rollouts_take_it(server):
 def played_by_a_model(make):
     from agents.chat import ChatFormat
     from agents.engines.transformers import TransformersEngine
-    from atod_algos.rollout import EpisodeSpec, Rollout
+    from atod_algos.rollout.episodes import EpisodeSpec, Rollout
 
     tokens = tiny.tokenizer()
     rollout = Rollout(

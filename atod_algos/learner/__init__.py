@@ -1,0 +1,1 @@
+"""Updating weights: the clipped surrogate, log-probs in bounded memory, packing, optimizer, ranks."""

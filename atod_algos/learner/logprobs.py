@@ -1,0 +1,322 @@
+"""Log-probs of sampled tokens under a model: the same ids, the same temperature, bounded memory.
+
+The invariant: no tensor of rows x positions x vocabulary ever exists. The model's decoder gives hidden states; only those that
+predict a sampled token go through the output head, a bounded chunk at a time, and in training each chunk's logits are
+recomputed in the backward pass instead of kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from atod_algos.batch import Scores, TokenBatch
+from atod_algos.learner import distributed
+from atod_algos.learner.memory import Budget
+from atod_algos.learner.onednn import even_filling, fast_products, same_products
+from atod_algos.learner.packing import pack, packable, packed_states, packs
+from atod_algos.training.config import TrainConfig
+
+CHUNK_LOGITS = 1 << 24
+"""Most logits alive at once (64 MiB in float32)."""
+
+
+def micro_batches(lengths: Sequence[int], budget: int) -> Iterator[np.ndarray]:
+    """Split rows that are to be padded into micro-batches of similar length.
+
+    Args:
+        lengths: tokens of each row.
+        budget: most tokens of a micro-batch, padding included; a single row may exceed it.
+
+    Yields:
+        Row indices, longest rows first.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    start = 0
+    while start < len(order):
+        count = max(1, budget // max(1, int(lengths[order[start]])))
+        yield order[start : start + count]
+        start += count
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What a model predicts for the sampled tokens of some rows.
+
+    Attributes:
+        index_M: [m] indices of the tokens into axis M.
+        logprobs: [m] log-probs of the sampled tokens.
+        entropy: [m] entropies in nats; zeros where they were not asked for.
+        support: [m, S] log-probs of the support tokens; None without a support.
+    """
+
+    index_M: np.ndarray
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    support: torch.Tensor | None
+
+
+def head_logprobs(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    head: Any,
+    temperature: float,
+    entropy: bool,
+    support: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probability of each target and of each support token, and the entropy of each distribution.
+
+    Args:
+        hidden: [m, D] states that predict the targets.
+        targets: [m] token ids.
+        head: the model's output head.
+        temperature: divides the logits.
+        entropy: whether entropies are wanted; zeros otherwise.
+        support: [m, S] further token ids; ``None`` is the same as S = 0.
+
+    Returns:
+        [m] log-probs, [m] entropies in nats, and [m, S] log-probs of the support, float32.
+    """
+    asked = targets.new_empty((len(targets), 0)) if support is None else support
+
+    def part(
+        states: torch.Tensor, ids: torch.Tensor, more: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logprobs = torch.log_softmax(head(states).float() / temperature, dim=-1)
+        spread = -(logprobs.exp() * logprobs).sum(-1) if entropy else torch.zeros_like(logprobs[:, 0])
+        return logprobs.gather(1, ids[:, None])[:, 0], spread, logprobs.gather(1, more)
+
+    size = max(1, CHUNK_LOGITS // int(head.weight.shape[0]))
+    if len(targets) <= size:
+        count = len(targets)
+        filling = even_filling(count, hidden.device)
+        filled = (F.pad(hidden, (0, 0, 0, filling)), F.pad(targets, (0, filling)), F.pad(asked, (0, 0, 0, filling)))
+        chosen, width, further = part(*filled)
+        return chosen[:count], width[:count], further[:count]
+    pieces = [
+        checkpoint(part, *piece, use_reentrant=False, context_fn=same_products)
+        for piece in zip(torch.split(hidden, size), torch.split(targets, size), torch.split(asked, size), strict=True)
+    ]
+    logprobs, spread, others = zip(*pieces, strict=True)
+    return torch.cat(logprobs), torch.cat(spread), torch.cat(others)
+
+
+def split_rows(model: Any, rows: Sequence[np.ndarray], budget: int) -> Iterator[np.ndarray]:
+    """Split rows into micro-batches of at most ``budget`` tokens, as this model runs them: packed or padded."""
+    return packs(rows, budget) if packable(model) else micro_batches([len(row) for row in rows], budget)
+
+
+def stream_tokens(model: Any, rows: Sequence[np.ndarray]) -> int:
+    """Tokens that a pass over these rows computes: packed, common beginnings count once; padded, padding counts."""
+    return len(pack(rows).ids_T) if packable(model) else len(rows) * max(len(row) for row in rows)
+
+
+def _states(model: Any, batch: TokenBatch, rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """Run some rows of a batch through a model's decoder: packed where the model allows it, padded otherwise.
+
+    Args:
+        model: a causal language model.
+        batch: the batch.
+        rows: which of its rows.
+
+    Returns:
+        Indices into axis M of the tokens in these rows, the states [m, D] that predict them, and their ids [m].
+    """
+    place = np.full(len(batch.rows), -1)
+    place[rows] = np.arange(len(rows))
+    index_M = np.flatnonzero(place[batch.row_M] >= 0)
+    line, column = place[batch.row_M[index_M]], batch.column_M[index_M]
+    device = next(model.parameters()).device
+    if packable(model):
+        packed = pack([batch.rows[row] for row in rows])
+        states, _ = packed_states(model, packed)
+        at = np.asarray(packed.bounds)[line] + column
+        before = torch.from_numpy(packed.place_R[at - 1]).to(device)
+        targets = torch.from_numpy(packed.ids_T[packed.place_R[at]]).to(device)
+        return index_M, states.index_select(0, before), targets
+    width = max(len(batch.rows[row]) for row in rows)
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(batch.rows[row])] = batch.rows[row]
+    tokens = torch.from_numpy(ids).to(device)
+    # Padding stands on the right: with causal attention no real token sees it, so no mask is needed.
+    states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    at_line, at_column = torch.from_numpy(line).to(device), torch.from_numpy(column).to(device)
+    return index_M, states[at_line, at_column - 1], tokens[at_line, at_column]
+
+
+def predict(
+    model: Any,
+    batch: TokenBatch,
+    rows: np.ndarray,
+    *,
+    temperature: float,
+    entropy: bool = False,
+    support_MS: np.ndarray | None = None,
+) -> Predictions:
+    """Run some rows of a batch through a model.
+
+    Args:
+        model: a causal language model.
+        batch: the batch.
+        rows: which of its rows.
+        temperature: divides the logits.
+        entropy: whether entropies are wanted.
+        support_MS: ids of further tokens whose log-probs are wanted in the place of each sampled one.
+    """
+
+    def work() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
+        index_M, states, targets = _states(model, batch, rows)
+        support = None if support_MS is None else torch.from_numpy(support_MS[index_M]).long().to(targets.device)
+        head = model.get_output_embeddings()
+        return *head_logprobs(states, targets, head, temperature, entropy, support), index_M
+
+    with fast_products(next(model.parameters()).device):
+        logprobs, spread, others, index_M = distributed.whole(model, work)
+    return Predictions(index_M, logprobs, spread, None if support_MS is None else others)
+
+
+def row_logprobs(
+    model: Any, batch: TokenBatch, rows: np.ndarray, *, temperature: float, entropy: bool = False
+) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+    """:func:`predict` without a support: indices into axis M, log-probs, entropies."""
+    found = predict(model, batch, rows, temperature=temperature, entropy=entropy)
+    return found.index_M, found.logprobs, found.entropy
+
+
+def drops_out(model: Any) -> bool:
+    """Whether a training pass leaves something out by chance, so that its log-probs are not those of scoring."""
+    parts = any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in model.modules())
+    return parts or bool(getattr(model.get_decoder().config, "attention_dropout", 0.0))
+
+
+def score(
+    model: Any, batch: TokenBatch, *, temperature: float, budget: int = TrainConfig.token_budget, entropy: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probs of all sampled tokens of a batch, without gradients.
+
+    Args:
+        model: student, teacher or reference; its tokenizer must be the one that made the ids.
+        batch: the batch.
+        temperature: that of the sampling, for every model alike.
+        budget: tokens of a micro-batch.
+        entropy: whether entropies are wanted.
+
+    Returns:
+        Log-probs and entropies along axis M, float64.
+    """
+    logprobs_M = np.zeros(batch.n_tokens)
+    entropy_M = np.zeros(batch.n_tokens)
+    was_training = model.training
+    model.eval()
+
+    @torch.no_grad()
+    def attempt(tokens: int) -> None:
+        for rows, counts in distributed.shared(split_rows(model, batch.rows, tokens)):
+            index_M, logprobs, spread = row_logprobs(model, batch, rows, temperature=temperature, entropy=entropy)
+            if counts:
+                logprobs_M[index_M] = _numbers(logprobs)
+                entropy_M[index_M] = _numbers(spread)
+
+    _in_memory(attempt, batch, budget)
+    distributed.together([logprobs_M, entropy_M])
+    model.train(was_training)
+    return logprobs_M, entropy_M
+
+
+def compare(
+    student: Any,
+    teacher: Any,
+    batch: TokenBatch,
+    *,
+    temperature: float,
+    budget: int = TrainConfig.token_budget,
+    support: int = 0,
+) -> Scores:
+    """Compare two models' whole distributions at every sampled token, without gradients and in bounded memory.
+
+    Both distributions of a chunk of tokens exist at the same time, and of each only its statistics are kept. Models of one
+    family pad their vocabularies differently; ids that only one of them has are never sampled, so the divergence is taken over
+    the ids that both have, both distributions made to sum to 1 there.
+
+    Args:
+        student: the learner's model.
+        teacher: a model that shares its tokenizer.
+        batch: the batch.
+        temperature: that of the sampling, for both.
+        budget: tokens of a micro-batch.
+        support: how many of the teacher's likeliest tokens to keep at each token (all of a smaller vocabulary).
+
+    Returns:
+        Scores with everything but reference and base.
+    """
+    n = batch.n_tokens
+    heads = student.get_output_embeddings(), teacher.get_output_embeddings()
+    shared = min(int(head.weight.shape[0]) for head in heads)
+    size = max(1, CHUNK_LOGITS // (4 * shared))  # two distributions, and the terms of two sums over them
+    width = min(support, shared)
+    student_M, teacher_M, entropy_M, teacher_entropy_M, kl_M = (np.zeros(n) for _ in range(5))
+    ids_MS = np.zeros((n, width), dtype=np.int32) if support else None
+    logprobs_MS = np.zeros((n, width), dtype=np.float32) if support else None
+    modes = student.training, teacher.training
+    student.eval(), teacher.eval()
+
+    @torch.no_grad()
+    def attempt(tokens: int) -> None:
+        for rows, counts in distributed.shared(split_rows(student, batch.rows, tokens)):
+            with fast_products(next(student.parameters()).device):
+                distributed.whole(student, distributed.whole, teacher, some, rows, counts)
+
+    def some(rows: np.ndarray, counts: bool) -> None:
+        index_M, own_states, targets = _states(student, batch, rows)
+        _, their_states, _ = _states(teacher, batch, rows)
+        if not counts:
+            return
+        for start in range(0, len(index_M), size):
+            chunk = slice(start, start + size)
+            at, ids = index_M[chunk], targets[chunk, None]
+            own, theirs = (
+                torch.log_softmax(head(states[chunk]).float() / temperature, dim=-1)
+                for head, states in zip(heads, (own_states, their_states), strict=True)
+            )
+            student_M[at] = _numbers(own.gather(1, ids)[:, 0])
+            teacher_M[at] = _numbers(theirs.gather(1, ids)[:, 0])
+            entropy_M[at] = _numbers(-(own.exp() * own).sum(-1))
+            teacher_entropy_M[at] = _numbers(-(theirs.exp() * theirs).sum(-1))
+            if ids_MS is not None and logprobs_MS is not None:
+                best = theirs[:, :shared].topk(width, dim=-1)
+                ids_MS[at], logprobs_MS[at] = best.indices.cpu().numpy(), best.values.cpu().numpy()
+            own, theirs = (torch.log_softmax(part[:, :shared], dim=-1) for part in (own, theirs))
+            kl_M[at] = _numbers((own.exp() * (own - theirs)).sum(-1).clamp(min=0))
+
+    _in_memory(attempt, batch, budget)
+    distributed.together([student_M, teacher_M, entropy_M, teacher_entropy_M, kl_M])
+    if ids_MS is not None and logprobs_MS is not None:
+        distributed.together([ids_MS, logprobs_MS])
+    student.train(modes[0]), teacher.train(modes[1])
+    return Scores(
+        student_M,
+        teacher_M,
+        entropy_M=entropy_M,
+        teacher_entropy_M=teacher_entropy_M,
+        reverse_kl_M=kl_M,
+        support_MS=ids_MS,
+        teacher_support_MS=logprobs_MS,
+        vocabulary=shared,
+    )
+
+
+def _in_memory(attempt: Callable[[int], None], batch: TokenBatch, budget: int) -> None:
+    """Score with so many tokens at once, or with fewer where memory runs out; what was written is written again."""
+    budget = distributed.fair(budget, sum(len(row) for row in batch.rows))
+    Budget(budget).run("scoring", attempt, least=max(len(row) for row in batch.rows), undo=lambda: None)
+
+
+def _numbers(values: torch.Tensor) -> np.ndarray:
+    return np.asarray(values.double().cpu().numpy())

@@ -1,0 +1,305 @@
+"""Episodes on a Ray cluster: workers hold environments and an engine each, groups are work.
+
+A worker takes groups as it has room for them, and takes more as its own end, so a slow one holds up nothing but what it holds. Weights go
+through Ray's object store: once a step into it, once for each node out of it. A worker that dies or falls silent is replaced, and what it
+had taken is played again. Every process of the cluster is started once and stays: starting one costs more than a small rollout.
+
+The invariant: every group is in the result exactly once, played with the weights of that call. Seeds come from the specs, so who played
+makes no difference.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from atod_algos.rollout.episodes import EpisodeSpec, OnFinish, RolloutLimits, collect_groups
+from atod_algos.rollout.pools import LocalPlayers
+from atod_algos.rollout.work_queue import Work
+from atod_envs.errors import AtodError
+from atod_envs.trajectory import Group, Trajectory
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+_START_SECONDS = 300.0
+"""A worker that has not loaded its model by then will not."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """How many workers there are, and what each takes of the cluster."""
+
+    workers: int
+    """Rollout workers."""
+    cpus: float = 1.0
+    """CPU cores that Ray sets aside for each."""
+    gpus: float = 0.0
+    """GPUs for each."""
+    patience: float = 1800.0
+    """Seconds after which a worker that has not come to the end of a step's episodes counts as lost."""
+    losses: int = 8
+    """Workers that may be lost in one step before the run stops."""
+
+
+class _Worker:
+    """Runs in a process of the cluster."""
+
+    def __init__(self, make_players: Callable[[], LocalPlayers]) -> None:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        self._players = make_players()
+        self._version: int | None = None
+
+    def ready(self) -> int:
+        return os.getpid()
+
+    def play(
+        self,
+        how: tuple[str, float, float],
+        specs: Sequence[EpisodeSpec],
+        limits: RolloutLimits | None,
+        weights: list[Any],
+        version: int,
+        work: Any,
+        call: int,
+    ) -> tuple[list[int], list[Trajectory]]:
+        """Play groups until none are left; returns the places of their episodes, and the episodes."""
+        import ray
+
+        try:
+            if self._version != version:
+                # The reference comes inside a list, so that Ray does not fetch the weights for workers that have them.
+                self._players.load_weights(ray.get(weights[0]).items(), version)
+                self._version = version
+            places: list[int] = []
+            refused_at = -1
+
+            def more(room: int, finished: int) -> list[EpisodeSpec] | None:
+                nonlocal refused_at
+                if finished == refused_at:  # it holds its share, and none of it has ended since it last asked
+                    return []
+                taken = ray.get(work.take.remote(call, room, len(places) - finished))
+                if taken is None:
+                    return None
+                refused_at = -1 if taken else finished
+                places.extend(taken)
+                return [specs[place] for place in taken]
+
+            return places, self._players.on(*how).play((), limits, more=more)
+        except Exception as error:  # not every exception survives the way to the driver; its words do
+            raise AtodError(f"{type(error).__name__}: {error}") from None
+
+
+class RayPlayers:
+    """Plays on a Ray cluster: the one that $RAY_ADDRESS names, or one that is started on this machine.
+
+    Args:
+        make_players: builds a worker's engine and environments; sent to the workers.
+        fleet: the workers.
+
+    Raises:
+        AtodError: Ray is not installed, cannot be reached, or the cluster is too small.
+    """
+
+    def __init__(self, make_players: Callable[[], LocalPlayers], fleet: Fleet) -> None:
+        self._ray = ray = _ray()
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self._fleet, self._make = fleet, make_players
+        self._own = not ray.is_initialized()
+        if self._own:
+            _connect(ray)
+        _require_resources(ray, fleet)
+        self._actor = ray.remote(num_cpus=fleet.cpus, num_gpus=fleet.gpus, max_restarts=0)(_Worker)
+        # Beside the driver: a node that is lost must not take the list of what is to be done with it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._work = ray.remote(num_cpus=0)(Work).options(scheduling_strategy=here).remote()
+        self._calls = 0
+        self._weights: Any = None
+        self._version = -1
+        self._workers: list[Any] = []
+        self.pids: list[int] = []
+        self._start(fleet.workers)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int, truth: Any | None = None) -> None:
+        """Put the weights into the object store; workers fetch them with their next groups, and check their engines then."""
+        self._weights = self._ray.put({name: tensor.detach().cpu() for name, tensor in weights})
+        self._version = version
+
+    def on(self, split: str, temperature: float, tolerated: float = 0.0) -> RayRollout:
+        """What plays a split."""
+        return RayRollout(self, (split, temperature, tolerated))
+
+    def rest(self) -> None:
+        """Nothing: the workers have machines, or shares of them, of their own."""
+
+    def close(self) -> None:
+        """End the workers, and Ray if it was started here."""
+        for worker in [*self._workers, self._work]:
+            self._ray.kill(worker)
+        self._workers = []
+        if self._own:
+            self._ray.shutdown()
+
+    # --- work --------------------------------------------------------------------------------------------------------
+
+    def play(
+        self,
+        how: tuple[str, float, float],
+        specs: Sequence[EpisodeSpec],
+        limits: RolloutLimits | None,
+        on_finish: OnFinish | None,
+    ) -> list[Trajectory]:
+        """Play all episodes on whichever workers are free; ``how`` is what ``on`` was asked for, the rest as in ``Plays.play``."""
+        if self._weights is None:
+            raise AtodError("the workers have no weights yet; call load_weights before play")
+        work, everything = self._work, self._ray.put(list(specs))
+        self._ray.get(work.begin.remote([spec.group_id for spec in specs], len(self._workers), self._calls))
+        finished: dict[int, Trajectory] = {}
+        running: dict[Any, _Call] = {}
+
+        def give(worker: Any) -> None:
+            future = worker.play.remote(how, everything, limits, [self._weights], self._version, work, self._calls)
+            running[future] = _Call(worker, self._calls, time.monotonic())
+            self._calls += 1
+
+        for worker in self._workers:
+            give(worker)
+        losses = shown = 0
+        while running:
+            done, _ = self._ray.wait(list(running), num_returns=1, timeout=min(1.0, self._fleet.patience))
+            for future in [*done, *self._silent(running, done)]:
+                call = running.pop(future)
+                answer = self._answer(future) if future in done else None
+                if answer is not None:
+                    finished.update(zip(*answer, strict=True))
+                    continue
+                losses += 1
+                if losses > self._fleet.losses:
+                    raise AtodError(
+                        f"{losses} rollout workers were lost in one step; look at the nodes' memory and at Ray's logs. The same "
+                        "command goes on from the last checkpoint"
+                    )
+                log.warning("a rollout worker was lost; what it had taken is played again")
+                self._ray.get(work.give_back.remote(call.number))
+                give(self._replace(call.worker))
+            if on_finish is not None and (now := self._ray.get(work.finished.remote())) > shown:
+                shown = now
+                on_finish(shown)
+        if on_finish is not None and shown < len(specs):
+            on_finish(len(specs))
+        return [finished[place] for place in range(len(specs))]
+
+    def _answer(self, future: Any) -> tuple[list[int], list[Trajectory]] | None:
+        """What a call returned; None if its worker died.
+
+        Raises:
+            AtodError: the worker is alive but could not play (a retriever that is down, an environment that raised).
+        """
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            places, trajectories = self._ray.get(future)
+            return places, trajectories
+        except RayActorError:
+            return None
+        except RayTaskError as error:
+            raise AtodError(f"a rollout worker failed: {error.cause}") from error
+
+    def _silent(self, running: dict[Any, _Call], done: Sequence[Any]) -> list[Any]:
+        late = time.monotonic() - self._fleet.patience
+        return [future for future, call in running.items() if call.since < late and future not in done]
+
+    def _replace(self, lost: Any) -> Any:
+        self._ray.kill(lost)  # it may be alive and merely silent
+        place = self._workers.index(lost)
+        del self._workers[place], self.pids[place]
+        self._start(1)
+        return self._workers[-1]
+
+    def _start(self, count: int) -> None:
+        """Start workers and wait until they have loaded their model."""
+        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+        fresh = [self._actor.remote(self._make) for _ in range(count)]
+        try:
+            self.pids += self._ray.get([worker.ready.remote() for worker in fresh], timeout=_START_SECONDS)
+        except GetTimeoutError as error:
+            raise AtodError(
+                f"a rollout worker did not start within {_START_SECONDS:.0f} s; the cluster has {_resources(self._ray)}, each of "
+                f"{self._fleet.workers} workers takes {self._fleet.cpus:g} CPUs and {self._fleet.gpus:g} GPUs"
+            ) from error
+        except (RayActorError, RayTaskError) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise AtodError(f"a rollout worker could not start: {reason}") from error
+        self._workers += fresh
+
+
+class RayRollout:
+    """One split, played by the workers of a cluster."""
+
+    def __init__(self, players: RayPlayers, how: tuple[str, float, float]) -> None:
+        self._players, self._how = players, how
+
+    def play(
+        self, specs: Sequence[EpisodeSpec], limits: RolloutLimits | None = None, on_finish: OnFinish | None = None
+    ) -> list[Trajectory]:
+        """Play all episodes; one trajectory each, in the order of ``specs``."""
+        return self._players.play(self._how, specs, limits, on_finish)
+
+    def play_groups(
+        self, specs: Sequence[EpisodeSpec], limits: RolloutLimits | None = None, on_finish: OnFinish | None = None
+    ) -> list[Group]:
+        """Play all episodes and collect them by group."""
+        return collect_groups(self.play(specs, limits, on_finish))
+
+
+@dataclass(slots=True)
+class _Call:
+    worker: Any
+    number: int
+    since: float
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise AtodError("--cluster ray needs Ray: pip install 'atod[ray]'") from error
+    return ray
+
+
+def _connect(ray: Any) -> None:
+    # By default Ray's workers give way to everything else on a machine (niceness 15): here the learner waits for them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    # Workers must find what the driver finds: a registered environment may live in the folder it was started from.
+    paths = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}}
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = os.environ.get("RAY_ADDRESS", "this machine")
+        raise AtodError(
+            f"no Ray cluster at {where}: {error}; start one with `ray start --head`, or unset RAY_ADDRESS to use this machine alone"
+        ) from error
+
+
+def _require_resources(ray: Any, fleet: Fleet) -> None:
+    held = ray.cluster_resources()
+    for kind, each in (("CPU", fleet.cpus), ("GPU", fleet.gpus)):
+        if each * fleet.workers > held.get(kind, 0.0) + 1e-6:
+            raise AtodError(
+                f"{fleet.workers} rollout workers of {each:g} {kind} each do not fit: the cluster has {_resources(ray)}; lower --workers "
+                f"or --worker-{kind.lower()}s"
+            )
+
+
+def _resources(ray: Any) -> str:
+    held = ray.cluster_resources()
+    return f"{held.get('CPU', 0):g} CPUs and {held.get('GPU', 0):g} GPUs"

@@ -1,0 +1,98 @@
+"""Which episodes a training step plays, and how often it tries to find groups that teach something.
+
+The invariant: tasks and seeds follow from (run's seed, step, round) alone. How many rounds one step took changes nothing about
+the next, so a resumed run plays what an uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+from atod_algos.algorithm import Algorithm, Selective
+from atod_algos.batch import make_batch
+from atod_algos.rollout.episodes import EpisodeSpec, Plays, derive_seed
+from atod_envs.tasks import TaskSet
+from atod_envs.trajectory import Group
+
+
+class StepSampler:
+    """Draws the tasks of each step.
+
+    Args:
+        tasks: the training split.
+        seed: of the run.
+        tasks_per_step: groups in a step.
+        group_size: attempts at each task (G).
+    """
+
+    def __init__(self, tasks: TaskSet, *, seed: int, tasks_per_step: int, group_size: int) -> None:
+        self._tasks, self._seed = tasks, seed
+        self._per_step, self._group_size = tasks_per_step, group_size
+        self._epoch: tuple[int, tuple[str, ...]] = (-1, ())
+
+    def specs(self, step: int) -> list[EpisodeSpec]:
+        """The episodes of a step (from 1): the next tasks of the epoch's order, each ``group_size`` times."""
+        specs = []
+        for place in range((step - 1) * self._per_step, step * self._per_step):
+            epoch, index = divmod(place, len(self._tasks))
+            if self._epoch[0] != epoch:
+                self._epoch = (epoch, self._tasks.order(derive_seed(self._seed, "epoch", epoch)))
+            for member in range(self._group_size):
+                seed = derive_seed(self._seed, step, place, member)
+                specs.append(EpisodeSpec(self._epoch[1][index], f"{step}/{place}", seed))
+        return specs
+
+    def further_specs(self, step: int, attempt: int) -> list[EpisodeSpec]:
+        """The episodes of a step's further round (from 1), of tasks drawn beside the epoch's order."""
+        seed = derive_seed(self._seed, step, "round", attempt)
+        order = self._tasks.order(seed)
+        return [
+            EpisodeSpec(order[place % len(order)], f"{step}/round{attempt}/{place}", derive_seed(seed, place, member))
+            for place in range(self._per_step)
+            for member in range(self._group_size)
+        ]
+
+    def play(
+        self, step: int, algorithm: Algorithm, rollout: Plays, on_progress: Callable[[str], None]
+    ) -> tuple[list[Group], dict[str, float]]:
+        """Play the groups that a step learns from.
+
+        Where the algorithm asks for several rounds, further tasks are played until there are ``tasks_per_step`` groups that it
+        learns from. If the rounds run out the step goes on with those there are, or, if there is none, with the first round's.
+
+        Args:
+            step: training step, from 1.
+            algorithm: says which limits hold and which groups are informative.
+            rollout: plays.
+            on_progress: told what is going on.
+
+        Returns:
+            The groups, and metrics under ``sampling/``, over all that was played; none where every group counts anyway.
+        """
+        limits = algorithm.limits(step)
+        played: list[Group] = []
+        kept: list[Group] = []
+        rounds = 0
+        while rounds < max(1, limits.rounds) and len(kept) < self._per_step:
+            specs = self.specs(step) if rounds == 0 else self.further_specs(step, rounds)
+            head = f"rollout, round {rounds + 1}:" if limits.rounds > 1 else "rollout"
+            groups = rollout.play_groups(specs, limits, _counter(on_progress, head, len(specs)))
+            rounds += 1
+            if limits.rounds <= 1:
+                return groups, {}
+            played += groups
+            useful_G = cast("Selective", algorithm).informative(make_batch(groups))
+            kept += [group for group, useful in zip(groups, useful_G, strict=False) if useful]
+        episodes = [trajectory for group in played for trajectory in group.trajectories]
+        return kept[: self._per_step] or played[: self._per_step], {
+            "sampling/rounds": float(rounds),
+            "sampling/episodes": float(len(episodes)),
+            "sampling/informative_groups": len(kept) / len(played),
+            "sampling/success": sum(trajectory.success for trajectory in episodes) / len(episodes),
+        }
+
+
+def _counter(tell: Callable[[str], None], head: str, total: int) -> Callable[[int], None]:
+    tell(f"{head} of {total} episodes" if head == "rollout" else f"{head} {total} episodes")
+    return lambda n: tell(f"{head} {n}/{total}")

@@ -1,0 +1,259 @@
+"""Models that are asked but never trained: teacher, reference, base; and the scores of a step under all of them.
+
+The invariant: a model that can be had twice is held once. Two roles that name the same model share it; a role that names the
+student's own starting point is the student with its adapters off, where it has adapters; on a GPU a frozen model lies in the
+computer's memory and visits the GPU for the scoring alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+
+from agents.chat import ChatFormat
+from agents.models import LoadedModel, require_same_tokenizer
+from atod_algos.algorithm import Algorithm, Privileged, Supported, needs_student
+from atod_algos.batch import Scores, TokenBatch, put_in_front
+from atod_algos.learner import distributed
+from atod_algos.learner.logprobs import compare, drops_out, score
+from atod_algos.learner.lora import without_adapters
+from atod_algos.teachers.remote import RemoteJudge, is_address
+from atod_algos.training.config import TrainConfig
+from atod_envs.errors import AtodError
+
+
+class Judge(Protocol):
+    """Gives the log-probs of a batch's sampled tokens."""
+
+    def logprobs(self, batch: TokenBatch, *, temperature: float, budget: int) -> np.ndarray:
+        """Log-probs along axis M at this temperature."""
+
+
+class LocalJudge:
+    """A frozen model in this process.
+
+    Args:
+        loaded: the model, where it stays between scorings.
+        device: where it scores.
+    """
+
+    def __init__(self, loaded: LoadedModel, device: str) -> None:
+        self.loaded, self.device = loaded, torch.device(device)
+        loaded.model.requires_grad_(False)
+        if distributed.size() > 1:  # divided among the ranks, it is small enough to stay
+            loaded.model.to(device)
+            distributed.shard(loaded.model)
+
+    @contextmanager
+    def at_hand(self) -> Iterator[Any]:
+        """The model on the device that scores; afterwards the copy there is dropped."""
+        model = self.loaded.model
+        tensors = [*model.parameters(), *model.buffers()]
+        if all(tensor.device.type == self.device.type for tensor in tensors):
+            yield model
+            return
+        at_home = [tensor.data for tensor in tensors]
+        for tensor in tensors:
+            tensor.data = _visiting(tensor.data, self.device)
+        try:
+            yield model
+        finally:
+            for tensor, data in zip(tensors, at_home, strict=True):
+                tensor.data = data
+
+    def logprobs(self, batch: TokenBatch, *, temperature: float, budget: int) -> np.ndarray:
+        """See :class:`Judge`."""
+        with self.at_hand() as model:
+            return score(model, batch, temperature=temperature, budget=budget)[0]
+
+
+def _visiting(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.to(device)
+
+
+class BaseJudge:
+    """The student without its adapters: what it was before training.
+
+    Args:
+        student: the student.
+        adapters: its adapters.
+    """
+
+    def __init__(self, student: LoadedModel, adapters: Any) -> None:
+        self.student, self.adapters = student, adapters
+
+    @contextmanager
+    def at_hand(self) -> Iterator[Any]:
+        """The student's model with its adapters off."""
+        with without_adapters(self.adapters):
+            yield self.student.model
+
+    def logprobs(self, batch: TokenBatch, *, temperature: float, budget: int) -> np.ndarray:
+        """See :class:`Judge`."""
+        with self.at_hand() as model:
+            return score(model, batch, temperature=temperature, budget=budget)[0]
+
+
+class EngineJudge:
+    """A frozen model on a vLLM engine, which gives log-probs of prompts.
+
+    Args:
+        loaded: the model; it is not kept.
+        config: resolved settings.
+        device: where it runs.
+
+    Raises:
+        AtodError: vLLM is missing or cannot run the model, or the temperature is not 1.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: TrainConfig, device: str) -> None:
+        if config.temperature != 1.0:
+            raise AtodError(
+                f"vLLM gives prompt log-probs at temperature 1 only, but episodes are sampled at {config.temperature}; "
+                "use --temperature 1 or --teacher-engine transformers"
+            )
+        from agents.engines.vllm import VllmEngine
+
+        context = int(loaded.model.config.max_position_embeddings)
+        self.engine = VllmEngine(
+            loaded.model.to(device), slots=config.slots, max_context=context, memory=config.engine_memory
+        )
+
+    def logprobs(self, batch: TokenBatch, *, temperature: float, budget: int) -> np.ndarray:
+        """See :class:`Judge`."""
+        found = self.engine.prompt_logprobs([row.tolist() for row in batch.rows])
+        offsets = np.cumsum([0, *(len(row) for row in batch.rows[:-1])])
+        return np.asarray(np.concatenate(found)[offsets[batch.row_M] + batch.column_M])
+
+
+class Scorer:
+    """Scores a step's batch under the student and everything else that an algorithm asks for.
+
+    Args:
+        config: resolved settings.
+        algorithm: the algorithm.
+        student: the student.
+        adapters: the student's adapters, or None.
+        load: loads a model by name and role.
+        device: where models score.
+
+    Attributes:
+        late: the student's log-probs are left open (not a number): nobody asks for them before the step's only update, whose own
+            pass gives them.
+
+    Raises:
+        AtodError: a model does not fit the student, or cannot give what the algorithm asks for.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        algorithm: Algorithm,
+        student: LoadedModel,
+        adapters: Any,
+        load: Callable[[str, str], LoadedModel],
+        device: str,
+    ) -> None:
+        self.config, self.algorithm, self.student = config, algorithm, student
+        self._adapters, self._load, self._device = adapters, load, device
+        self._chat = ChatFormat(student.tokenizer)
+        self._held: dict[tuple[str, str], Judge] = {}
+        self.late = (
+            config.old_logprobs == "learner"
+            and config.minibatches == 1
+            and not config.staleness
+            and distributed.size() == 1
+            and not needs_student(algorithm)
+            and not algorithm.scores & {"teacher", "divergence", "support"}
+            and not drops_out(student.model)
+        )
+        if config.old_logprobs == "sampler" and config.staleness:
+            raise AtodError(
+                f"--old-logprobs sampler with --staleness {config.staleness}: the weights that sampled are not those that learn; "
+                "use --old-logprobs learner"
+            )
+        wanted = algorithm.scores
+        self.teacher = self._judge(config.teacher, "teacher") if "teacher" in wanted else None
+        self.reference = self._judge(config.student, "student") if "reference" in wanted else None
+        self.base = self._judge(config.base or config.student, "student") if "base" in wanted else None
+
+    def _judge(self, name: str, role: str) -> Judge:
+        if role == "teacher" and is_address(name):
+            return RemoteJudge(name, self.student.tokenizer, temperature=self.config.temperature)
+        # The word "builtin" is another model for each role; any other name is one model, whoever asks for it.
+        key = (name, role if name == "builtin" else "")
+        if key not in self._held:
+            own = key == (self.config.student, "student" if name == "builtin" else "")
+            # Two whole distributions are compared at once: one model cannot give both.
+            both = role == "teacher" and self.algorithm.scores & {"divergence", "support"}
+            if own and self._adapters is not None and not both:
+                self._held[key] = BaseJudge(self.student, self._adapters)
+            else:
+                loaded = self._load(name, role)
+                require_same_tokenizer(self.student, loaded, role)
+                vllm = role == "teacher" and self.config.teacher_engine == "vllm"
+                self._held[key] = (
+                    EngineJudge(loaded, self.config, self._device) if vllm else LocalJudge(loaded, self._device)
+                )
+        return self._held[key]
+
+    @property
+    def teacher_policy(self) -> LoadedModel | None:
+        """The teacher as a model that can act, where it is one in this process."""
+        return self.teacher.loaded if isinstance(self.teacher, LocalJudge) else None
+
+    def score(self, batch: TokenBatch) -> Scores:
+        """All log-probs of a step's sampled tokens, at the temperature of the sampling."""
+        temperature, budget = self.config.temperature, self.config.token_budget
+
+        def under(judge: Judge | None) -> Any:
+            return None if judge is None else judge.logprobs(batch, temperature=temperature, budget=budget)
+
+        model, wanted = self.student.model, self.algorithm.scores
+        if self.teacher is not None and wanted & {"divergence", "support"}:
+            if not isinstance(self.teacher, LocalJudge):
+                raise AtodError(
+                    f"{self.algorithm.name} compares whole distributions, and an engine or a server gives single log-probs only; "
+                    "use a local teacher: --teacher PATH_OR_HUB_ID --teacher-engine transformers"
+                )
+            size = cast("Supported", self.algorithm).support if "support" in wanted else 0
+            with self.teacher.at_hand() as teacher:
+                scores = compare(model, teacher, batch, temperature=temperature, budget=budget, support=size)
+        else:
+            if self.config.old_logprobs == "sampler":
+                student_M = batch.sampler_logprobs_M
+            elif self.late:
+                student_M = np.full(batch.n_tokens, np.nan)
+            else:
+                student_M = score(model, batch, temperature=temperature, budget=budget)[0]
+            scores = Scores(student_M, under(self.teacher))
+        limit, teacher_M = self.config.gap_clip, scores.teacher_M
+        if teacher_M is not None and limit:
+            teacher_M = scores.student_M + np.clip(teacher_M - scores.student_M, -limit, limit)
+        return dataclasses.replace(
+            scores,
+            teacher_M=teacher_M,
+            reference_M=under(self.reference),
+            base_M=under(self.base),
+            privileged_M=self._privileged(batch),
+        )
+
+    def _privileged(self, batch: TokenBatch) -> Any:
+        """The student as its own teacher: shown the algorithm's privileged text in front of everything else."""
+        if "privileged" not in self.algorithm.scores:
+            return None
+        text = cast("Privileged", self.algorithm).privileged_text
+        shown = put_in_front(batch, [self._chat.encode(text(trajectory)) for trajectory in batch.trajectories])
+        longest, limit = max(len(row) for row in shown.rows), int(self.student.model.config.max_position_embeddings)
+        if longest > limit:
+            raise AtodError(
+                f"privileged text and episode are {longest} tokens, but the student reads {limit}; nothing is cut, so lower "
+                f"--max-context by {longest - limit} or shorten the text"
+            )
+        temperature, budget = self.config.temperature, self.config.token_budget
+        return score(self.student.model, shown, temperature=temperature, budget=budget)[0]

@@ -1,0 +1,1 @@
+"""A run from start to end: settings, the training loop, checkpoints, the run folder, the command line."""

@@ -1,0 +1,200 @@
+"""Checkpoints: written aside and renamed, so that a run never holds half of one; checked byte for byte when read.
+
+A checkpoint is a folder that ``from_pretrained`` loads as a model (or, of a run with adapters, as adapters), with the optimizer's
+state and the step beside it, and a list of every file's checksum written last. No generator's state is needed: every
+random choice of a step is derived from the run's seed and the step's number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atod_algos.learner import distributed
+from atod_algos.learner.lora import base_model, load_adapters
+from atod_algos.learner.optimizer import Updater
+from atod_algos.training.shards import FOLDER, load_shards, save_shards
+from atod_envs.errors import AtodError, DataError
+
+_STATE = "trainer_state.pt"
+_DONE = "complete.json"
+
+
+def save_checkpoint(
+    folder: Path,
+    name: str,
+    *,
+    model: Any,
+    tokenizer: Any,
+    state: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    updater: Updater | None = None,
+) -> Path:
+    """Write a checkpoint; of a run on several ranks, all call this at once.
+
+    Args:
+        folder: the run's checkpoint folder.
+        name: the checkpoint's own folder name; one of that name is replaced, whole by whole.
+        model: written with ``save_pretrained``; peft's wrapper writes its adapters alone.
+        tokenizer: written beside it.
+        state: tensors that training needs beside the weights.
+        extra: JSON-compatible values, the step among them.
+        updater: the optimizer of a model that is divided among ranks: each writes its part of both. Without it such a model is written
+            whole, for use and not for resuming.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        AtodError: it could not be written (a full disk, say); earlier checkpoints are untouched.
+    """
+    target, part, old = folder / name, folder / f".{name}.part", folder / f".{name}.old"
+    weights = {key: distributed.full(tensor) for key, tensor in model.state_dict().items()} if updater is None else {}
+    try:
+        if distributed.rank() == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        distributed.barrier()
+        if updater is not None:
+            save_shards(part, base_model(model), updater)
+        distributed.barrier()
+        if distributed.rank() == 0:
+            if updater is not None:
+                model.config.save_pretrained(part)
+            elif distributed.size() > 1:
+                model.save_pretrained(part, state_dict={key: value.cpu() for key, value in weights.items()})
+            else:
+                model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            torch.save(dict(state), part / _STATE)
+            _finish(target, part, old, extra)
+        distributed.barrier()
+    except Exception as error:
+        shutil.rmtree(part, ignore_errors=True)
+        recover(folder)
+        if not isinstance(error, OSError) and not _about_files(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise AtodError(
+            f"checkpoint {target} could not be written: {reason}; earlier ones are kept. Make room and run the same command again"
+        ) from error
+    return target
+
+
+def _finish(target: Path, part: Path, old: Path, extra: Mapping[str, Any]) -> None:
+    """List the files, have them on the disk, and put the folder in its place."""
+    written = sorted(path for path in part.rglob("*") if path.is_file())
+    files = {path.relative_to(part).as_posix(): _checksum(path) for path in written}
+    (part / _DONE).write_text(json.dumps({**extra, "files": files}))
+    for path in (*part.rglob("*"), part):
+        _settle(path)
+    # A folder cannot replace a folder in one stroke: between the two renames the old one stands aside, where
+    # `recover` finds it.
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    part.rename(target)
+    _settle(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(
+    path: Path, model: Any, updater: Updater, adapters: Any = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Load weights into a model; return the training state and the extra values.
+
+    A checkpoint that was written in parts is read by any number of ranks, and one that was written whole by several.
+
+    Args:
+        path: the checkpoint's folder.
+        model: the model that gets the weights.
+        updater: its optimizer, which gets its state at once where the checkpoint was written in parts.
+        adapters: peft's wrapper around it; then the checkpoint holds adapters alone.
+
+    Raises:
+        DataError: the folder is not a complete checkpoint, a byte of it has changed, or it does not fit the model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        extra = json.loads((path / _DONE).read_text())
+        for name, checksum in extra.pop("files").items():
+            if _checksum(path / name) != checksum:
+                raise ValueError(f"{name} is not as it was written")
+        state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
+        if (path / FOLDER).is_dir():
+            load_shards(path, model, updater)
+            return state, extra
+        if adapters is not None:
+            load_adapters(adapters, path)
+            return state, extra
+        weights: dict[str, torch.Tensor] = {}
+        for file in sorted(path.glob("model*.safetensors")):
+            weights |= load_file(file)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise DataError(
+            f"{path} is not a complete checkpoint ({error}); delete it to go back to an earlier one"
+        ) from error
+    own = model.state_dict()
+    weights = {name: distributed.divided_like(tensor, own.get(name)) for name, tensor in weights.items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())
+    if unexpected or set(missing) - tied:
+        raise DataError(
+            f"{path} holds another model: parameter {[*unexpected, *(set(missing) - tied)][0]!r} does not fit"
+        )
+    return state, extra
+
+
+def recover(folder: Path) -> None:
+    """Undo what an ended process left half done: put back a checkpoint that stood aside, remove half-written ones."""
+    for old in folder.glob(".*.old"):
+        target = folder / old.name[1 : -len(".old")]
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
+    for part in folder.glob(".*.part"):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint of the highest step, or None."""
+    found = [path for path in folder.glob("step_*") if (path / _DONE).is_file()]
+    return max(found, key=lambda path: path.name, default=None)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` step checkpoints."""
+    for path in sorted(folder.glob("step_*"))[:-keep]:
+        # The list of files goes first: what is left of a deletion cut short is then no checkpoint.
+        (path / _DONE).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def _settle(path: Path) -> None:
+    """Have the system write a file or a folder's list of names to the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _about_files(error: Exception) -> bool:
+    """Torch and safetensors report a failed write as errors of their own kinds."""
+    text = str(error).lower()
+    return any(word in text for word in ("write", "i/o", "os error", "no space", "file too large", "iostream"))

@@ -1,0 +1,230 @@
+"""The command line of every algorithm: ``python -m atod_algos.<name> [options]``.
+
+Options are the fields of ``TrainConfig`` and of the algorithm's own dataclass; their help is the text under each field. Errors that a
+user can mend are answered in one line; a traceback means a bug.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import tyro
+
+from atod_algos.training.config import TrainConfig, resolve
+from atod_algos.training.presets import fit_algorithm, preset_config, require_teacher
+from atod_envs.errors import AtodError, UnknownName
+from atod_envs.options import program
+
+if TYPE_CHECKING:
+    from atod_algos.algorithm import Algorithm
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Common:
+    rules: str = "paper"
+    """Presets where sources differ: 'paper' follows the equations, 'released' the authors' code; some algorithms know more."""
+    preset: str | None = None
+    """Published settings of a model size: paper-0.6b, paper-1.7b or paper-4b (docs/presets.md). Other options given win over it."""
+    dry_run: bool = False
+    """Print the effective settings, the memory that they need and the tokens of a step, and stop; needs no GPU and no weights."""
+    verbose: bool = False
+    """Log more."""
+
+
+def with_rules(algorithm: type[Any], rules: str) -> Any:
+    """An algorithm with the presets of one rule set.
+
+    Args:
+        algorithm: its class.
+        rules: one of the algorithm's ``rules``.
+    """
+    return _override(algorithm(), algorithm.rules[rules])
+
+
+def _override(options: Any, values: Mapping[str, Any]) -> Any:
+    changed = {
+        name: _override(getattr(options, name), value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+    }
+    return dataclasses.replace(options, **changed)
+
+
+def main(algorithm: type[Algorithm], arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line, train, and print the final table. Exits with 2 on wrong usage, 1 on other errors."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["--"]:  # torchrun would take --run for one of its own options; behind -- it leaves them alone
+        given = given[1:]
+    guarded(lambda: _run(algorithm, given))
+
+
+def main_by_name(name: str, arguments: Sequence[str]) -> None:
+    """:func:`main` of an algorithm that some installed package offers under its name."""
+    from atod_algos.algorithm import find_algorithm
+
+    guarded(lambda: _run(find_algorithm(name), list(arguments)))
+
+
+def guarded(command: Callable[[], object]) -> None:
+    """Run a command; answer what a user can mend in one line and exit with 1."""
+    try:
+        command()
+    except AtodError as error:
+        _fail(str(error))
+    except MemoryError:
+        _fail("out of memory; lower --token-budget, --slots or --tasks-per-step")
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            _fail(
+                "out of memory; lower --token-budget, --slots or --tasks-per-step, then run the same command to go on"
+            )
+        raise
+    except ImportError as error:
+        _fail(str(error))
+
+
+def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
+    # Rules and preset must be known before the other defaults are: they are part of the defaults.
+    rules = _ahead(arguments, "--rules") or "paper"
+    if rules not in algorithm.rules:
+        raise UnknownName("rule set", rules, algorithm.rules)
+    config_default, options_default = TrainConfig(), with_rules(algorithm, rules)
+    preset = _ahead(arguments, "--preset")
+    if preset is not None:
+        env = _ahead(arguments, "--env") or config_default.env
+        config_default = preset_config(preset, env)
+        options_default = fit_algorithm(options_default, preset, env)
+
+    flat = tyro.conf.arg(name="")
+    common_type: Any = Annotated[_Common, flat]
+    config_type: Any = Annotated[TrainConfig, flat]
+    algorithm_type: Any = Annotated[algorithm, flat]
+
+    def entry(common: common_type, config: config_type, options: algorithm_type) -> tuple[Any, Any, Any]:
+        return common, config, options
+
+    entry.__annotations__ = {"common": common_type, "config": config_type, "options": algorithm_type}
+    entry.__defaults__ = (_Common(), config_default, options_default)
+    module = sys.modules[algorithm.__module__]
+    common, config, options = tyro.cli(
+        entry,
+        args=arguments,
+        prog=program(f"atod_algos.{algorithm.name}"),
+        description=(module.__doc__ or "").strip(),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    logging.basicConfig(level=logging.INFO if common.verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    train(resolve(config), cast("Algorithm", options), common.rules, dry_run=common.dry_run)
+
+
+def _ahead(arguments: Sequence[str], option: str) -> str | None:
+    """What the command line gives for an option, before it is parsed."""
+    value = None
+    for place, argument in enumerate(arguments):
+        if argument == option and place + 1 < len(arguments):
+            value = arguments[place + 1]
+        elif argument.startswith(f"{option}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def train(config: TrainConfig, algorithm: Algorithm, rules: str, *, dry_run: bool = False) -> dict[str, Any] | None:
+    """Train with resolved settings; return the final table (None for a dry run).
+
+    The run folder's unfinished run is resumed; a finished one is shown again.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if config.threads or config.student == "builtin":
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    from atod_algos.learner import distributed
+    from atod_algos.training.console import Progress, result_table
+    from atod_algos.training.run_dir import Onlooker, RunFolder
+    from atod_algos.training.trainer import Trainer, settings_of
+
+    if config.threads or (config.student == "builtin" and not torch.cuda.is_available()):
+        torch.set_num_threads(config.threads or 1)
+    settings = settings_of(config, algorithm, rules)
+    if not dry_run:
+        distributed.start(config.device)
+    quiet = distributed.rank() > 0
+    progress = Progress(config.steps or 0, f"{algorithm.name} on {config.env}", quiet=quiet)
+    progress.console.print(f"rules: {rules}   " + _effective(settings["algorithm"]), highlight=False, soft_wrap=True)
+    if dry_run:
+        from atod_algos.training.memory_estimate import report
+
+        progress.console.print_json(json.dumps(settings))
+        progress.console.print("\n" + report(config, algorithm), highlight=False, soft_wrap=True)
+        return None
+    require_teacher(config, algorithm.scores)
+    folder = Path(config.run or f"runs/{algorithm.name}-{config.env.split('/')[-1]}-seed{config.seed}")
+    run = Onlooker(folder) if quiet else RunFolder(folder, settings)
+    result: dict[str, Any] | None = distributed.from_first(run.result() if not quiet else None)
+    trainer = None
+    try:
+        if result is None or result["step"] < (config.steps or 0):
+            trainer = Trainer(config, algorithm, run)
+            done = trainer.resume()
+            if done:
+                progress.console.print(f"resuming {folder} after step {done}", highlight=False)
+            progress = Progress(
+                config.steps or 0, f"{algorithm.name} on {config.env}, run folder {folder}", done + 1, quiet=quiet
+            )
+            with progress:
+                trainer.fit(progress)
+                table = trainer.report(progress)
+            result = {"step": trainer.step, "best": trainer.best, "panel": _panel_name(trainer), "table": table}
+            run.finish(result)
+    except KeyboardInterrupt:
+        step = trainer.step if trainer is not None else 0
+        _fail(
+            f"interrupted after step {step}; run the same command again to go on from the last checkpoint in {folder}",
+            130,
+        )
+    finally:
+        if trainer is not None:
+            trainer.close()
+    if result is None or quiet:
+        return result
+    progress.console.print(result_table(list(result["table"].items()), result["panel"]))
+    page = _report(folder, config)
+    progress.console.print(f"run folder: {folder}", highlight=False)
+    progress.console.print(f"every turn and why it was weighted: {page}", highlight=False, soft_wrap=True)
+    return result
+
+
+def _report(folder: Path, config: TrainConfig) -> Path:
+    """Write the run's page; it scores single tokens where that costs seconds, and else takes what is stored."""
+    from atod_algos.report.command import report
+
+    return report([folder], compute=config.student == "builtin", figures=False)
+
+
+def _panel_name(trainer: Any) -> str:
+    config = trainer.config
+    return (
+        f"{config.env}, {trainer.splits[2]}, fixed panel of up to {config.report_tasks} tasks, "
+        f"temperature {config.eval_temperature}"
+    )
+
+
+def _effective(options: Mapping[str, Any]) -> str:
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        flat.update(value if isinstance(value, Mapping) else {name: value})
+    return "  ".join(f"{name}={value}" for name, value in flat.items() if name != "name")
+
+
+def _fail(message: str, code: int = 1) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)

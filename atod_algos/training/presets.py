@@ -1,0 +1,169 @@
+"""``--preset paper-0.6b | paper-1.7b | paper-4b``: the published settings of each model size on each environment.
+
+What is given on the command line wins over the preset, the preset over the models' profile (``atod_algos.training.config``), the profile over plain
+defaults. The source of each value is in docs/presets.md. A preset names models by where their architecture is known; the paper's
+teachers are such models after GRPO, and nobody can be given them by a name, so a run that wants one must be told where it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from atod_algos.training.config import TrainConfig
+from atod_envs.errors import AtodError, UnknownName
+
+TRAINED = " after GRPO"
+"""Ends the name of a teacher that has to be trained first."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What the published runs set for one environment.
+
+    Attributes:
+        settings: fields of ``TrainConfig``.
+        invalid_penalty: of the released rules.
+        kl_coef: of the released rules, where a run has a KL term.
+        turns_every: TCOD's steps until one turn more, of the released rules.
+    """
+
+    settings: Mapping[str, Any]
+    invalid_penalty: float
+    kl_coef: float
+    turns_every: int
+
+
+_EVERYWHERE: Mapping[str, Any] = {
+    "steps": 150,
+    "group_size": 8,
+    "style": "atod",
+    "max_response": 512,
+    "temperature": 1.0,
+    "gap_clip": 0.0,
+    "lr": 1e-6,
+    "lr_floor": 1.0,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.999,
+    "grad_clip": 1.0,
+    "seed": 0,
+}
+
+_BY_TURNS: Mapping[str, Any] = {
+    **_EVERYWHERE,
+    "tasks_per_step": 16,
+    "minibatches": 16,
+    "eval_temperature": 0.4,
+    "eval_every": 5,
+    "eval_tasks": 128,
+    "warmup_steps": 0,
+}
+"""What the two worlds of many turns, ALFWorld and WebShop, share."""
+
+WORLDS: Mapping[str, World] = MappingProxyType(
+    {
+        "atod/ALFWorld-v0": World(
+            {**_BY_TURNS, "max_turns": 50, "max_context": 2048 + 512},
+            invalid_penalty=0.1,
+            kl_coef=0.01,
+            turns_every=3,
+        ),
+        "atod/WebShop-v0": World(
+            {**_BY_TURNS, "max_turns": 15, "max_context": 4096 + 512},
+            invalid_penalty=0.1,
+            kl_coef=0.01,
+            turns_every=6,
+        ),
+        "atod/SearchQA-v0": World(
+            {
+                **_EVERYWHERE,
+                "tasks_per_step": 128,
+                "minibatches": 10,
+                "max_turns": 4,
+                "max_context": 4096 + 512,
+                "eval_temperature": 0.0,
+                "eval_every": 15,
+                "eval_tasks": 2048,
+                "warmup_steps": 15,
+            },
+            invalid_penalty=0.01,
+            kl_coef=0.001,
+            turns_every=6,
+        ),
+    }
+)
+"""Registered id -> its settings; the published history windows (2, 2, 4 turns) are those of the prompt style 'atod'."""
+
+MODELS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "paper-0.6b": ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B"),
+        "paper-1.7b": ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B"),
+        "paper-4b": ("Qwen/Qwen3-4B", "Qwen/Qwen3-30B-A3B"),
+    }
+)
+"""Preset -> student, and the model that its teacher was before GRPO."""
+
+
+def _world(preset: str, env: str) -> World:
+    if preset not in MODELS:
+        raise UnknownName("preset", preset, MODELS)
+    if env not in WORLDS:
+        raise AtodError(
+            f"preset {preset} has settings for {', '.join(WORLDS)}, not for {env}; give --env, or no --preset"
+        )
+    return WORLDS[env]
+
+
+def preset_config(preset: str, env: str) -> TrainConfig:
+    """The settings of a preset on an environment; what it leaves open is left to the profile.
+
+    Raises:
+        UnknownName: no such preset.
+        AtodError: it has no settings for the environment.
+    """
+    world = _world(preset, env)
+    student, teacher = MODELS[preset]
+    return TrainConfig(env=env, student=student, teacher=teacher + TRAINED, **world.settings)
+
+
+def fit_algorithm(algorithm: Any, preset: str, env: str) -> Any:
+    """An algorithm whose options differ by model or environment, set as published.
+
+    Only what the rules have switched on is fitted: a penalty, a KL term or a curriculum of the released rules. The annealing horizon T holds
+    under any rules.
+
+    Args:
+        algorithm: with its rules already applied.
+        preset: name of the preset.
+        env: registered id of the environment.
+    """
+    world = _world(preset, env)
+    changed: dict[str, Any] = {}
+    if hasattr(algorithm, "coef_anneal_steps"):
+        changed["coef_anneal_steps"] = 150 if (preset, env) == ("paper-1.7b", "atod/ALFWorld-v0") else 80
+    released = algorithm.rules.get("released", {})
+    if getattr(algorithm, "kl_coef", 0.0) == released.get("kl_coef", None):
+        changed["kl_coef"] = world.kl_coef
+    if hasattr(algorithm, "turns_every") and algorithm.turns_every == released.get("turns_every"):
+        changed["turns_every"] = world.turns_every
+    group = getattr(algorithm, "group", None)
+    if group is not None and group.invalid_penalty:
+        changed["group"] = dataclasses.replace(group, invalid_penalty=world.invalid_penalty)
+    return dataclasses.replace(algorithm, **changed)
+
+
+def require_teacher(config: TrainConfig, wanted: frozenset[str]) -> None:
+    """Refuse a run that wants a teacher which is only described.
+
+    Raises:
+        AtodError: says how the teacher is made, and how it is given.
+    """
+    if "teacher" in wanted and config.teacher.endswith(TRAINED):
+        model = config.teacher.removesuffix(TRAINED)
+        raise AtodError(
+            f"the preset's teacher is {config.teacher}, which does not come with a name; train it (atod train grpo --preset paper-4b "
+            f"--student {model} --env {config.env}) or take your own, and give its folder with --teacher"
+        )

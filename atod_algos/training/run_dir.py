@@ -1,0 +1,263 @@
+"""A run's folder: settings, metrics, trajectories, checkpoints, result.
+
+    config.json               what was asked for, resolved; versions
+    metrics.jsonl             one line a step
+    tensorboard/              the same as event files, where tensorboard is installed
+    trajectories/step_*.jsonl.gz   the episodes (``atod_envs.trajectory``)
+    validation/step_*.jsonl.gz     the episodes of each validation, that of the untrained student (step 0) among them
+    turns/step_*.json.gz      columns, one entry a turn, from which the published figures are redrawn; what each column
+                              holds is said by ``atod_algos.metrics.turn_table``
+    checkpoints/              see ``atod_algos.training.checkpoint``
+    result.json               the final table
+
+The invariant: after a resume the files hold what an uninterrupted run would have written; lines of steps that were lost with
+the process are dropped before they are written again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from atod_envs.errors import AtodError, DataError
+from atod_envs.trajectory import Trajectory, write_jsonl
+
+log = logging.getLogger(__name__)
+
+_FREE = (
+    "run",
+    "steps",
+    "device",
+    "threads",
+    "checkpoint_every",
+    "keep_trajectories",
+    "slots",
+    "token_budget",
+    "gradient_checkpointing",
+    "wandb",
+    "cluster",
+    "workers",
+    "worker_cpus",
+    "worker_gpus",
+)
+"""Settings that a resumed run may change: they do not alter what is computed, only how long or where."""
+
+
+class RunFolder:
+    """Opens or creates a run's folder.
+
+    Args:
+        path: the folder.
+        settings: resolved settings, JSON-compatible; must equal those of a run that is already there.
+
+    Raises:
+        AtodError: the folder holds a run with other settings, or cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+            known = self._read("config.json")
+        except OSError as error:
+            raise AtodError(
+                f"run folder {path} cannot be written: {error.strerror}; choose another with --run"
+            ) from error
+        plain = json.loads(json.dumps(settings))
+        # A run that ended before its first step (a slip in an option) binds nobody.
+        begun = (path / "metrics.jsonl").exists() or any(self.checkpoints.iterdir())
+        if known is not None and begun:
+            changed = _difference(known["settings"], plain)
+            if changed:
+                name, old, new = changed
+                raise AtodError(
+                    f"{path} holds a run with {name}={old!r}, but now it is {new!r}; "
+                    "give the old value to resume it, or choose another folder with --run"
+                )
+        self._write("config.json", {"settings": plain, "versions": versions()})
+        self._settings = plain
+        self._board: Any = None
+        self._wandb: Any = None
+
+    def begin(self, step: int) -> None:
+        """Drop what was logged after ``step`` and open the event file.
+
+        Raises:
+            AtodError: Weights & Biases was asked for and is not installed.
+        """
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists():
+            kept = []
+            for line in metrics.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except (json.JSONDecodeError, KeyError):
+                    break  # the line that was being written when the process ended
+            replace_text(metrics, "".join(line + "\n" for line in kept))
+        self._begin_wandb()
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            log.info("tensorboard is not installed; metrics go to metrics.jsonl only")
+            return
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a step's metrics."""
+        with written(self.path / "metrics.jsonl") as path, open(path, "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._board is not None:
+            with written(self.path / "tensorboard"):
+                for name, value in metrics.items():
+                    self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
+
+    def _begin_wandb(self) -> None:
+        project = self._settings["train"].get("wandb")
+        if not project:
+            return
+        try:
+            import wandb
+        except ImportError as error:
+            raise AtodError("--wandb needs Weights & Biases: pip install wandb, or leave the option out") from error
+        # The name of the folder is the run's id there: a resumed run goes on in the same place, and steps that were lost with the
+        # process are written over.
+        identity = {"project": project, "id": self.path.resolve().name, "name": self.path.name, "resume": "allow"}
+        self._wandb = wandb.init(**identity, config=self._settings, dir=str(self.path))
+
+    def metrics(self) -> list[dict[str, float]]:
+        """All logged steps."""
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def store(self, step: int, trajectories: Iterable[Trajectory], turns: Mapping[str, list[Any]]) -> None:
+        """Keep a step's episodes and per-turn quantities."""
+        with written(self.path / "trajectories" / f"step_{step:06d}.jsonl.gz") as path:
+            path.parent.mkdir(exist_ok=True)
+            write_jsonl(path, trajectories)
+        packed = gzip.compress(json.dumps(turns).encode(), 3, mtime=0)
+        with written(self.path / "turns" / f"step_{step:06d}.json.gz") as path:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(packed)
+
+    def store_validation(self, step: int, trajectories: Iterable[Trajectory]) -> None:
+        """Keep the episodes of a validation."""
+        with written(self.path / "validation" / f"step_{step:06d}.jsonl.gz") as path:
+            path.parent.mkdir(exist_ok=True)
+            write_jsonl(path, trajectories)
+
+    def result(self) -> dict[str, Any] | None:
+        """The final table, if the run has ended."""
+        return self._read("result.json")
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write the final table."""
+        self._write("result.json", result)
+
+    def close(self) -> None:
+        """Close the event file and whatever else is logged to."""
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            return dict(json.loads(path.read_text()))
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON ({error}); delete the run folder or restore the file") from error
+
+    def _write(self, name: str, value: Mapping[str, Any]) -> None:
+        replace_text(self.path / name, json.dumps(value, indent=1) + "\n")
+
+
+class Onlooker(RunFolder):
+    """The run's folder as all but the first rank of a distributed run have it: they read, the first one writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    def begin(self, step: int) -> None:
+        """Nothing."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def store(self, step: int, trajectories: Iterable[Trajectory], turns: Mapping[str, list[Any]]) -> None:
+        """Nothing."""
+
+    def store_validation(self, step: int, trajectories: Iterable[Trajectory]) -> None:
+        """Nothing."""
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it holds either the old or the new text, whenever the process ends."""
+    part = path.with_name(path.name + ".part")
+    with written(path):
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Say in one line what could not be written, and how to go on.
+
+    Raises:
+        AtodError: the system refused: a full disk, no permission.
+    """
+    try:
+        yield path
+    except OSError as error:
+        raise AtodError(
+            f"{path} could not be written: {error.strerror or error}. Make room and run the same command to go on from the last "
+            "checkpoint"
+        ) from error
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    for name in {**old, **new}:
+        a, b = old.get(name), new.get(name)
+        if name in _FREE and not prefix.startswith("algorithm"):
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            inner = _difference(a, b, f"{prefix}{name}.")
+            if inner is not None:
+                return inner
+        elif a != b:
+            return f"{prefix}{name}", a, b
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("atod", "torch", "transformers", "gymnasium", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

@@ -1,0 +1,391 @@
+"""The one training loop: rollout -> score -> advantage -> update -> log -> checkpoint.
+
+It knows no algorithm by name. The invariant: everything random in a step is derived from (seed, step), so a run that was killed and
+resumed from a checkpoint computes exactly what an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from agents.chat import ChatFormat
+from agents.models import LoadedModel, load_model
+from atod_algos.algorithm import Algorithm, Supported
+from atod_algos.batch import Scores, TokenBatch, make_batch
+from atod_algos.evaluate import Evaluation, evaluate
+from atod_algos.learner import distributed, memory
+from atod_algos.learner.learner import Learner, SupportTerm, recompute_layers
+from atod_algos.learner.lora import add_adapters, merged_weights
+from atod_algos.learner.memory import bytes_per_token
+from atod_algos.metrics import batch_metrics, sampler_metrics, turn_table
+from atod_algos.rollout.async_rollout import Ahead, correction_metrics, importance_weights, version_of
+from atod_algos.rollout.episodes import Plays, derive_seed
+from atod_algos.rollout.layouts import choose_layout
+from atod_algos.rollout.pools import (
+    Players,
+    SharedPlayers,
+    device_of,
+    dtype_of,
+    local_players,
+    make_env,
+    worker_players,
+)
+from atod_algos.rollout.ray_pool import Fleet, RayPlayers
+from atod_algos.rollout.task_sampler import StepSampler
+from atod_algos.teachers.local import LocalJudge, Scorer
+from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint
+from atod_algos.training.config import TrainConfig, given, optimizer_options
+from atod_algos.training.console import Progress
+from atod_algos.training.run_dir import RunFolder
+from atod_envs.errors import AtodError
+from atod_envs.prompting import named_style
+from atod_envs.text_env import TextEnv
+from atod_envs.trajectory import Group, StopReason
+
+_TOLERATED = 0.25
+"""Share of a step's training episodes that may be lost to an environment that raises; evaluation tolerates none."""
+
+CHECKPOINTS_KEPT = 2
+"""Checkpoints of steps that stay, beside the best one: the newest, and one to fall back on."""
+
+
+class Trainer:
+    """Trains a student with one algorithm.
+
+    Args:
+        config: resolved settings.
+        algorithm: the algorithm.
+        run: the run's folder.
+
+    Raises:
+        AtodError: models, tokenizers or data do not fit; says what to do.
+    """
+
+    def __init__(self, config: TrainConfig, algorithm: Algorithm, run: RunFolder) -> None:
+        self.config, self.algorithm, self.run = config, algorithm, run
+        self.device = distributed.start(device_of(config.device))
+        if config.staleness and distributed.size() > 1:
+            raise AtodError(
+                "--staleness plays in a second thread, and ranks must speak to each other in one order; use --staleness 0 under "
+                "torchrun, or --cluster ray with a single learner"
+            )
+        probe = make_env(config)
+        text_env = cast("TextEnv", probe.unwrapped)
+        self.world, self.splits, self.tasks = text_env.env_key, text_env.splits, text_env.tasks
+        self.data_version = text_env.data_version
+        probe.close()
+        self.student = self._load(config.student, "student")
+        self.adapters = None
+        policy = self.student.model
+        if config.lora_rank or config.staleness or distributed.size() > 1:
+            # The engine samples from weights that the learner does not have: sums with adapters, older ones, or all of them.
+            policy = copy.deepcopy(self.student.model)
+        if config.lora_rank:
+            seed = derive_seed(config.seed, "adapters")
+            self.adapters = add_adapters(self.student.model, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed)
+        if config.gradient_checkpointing:
+            recompute_layers(self.student.model)
+        self.scorer = Scorer(config, algorithm, self.student, self.adapters, self._load_frozen, self.device)
+        per_token = bytes_per_token(self.student.model)
+        if distributed.size() > 1:
+            distributed.shard(self.student.model)
+        self.learner = Learner(self.student.model, optimizer_options(config), per_token)
+        self.players = self._players(policy)
+        style = named_style(text_env, given(config, "style"))
+        self.rows = choose_layout(config.layout, style, ChatFormat(self.student.tokenizer))[1]
+        self.ahead: Ahead[tuple[list[Group], dict[str, float]]] | None = None
+        self._stale: dict[int, Any] = {}
+        self.step = 0
+        self.best: dict[str, float] = {"success": -1.0, "step": 0}
+        self.sampler = StepSampler(
+            self.tasks, seed=config.seed, tasks_per_step=config.tasks_per_step, group_size=config.group_size
+        )
+
+    def _players(self, policy: Any) -> Players:
+        """Who plays: this process, the ranks in shares, or a Ray cluster (which the first rank speaks to)."""
+        config = self.config
+        if config.cluster == "none":
+            own: Players | None = local_players(config, policy, self.student.tokenizer)
+        elif distributed.rank() == 0:
+            fleet = Fleet(config.workers, config.worker_cpus, config.worker_gpus)
+            own = RayPlayers(partial(worker_players, config, self.world), fleet)
+        else:
+            own = None
+        return own if own and distributed.size() == 1 else SharedPlayers(own, divided=config.cluster == "none")
+
+    def _training(self) -> Plays:
+        return self.players.on(self.splits[0], self.config.temperature, _TOLERATED)
+
+    def _load(self, name: str, role: str) -> LoadedModel:
+        return load_model(name, role, world=self.world, device=self.device, dtype=dtype_of(self.config, self.device))
+
+    def _load_frozen(self, name: str, role: str) -> LoadedModel:
+        """A model that stays in the computer's own memory and visits the device."""
+        return load_model(name, role, world=self.world, device="cpu", dtype=dtype_of(self.config, self.device))
+
+    # --- the loop -------------------------------------------------------------------------------------------------
+
+    def fit(self, progress: Progress) -> None:
+        """Train up to ``config.steps``, from the last checkpoint if there is one."""
+        config = self.config
+        steps = given(config, "steps")
+        self.run.begin(self.step)
+        if config.staleness:
+            self.ahead = Ahead(config.staleness, steps, self._play, torch.get_num_threads())
+            self.ahead.begin(self.step, dict(merged_weights(self.student.model)), self._stale)
+        if self.step == 0:
+            self._validate(progress)
+        for step in range(self.step + 1, steps + 1):
+            metrics = self._train_step(step, progress)
+            self.step = step
+            if self.ahead is not None:
+                self.ahead.learned(step, dict(merged_weights(self.student.model)))
+            if config.eval_every and (step % config.eval_every == 0 or step == steps):
+                metrics |= self._validate(progress)
+            self.run.log(step, metrics)
+            progress.step(step, metrics)
+            if step % config.checkpoint_every == 0 or step == steps:
+                progress.phase("checkpoint")
+                self._save(f"step_{step:06d}")
+                if distributed.rank() == 0:
+                    prune(self.run.checkpoints, CHECKPOINTS_KEPT)
+
+    def _train_step(self, step: int, progress: Progress) -> dict[str, float]:
+        config, algorithm = self.config, self.algorithm
+        seed = derive_seed(config.seed, "step", step)
+        torch.manual_seed(seed)
+        clock = _Clock(self.device)
+        if self.ahead is not None:
+            progress.phase("waiting for episodes")
+            groups, sampling = self.ahead.take(step)
+        else:
+            self._sync(step - 1)
+            groups, sampling = self.sampler.play(step, algorithm, self._training(), progress.phase)
+            self.players.rest()
+        batch = make_batch(groups, self.rows)
+        clock.lap("rollout")
+        progress.phase("scoring")
+        scores = self.scorer.score(batch)
+        clock.lap("score")
+        advantages = algorithm.advantages(batch, scores, step)
+        advantage_M, corrected = self._corrected(step, batch, scores, advantages.token_M)
+        clock.lap("advantage")
+        progress.phase("update")
+        metrics = self.learner.update(
+            batch,
+            advantage_M,
+            scores.student_M,
+            algorithm.objective,
+            step=step,
+            temperature=config.temperature,
+            seed=derive_seed(seed, "minibatches"),
+            auxiliary=lambda logprobs, index_M: algorithm.auxiliary_loss(logprobs, index_M, scores),
+            support=self._support_term(scores),
+            old_known=not self.scorer.late,
+        )
+        clock.lap("update")
+        reward_N = algorithm.reward(batch)
+        if config.keep_trajectories and step % config.keep_trajectories == 0:
+            table = turn_table(step, batch, scores, reward_N, advantages.weight_K, tokens=config.keep_tokens)
+            self.run.store(step, batch.trajectories, table)
+        clock.lap("store")
+        aborted = [t.stop_reason is StopReason.ABORTED for group in groups for t in group.trajectories]
+        metrics["episode/aborted"] = sum(aborted) / len(aborted)
+        if config.old_logprobs == "learner":
+            metrics |= sampler_metrics(batch, scores)
+        metrics |= sampling | corrected | batch_metrics(batch, reward_N) | advantages.metrics
+        return metrics | clock.metrics(batch)
+
+    def _sync(self, version: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Hand weights, by default the student's present ones, to the engine; their version is the step that made them."""
+        if weights is not None:
+            self.players.load_weights(weights.items(), version)
+            return
+        present = ((name, distributed.full(weight)) for name, weight in merged_weights(self.student.model))
+        self.players.load_weights(present, version, self.student.model if distributed.size() == 1 else None)
+
+    def _play(
+        self, step: int, version: int, weights: Mapping[str, torch.Tensor], ask: Callable[[], None]
+    ) -> tuple[list[Group], dict[str, float]]:
+        """Play a step's episodes with older weights, in the thread that plays ahead."""
+        self._sync(version, weights)
+        return self.sampler.play(step, self.algorithm, self._training(), lambda _: ask())
+
+    def _corrected(
+        self, step: int, batch: TokenBatch, scores: Scores, advantage_M: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        """Advantages, weighted where older weights played."""
+        config = self.config
+        if not config.staleness:
+            return advantage_M, {}
+        weight_M = importance_weights(scores.student_M, batch.sampler_logprobs_M, config.importance_cap)
+        lag = step - 1 - version_of(step, config.staleness)
+        return advantage_M * weight_M, correction_metrics(weight_M, config.importance_cap, lag)
+
+    def _support_term(self, scores: Scores) -> SupportTerm | None:
+        if scores.support_MS is None:
+            return None
+        algorithm = cast("Supported", self.algorithm)
+        return SupportTerm(
+            scores.support_MS, lambda logprobs, index_M: algorithm.support_loss(logprobs, index_M, scores)
+        )
+
+    # --- evaluation -----------------------------------------------------------------------------------------------
+
+    def _validate(self, progress: Progress) -> dict[str, float]:
+        progress.phase("validation")
+
+        def work() -> Evaluation:
+            self._sync(self.step)
+            rollout = self.players.on(self.splits[1], given(self.config, "eval_temperature"))
+            return self.evaluate_on(rollout, self.splits[1], self.config.eval_tasks, progress)
+
+        result = work() if self.ahead is None else self.ahead.call(work)
+        if result.success > self.best["success"]:
+            self.best = {"success": result.success, "step": float(self.step)}
+            self._save("best")
+        self.run.store_validation(self.step, result.trajectories)
+        progress.validation(self.step, result.success, len(result.trajectories))
+        metrics = {"val/success_rate": result.success, "val/length": result.length}
+        metrics[f"val/{self.world}_task_score"] = result.score
+        return metrics | {f"val/{label}_success_rate": part.success for label, part in result.by_label().items()}
+
+    def evaluate_on(self, rollout: Plays, split: str, n_tasks: int, progress: Progress) -> Evaluation:
+        """Play the fixed panel of a split with whatever weights the engine holds."""
+        env = make_env(self.config, split)
+        tasks = cast("TextEnv", env.unwrapped).tasks
+        env.close()
+        panel = tasks.panel(min(n_tasks, len(tasks)))
+        return evaluate(rollout, panel, on_finish=lambda n: progress.phase(f"evaluation {n}/{len(panel)}"))
+
+    def report(self, progress: Progress) -> dict[str, Any]:
+        """Evaluate vanilla, last, best and teacher on the report panel, on which no choice was made."""
+        self._sync(self.step)
+        rows: dict[str, Any] = {}
+        policies: list[tuple[str, Callable[[], AbstractContextManager[Any]]]] = [
+            ("before", lambda: nullcontext(self._load(self.config.student, "student").model)),
+            (f"last (step {self.step})", lambda: nullcontext(None)),
+        ]
+        if self.config.eval_every:
+            best = str(self.run.checkpoints / "best")
+            policies.append(
+                (f"best (step {int(self.best['step'])})", lambda: nullcontext(self._load(best, "student").model))
+            )
+        if isinstance(self.scorer.teacher, LocalJudge):
+            if distributed.size() == 1:
+                policies.append(("teacher", self.scorer.teacher.at_hand))
+            else:  # the scorer's is divided
+                teacher = self.config.teacher
+                policies.append(("teacher", lambda: nullcontext(self._load(teacher, "teacher").model)))
+        for name, weights in policies:
+            progress.phase(f"final evaluation: {name}")
+            with weights() as model:
+                players = self.players
+                if model is not None:
+                    own = local_players(
+                        dataclasses.replace(self.config, engine="transformers"), model, self.student.tokenizer
+                    )
+                    players = own if distributed.size() == 1 else SharedPlayers(own, divided=True)
+                rollout = players.on(self.splits[2], given(self.config, "eval_temperature"))
+                rows[name] = self.evaluate_on(rollout, self.splits[2], self.config.report_tasks, progress).summary()
+                if players is not self.players:
+                    players.close()
+        return rows
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _save(self, name: str) -> Path:
+        extra = {"step": self.step, "best": self.best, "algorithm": self.algorithm.name, "data": self.data_version}
+        stale = {} if self.ahead is None else self.ahead.kept_weights(self.step)
+        return save_checkpoint(
+            self.run.checkpoints,
+            name,
+            model=self.adapters or self.student.model,
+            tokenizer=self.student.tokenizer,
+            state={**self.learner.state(), "stale": stale},
+            extra=extra,
+            updater=self.learner.updater if distributed.size() > 1 and name != "best" else None,
+        )
+
+    def resume(self) -> int:
+        """Load the newest checkpoint of the run's folder; return the step it was taken after (0 without one).
+
+        Raises:
+            AtodError: the checkpoint is broken, or was trained on other data.
+        """
+        if distributed.rank() == 0:
+            recover(self.run.checkpoints)
+            prune(self.run.checkpoints, CHECKPOINTS_KEPT)  # an earlier process may have been killed just before it did
+        distributed.barrier()
+        path = latest_checkpoint(self.run.checkpoints)
+        if path is not None:
+            state, extra = load_checkpoint(path, self.student.model, self.learner.updater, self.adapters)
+            if extra["data"] != self.data_version:
+                raise AtodError(
+                    f"{path} was trained on the data {extra['data']!r}, but {self.config.env} now plays {self.data_version!r}; "
+                    "give the old data back (--data, or the environment's variable), or start another run with --run"
+                )
+            self.learner.load_state(state)
+            self._stale = state["stale"]
+            self.step, self.best = int(extra["step"]), dict(extra["best"])
+        return self.step
+
+    def close(self) -> None:
+        """Close environments and files."""
+        if self.ahead is not None:
+            self.ahead.close()
+        self.players.close()
+        self.run.close()
+
+
+class _Clock:
+    """Seconds, and the highest use of memory, by phase."""
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
+        self._laps: dict[str, float] = {}
+        self._peaks: dict[str, float] = {}
+        memory.start_peak(self._device)
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        self._peaks[f"memory/{name}_peak_mib"] = memory.peak(self._device) / memory.MIB
+        memory.start_peak(self._device)
+        now = time.perf_counter()
+        self._laps[name], self._last = now - self._last, now
+
+    def metrics(self, batch: TokenBatch) -> dict[str, float]:
+        total = sum(self._laps.values())
+        rows = sum(len(row) for row in batch.rows)
+        return (
+            self._peaks
+            | {f"time/{name}": seconds for name, seconds in self._laps.items()}
+            | {
+                "time/step": total,
+                "speed/tokens_per_second": rows / total,
+                "speed/sampled_per_second": batch.n_tokens / self._laps["rollout"],
+            }
+        )
+
+
+def settings_of(config: TrainConfig, algorithm: Algorithm, rules: str) -> dict[str, Any]:
+    """Everything that defines a run, JSON-compatible."""
+    options = dataclasses.asdict(cast("Any", algorithm))
+    # A run may be prolonged, but not one whose learning rate falls towards its last step.
+    horizon = None if config.lr_floor == 1.0 else config.steps
+    return {
+        "rules": rules,
+        "horizon": horizon,
+        "train": dataclasses.asdict(config),
+        "algorithm": {"name": algorithm.name, **options},
+    }
