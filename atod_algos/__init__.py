@@ -24,7 +24,3 @@ def foreign_agents() -> str | None:
         f"the package 'agents' at {where} belongs to {owner}, and hides or has overwritten atod's package of that name; use a virtual "
         "environment without it (pip uninstall it, then pip install --force-reinstall --no-deps atod), or start in another folder"
     )
-
-
-if problem := foreign_agents():
-    raise ImportError(problem)
