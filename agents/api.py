@@ -22,7 +22,7 @@ from typing import Any
 
 from agents.base import Decision
 from atod_envs.errors import AtodError
-from atod_envs.prompting import Layout
+from atod_envs.styles import Layout
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from agents.base import Decision
 from agents.chat import ChatFormat
 from agents.engines.base import Completion, Engine, SamplingParams
 from atod_envs.errors import AtodError
-from atod_envs.prompting import History, Layout, PromptStyle, read_response
+from atod_envs.styles import History, Layout, PromptStyle, read_response
 
 
 class PolicyAgent:

@@ -1,166 +1,20 @@
-"""From an environment's text to a language model's prompt, and from its response back to an action.
+"""``Prompted``: an environment whose observation is a prompt and whose action is a model's whole response.
 
-A ``PromptStyle`` belongs to one environment and is a pair of pure functions: the history so far -> one user message, and
-a response -> an action. ``prompted(env, style=...)`` puts it around the environment. The invariant: a style never sees
-more than the agent has seen, and parsing never raises.
+``prompted(env, style=...)`` puts a prompt style (:mod:`atod_envs.styles`) around an environment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from enum import StrEnum
-from typing import Any, Protocol, cast, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, cast
 
 import gymnasium as gym
 from gymnasium.utils import RecordConstructorArgs
 
 from atod_envs.errors import UnknownName
 from atod_envs.spaces import UnicodeText
+from atod_envs.styles import History, PromptStyle, read_response
 from atod_envs.text_env import TextEnv
-
-
-class Layout(StrEnum):
-    """How the turns of an episode become model input."""
-
-    WINDOW = "window"
-    """Each turn stands alone: one user message that retells what matters (the paper's)."""
-    CONVERSATION = "conversation"
-    """Turns follow each other in one growing conversation; each message tells only what is new."""
-
-
-@dataclass(slots=True)
-class History:
-    """What the agent has seen and done in the episode so far.
-
-    Attributes:
-        task: the instruction.
-        observations: o_1 .. o_k, the environment's own text.
-        actions: a_1 .. a_(k-1), the parsed actions that were executed.
-        admissible: admissible actions now.
-    """
-
-    task: str
-    observations: list[str] = field(default_factory=list)
-    actions: list[str] = field(default_factory=list)
-    admissible: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Parsed:
-    """What a response asks for.
-
-    Attributes:
-        action: text that goes to the environment.
-        format_ok: the response had the form that the prompt asks for; says nothing about the action being admissible.
-    """
-
-    action: str
-    format_ok: bool
-
-
-class PromptStyle(Protocol):
-    """One way to put an environment to a language model."""
-
-    @property
-    def layout(self) -> Layout:
-        """Whether prompts stand alone or continue one conversation."""
-
-    def prompt(self, history: History) -> str:
-        """The user message for the current turn."""
-
-    def parse(self, response: str) -> Parsed:
-        """The action in a response."""
-
-    def respond(self, action: str, thought: str) -> str:
-        """A response that asks for ``action``; ``parse`` gives it back. Used for demonstrations."""
-
-
-@runtime_checkable
-class NamingStyle(PromptStyle, Protocol):
-    """A style whose messages call some things by short names of their own."""
-
-    def names(self, history: History) -> Mapping[str, str]:
-        """Action as the current message lets the model say it -> the environment's own, where the two differ."""
-
-
-def read_response(style: PromptStyle, response: str, history: History) -> Parsed:
-    """The environment's action in a response to the style's message for ``history``."""
-    parsed = style.parse(response)
-    names = style.names(history) if isinstance(style, NamingStyle) else {}
-    return Parsed(names.get(parsed.action, parsed.action), parsed.format_ok)
-
-
-def phrase_response(style: PromptStyle, action: str, thought: str, history: History) -> str:
-    """A response to the style's message for ``history``; :func:`read_response` gives the action back."""
-    names = style.names(history) if isinstance(style, NamingStyle) else {}
-    return style.respond(next((said for said, meant in names.items() if meant == action), action), thought)
-
-
-@dataclass(frozen=True, slots=True)
-class _AsConversation:
-    """A prompt style whose messages follow each other in one growing conversation."""
-
-    inner: PromptStyle
-    layout: Layout = Layout.CONVERSATION
-
-    def prompt(self, history: History) -> str:
-        """The inner style's message."""
-        return self.inner.prompt(history)
-
-    def parse(self, response: str) -> Parsed:
-        """As the inner style."""
-        return self.inner.parse(response)
-
-    def respond(self, action: str, thought: str) -> str:
-        """As the inner style."""
-        return self.inner.respond(action, thought)
-
-    def names(self, history: History) -> Mapping[str, str]:
-        """As the inner style."""
-        return self.inner.names(history) if isinstance(self.inner, NamingStyle) else {}
-
-
-def as_conversation(style: PromptStyle) -> PromptStyle:
-    """The style for one growing conversation, in which each turn sees all that went before.
-
-    A dataclass with a field ``layout``, such as the styles that come with the environments, is told so and leaves out what the
-    conversation already holds; of any other style, the messages stay as they are.
-    """
-    if style.layout is Layout.CONVERSATION:
-        return style
-    given = cast("Any", style)
-    if is_dataclass(given) and any(part.name == "layout" for part in fields(given)):
-        return cast("PromptStyle", replace(given, layout=Layout.CONVERSATION))  # type: ignore[type-var]
-    return _AsConversation(style)
-
-
-def parse_tagged(response: str, tail: int) -> Parsed:
-    """Read ``<action> ... </action>`` as the published code does.
-
-    The action is the text between the first ``<action>`` and the first ``</action>``, lower-cased and stripped. Without
-    both tags the last ``tail`` characters are sent instead. The form is right if both action tags and both think tags are
-    there and no CJK ideograph (U+4E00 to U+9FFF) occurs. A ``</action>`` before ``<action>`` gives an empty action that
-    still counts as well-formed, as published.
-    """
-    lowered = response.lower()
-    start, end = lowered.find("<action>"), lowered.find("</action>")
-    if start < 0 or end < 0:
-        return Parsed(lowered[-tail:], False)
-    thinks = "<think>" in response and "</think>" in response
-    foreign = any("\u4e00" <= character <= "\u9fff" for character in response)
-    return Parsed(lowered[start + len("<action>") : end].strip(), thinks and not foreign)
-
-
-def history_lines(history: History, length: int) -> tuple[str, int]:
-    """The most recent turns as ``[Observation k: '...', Action k: '...']`` lines, k counted from 1 over the episode.
-
-    Returns:
-        The lines joined by newlines, and how many there are.
-    """
-    turns = list(enumerate(zip(history.observations, history.actions, strict=False), 1))[-length:]
-    lines = [f"[Observation {k}: '{observation}', Action {k}: '{action}']" for k, (observation, action) in turns]
-    return "\n".join(lines), len(lines)
 
 
 def named_style(env: TextEnv, style: str | PromptStyle) -> PromptStyle:

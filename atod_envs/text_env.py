@@ -10,17 +10,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import gymnasium as gym
 
 from atod_envs.errors import EpisodeError
 from atod_envs.spaces import UnicodeText
+from atod_envs.styles import PromptStyle
 from atod_envs.tasks import TaskSet
 from atod_envs.trajectory import StopReason
-
-if TYPE_CHECKING:
-    from atod_envs.prompting import PromptStyle
 
 INFO_KEYS = ("task_id", "task", "split", "turn", "admissible", "valid", "success", "score")
 """Keys of ``info`` after every reset and step; ``stop_reason`` is added at the end of an episode."""

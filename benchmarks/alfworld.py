@@ -29,9 +29,9 @@ if __name__ == "__main__":
 from alfworld_differential import compare
 from alfworld_reference import Reference, accelerated, real_games
 
-from atod_envs.alfworld import builtin
-from atod_envs.alfworld.engine import Session
-from atod_envs.alfworld.game import Game
+from atod_envs.alfworld.engine.game import Game
+from atod_envs.alfworld.engine.session import Session
+from atod_envs.alfworld.generator import builtin
 
 STEPS = 50
 """Length of an episode."""

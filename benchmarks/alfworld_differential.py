@@ -16,8 +16,8 @@ from typing import Any
 
 from alfworld_reference import Reference, Shown, content
 
-from atod_envs.alfworld.engine import Session, Step
-from atod_envs.alfworld.game import Game
+from atod_envs.alfworld.engine.game import Game
+from atod_envs.alfworld.engine.session import Session, Step
 
 NONSENSE = (
     "",

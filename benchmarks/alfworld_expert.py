@@ -14,11 +14,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from atod_envs.alfworld.data import open_source
-from atod_envs.alfworld.engine import Session
+from atod_envs.alfworld.engine.game import Game
+from atod_envs.alfworld.engine.session import Session
 from atod_envs.alfworld.expert import ALFWorldExpert
-from atod_envs.alfworld.game import Game
 from atod_envs.alfworld.household import TASK_TYPES
-from atod_envs.alfworld.planner import plan
+from atod_envs.alfworld.planner.plan import plan
 
 
 def turns_needed(game: Game, expert: ALFWorldExpert, limit: int) -> int | None:

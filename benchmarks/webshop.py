@@ -22,10 +22,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from atod_envs.webshop.build import build_store
+from atod_envs.webshop.catalogue.build import build_store
+from atod_envs.webshop.catalogue.files import find_files
 from atod_envs.webshop.env import WebShopEnv
 from atod_envs.webshop.expert import WebShopExpert
-from atod_envs.webshop.files import find_files
 from atod_envs.webshop.generate import CatalogueSpec, write_catalogue
 
 MIB = 1024

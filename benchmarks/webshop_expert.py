@@ -13,9 +13,9 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
+from atod_envs.webshop.catalogue.product import Product
 from atod_envs.webshop.env import WebShopEnv
 from atod_envs.webshop.expert import TURNS, WebShopExpert
-from atod_envs.webshop.product import Product
 from atod_envs.webshop.reward import count_options, score_purchase
 
 

@@ -38,7 +38,7 @@ from atod_envs.alfworld.household import tables
 from atod_envs.options import read_options
 from atod_envs.searchqa.generate import name_parts
 from atod_envs.searchqa.language import FACTS, stock_phrases
-from atod_envs.webshop.wares import MAKER_ENDS, MAKER_MIDDLES, MAKER_STARTS, read_wares
+from atod_envs.webshop.product_types import MAKER_ENDS, MAKER_MIDDLES, MAKER_STARTS, read_wares
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """What a shipped model consists of."""

@@ -27,8 +27,9 @@ from agents.chat import ChatFormat
 from agents.engines.base import Completion, Engine, SamplingParams
 from agents.expert import expert_solution
 from atod_envs.errors import AtodError
-from atod_envs.prompting import Layout, Prompted, PromptStyle, phrase_response
+from atod_envs.prompting import Prompted
 from atod_envs.recording import RecordTurns
+from atod_envs.styles import Layout, PromptStyle, phrase_response
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Group, StopReason, Trajectory
 

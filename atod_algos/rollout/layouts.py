@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 from agents.chat import ChatFormat
 from atod_algos.batch import RowLayout
 from atod_envs.errors import AtodError
-from atod_envs.prompting import Layout, PromptStyle
+from atod_envs.styles import Layout, PromptStyle
 
 log = logging.getLogger(__name__)
 

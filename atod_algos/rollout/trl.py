@@ -17,7 +17,7 @@ from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout, derive_seed
 from atod_envs.integrations.rows import single_row
-from atod_envs.prompting import PromptStyle, as_conversation
+from atod_envs.styles import PromptStyle, as_conversation
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Trajectory
 

@@ -29,8 +29,9 @@ from atod_algos.batch import TokenBatch, make_batch
 from atod_algos.learner.logprobs import micro_batches, row_logprobs
 from atod_algos.rollout.episodes import derive_seed
 from atod_envs.options import program
-from atod_envs.prompting import Layout, Prompted, PromptStyle, phrase_response
+from atod_envs.prompting import Prompted
 from atod_envs.recording import RecordTurns
+from atod_envs.styles import Layout, PromptStyle, phrase_response
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Group, StopReason, Trajectory
 

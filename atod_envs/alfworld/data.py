@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from atod_envs.alfworld.game import TASK_TYPES, Game
+from atod_envs.alfworld.engine.game import TASK_TYPES, Game
 from atod_envs.alfworld.index import GAME_FILE, Entry, open_index, read_trajectory, version_of
 from atod_envs.errors import DataError, UnknownName
 
@@ -179,7 +179,7 @@ class BuiltinSource:
     """
 
     def __init__(self, split: str, task_types: frozenset[str]) -> None:
-        from atod_envs.alfworld import builtin
+        from atod_envs.alfworld.generator import builtin
 
         self.split = split
         self.data_version = f"{BUILTIN}/{builtin.VERSION}"
@@ -193,7 +193,7 @@ class BuiltinSource:
 
     def content(self, task_id: str) -> Mapping[str, object]:
         """The content of the game's file."""
-        from atod_envs.alfworld import builtin
+        from atod_envs.alfworld.generator import builtin
 
         return builtin.game(task_id)
 
@@ -230,7 +230,7 @@ class GameCache:
 
 
 def _builtin_game(task_id: str) -> Game:
-    from atod_envs.alfworld import builtin
+    from atod_envs.alfworld.generator import builtin
 
     return Game.parse(builtin.game(task_id), name=task_id)
 

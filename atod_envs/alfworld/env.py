@@ -12,15 +12,15 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from atod_envs.alfworld.data import open_source
-from atod_envs.alfworld.engine import Session, Step, put_as_move
-from atod_envs.alfworld.game import TASK_LEAD, Game
+from atod_envs.alfworld.engine.game import TASK_LEAD, Game
+from atod_envs.alfworld.engine.session import Session, Step, put_as_move
 from atod_envs.errors import DataError
 from atod_envs.tasks import TaskSet
 from atod_envs.text_env import Frame, TextEnv
 
 if TYPE_CHECKING:
-    from atod_envs.alfworld.textworld_backend import Reference
-    from atod_envs.prompting import PromptStyle
+    from atod_envs.alfworld.textworld.backend import Reference
+    from atod_envs.styles import PromptStyle
 
 BACKENDS = ("native", "textworld")
 """Engines: ours, and the published `alfworld` package in a worker process."""
@@ -43,7 +43,7 @@ class ALFWorldEnv(TextEnv):
 
     `info` has, besides the keys of every environment, `alfworld/task_type`, `alfworld/walkthrough_length` (commands of
     the stored solution; 0 if the file has none) and `alfworld/gamefile`. `score` is the goal-condition progress (see
-    `atod_envs.alfworld.engine.Step`), `reward` is 1.0 when the game is won.
+    `atod_envs.alfworld.engine.session.Step`), `reward` is 1.0 when the game is won.
 
     Args:
         data: the folder that holds `json_2.1.1`, or `"builtin"` for the generated world that needs no files. None: what
@@ -89,7 +89,7 @@ class ALFWorldEnv(TextEnv):
         self._put_alias = put_alias
         self._reference: Reference | None = None
         if backend == "textworld":
-            from atod_envs.alfworld.textworld_backend import Reference
+            from atod_envs.alfworld.textworld.backend import Reference
 
             self._reference = Reference()
         self._player: Player | None = None

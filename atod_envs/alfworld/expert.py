@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from atod_envs.alfworld.beliefs import Beliefs, Task, class_of, number_of, understand
+from atod_envs.alfworld.generator.rooms import Dice
 from atod_envs.alfworld.household import LOOK, PICK, PROCESSES, TWO, tables
-from atod_envs.alfworld.layouts import Dice
 
 _RARE, _NEVER = 10.0, 0.5
 """Chances (per mille) where a thing was never seen: in a receptacle that can take it, and in one that cannot."""

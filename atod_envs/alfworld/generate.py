@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from atod_envs.alfworld.engine import Session
-from atod_envs.alfworld.game import Game
+from atod_envs.alfworld.engine.game import Game
+from atod_envs.alfworld.engine.session import Session
+from atod_envs.alfworld.generator.rendering import domain, game_data, grammar, trajectory_data
+from atod_envs.alfworld.generator.rooms import Dice, Layout, make_layout
+from atod_envs.alfworld.generator.scenes import World, choose_goal, make_world, possible_goals
 from atod_envs.alfworld.household import SIZES, TASK_TYPES, Room
-from atod_envs.alfworld.layouts import Dice, Layout, make_layout
-from atod_envs.alfworld.rendering import domain, game_data, grammar, trajectory_data
-from atod_envs.alfworld.worlds import World, choose_goal, make_world, possible_goals
 from atod_envs.errors import DataError
 from atod_envs.options import program
 

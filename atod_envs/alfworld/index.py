@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from atod_envs.alfworld.game import TASK_TYPES, Game
+from atod_envs.alfworld.engine.game import TASK_TYPES, Game
 from atod_envs.errors import DataError
 
 logger = logging.getLogger(__name__)

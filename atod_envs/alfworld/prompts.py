@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from atod_envs.prompting import History, Layout, Parsed, PromptStyle, history_lines, parse_tagged
+from atod_envs.styles import History, Layout, Parsed, PromptStyle, history_lines, parse_tagged
 
 FIRST_TURN = """
 You are an expert agent operating in the ALFRED Embodied Environment.
@@ -65,7 +65,7 @@ class AtodStyle:
         )
 
     def parse(self, response: str) -> Parsed:
-        """Read the action; see :func:`atod_envs.prompting.parse_tagged`."""
+        """Read the action; see :func:`atod_envs.styles.parse_tagged`."""
         return parse_tagged(response, FALLBACK_TAIL)
 
     def respond(self, action: str, thought: str) -> str:

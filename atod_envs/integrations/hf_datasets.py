@@ -20,7 +20,7 @@ from atod_envs.integrations.messages import (
     whole_characters,
 )
 from atod_envs.integrations.rows import token_rows
-from atod_envs.prompting import Layout, PromptStyle
+from atod_envs.styles import Layout, PromptStyle
 from atod_envs.trajectory import Group, Trajectory, from_record, to_record
 
 try:

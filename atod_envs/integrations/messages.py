@@ -14,7 +14,7 @@ from typing import TypeAlias, cast
 import gymnasium as gym
 
 from atod_envs.errors import UnknownName
-from atod_envs.prompting import History, Layout, PromptStyle
+from atod_envs.styles import History, Layout, PromptStyle
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Trajectory
 

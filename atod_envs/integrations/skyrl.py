@@ -14,7 +14,8 @@ import gymnasium as gym
 import atod_envs
 from atod_envs.errors import EpisodeError
 from atod_envs.integrations.rows import finished, single_row, token_rows
-from atod_envs.prompting import Prompted, as_conversation
+from atod_envs.prompting import Prompted
+from atod_envs.styles import as_conversation
 from atod_envs.trajectory import Group, StopReason
 
 try:

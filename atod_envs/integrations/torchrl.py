@@ -10,8 +10,9 @@ from typing import Any
 
 import gymnasium as gym
 
-from atod_envs.prompting import PromptStyle, prompted
+from atod_envs.prompting import prompted
 from atod_envs.spaces import UnicodeText
+from atod_envs.styles import PromptStyle
 
 try:
     import torch

@@ -13,7 +13,8 @@ from typing import Any, cast
 
 import gymnasium as gym
 
-from atod_envs.prompting import Prompted, as_conversation
+from atod_envs.prompting import Prompted
+from atod_envs.styles import as_conversation
 from atod_envs.text_env import TextEnv
 
 try:

@@ -22,7 +22,7 @@ from .scoring import score_answer
 from .sources import load_service, load_splits, load_tasks
 
 if TYPE_CHECKING:
-    from atod_envs.prompting import PromptStyle
+    from atod_envs.styles import PromptStyle
 
     from .questions import Question
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from atod_envs.prompting import History, Layout, Parsed, PromptStyle
+from atod_envs.styles import History, Layout, Parsed, PromptStyle
 
 from .actions import defuse, project, read_information
 

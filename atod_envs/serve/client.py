@@ -17,13 +17,13 @@ import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
 from atod_envs.errors import EpisodeError, UnknownName
-from atod_envs.serve.links import RemoteError, SessionLost, connect
+from atod_envs.serve.transport import RemoteError, SessionLost, connect
 from atod_envs.tasks import TaskSet
 from atod_envs.text_env import Frame, TextEnv
 from atod_envs.trajectory import StopReason
 
 if TYPE_CHECKING:
-    from atod_envs.prompting import PromptStyle
+    from atod_envs.styles import PromptStyle
 
 TOKEN_VARIABLE = "ATOD_TOKEN"
 """Environment variable that holds the token where none is given."""

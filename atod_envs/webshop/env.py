@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from atod_envs.errors import UnknownName
-from atod_envs.prompting import PromptStyle
+from atod_envs.styles import PromptStyle
 from atod_envs.text_env import Frame, TextEnv
+from atod_envs.webshop.catalogue.store import Store, open_store
 from atod_envs.webshop.goals import GoalKind, Goals
 from atod_envs.webshop.nouns import rule_nouns, spacy_nouns, title_nouns
 from atod_envs.webshop.prompts import SEARCH_PATTERN, STYLES
 from atod_envs.webshop.shop import OBSERVATION_MODES, SEARCH_ENGINES, ObservationMode, SearchEngine, Session, Shop
 from atod_envs.webshop.splits import SplitStyle, read_task_id, split_goals
-from atod_envs.webshop.store import Store, open_store
 
 NOUN_FINDERS = ("auto", "spacy", "rules")
 

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from atod_envs.webshop.page_parser import Kind, Result, View, Wish, read_page, read_wish
 from atod_envs.webshop.pages import ATTRIBUTES, BACK, BUY, FEATURES, NEXT, PREVIOUS
-from atod_envs.webshop.reading import Kind, Result, View, Wish, read_page, read_wish
 
 if TYPE_CHECKING:
     from atod_envs.webshop.env import WebShopEnv

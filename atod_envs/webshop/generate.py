@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from atod_envs.webshop.wares import (
+from atod_envs.webshop.product_types import (
     MAKER_ENDS,
     MAKER_MIDDLES,
     MAKER_STARTS,

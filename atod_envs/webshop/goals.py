@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from atod_envs.errors import UnknownName
-from atod_envs.webshop.product import Product
-from atod_envs.webshop.store import Array, Store
+from atod_envs.webshop.catalogue.product import Product
+from atod_envs.webshop.catalogue.store import Array, Store
 
 GoalKind = Literal["synthetic", "human"]
 GOAL_KINDS: tuple[GoalKind, ...] = ("synthetic", "human")

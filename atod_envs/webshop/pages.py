@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from atod_envs.webshop.product import Product
-from atod_envs.webshop.store import Card
+from atod_envs.webshop.catalogue.product import Product
+from atod_envs.webshop.catalogue.store import Card
 
 SEPARATOR = " [SEP] "
 BUY = "Buy Now"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from atod_envs.prompting import History, Layout, Parsed, PromptStyle, history_lines, parse_tagged
+from atod_envs.styles import History, Layout, Parsed, PromptStyle, history_lines, parse_tagged
 from atod_envs.webshop.pages import BACK, BUY, NEXT, PREVIOUS, SEPARATOR
 
 SEARCH_PATTERN = "search[<your query>]"
@@ -104,7 +104,7 @@ class AtodStyle:
         return first if len(later) > LONGEST_PROMPT else later
 
     def parse(self, response: str) -> Parsed:
-        """Read the action; see :func:`atod_envs.prompting.parse_tagged`."""
+        """Read the action; see :func:`atod_envs.styles.parse_tagged`."""
         return parse_tagged(response, FALLBACK_TAIL)
 
     def respond(self, action: str, thought: str) -> str:

@@ -17,12 +17,12 @@ from typing import Literal, Protocol
 
 from atod_envs.errors import UnknownName
 from atod_envs.webshop import pages
+from atod_envs.webshop.catalogue.product import Product
+from atod_envs.webshop.catalogue.store import Store
 from atod_envs.webshop.goals import Goal, Goals
 from atod_envs.webshop.nouns import title_nouns
 from atod_envs.webshop.pages import Node, Page, Role
-from atod_envs.webshop.product import Product
 from atod_envs.webshop.reward import Nouns, RewardParts, score_purchase
-from atod_envs.webshop.store import Store
 
 RESULTS = 50
 """Results of a search."""

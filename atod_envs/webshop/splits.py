@@ -23,8 +23,8 @@ import numpy as np
 
 from atod_envs.errors import DataError, UnknownName
 from atod_envs.tasks import TaskSet
+from atod_envs.webshop.catalogue.store import FOLDS, Array
 from atod_envs.webshop.goals import Goals
-from atod_envs.webshop.store import FOLDS, Array
 
 SplitStyle = Literal["disjoint", "verl-agent"]
 SPLIT_STYLES: tuple[SplitStyle, ...] = ("disjoint", "verl-agent")

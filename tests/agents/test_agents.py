@@ -13,7 +13,7 @@ from agents.base import Agent
 from agents.expert import expert_for
 from agents.random import RandomAgent
 from atod_envs.errors import UnknownName
-from atod_envs.prompting import Layout
+from atod_envs.styles import Layout
 
 
 def play(agent: Agent, env, **reset):

@@ -17,7 +17,7 @@ import pytest
 import atod_envs  # noqa: F401  (registers the environments)
 from agents.expert import expert_for
 from agents.human import HumanAgent, main, play
-from atod_envs.alfworld import builtin
+from atod_envs.alfworld.generator import builtin
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TASK = builtin.task_ids("valid_seen")[2]

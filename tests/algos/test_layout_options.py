@@ -20,7 +20,7 @@ from atod_algos.rollout.episodes import EpisodeSpec, Rollout
 from atod_algos.rollout.layouts import choose_layout
 from atod_algos.training.cli import main
 from atod_envs.errors import AtodError
-from atod_envs.prompting import Layout
+from atod_envs.styles import Layout
 
 QWEN3 = """{%- set last = namespace(user=0) -%}
 {%- for m in messages if m.role == 'user' %}{% set last.user = loop.index0 %}{% endfor -%}

@@ -8,8 +8,8 @@ import gymnasium as gym
 import pytest
 
 import atod_envs  # noqa: F401 (registers the environments)
-from atod_envs.alfworld import builtin
 from atod_envs.alfworld.generate import main as generate_games
+from atod_envs.alfworld.generator import builtin
 from atod_envs.recording import RecordTurns
 from atod_envs.searchqa.builtin import make_world, write_world
 from atod_envs.webshop.generate import main as generate_catalogue

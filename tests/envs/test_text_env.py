@@ -7,9 +7,10 @@ from toy import ToyEnv
 
 from atod_envs.checker import ContractError, check_text_env
 from atod_envs.errors import EpisodeError, UnknownName
-from atod_envs.prompting import matches_admissible, parse_tagged, prompted
+from atod_envs.prompting import matches_admissible, prompted
 from atod_envs.recording import RecordTurns
 from atod_envs.spaces import UnicodeText
+from atod_envs.styles import parse_tagged
 from atod_envs.tasks import TaskSet
 from atod_envs.trajectory import StopReason
 

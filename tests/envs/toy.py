@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from atod_envs.prompting import History, Layout, Parsed, PromptStyle, parse_tagged
+from atod_envs.styles import History, Layout, Parsed, PromptStyle, parse_tagged
 from atod_envs.tasks import TaskSet
 from atod_envs.text_env import Frame, TextEnv
 

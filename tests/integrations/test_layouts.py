@@ -119,7 +119,7 @@ def test_verl_itself_takes_the_rows(windows):
 def test_a_style_that_is_no_dataclass_becomes_a_conversation_too():
     from toy import ToyStyle
 
-    from atod_envs.prompting import History, Layout, as_conversation
+    from atod_envs.styles import History, Layout, as_conversation
 
     style = ToyStyle(Layout.WINDOW)
     turned = as_conversation(style)

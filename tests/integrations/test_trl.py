@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from atod_algos.rollout.trl import TRLRollout, environment_reward, trl_rows
 from atod_envs.integrations.tools import OVER, TOOLS, tool_factory
-from atod_envs.prompting import as_conversation
+from atod_envs.styles import as_conversation
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

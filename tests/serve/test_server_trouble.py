@@ -17,8 +17,8 @@ from servers import TOY_OFFERS, running
 
 from atod_envs.serve.client import RemoteEnv
 from atod_envs.serve.command import main
-from atod_envs.serve.links import RemoteError, SessionLost
 from atod_envs.serve.sessions import Limits, Offer, Refused, Sessions
+from atod_envs.serve.transport import RemoteError, SessionLost
 
 
 def post(url, call, body, **headers):

@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from atod_envs.alfworld.game import Game
+from atod_envs.alfworld.engine.game import Game
 
 
 def archived(archive: Path, split: str, every: int = 1) -> Iterator[Game]:

@@ -7,7 +7,7 @@ import gymnasium as gym
 import pytest
 
 import atod_envs  # noqa: F401
-from atod_envs.alfworld import textworld_backend
+from atod_envs.alfworld.textworld import backend as textworld_backend
 from atod_envs.errors import DataError
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("alfworld") is None, reason="alfworld is not installed")

@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 
-from atod_envs.alfworld import builtin
-from atod_envs.alfworld.engine import Session
-from atod_envs.alfworld.game import Game
+from atod_envs.alfworld.engine.game import Game
+from atod_envs.alfworld.engine.session import Session
+from atod_envs.alfworld.generator import builtin
+from atod_envs.alfworld.generator.scenes import display_names
 from atod_envs.alfworld.household import TASK_TYPES
-from atod_envs.alfworld.worlds import display_names
 from atod_envs.errors import UnknownName
 
 SPLITS = tuple(builtin.SIZES)

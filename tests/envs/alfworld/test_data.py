@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from atod_envs.alfworld import builtin
 from atod_envs.alfworld.data import BuiltinSource, FolderSource, find_data, open_source
-from atod_envs.alfworld.game import TASK_TYPES
+from atod_envs.alfworld.engine.game import TASK_TYPES
+from atod_envs.alfworld.generator import builtin
 from atod_envs.alfworld.index import cache_file
 from atod_envs.errors import DataError, UnknownName
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from atod_envs.alfworld import builtin
-from atod_envs.alfworld.game import TASK_TYPES
+from atod_envs.alfworld.engine.game import TASK_TYPES
+from atod_envs.alfworld.generator import builtin
 
 pytest.importorskip("alfworld", reason="the published engine is not installed")
 

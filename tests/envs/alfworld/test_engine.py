@@ -5,11 +5,11 @@ import tracemalloc
 
 import pytest
 
-from atod_envs.alfworld import builtin
-from atod_envs.alfworld.engine import NOTHING, Session, put_as_move
-from atod_envs.alfworld.game import TASK_TYPES, Game, display_names
-from atod_envs.alfworld.grammar import Item, Listing, Plain, Reference, parse_grammar, parse_symbols, split_task
-from atod_envs.alfworld.pddl import parse_domain
+from atod_envs.alfworld.engine.game import TASK_TYPES, Game, display_names
+from atod_envs.alfworld.engine.grammar import Item, Listing, Plain, Reference, parse_grammar, parse_symbols, split_task
+from atod_envs.alfworld.engine.pddl import parse_domain
+from atod_envs.alfworld.engine.session import NOTHING, Session, put_as_move
+from atod_envs.alfworld.generator import builtin
 from atod_envs.errors import DataError
 
 GRAMMAR = builtin.game(builtin.task_ids("train")[0])["grammar"]

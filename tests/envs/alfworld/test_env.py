@@ -7,9 +7,9 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import atod_envs  # noqa: F401
-from atod_envs.alfworld.engine import Session
+from atod_envs.alfworld.engine.game import TASK_TYPES, Game
+from atod_envs.alfworld.engine.session import Session
 from atod_envs.alfworld.env import human_goal
-from atod_envs.alfworld.game import TASK_TYPES, Game
 from atod_envs.checker import check_text_env
 from atod_envs.errors import DataError, UnknownName
 

@@ -6,14 +6,14 @@ from collections import Counter
 import pytest
 from games import archived
 
-from atod_envs.alfworld import builtin
 from atod_envs.alfworld.beliefs import Task, understand
-from atod_envs.alfworld.engine import Session
+from atod_envs.alfworld.engine.game import Game
+from atod_envs.alfworld.engine.session import Session
 from atod_envs.alfworld.expert import ALFWorldExpert
-from atod_envs.alfworld.game import Game
 from atod_envs.alfworld.generate import generate
+from atod_envs.alfworld.generator import builtin
 from atod_envs.alfworld.household import CLEAN, COOL, HEAT, LOOK, PICK, TWO
-from atod_envs.alfworld.planner import Unsolvable, plan
+from atod_envs.alfworld.planner.plan import Unsolvable, plan
 
 
 def play(game, limit, expert=None, thoughts=None):

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from atod_envs.alfworld.engine import Session
-from atod_envs.alfworld.game import Game
+from atod_envs.alfworld.engine.game import Game
+from atod_envs.alfworld.engine.session import Session
 from atod_envs.alfworld.generate import Made, generate, main, write_split
+from atod_envs.alfworld.generator.rendering import domain, grammar
+from atod_envs.alfworld.generator.scenes import display_names
 from atod_envs.alfworld.household import SIZES, TASK_TYPES
-from atod_envs.alfworld.rendering import domain, grammar
-from atod_envs.alfworld.worlds import display_names
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

@@ -6,8 +6,8 @@ import tarfile
 
 import pytest
 
-from atod_envs.alfworld.engine import Session
-from atod_envs.alfworld.game import Game
+from atod_envs.alfworld.engine.game import Game
+from atod_envs.alfworld.engine.session import Session
 
 RECORDINGS = {
     "golden_walkthrough.jsonl.gz": "alfworld_valid_full.tar.xz",

@@ -5,12 +5,12 @@ import random
 import pytest
 from games import archived
 
-from atod_envs.alfworld import builtin
-from atod_envs.alfworld.engine import Session
-from atod_envs.alfworld.errands import Snapshot, shortest_plan
-from atod_envs.alfworld.game import Game
+from atod_envs.alfworld.engine.game import Game
+from atod_envs.alfworld.engine.session import Session
+from atod_envs.alfworld.generator import builtin
 from atod_envs.alfworld.household import CLEAN, PICK
-from atod_envs.alfworld.planner import Unsolvable, plan, snapshot
+from atod_envs.alfworld.planner.plan import Unsolvable, plan, snapshot
+from atod_envs.alfworld.planner.shortest_plan import Snapshot, shortest_plan
 
 
 def wins(game, commands):

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from atod_envs.errors import DataError
-from atod_envs.webshop.files import find_files, stream_array, stream_object
-from atod_envs.webshop.product import BrokenProduct, clean_product, read_pricing
-from atod_envs.webshop.records import pack, unpack
-from atod_envs.webshop.store import Store, open_store
+from atod_envs.webshop.catalogue.files import find_files, stream_array, stream_object
+from atod_envs.webshop.catalogue.product import BrokenProduct, clean_product, read_pricing
+from atod_envs.webshop.catalogue.records import pack, unpack
+from atod_envs.webshop.catalogue.store import Store, open_store
 
 from .conftest import item, options, write_shop
 
@@ -123,7 +123,7 @@ def test_a_broken_file_is_named(tmp_path, text):
 
 
 def test_files_are_streamed_at_any_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr("atod_envs.webshop.files._CHUNK", 3)
+    monkeypatch.setattr("atod_envs.webshop.catalogue.files._CHUNK", 3)
     values = [1234567, -0.5e3, "text, with ] and }", {"a": [1, {"b": None}]}, [], True]
     path = tmp_path / "values.json"
     path.write_text(json.dumps(values, indent=1))

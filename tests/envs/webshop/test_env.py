@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 import atod_envs
 from atod_envs.checker import check_text_env
 from atod_envs.errors import UnknownName
-from atod_envs.prompting import phrase_response, prompted
+from atod_envs.prompting import prompted
 from atod_envs.recording import RecordTurns
+from atod_envs.styles import phrase_response
 from atod_envs.trajectory import StopReason
+from atod_envs.webshop.catalogue.store import FOLDS, digest
 from atod_envs.webshop.env import WebShopEnv
-from atod_envs.webshop.store import FOLDS, digest
 
 from .conftest import item, options, write_shop
 

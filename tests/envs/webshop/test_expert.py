@@ -5,7 +5,7 @@ import pytest
 from agents.expert import expert_for
 from atod_envs.webshop.env import WebShopEnv
 from atod_envs.webshop.expert import WebShopExpert
-from atod_envs.webshop.reading import Kind, read_page, read_wish
+from atod_envs.webshop.page_parser import Kind, read_page, read_wish
 from atod_envs.webshop.reward import score_purchase
 
 BUILT_IN_SHARE, REAL_SHARE = 0.95, 0.95

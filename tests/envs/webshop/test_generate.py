@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
+from atod_envs.webshop.catalogue.store import open_store
 from atod_envs.webshop.generate import BUILT_IN, CatalogueSpec, generate, main, write_catalogue
 from atod_envs.webshop.goals import Goals
-from atod_envs.webshop.store import open_store
-from atod_envs.webshop.wares import read_wares
+from atod_envs.webshop.product_types import read_wares
 
 OFFICIAL_FIELDS = {
     *("name", "full_description", "pricing", "images", "product_category", "average_rating", "small_description"),

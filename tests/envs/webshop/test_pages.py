@@ -4,10 +4,10 @@ import random
 
 import pytest
 
+from atod_envs.webshop.catalogue.store import open_store
 from atod_envs.webshop.goals import Goals
 from atod_envs.webshop.pages import Role, _nodes
 from atod_envs.webshop.shop import Session, Shop, parse_action
-from atod_envs.webshop.store import open_store
 
 from .conftest import item, options, write_shop
 

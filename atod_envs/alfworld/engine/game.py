@@ -12,13 +12,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from atod_envs.alfworld import goals
-from atod_envs.alfworld.grammar import split_task
+from atod_envs.alfworld.engine import goals
+from atod_envs.alfworld.engine.facts import World
+from atod_envs.alfworld.engine.grammar import split_task
+from atod_envs.alfworld.engine.operators import Key
+from atod_envs.alfworld.engine.pddl import Problem, parse_problem
+from atod_envs.alfworld.engine.rules import Ground, Rules, Schema, compile_goal, compiled_rules
 from atod_envs.alfworld.household import TASK_TYPES as TASK_TYPES
-from atod_envs.alfworld.operators import Key
-from atod_envs.alfworld.pddl import Problem, parse_problem
-from atod_envs.alfworld.rules import Ground, Rules, Schema, compile_goal, compiled_rules
-from atod_envs.alfworld.world import World
 from atod_envs.errors import DataError
 
 REMEMBERED = 512

@@ -6,9 +6,9 @@ published ones, because agents are trained on their exact words.
 
 from __future__ import annotations
 
+from atod_envs.alfworld.generator.rooms import Dice
+from atod_envs.alfworld.generator.scenes import Goal
 from atod_envs.alfworld.household import CLEAN, COOL, HEAT, LOOK, PICK, TWO, spoken
-from atod_envs.alfworld.layouts import Dice
-from atod_envs.alfworld.worlds import Goal
 
 TEMPLATES: dict[str, tuple[str, str]] = {
     PICK: ("put a {thing} in {receptacle}", "put some {thing} on {receptacle}"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from atod_envs.alfworld.game import Game
+    from atod_envs.alfworld.engine.game import Game
 
 
 class World:

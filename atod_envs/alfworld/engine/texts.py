@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from atod_envs.alfworld.grammar import TASK_MARK, Expression, Grammar, Item, Listing, Plain, Symbol, parse_query
-from atod_envs.alfworld.planning import Names
-from atod_envs.alfworld.world import World
+from atod_envs.alfworld.engine.conditions import Names
+from atod_envs.alfworld.engine.facts import World
+from atod_envs.alfworld.engine.grammar import TASK_MARK, Expression, Grammar, Item, Listing, Plain, Symbol, parse_query
 from atod_envs.errors import DataError
 
 REMEMBERED = 4096

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from atod_envs.webshop.product import Annotation, Product, Review
+from atod_envs.webshop.catalogue.product import Annotation, Product, Review
 
 
 def pack(product: Product) -> tuple[list[Any], list[Any]]:

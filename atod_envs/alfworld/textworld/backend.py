@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from atod_envs.alfworld.engine import NOTHING, Step
-from atod_envs.alfworld.game import Game
-from atod_envs.alfworld.world import World
+from atod_envs.alfworld.engine.facts import World
+from atod_envs.alfworld.engine.game import Game
+from atod_envs.alfworld.engine.session import NOTHING, Step
 from atod_envs.errors import DataError
 
 CLOSING_SECONDS = 5.0
@@ -84,7 +84,7 @@ class Reference:
     def _start(self) -> subprocess.Popen[str]:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         process = subprocess.Popen(
-            [sys.executable, "-m", "atod_envs.alfworld.textworld_worker"],
+            [sys.executable, "-m", "atod_envs.alfworld.textworld.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

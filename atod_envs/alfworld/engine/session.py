@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from atod_envs.alfworld.game import Game
-from atod_envs.alfworld.rules import Schema
-from atod_envs.alfworld.world import World
+from atod_envs.alfworld.engine.facts import World
+from atod_envs.alfworld.engine.game import Game
+from atod_envs.alfworld.engine.rules import Schema
 
 NOTHING = "Nothing happens."
 """The answer to everything that cannot be done."""

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from atod_envs.alfworld.generator.rooms import Dice, Layout, digest, identifier
 from atod_envs.alfworld.household import ABLE, LAMP, LOOK, PROCESSES, TWO, Room, tables, takes
-from atod_envs.alfworld.layouts import Dice, Layout, digest, identifier
 
 INSTANCE_SIDES = 4
 """One world in this many is kept for ``valid_seen``; the others are for ``train``."""

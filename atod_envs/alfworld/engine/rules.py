@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from atod_envs.alfworld.grammar import Grammar, Item, Listing, Symbol, parse_grammar, parse_query
-from atod_envs.alfworld.operators import KeyWriter, apply_name, apply_source
-from atod_envs.alfworld.pddl import Action, Domain, Formula, parse_domain
-from atod_envs.alfworld.planning import Generated, Names, Writer, branches, predicates
-from atod_envs.alfworld.texts import Printer, TextCompiler
+from atod_envs.alfworld.engine.conditions import Generated, Names, Writer, branches, predicates
+from atod_envs.alfworld.engine.grammar import Grammar, Item, Listing, Symbol, parse_grammar, parse_query
+from atod_envs.alfworld.engine.operators import KeyWriter, apply_name, apply_source
+from atod_envs.alfworld.engine.pddl import Action, Domain, Formula, parse_domain
+from atod_envs.alfworld.engine.texts import Printer, TextCompiler
 from atod_envs.errors import DataError
 
 

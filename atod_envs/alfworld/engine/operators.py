@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from atod_envs.alfworld.pddl import Action, Effect, Formula, Junction, Literal, conjunction
-from atod_envs.alfworld.planning import Branch, Writer, loop
+from atod_envs.alfworld.engine.conditions import Branch, Writer, loop
+from atod_envs.alfworld.engine.pddl import Action, Effect, Formula, Junction, Literal, conjunction
 
 Key: TypeAlias = tuple[int, ...]
 

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
 
+from atod_envs.alfworld.generator.rendering import game_data, trajectory_data
+from atod_envs.alfworld.generator.rooms import Dice, Layout, make_layout
+from atod_envs.alfworld.generator.scenes import Goal, World, choose_goal, make_world, possible_goals
 from atod_envs.alfworld.household import FLAT, TASK_TYPES
-from atod_envs.alfworld.layouts import Dice, Layout, make_layout
-from atod_envs.alfworld.rendering import game_data, trajectory_data
-from atod_envs.alfworld.worlds import Goal, World, choose_goal, make_world, possible_goals
 from atod_envs.errors import UnknownName
 
 SIZES: Mapping[str, int] = MappingProxyType({"train": 3000, "valid_seen": 300, "valid_unseen": 600})
@@ -73,7 +73,7 @@ def world(task_id: str) -> World:
             "task id of the built-in world",
             task_id,
             advice=f"ids look like {_task_id('valid_seen', 0)!r}; "
-            f"atod_envs.alfworld.builtin.task_ids(split) lists them for split in {', '.join(SIZES)}",
+            f"atod_envs.alfworld.generator.builtin.task_ids(split) lists them for split in {', '.join(SIZES)}",
         )
     held_out = None if split == "valid_unseen" else split == "valid_seen"
     return make_world(_layout(split, index), _goal(split, index), held_out=held_out, key=(_KEY, split, index))

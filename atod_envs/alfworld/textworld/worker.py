@@ -1,4 +1,4 @@
-"""The process in which the published engine runs; started by `textworld_backend`, not by hand.
+"""The process in which the published engine runs; started by `textworld.backend`, not by hand.
 
 Requests and answers are JSON, one a line. Invariant: nothing but answers is written to the pipe, although the engine
 prints: the pipe is set aside before the engine is imported.

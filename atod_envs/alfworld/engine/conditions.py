@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, TypeAlias
 
-from atod_envs.alfworld.pddl import Formula, Junction, Literal, Quantified, negate
+from atod_envs.alfworld.engine.pddl import Formula, Junction, Literal, Quantified, negate
 from atod_envs.errors import DataError
 
 Generated: TypeAlias = Callable[..., Any]

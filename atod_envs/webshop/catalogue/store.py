@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atod_envs.errors import DataError
-from atod_envs.webshop.blobs import Blobs
-from atod_envs.webshop.files import DATA_VARIABLE, CatalogueFiles, find_files
-from atod_envs.webshop.product import HumanInstruction, Product
-from atod_envs.webshop.records import unpack
+from atod_envs.webshop.catalogue.blobs import Blobs
+from atod_envs.webshop.catalogue.files import DATA_VARIABLE, CatalogueFiles, find_files
+from atod_envs.webshop.catalogue.product import HumanInstruction, Product
+from atod_envs.webshop.catalogue.records import unpack
 
 if TYPE_CHECKING:
     from atod_envs.retrieval import BM25Index
@@ -239,7 +239,7 @@ def _cached(folder: Path, write: Callable[[Path], object] | None, files: Catalog
                     write(Path(scratch))
                     files = find_files(scratch)
                 assert files is not None
-                from atod_envs.webshop.build import build_store
+                from atod_envs.webshop.catalogue.build import build_store
 
                 build_store(files, folder)
     return folder

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import resources
 
-from atod_envs.alfworld import sentences
-from atod_envs.alfworld.errands import Snapshot, shortest_plan
+from atod_envs.alfworld.generator import sentences
+from atod_envs.alfworld.generator.rooms import Dice
+from atod_envs.alfworld.generator.scenes import Goal, World, display_names
 from atod_envs.alfworld.household import ABLE, LAMPS, LOOK, OPENABLE, PROCESSES, TWO, spoken, tables, takes
-from atod_envs.alfworld.layouts import Dice
-from atod_envs.alfworld.worlds import Goal, World, display_names
+from atod_envs.alfworld.planner.shortest_plan import Snapshot, shortest_plan
 
 GOAL_SLOT = "UNKNOWN GOAL"
 """Where a grammar file takes the task sentence."""
@@ -26,13 +26,13 @@ _ALWAYS_TYPES = ("SinkType", "SinkBasinType", "MicrowaveType", "FridgeType", "Kn
 @cache
 def domain() -> str:
     """The rules, as they go into every game file."""
-    return (resources.files(__package__) / "assets" / "alfred.pddl").read_text(encoding="utf-8")
+    return (resources.files("atod_envs.alfworld") / "assets" / "alfred.pddl").read_text(encoding="utf-8")
 
 
 @cache
 def grammar() -> str:
     """The texts, with a slot for the task sentence."""
-    return (resources.files(__package__) / "assets" / "alfred.twl2").read_text(encoding="utf-8")
+    return (resources.files("atod_envs.alfworld") / "assets" / "alfred.twl2").read_text(encoding="utf-8")
 
 
 def game_data(world: World, dice: Dice) -> dict[str, object]:

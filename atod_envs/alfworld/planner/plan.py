@@ -1,18 +1,18 @@
 """An omniscient planner: shortest plans for compiled games, from the start or from any moment of an episode.
 
 The invariant: a plan's length is the least number of commands that wins, and every command of it is admissible when its
-turn comes. What makes plans short is :mod:`atod_envs.alfworld.errands`; here a game's facts are read off for it.
+turn comes. What makes plans short is :mod:`atod_envs.alfworld.planner.shortest_plan`; here a game's facts are read off for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from atod_envs.alfworld.engine import Session
-from atod_envs.alfworld.errands import MOVE, PUT, Snapshot, Unsolvable, shortest_plan
-from atod_envs.alfworld.game import Game
+from atod_envs.alfworld.engine.facts import World
+from atod_envs.alfworld.engine.game import Game
+from atod_envs.alfworld.engine.session import Session
 from atod_envs.alfworld.household import LOOK, PICK, PROCESSES, TWO
-from atod_envs.alfworld.world import World
+from atod_envs.alfworld.planner.shortest_plan import MOVE, PUT, Snapshot, Unsolvable, shortest_plan
 
 __all__ = ["Unsolvable", "plan", "snapshot"]
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from atod_envs.alfworld.pddl import Formula, Junction, Literal, Quantified, conjunction
-from atod_envs.alfworld.planning import Branch, branches, free, predicates, rename
+from atod_envs.alfworld.engine.conditions import Branch, branches, free, predicates, rename
+from atod_envs.alfworld.engine.pddl import Formula, Junction, Literal, Quantified, conjunction
 
 
 def abstract(goal: Formula) -> tuple[Formula, tuple[str, ...]]:

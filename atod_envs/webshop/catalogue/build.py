@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from atod_envs.errors import DataError
-from atod_envs.webshop.blobs import BlobWriter
-from atod_envs.webshop.files import CatalogueFiles, stream_array, stream_object
-from atod_envs.webshop.product import (
+from atod_envs.webshop.catalogue.blobs import BlobWriter
+from atod_envs.webshop.catalogue.files import CatalogueFiles, stream_array, stream_object
+from atod_envs.webshop.catalogue.product import (
     Annotation,
     BrokenProduct,
     Product,
@@ -32,8 +32,8 @@ from atod_envs.webshop.product import (
     read_human_instructions,
     read_reviews,
 )
-from atod_envs.webshop.records import pack
-from atod_envs.webshop.store import FOLDS, STORE_VERSION, Array, Store, digest
+from atod_envs.webshop.catalogue.records import pack
+from atod_envs.webshop.catalogue.store import FOLDS, STORE_VERSION, Array, Store, digest
 
 MOST_COMBINATIONS = 1_000_000
 """A product with more combinations of options than this gets no synthetic goals."""

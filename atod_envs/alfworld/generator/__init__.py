@@ -1,0 +1,1 @@
+"""Generated rooms and tasks: the built-in world and fresh games."""

@@ -1,0 +1,1 @@
+"""Shortest plans for compiled games."""

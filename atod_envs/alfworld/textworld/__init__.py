@@ -1,0 +1,1 @@
+"""The published engine, in a worker process of its own."""
