@@ -1,8 +1,9 @@
-"""From scores to per-token advantages: the mathematics, as pure functions on arrays.
+"""Primitives that algorithms share: group-relative advantage, mean by turn, min-max by trajectory, soft-or.
 
-Nothing here knows a model, a file or a step's history. Axes: M sampled tokens, K turns, N trajectories (see
-``atod_algos.batch``); turns are in order of trajectory. Everything is float64 and detached: gradients flow through the
-importance ratio alone. Equation numbers are those of the ATOD paper (arXiv 2606.27814).
+Pure functions on arrays: nothing here knows a model, a file or a step's history. What one algorithm alone uses stands in its own
+file. Axes: M sampled tokens, K turns, N trajectories (see ``atod_algos.batch``); turns are in order of trajectory. Everything is
+float64 and detached: gradients flow through the importance ratio alone. Equation numbers are those of the ATOD paper
+(arXiv 2606.27814).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Literal
 
 import numpy as np
 
+from atod_algos.batch import TokenBatch
+
 
 @dataclass(frozen=True)
 class GroupOptions:
@@ -20,13 +23,20 @@ class GroupOptions:
     reward: Literal["success", "score"] = "success"
     """What is rewarded: 'success' (0/1, as published) or 'score' (partial credit where the environment has it)."""
     reward_scale: float = 10.0
-    """Multiplies the reward; 10 is the published scale. It matters only beside --invalid-penalty."""
+    """Multiplies the reward; 10 is the published scale. It cancels where rewards are divided by the group's deviation and nothing is
+    subtracted from them; it matters with --invalid-penalty, and without --group-std it scales the advantage."""
     group_stats: Literal["trajectory", "turn_row"] = "trajectory"
     """Unit of the group's mean and deviation: 'trajectory' (eq 2) or 'turn_row' (released code: long episodes count more)."""
     group_std: bool = True
     """Divide by the group's standard deviation (eq 2); off gives Dr. GRPO's advantage and GiGPO's mean_norm."""
     invalid_penalty: float = 0.0
     """Subtracted from the reward of turns whose action was invalid: 0 (paper), 0.1 or 0.01 (released code)."""
+
+
+def task_reward(batch: TokenBatch, group: GroupOptions) -> np.ndarray:
+    """Training reward of each trajectory (axis N): success or score, scaled."""
+    base_N = batch.success_N.astype(np.float64) if group.reward == "success" else batch.score_N
+    return np.asarray(group.reward_scale * base_N)
 
 
 def group_advantage(
@@ -90,17 +100,7 @@ def turn_mean(value_M: np.ndarray, turn_M: np.ndarray, n_turns: int) -> np.ndarr
     return np.bincount(turn_M, value_M, minlength=n_turns) / np.maximum(count_K, 1)
 
 
-def disagreement(student_M: np.ndarray, teacher_M: np.ndarray, turn_M: np.ndarray, n_turns: int) -> np.ndarray:
-    """d_k, eq 13: mean over the turn's tokens of |log pi_S - log pi_T|."""
-    return turn_mean(np.abs(student_M - teacher_M), turn_M, n_turns)
-
-
-def uncertainty(student_M: np.ndarray, turn_M: np.ndarray, n_turns: int) -> np.ndarray:
-    """h_k, eq 14: mean over the turn's tokens of -log pi_S."""
-    return turn_mean(-student_M, turn_M, n_turns)
-
-
-def normalise_per_trajectory(
+def min_max_by_trajectory(
     value_K: np.ndarray, trajectory_K: np.ndarray, counted_K: np.ndarray, threshold: float = 1e-8
 ) -> np.ndarray:
     """Min-max within each trajectory, eq 15; 0.5 where the range is below ``threshold``.
@@ -131,107 +131,13 @@ def soft_or(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return 1.0 - (1.0 - a) * (1.0 - b)
 
 
-@dataclass(frozen=True, slots=True)
-class TurnWeights:
-    """T-DUR weights and what they were made of.
-
-    Attributes:
-        weight_K: w_k in [0, 1].
-        d_K: disagreement d_k.
-        h_K: uncertainty h_k.
-        computed_N: trajectories whose weights were computed rather than set to 1.
-    """
-
-    weight_K: np.ndarray
-    d_K: np.ndarray
-    h_K: np.ndarray
-    computed_N: np.ndarray
-
-
-def turn_weights(
-    d_K: np.ndarray,
-    h_K: np.ndarray,
-    trajectory_K: np.ndarray,
-    counted_K: np.ndarray,
-    *,
-    min_turns: int = 1,
-    min_divergence: float = 0.0,
-) -> TurnWeights:
-    """T-DUR, eqs 15 and 16.
-
-    Args:
-        d_K: disagreement of each turn, eq 13.
-        h_K: uncertainty of each turn, eq 14.
-        trajectory_K: trajectory of each turn.
-        counted_K: turns that hold a sampled token.
-        min_turns: trajectories with fewer turns keep weight 1 (paper: 1; released code: 3).
-        min_divergence: trajectories whose largest d_k is smaller keep weight 1 (paper: 0; released code: 0.01).
-    """
-    n = int(trajectory_K.max(initial=-1)) + 1
-    turns_N = np.bincount(trajectory_K, minlength=n)
-    largest_N = np.zeros(n)
-    np.maximum.at(largest_N, trajectory_K, d_K)
-    computed_N = (turns_N >= min_turns) & (largest_N >= min_divergence)
-    weight_K = soft_or(
-        normalise_per_trajectory(d_K, trajectory_K, counted_K), normalise_per_trajectory(h_K, trajectory_K, counted_K)
-    )
-    return TurnWeights(np.where(computed_N[trajectory_K], weight_K, 1.0), d_K, h_K, computed_N)
-
-
-def mean_preserving(weight_K: np.ndarray, n_K: np.ndarray, trajectory_K: np.ndarray) -> np.ndarray:
-    """Rescale each trajectory's weights so that their mean over tokens is 1 (released code, off by default).
-
-    Weights relative to their mean are first clipped to [0.5, 2], so no turn falls silent. It keeps the strength of
-    distillation as it is without weights, which the plain weights, being at most 1, lower.
-
-    Args:
-        weight_K: weight of each turn.
-        n_K: sampled tokens of each turn.
-        trajectory_K: trajectory of each turn.
-    """
-
-    def mean_K(value_K: np.ndarray) -> np.ndarray:
-        total_N, count_N = np.bincount(trajectory_K, value_K * n_K), np.bincount(trajectory_K, n_K)
-        return np.asarray(np.where(count_N > 0, total_N / np.maximum(count_N, 1), 1.0)[trajectory_K])
-
-    clipped_K = np.clip(weight_K / (mean_K(weight_K) + 1e-8), 0.5, 2.0)
-    return np.asarray(clipped_K / (mean_K(clipped_K) + 1e-8))
-
-
-def token_weights(student_M: np.ndarray, teacher_M: np.ndarray, *, min_divergence: float = 0.01) -> np.ndarray:
-    """The token-level ablation: Soft-OR of min-max normalised |Delta| and -log pi_S over all tokens of the batch.
-
-    As released: uncertainty is first cut at its 0.98 quantile, and all weights are 1 if no token reaches
-    ``min_divergence``. (The paper only says "at the token level".)
-
-    Returns:
-        One weight in [0, 1] for each token.
-    """
-    d_M = np.abs(teacher_M - student_M)
-    return np.ones_like(d_M) if d_M.max(initial=0.0) < min_divergence else importance(d_M, -student_M, 0.98)
-
-
 def importance(divergence_M: np.ndarray, uncertainty_M: np.ndarray, quantile: float) -> np.ndarray:
     """Soft-OR of both, min-max normalised over all tokens of the batch, uncertainty first cut at its quantile (TIP)."""
     cut_M = np.minimum(uncertainty_M, np.quantile(uncertainty_M, quantile))
-    return soft_or(_min_max(divergence_M), _min_max(cut_M))
+    return soft_or(min_max(divergence_M), min_max(cut_M))
 
 
-def _min_max(value_M: np.ndarray, threshold: float = 1e-8) -> np.ndarray:
+def min_max(value_M: np.ndarray, threshold: float = 1e-8) -> np.ndarray:
+    """Min-max over all entries; 0.5 where the range is below ``threshold``."""
     low, high = value_M.min(), value_M.max()
     return np.full_like(value_M, 0.5) if high - low < threshold else (value_M - low) / (high - low)
-
-
-def progress(step: int, anneal_steps: int) -> float:
-    """p(s), eq 10: min(s / T, 1); 0 throughout where T is 0 (annealing off)."""
-    return min(step / anneal_steps, 1.0) if anneal_steps > 0 else 0.0
-
-
-def kappa(p: float, initial: float, floor: float) -> float:
-    """Eq 11, kappa: the distillation coefficient falls from ``initial`` to ``floor``."""
-    return max(floor, initial - (initial - floor) * p)
-
-
-def rho(p: float, initial: float, ceiling: float) -> float:
-    """Eq 12, rho: the reward coefficient goes from ``initial`` to ``ceiling``."""
-    return initial + (ceiling - initial) * p

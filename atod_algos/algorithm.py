@@ -1,113 +1,202 @@
-"""What an algorithm is: the few questions that the trainer asks.
+"""What an algorithm is: a base class whose hooks do nothing, and the terms that an algorithm hands to the learner.
 
-The trainer knows no algorithm by name. An outside package adds one through the entry-point group ``atod.algorithms``: a
-frozen dataclass whose fields are its options and which answers the protocol below.
+The trainer knows no algorithm by name. An outside package adds one through the entry-point group ``atod.algorithms``: a frozen
+dataclass that derives from :class:`Algorithm` and overrides the hooks it needs. Its fields become its options.
+
+This module, ``batch``, ``advantages`` and ``metrics`` are the method floor: numpy only, so that importing an algorithm loads no torch.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from atod_algos.advantages import GroupOptions, reward_advantage, task_reward
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.learner.learner import Objective
-from atod_algos.rollout.episodes import RolloutLimits
 from atod_envs.errors import AtodError, UnknownName
-from atod_envs.trajectory import Trajectory
+from atod_envs.trajectory import Group, Trajectory
 
 if TYPE_CHECKING:
     import torch
 
 
+@dataclass(frozen=True)
+class Objective:
+    """The clipped surrogate's options (``atod_algos.learner.loss``)."""
+
+    clip_low: float = 0.2
+    """Ratios below 1 - clip_low are clipped (eq 4)."""
+    clip_high: float = 0.2
+    """Ratios above 1 + clip_high are clipped (eq 4); DAPO raises it to 0.28."""
+    dual_clip: float = 0.0
+    """Bounds the loss of tokens with a negative advantage at dual_clip x |A|: 0 is off (paper), 3 in the released code."""
+    loss_agg: Literal["trajectory_mean", "turn_mean", "token_mean", "constant"] = "trajectory_mean"
+    """Average: 'trajectory_mean' of token means (eq 4), 'turn_mean' of token means (verl's seq-mean-token-mean, whose sequences
+    are turns), 'token_mean' over a mini-batch (released code, DAPO), or 'constant': trajectory sums over --length-divisor (Dr. GRPO)."""
+    length_divisor: float = 512.0
+    """What a trajectory's token sum is divided by under 'constant'; 512 is the published longest response."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus: 0 (paper), 0.001 (released code)."""
+
+
+RELEASED: Mapping[str, Any] = MappingProxyType(
+    {"objective": {"dual_clip": 3.0, "loss_agg": "token_mean", "entropy_coef": 0.001}}
+)
+"""The objective that the ATOD authors' code ran every method with."""
+
+RELEASED_REWARD: Mapping[str, Any] = MappingProxyType(
+    {**RELEASED, "group": {"group_stats": "turn_row", "invalid_penalty": 0.1}}
+)
+"""The same, with its group statistics, for methods that learn from reward."""
+
+
 @dataclass(frozen=True, slots=True)
-class Advantages:
-    """What an algorithm makes of a scored batch.
+class RolloutLimits:
+    """What an algorithm may change about training rollouts; evaluation never uses it.
 
     Attributes:
-        token_M: detached advantage of each sampled token.
-        metrics: the numbers that explain it.
-        weight_K: weight of each turn's teacher supervision, where the algorithm weighs turns; kept for the figures.
+        max_turns: turns before an episode is cut; ``None`` leaves the environment's own limit.
+        rounds: how often a step may play further tasks until it has enough groups that the algorithm learns from; 1 plays once and
+            takes every group.
+        expert_leaves: the scripted expert plays all but this many of the last turns of its own solution, and the policy goes on
+            from there; ``None`` lets the policy play alone. A task that the expert does not solve has no such turns. What the
+            expert plays depends on the task and the episode's seed only.
     """
 
-    token_M: np.ndarray
-    metrics: dict[str, float] = field(default_factory=dict)
-    weight_K: np.ndarray | None = None
+    max_turns: int | None = None
+    rounds: int = 1
+    expert_leaves: int | None = None
 
 
-class Algorithm(Protocol):
-    """Answers the trainer's questions; a frozen dataclass whose fields are the options."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advantages:
+    """What an algorithm makes of a scored batch: named terms, whose sum the learner gets.
 
-    name: ClassVar[str]
-    """Short name, e.g. ``"atod"``."""
+    Attributes:
+        distillation_M: the teacher's term of each sampled token, coefficients included; ``None`` without a teacher.
+        reward_M: the reward's term, coefficients included; ``None`` where reward is not learned from.
+        turn_weight_K: weight of each turn's teacher supervision, where turns are weighted.
+        left_out_N: why a trajectory's turn weights stay at 1: 0 they do not, 1 too few turns, 2 too little disagreement; ``None``
+            where weights have no such exceptions.
+        coefficients: published numbers of the step, by name.
+        notes: further quantities by name; the mean of each is published.
+    """
+
+    distillation_M: np.ndarray | None = None
+    reward_M: np.ndarray | None = None
+    turn_weight_K: np.ndarray | None = None
+    left_out_N: np.ndarray | None = None
+    coefficients: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, np.ndarray | float] = field(default_factory=dict)
+
+    @property
+    def token_M(self) -> np.ndarray:
+        """Detached advantage of each sampled token: the sum of the terms.
+
+        Raises:
+            AtodError: there is no term.
+        """
+        terms = [term for term in (self.distillation_M, self.reward_M) if term is not None]
+        if not terms:
+            raise AtodError("the algorithm gave no term to learn from: neither distillation_M nor reward_M")
+        return np.asarray(sum(terms[1:], terms[0]))
+
+
+@dataclass(frozen=True)
+class Algorithm(ABC):
+    """Base class: every hook but :meth:`advantages` does nothing, so a method overrides the one or two that it needs.
+
+    Derive a frozen dataclass. Its fields are its command-line options; the text under a field is its help.
+    """
+
+    name: ClassVar[str] = ""
+    """Short name, e.g. ``"atod"``; the first part of the names that it publishes."""
+    rules: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"paper": {}})
+    """What ``--rules`` presets: name of the rule set -> option -> value."""
+    needs_student: ClassVar[bool] = True
+    """Whether :meth:`advantages` looks at ``scores.student_M``. Where it does not, and a step has one update, the pass that makes the
+    update gives these log-probs: a pass less."""
+    objective: Objective = field(default_factory=Objective)
 
     @property
     def scores(self) -> frozenset[str]:
-        """Which log-probs it wants beside the student's.
+        """Which log-probs it wants besides the student's; none by default.
 
-        A subset of {"teacher", "reference", "base", "divergence", "support", "privileged"}. "base" is a third model's;
-        "divergence" compares the whole distributions of student and teacher; for "support" the algorithm also answers
-        :class:`Supported`, for "privileged" :class:`Privileged`.
+        A subset of {"teacher", "reference", "base", "divergence", "support", "privileged"}. "base" is a third model's; "divergence"
+        compares the whole distributions of student and teacher; "support" keeps the teacher's top-k tokens for
+        :meth:`support_loss`; "privileged" scores the student with :meth:`privileged_text` in front.
         """
-
-    rules: ClassVar[Mapping[str, Mapping[str, Any]]]
-    """What ``--rules paper`` and ``--rules released`` preset: option name -> value."""
-
-    @property
-    def objective(self) -> Objective:
-        """The surrogate's options."""
-
-    def limits(self, step: int) -> RolloutLimits:
-        """Limits of the training rollouts at a step (from 1)."""
-
-    def reward(self, batch: TokenBatch) -> np.ndarray:
-        """Training reward of each trajectory."""
-
-    def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
-        """Per-token advantages of a scored batch at a step (from 1)."""
-
-    def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
-        """A further loss for each of some tokens, from their current log-probs; None for none."""
-
-
-class Supported(Protocol):
-    """What an algorithm answers beside, if its ``scores`` name "support": it learns from more than the sampled token."""
+        return frozenset()
 
     @property
     def support(self) -> int:
-        """How many of the teacher's likeliest tokens are kept in the place of each sampled one (S)."""
+        """How many of the teacher's top-k tokens are kept at each sampled token; read where ``scores`` name "support"."""
+        return 0
 
-    def support_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor:
-        """A further loss for each of some tokens, from the student's current log-probs [m, S] of the teacher's likeliest."""
+    def limits(self, step: int) -> RolloutLimits:
+        """Limits of the training rollouts at a step (from 1); none by default."""
+        return RolloutLimits()
 
-
-class Selective(Protocol):
-    """What an algorithm answers beside, if its ``limits`` ask for more than one round of episodes."""
+    def reward(self, batch: TokenBatch) -> np.ndarray:
+        """Training reward of each trajectory (axis N); by default reported only."""
+        return task_reward(batch, GroupOptions())
 
     def informative(self, batch: TokenBatch) -> np.ndarray:
-        """Which groups of a batch have something to teach (booleans along axis G); the others are played again."""
+        """Which groups are worth learning from (booleans, axis G); the others are played again if ``limits`` allow more rounds."""
+        return np.ones(int(batch.group_N.max(initial=-1)) + 1, dtype=bool)
 
+    @abstractmethod
+    def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
+        """The terms of a scored batch at a step (from 1). The one hook that every algorithm has."""
 
-class Privileged(Protocol):
-    """What an algorithm answers beside, if its ``scores`` name "privileged"."""
+    def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
+        """A further loss for each of some tokens, from their current log-probs [m]; ``None`` for none.
 
-    def privileged_text(self, trajectory: Trajectory) -> str:
+        Args:
+            logprobs: [m] current log-probs, with gradients.
+            index_M: [m] the tokens' indices into axis M.
+            scores: the step's scores.
+        """
+        return None
+
+    def support_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
+        """A further loss for each of some tokens, from the student's current log-probs [m, S] of the teacher's top-k."""
+        return None
+
+    def privileged_text(self, trajectory: Trajectory, group: Group) -> str:
         """What the student is shown in front of everything else when it is scored as its own teacher.
+
+        Args:
+            trajectory: the one that is scored.
+            group: all attempts at its task, this one included.
 
         Raises:
             AtodError: there is nothing to show for this trajectory's task.
         """
+        return ""
 
 
-def needs_student(algorithm: Algorithm) -> bool:
-    """Whether the algorithm looks at ``scores.student_M`` before the update; it does unless its ``needs_student`` says False.
+@dataclass(frozen=True)
+class RewardAlgorithm(Algorithm):
+    """Base of algorithms that learn from reward: how rewards become group-relative advantages."""
 
-    Where it does not, and a step has one update, the pass that makes the update gives them: a pass less.
-    """
-    return bool(getattr(algorithm, "needs_student", True))
+    group: GroupOptions = field(default_factory=GroupOptions)
+
+    def reward(self, batch: TokenBatch) -> np.ndarray:
+        """R(tau), scaled (axis N)."""
+        return task_reward(batch, self.group)
+
+    def grpo(self, batch: TokenBatch) -> np.ndarray:
+        """A^GRPO of each sampled token, eq 2 (axis M)."""
+        reward_N = self.reward(batch)
+        advantage_K = reward_advantage(reward_N, batch.group_N, batch.trajectory_K, batch.valid_K, self.group)
+        return np.asarray(advantage_K[batch.turn_M])
 
 
 def find_algorithm(name: str) -> type[Algorithm]:

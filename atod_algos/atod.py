@@ -1,15 +1,15 @@
 """ATOD: annealed turn-aware on-policy distillation (arXiv 2606.27814, Algorithm 1).
 
 Objective
-    p(s)     = min(s / T, 1)                                                     training step s counts from 1   (eq 10)
-    kappa(s) = max(kappa_min, kappa_init - (kappa_init - kappa_min) p)           teacher first ...               (eq 11)
-    rho(s)   = rho_init + (rho_max - rho_init) p                                 ... reward later                (eq 12)
-    d_k      = mean_t |log pi_old - log pi_T|,   h_k = mean_t (-log pi_old)      over the tokens of turn k       (eqs 13, 14)
-    w_k      = 1 - (1 - d~_k)(1 - h~_k)                                          min-max within the trajectory   (eqs 15, 16)
-    A_t      = kappa (log pi_T - log pi_old) w_k(t) + rho A_GRPO                                                 (eqs 6, 8, 9)
-    L        = the clipped surrogate of eq 4 with A_t; no KL penalty
+    Delta_t  = log pi_T - log pi_old                    the teacher's opinion of a sampled token                 (eq 6)
+    A_t      = kappa Delta_t w_k(t) + rho A^GRPO        in the place of A in GRPO's clipped surrogate            (eqs 8, 9)
+    p(s)     = min(s / T, 1)                            training step s counts from 1                            (eq 10)
+    kappa(s) = max(kappa_min, kappa_init - (kappa_init - kappa_min) p)     the teacher first ...                 (eq 11)
+    rho(s)   = rho_init + (rho_max - rho_init) p                           ... the reward later                  (eq 12)
+    d_k      = mean_t |Delta_t|,   h_k = mean_t (-log pi_old)              over the tokens of turn k             (eqs 13, 14)
+    w_k      = 1 - (1 - d~_k)(1 - h~_k)                 d~, h~: min-max within the trajectory                    (eqs 15, 16)
 
-Everything in A_t is detached. pi_old is the policy that rolled out, recomputed by the learner's model.
+Everything in A_t is detached. There is no KL penalty. pi_old is the policy that rolled out, recomputed by the learner's model.
 
 Where the paper and the released code differ (``--rules paper`` is the default, ``--rules released`` presets the other):
     group statistics     over trajectories (eq 2)           | over all turn rows of the group      --group-stats
@@ -21,12 +21,12 @@ Where the paper and the released code differ (``--rules paper`` is the default, 
     dual clip            none                               | 3                                    --dual-clip
 
 The three ablations of section 5.3:
-    token-level reweighting   --weighting token         weights per token, normalised over the whole batch, as released (the paper
-                                                        says "at the token level" and no more)
-    without T-DUR             --weighting none          w = 1. As T-DUR's weights are at most 1, this also makes distillation
+    token-level reweighting   --weighting token         weights per token, normalised over the whole batch, as released (the
+                                                        paper says "at the token level" and no more)
+    without T-DUR             --weighting none          w = 1. T-DUR's weights are at most 1, so this also makes distillation
                                                         stronger; ``--tdur-mean-preserve`` compares at equal strength
-    without annealing         --coef-anneal-steps 0     kappa and rho stay at --kappa-init and --rho-init: 1 and 1 in the released
-                                                        scripts; the paper does not give its constants
+    without annealing         --coef-anneal-steps 0     kappa and rho stay at --kappa-init and --rho-init: 1 and 1 in the
+                                                        released scripts; the paper does not give its constants
 
     python -m atod_algos.atod --env atod/ALFWorld-v0
 """
@@ -34,42 +34,27 @@ The three ablations of section 5.3:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from atod_algos import advantages as maths
-from atod_algos.advantages import GroupOptions
-from atod_algos.algorithm import Advantages
+from atod_algos.advantages import importance, min_max_by_trajectory, turn_mean
+from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.grpo import grpo_metrics, grpo_token_advantage, task_reward
-from atod_algos.learner.learner import Objective
-from atod_algos.metrics import teacher_metrics, term_metrics, weight_metrics
-from atod_algos.rollout.episodes import RolloutLimits
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
-class ATOD:
+class ATOD(RewardAlgorithm):
     """Annealed turn-aware on-policy distillation."""
 
     name: ClassVar[str] = "atod"
     scores: ClassVar[frozenset[str]] = frozenset({"teacher"})
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
-        "released": {
-            "group": {"group_stats": "turn_row", "invalid_penalty": 0.1},
-            "objective": {"dual_clip": 3.0, "loss_agg": "token_mean", "entropy_coef": 0.001},
-            "tdur_min_turns": 3,
-            "tdur_min_divergence": 0.01,
-        },
+        "released": {**RELEASED_REWARD, "tdur_min_turns": 3, "tdur_min_divergence": 0.01},
     }
 
-    group: GroupOptions = field(default_factory=GroupOptions)
-    objective: Objective = field(default_factory=Objective)
     kappa_init: float = 1.0
     """kappa at the start (eq 11; released scripts)."""
     kappa_min: float = 0.1
@@ -89,64 +74,94 @@ class ATOD:
     tdur_mean_preserve: bool = False
     """Rescale each trajectory's turn weights to a mean of 1 over its tokens (an option of the released code, off in its scripts)."""
 
-    def limits(self, step: int) -> RolloutLimits:
-        """No limit of its own."""
-        return RolloutLimits()
-
-    def reward(self, batch: TokenBatch) -> np.ndarray:
-        """R(tau), scaled."""
-        return task_reward(batch, self.group)
-
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
-        """The hybrid advantage of every sampled token (eq 8)."""
-        student_M, teacher_M = scores.student_M, scores.require_teacher()
+        """The hybrid advantage of every sampled token.
 
-        # Stage I: reward advantage (eq 2).
-        grpo_M = grpo_token_advantage(batch, self.group)
+        ``k`` is the turn of each token (axis M), ``tau`` the trajectory of each turn (axis K).
+        """
+        log_pi, log_pi_T = scores.student_M, scores.require("teacher")
+        k, tau, K, spoken = batch.turn_M, batch.trajectory_K, len(batch.trajectory_K), batch.n_K > 0
 
-        # Stage II: turn-aware distillation weights (eqs 13-16).
-        n_turns, counted_K = len(batch.trajectory_K), batch.n_K > 0
-        weights = maths.turn_weights(
-            maths.disagreement(student_M, teacher_M, batch.turn_M, n_turns),
-            maths.uncertainty(student_M, batch.turn_M, n_turns),
-            batch.trajectory_K,
-            counted_K,
-            min_turns=self.tdur_min_turns,
-            min_divergence=self.tdur_min_divergence,
+        # Stage I: what the reward says.
+        A_grpo = self.grpo(batch)  # eq 2
+
+        # Stage II: what the teacher says, and how much each turn of it matters (T-DUR).
+        delta = log_pi_T - log_pi  # eq 6
+        d = turn_mean(np.abs(delta), k, K)  # eq 13: disagreement
+        h = turn_mean(-log_pi, k, K)  # eq 14: uncertainty
+        d_norm, h_norm = (min_max_by_trajectory(x, tau, spoken) for x in (d, h))  # eq 15
+        w = 1 - (1 - d_norm) * (1 - h_norm)  # eq 16: high if either is
+        w, w_token, left_out = self._exceptions(w, d, delta, log_pi, batch)  # none under the paper's rules
+
+        # Stage III: the teacher first, the reward later.
+        p = min(step / self.coef_anneal_steps, 1.0) if self.coef_anneal_steps > 0 else 0.0  # eq 10
+        kappa = max(self.kappa_min, self.kappa_init - (self.kappa_init - self.kappa_min) * p)  # eq 11
+        rho = self.rho_init + (self.rho_max - self.rho_init) * p  # eq 12
+        return Advantages(  # eqs 8, 9: their sum is A_t
+            distillation_M=kappa * delta * w_token,
+            reward_M=rho * A_grpo,
+            turn_weight_K=w,
+            left_out_N=left_out,
+            coefficients={
+                "kl_coef": kappa,
+                "rl_coef": rho,
+                "anneal_progress": p,
+                "kl_coef_base": self.kappa_init,
+                "rl_coef_base": self.rho_init,
+            },
         )
-        weight_K, weight_M = self._weights(weights.weight_K, student_M, teacher_M, batch)
-        delta_M = teacher_M - student_M  # eq 6
 
-        # Stage III: annealed hybrid (eqs 8-12).
-        p = maths.progress(step, self.coef_anneal_steps)
-        kappa = maths.kappa(p, self.kappa_init, self.kappa_min)
-        rho = maths.rho(p, self.rho_init, self.rho_max)
-        opd_M, rl_M = kappa * delta_M * weight_M, rho * grpo_M
-
-        metrics = {"atod/kl_coef": kappa, "atod/rl_coef": rho, "atod/anneal_progress": p}
-        metrics |= {"atod/kl_coef_base": self.kappa_init, "atod/rl_coef_base": self.rho_init}
-        metrics |= grpo_metrics(batch, self.group)
-        metrics |= term_metrics(opd_M, rl_M) | teacher_metrics(batch, scores, self.name)
-        if self.weighting == "turn":
-            metrics |= weight_metrics(replace(weights, weight_K=weight_K), batch, self.tdur_min_turns)
-        return Advantages(opd_M + rl_M, metrics, weight_K)
-
-    def _weights(
-        self, weight_K: np.ndarray, student_M: np.ndarray, teacher_M: np.ndarray, batch: TokenBatch
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Weight of each turn (for the record) and of each token (for the advantage)."""
-        if self.weighting == "turn":
-            if self.tdur_mean_preserve:
-                weight_K = maths.mean_preserving(weight_K, batch.n_K, batch.trajectory_K)
-            return weight_K, weight_K[batch.turn_M]
+    def _exceptions(
+        self, w: np.ndarray, d: np.ndarray, delta: np.ndarray, log_pi: np.ndarray, batch: TokenBatch
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Weight of each turn and of each token under the released code's rules and the ablations; see ``Advantages.left_out_N``."""
+        k, tau = batch.turn_M, batch.trajectory_K
         if self.weighting == "none":
-            return np.ones_like(weight_K), np.ones(batch.n_tokens)
-        weight_M = maths.token_weights(student_M, teacher_M)
-        return maths.turn_mean(weight_M, batch.turn_M, len(batch.trajectory_K)), weight_M
+            return np.ones_like(w), np.ones(batch.n_tokens), None
+        if self.weighting == "token":
+            w_token = token_weights(log_pi, delta)
+            return turn_mean(w_token, k, len(w)), w_token, None
+        largest_d = np.zeros(len(batch.group_N))
+        np.maximum.at(largest_d, tau, d)
+        short, agreeing = batch.turns_N < self.tdur_min_turns, largest_d < self.tdur_min_divergence
+        left_out = np.where(short, 1, np.where(agreeing, 2, 0))
+        w = np.where(left_out[tau] == 0, w, 1.0)
+        if self.tdur_mean_preserve:
+            w = mean_preserving(w, batch.n_K, tau)
+        return w, w[k], left_out
 
-    def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
-        """None: the teacher acts through the advantage alone (section 4.1)."""
-        return None
+
+def token_weights(log_pi: np.ndarray, delta: np.ndarray, *, min_divergence: float = 0.01) -> np.ndarray:
+    """The token-level ablation: soft-or of min-max normalised |Delta| and -log pi over all tokens of the batch.
+
+    As released: uncertainty is first cut at its 0.98 quantile, and all weights are 1 if no token reaches ``min_divergence``. (The
+    paper only says "at the token level".)
+
+    Returns:
+        One weight in [0, 1] for each token (axis M).
+    """
+    d = np.abs(delta)
+    return np.ones_like(d) if d.max(initial=0.0) < min_divergence else importance(d, -log_pi, 0.98)
+
+
+def mean_preserving(weight_K: np.ndarray, n_K: np.ndarray, trajectory_K: np.ndarray) -> np.ndarray:
+    """Rescale each trajectory's weights so that their mean over tokens is 1 (released code, off by default).
+
+    Weights relative to their mean are first clipped to [0.5, 2], so no turn falls silent. It keeps the strength of distillation as it
+    is without weights, which the plain weights, being at most 1, lower.
+
+    Args:
+        weight_K: weight of each turn.
+        n_K: sampled tokens of each turn.
+        trajectory_K: trajectory of each turn.
+    """
+
+    def mean_K(value_K: np.ndarray) -> np.ndarray:
+        total_N, count_N = np.bincount(trajectory_K, value_K * n_K), np.bincount(trajectory_K, n_K)
+        return np.asarray(np.where(count_N > 0, total_N / np.maximum(count_N, 1), 1.0)[trajectory_K])
+
+    clipped_K = np.clip(weight_K / (mean_K(weight_K) + 1e-8), 0.5, 2.0)
+    return np.asarray(clipped_K / (mean_K(clipped_K) + 1e-8))
 
 
 if __name__ == "__main__":

@@ -204,21 +204,14 @@ class Scores:
     teacher_support_MS: np.ndarray | None = None
     vocabulary: int = 0
 
-    def require_teacher(self) -> np.ndarray:
-        """The teacher's log-probs.
-
-        Raises:
-            ValueError: there is no teacher.
-        """
-        return self.require("teacher")
-
     def require(self, name: str) -> np.ndarray:
-        """The log-probs of a name ("teacher", "reference", "base", "privileged").
+        """An array by name: "teacher", "reference", "base", "privileged", "entropy", "teacher_entropy", "reverse_kl", "teacher_support".
 
         Raises:
             ValueError: the algorithm's ``scores`` do not name it, so it was not scored.
         """
-        found: np.ndarray | None = getattr(self, f"{name}_M")
+        found: np.ndarray | None = getattr(self, f"{name}_M", None)
+        found = getattr(self, f"{name}_MS", None) if found is None else found
         if found is None:
-            raise ValueError(f"the batch was not scored under {name!r}; name it in the algorithm's `scores`")
+            raise ValueError(f"the batch was not scored under {name!r}; name what gives it in the algorithm's `scores`")
         return found

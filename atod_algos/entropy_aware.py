@@ -22,19 +22,13 @@ can be a little below 0; its gradient is that of the cross-entropy with the kept
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from atod_algos.advantages import GroupOptions
-from atod_algos.algorithm import Advantages
+from atod_algos.algorithm import RELEASED, Advantages, Algorithm
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.grpo import task_reward
-from atod_algos.learner.learner import Objective
-from atod_algos.metrics import teacher_metrics
-from atod_algos.opd import OPD
-from atod_algos.rollout.episodes import RolloutLimits
 from atod_envs.errors import AtodError
 
 if TYPE_CHECKING:
@@ -42,14 +36,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EntropyAware:
+class EntropyAware(Algorithm):
     """On-policy distillation with forward KL where the teacher's entropy is high."""
 
     name: ClassVar[str] = "entropy_aware"
     scores: ClassVar[frozenset[str]] = frozenset({"teacher", "divergence", "support"})
-    rules: ClassVar[Mapping[str, Mapping[str, Any]]] = OPD.rules
+    rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "released": RELEASED}
 
-    objective: Objective = field(default_factory=Objective)
     entropy_threshold: float = 0.8
     """tau in nats: tokens with a larger teacher entropy get the forward KL (0.8, second-hand)."""
     forward_coef: float = 1.0
@@ -61,36 +54,22 @@ class EntropyAware:
         if self.support < 1:
             raise AtodError(f"--support {self.support}: at least one of the teacher's tokens; use opd for none")
 
-    def limits(self, step: int) -> RolloutLimits:
-        """No limit of its own."""
-        return RolloutLimits()
-
-    def reward(self, batch: TokenBatch) -> np.ndarray:
-        """Reported only; it is not learned from."""
-        return task_reward(batch, GroupOptions())
-
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """A_t = Delta_t on every token, as in OPD."""
-        if scores.teacher_entropy_M is None or scores.teacher_support_MS is None:
-            raise ValueError("entropy-aware distillation needs the teacher's whole distributions")
-        metrics = {
-            "entropy_aware/forward_ratio": float((scores.teacher_entropy_M > self.entropy_threshold).mean()),
-            "entropy_aware/teacher_entropy_mean": float(scores.teacher_entropy_M.mean()),
-            "entropy_aware/support_mass_mean": float(np.exp(scores.teacher_support_MS).sum(1).mean()),
-        }
+        entropy_M = scores.require("teacher_entropy")
         return Advantages(
-            scores.require_teacher() - scores.student_M, metrics | teacher_metrics(batch, scores, self.name)
+            distillation_M=scores.require("teacher") - scores.student_M,
+            notes={
+                "forward_ratio": entropy_M > self.entropy_threshold,
+                "teacher_entropy_mean": entropy_M,
+                "support_mass_mean": np.exp(scores.require("teacher_support")).sum(1),
+            },
         )
 
-    def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
-        """None; the further loss is :meth:`support_loss`."""
-        return None
-
-    def support_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor:
+    def support_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
         """Alpha F_t."""
-        assert scores.teacher_entropy_M is not None and scores.teacher_support_MS is not None  # see advantages
-        teacher = logprobs.new_tensor(scores.teacher_support_MS[index_M])
-        marked = logprobs.new_tensor(scores.teacher_entropy_M[index_M] > self.entropy_threshold)
+        teacher = logprobs.new_tensor(scores.require("teacher_support")[index_M])
+        marked = logprobs.new_tensor(scores.require("teacher_entropy")[index_M] > self.entropy_threshold)
         return self.forward_coef * marked * (teacher.exp() * (teacher - logprobs)).sum(-1)
 
 

@@ -38,34 +38,28 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from atod_algos.advantages import GroupOptions, group_advantage, reward_advantage
-from atod_algos.algorithm import Advantages
+from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.grpo import grpo_metrics, kl_to_reference, task_reward
-from atod_algos.learner.learner import Objective
-from atod_algos.rollout.episodes import RolloutLimits
+from atod_algos.grpo import kl_to_reference
 from atod_envs.errors import AtodError
+from atod_envs.trajectory import Turn
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class GiGPO:
+class GiGPO(RewardAlgorithm):
     """Group-in-group policy optimisation."""
 
     name: ClassVar[str] = "gigpo"
     needs_student: ClassVar[bool] = False
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
-        "released": {
-            "group": {"group_stats": "turn_row", "invalid_penalty": 0.1},
-            "objective": {"dual_clip": 3.0, "loss_agg": "token_mean", "entropy_coef": 0.001},
-            "kl_coef": 0.01,
-        },
+        "released": {**RELEASED_REWARD, "kl_coef": 0.01},
     }
 
     group: GroupOptions = field(default_factory=lambda: GroupOptions(group_std=False))
-    objective: Objective = field(default_factory=Objective)
     omega: float = 1.0
     """Weight of the step advantage: 1 (verl-agent's step_advantage_w)."""
     discount: float = 0.95
@@ -82,14 +76,6 @@ class GiGPO:
         """The initial student is scored only where the KL term is on."""
         return frozenset({"reference"}) if self.kl_coef else frozenset()
 
-    def limits(self, step: int) -> RolloutLimits:
-        """No limit of its own."""
-        return RolloutLimits()
-
-    def reward(self, batch: TokenBatch) -> np.ndarray:
-        """R(tau), scaled."""
-        return task_reward(batch, self.group)
-
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """A^E + omega A^S, one value a turn."""
         episode_K = reward_advantage(self.reward(batch), batch.group_N, batch.trajectory_K, batch.valid_K, self.group)
@@ -101,14 +87,13 @@ class GiGPO:
         step_K = np.where(size_K > 1, group_advantage(return_K, anchor_K, divide=self.group.group_std), 0.0)
 
         return Advantages(
-            (episode_K + self.omega * step_K)[batch.turn_M],
-            grpo_metrics(batch, self.group)
-            | {
-                "gigpo/episode_abs_mean": float(np.abs(episode_K).mean()),
-                "gigpo/step_abs_mean": float(np.abs(step_K).mean()),
-                "gigpo/anchor_states": float(anchor_K.max() + 1),
-                "gigpo/anchor_size_mean": float(size_K.mean()),
-                "gigpo/shared_turns": float((size_K > 1).mean()),
+            reward_M=(episode_K + self.omega * step_K)[batch.turn_M],
+            notes={
+                "episode_abs_mean": np.abs(episode_K),
+                "step_abs_mean": np.abs(step_K),
+                "anchor_states": float(anchor_K.max() + 1),
+                "anchor_size_mean": size_K,
+                "shared_turns": size_K > 1,
             },
         )
 
@@ -123,7 +108,7 @@ class GiGPO:
         return kl_to_reference(logprobs, index_M, scores, self.kl_coef)
 
 
-def turns_of(batch: TokenBatch) -> list[Any]:
+def turns_of(batch: TokenBatch) -> list[Turn]:
     """The turns on axis K themselves."""
     return [batch.trajectories[n].turns[k] for n, k in zip(batch.trajectory_K, batch.index_K, strict=True)]
 

@@ -21,57 +21,32 @@ of it. ``--rules released`` presets OPD's token mean, dual clip and entropy bonu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import numpy as np
-
-from atod_algos.advantages import GroupOptions
-from atod_algos.algorithm import Advantages
+from atod_algos.algorithm import RELEASED, Advantages, Algorithm
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.grpo import task_reward
-from atod_algos.learner.learner import Objective
-from atod_algos.metrics import teacher_metrics
-from atod_algos.opd import OPD
-from atod_algos.rollout.episodes import RolloutLimits
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
-class GOPD:
+class GOPD(Algorithm):
     """On-policy distillation with reward extrapolation."""
 
     name: ClassVar[str] = "gopd"
     scores: ClassVar[frozenset[str]] = frozenset({"teacher", "base"})
-    rules: ClassVar[Mapping[str, Mapping[str, Any]]] = OPD.rules
+    rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "released": RELEASED}
 
-    objective: Objective = field(default_factory=Objective)
     extrapolation: float = 1.25
     """lambda: 1 is OPD, 1.25 the released scripts' extrapolation."""
 
-    def limits(self, step: int) -> RolloutLimits:
-        """No limit of its own."""
-        return RolloutLimits()
-
-    def reward(self, batch: TokenBatch) -> np.ndarray:
-        """Reported only; G-OPD does not learn from it."""
-        return task_reward(batch, GroupOptions())
-
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """Lambda times the teacher's gain over the base, less the student's."""
-        base_M = scores.base_M
-        if base_M is None:
-            raise ValueError("G-OPD needs a base model's log-probs")
-        gain_M = scores.require_teacher() - base_M
-        drift_M = scores.student_M - base_M
-        metrics = {"gopd/teacher_gain_mean": float(gain_M.mean()), "gopd/student_drift_mean": float(drift_M.mean())}
-        return Advantages(self.extrapolation * gain_M - drift_M, metrics | teacher_metrics(batch, scores, self.name))
-
-    def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
-        """None."""
-        return None
+        gain_M = scores.require("teacher") - scores.require("base")
+        drift_M = scores.student_M - scores.require("base")
+        return Advantages(
+            distillation_M=self.extrapolation * gain_M - drift_M,
+            notes={"teacher_gain_mean": gain_M, "student_drift_mean": drift_M},
+        )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Objective
                         paper            released          deepseek         dr_grpo        dapo
     --group-stats       trajectory       turn_row          trajectory       trajectory     trajectory
     --group-std         yes              yes               yes              no             yes
+    --reward-scale      10               10                10               1              10
     --loss-agg          trajectory_mean  token_mean        trajectory_mean  constant       token_mean
     --clip-high         0.2              0.2               0.2              0.2            0.28
     --kl-coef           0                0.01              0.04             0              0
@@ -37,42 +38,32 @@ the task's reward, without the penalty for invalid actions. DAPO's penalty for o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from atod_algos.advantages import GroupOptions, reward_advantage
-from atod_algos.algorithm import Advantages
+from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm, RolloutLimits
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.learner.learner import Objective
-from atod_algos.metrics import row_reward_metrics
-from atod_algos.rollout.episodes import RolloutLimits
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class GRPO:
+class GRPO(RewardAlgorithm):
     """Group-relative policy optimisation."""
 
     name: ClassVar[str] = "grpo"
     needs_student: ClassVar[bool] = False
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
-        "released": {
-            "group": {"group_stats": "turn_row", "invalid_penalty": 0.1},
-            "objective": {"dual_clip": 3.0, "loss_agg": "token_mean", "entropy_coef": 0.001},
-            "kl_coef": 0.01,
-        },
+        "released": {**RELEASED_REWARD, "kl_coef": 0.01},
         "deepseek": {"kl_coef": 0.04},
-        "dr_grpo": {"group": {"group_std": False}, "objective": {"loss_agg": "constant"}},
+        "dr_grpo": {"group": {"group_std": False, "reward_scale": 1.0}, "objective": {"loss_agg": "constant"}},
         "dapo": {"objective": {"loss_agg": "token_mean", "clip_high": 0.28}, "sampling_rounds": 10},
     }
 
-    group: GroupOptions = field(default_factory=GroupOptions)
-    objective: Objective = field(default_factory=Objective)
     kl_coef: float = 0.0
     """Weight of the KL to the initial student: 0 (ATOD paper, section 4.1), 0.01 (released scripts), 0.04 (DeepSeekMath)."""
     sampling_rounds: int = 1
@@ -89,15 +80,11 @@ class GRPO:
 
     def informative(self, batch: TokenBatch) -> np.ndarray:
         """Groups whose rewards differ; in the others every advantage is 0 (DAPO's dynamic sampling)."""
-        return differing_groups(task_reward(batch, self.group), batch.group_N)
-
-    def reward(self, batch: TokenBatch) -> np.ndarray:
-        """R(tau), scaled."""
-        return task_reward(batch, self.group)
+        return differing_groups(self.reward(batch), batch.group_N)
 
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """Every token of a turn gets the turn's group-relative advantage (eq 2)."""
-        return Advantages(grpo_token_advantage(batch, self.group), grpo_metrics(batch, self.group))
+        return Advantages(reward_M=self.grpo(batch))
 
     def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
         """Beta D_KL(pi_theta || pi_ref), by k3."""
@@ -108,15 +95,18 @@ def kl_to_reference(
     logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores, coefficient: float
 ) -> torch.Tensor | None:
     """KL to the initial student by k3, weighted; None where it is off."""
-    if not coefficient or scores.reference_M is None:
+    if not coefficient:
         return None
-    return coefficient * k3(logprobs, logprobs.new_tensor(scores.reference_M[index_M]))
+    return coefficient * k3(logprobs, logprobs.new_tensor(scores.require("reference")[index_M]))
 
 
-def task_reward(batch: TokenBatch, group: GroupOptions) -> np.ndarray:
-    """Training reward of each trajectory (axis N): success or score, scaled."""
-    base_N = batch.success_N.astype(np.float64) if group.reward == "success" else batch.score_N
-    return np.asarray(group.reward_scale * base_N)
+def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Low-variance estimate of KL(pi_theta || pi_ref) for each token: e^x - x - 1 with x = log pi_ref - log pi_theta.
+
+    x is cut to [-20, 20], so that a token which the policy all but excludes gives a large number rather than infinity.
+    """
+    x = (reference - logprobs).clip(-20.0, 20.0)
+    return x.exp() - x - 1
 
 
 def differing_groups(reward_N: np.ndarray, group_N: np.ndarray) -> np.ndarray:
@@ -125,23 +115,6 @@ def differing_groups(reward_N: np.ndarray, group_N: np.ndarray) -> np.ndarray:
     np.minimum.at(low_G, group_N, reward_N)
     np.maximum.at(high_G, group_N, reward_N)
     return np.asarray(high_G > low_G)
-
-
-def grpo_token_advantage(batch: TokenBatch, group: GroupOptions) -> np.ndarray:
-    """A^GRPO of each sampled token (axis M)."""
-    advantage_K = reward_advantage(task_reward(batch, group), batch.group_N, batch.trajectory_K, batch.valid_K, group)
-    return np.asarray(advantage_K[batch.turn_M])
-
-
-def grpo_metrics(batch: TokenBatch, group: GroupOptions) -> dict[str, float]:
-    """The reward that the group's statistics were made of, penalties included."""
-    return row_reward_metrics(batch, task_reward(batch, group), group.invalid_penalty)
-
-
-def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Low-variance estimate of KL(pi_theta || pi_ref) for each token: e^x - x - 1 with x = log pi_ref - log pi_theta."""
-    x = reference - logprobs
-    return x.exp() - x - 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Every published diagnostic, computed once, under its published name.
+"""Every published quantity, computed once, under its published name.
 
-``batch_metrics`` holds for any algorithm; ``teacher_metrics`` for those that see a teacher; ``term_metrics`` for those
-that mix a distillation term with a reward term. ``turn_table`` keeps what a turn needs for the figures to be redrawn
-offline.
+``step_metrics`` gives all that a step publishes, from the batch, the scores and the algorithm's terms; no algorithm computes a metric
+of its own. ``turn_table`` keeps what a turn needs for the figures to be redrawn offline.
 """
 
 from __future__ import annotations
@@ -11,23 +10,55 @@ from typing import Any
 
 import numpy as np
 
-from atod_algos.advantages import TurnWeights
+from atod_algos.advantages import turn_mean
+from atod_algos.algorithm import Advantages, Algorithm
 from atod_algos.batch import Scores, TokenBatch
 
 MOST_TURNS = 50
 """Quantities by turn index are given for the first turns only, as published; the turn table holds all of them."""
 
 
-def batch_metrics(batch: TokenBatch, reward_N: np.ndarray) -> dict[str, float]:
+def step_metrics(
+    algorithm: Algorithm, batch: TokenBatch, scores: Scores, advantages: Advantages, reward_N: np.ndarray
+) -> dict[str, float]:
+    """All that a step publishes of its data.
+
+    Args:
+        algorithm: the algorithm; its name is the first part of the names of its own quantities.
+        batch: the step's data.
+        scores: its log-probs.
+        advantages: the algorithm's terms.
+        reward_N: training reward of each trajectory.
+    """
+    name = algorithm.name
+    group = getattr(algorithm, "group", None)
+    metrics = batch_metrics(batch, reward_N, 0.0 if group is None else group.invalid_penalty)
+    metrics |= {f"{name}/{key}": float(value) for key, value in advantages.coefficients.items()}
+    metrics |= {f"{name}/{key}": float(np.mean(value)) for key, value in advantages.notes.items() if np.size(value)}
+    if scores.teacher_M is not None:
+        metrics |= teacher_metrics(batch, scores, name)
+    if advantages.distillation_M is not None and advantages.reward_M is not None:
+        metrics |= term_metrics(advantages.distillation_M, advantages.reward_M, name)
+    if advantages.turn_weight_K is not None and advantages.left_out_N is not None:
+        metrics |= weight_metrics(advantages.turn_weight_K, advantages.left_out_N, batch, scores)
+    elif advantages.turn_weight_K is not None:
+        metrics |= weight_by_turn(f"{name}_turn/weight", advantages.turn_weight_K, batch)
+    return metrics
+
+
+def batch_metrics(batch: TokenBatch, reward_N: np.ndarray, invalid_penalty: float = 0.0) -> dict[str, float]:
     """Success, reward, length and validity of a batch.
 
-    ``critic/rewards/mean`` averages over turns, as published, so long episodes weigh more; ``episode/reward/mean`` is per
-    trajectory. An algorithm that takes a penalty for invalid actions overrides the former (``row_reward_metrics``).
+    ``critic/rewards/mean`` averages the episode's reward less the turn's own penalty over turns, as published, so long episodes weigh
+    more; ``episode/reward/mean`` is per trajectory.
     """
     turns_N = batch.turns_N
     tokens_N = np.bincount(batch.trajectory_M, minlength=len(reward_N))
     groups = [batch.success_N[batch.group_N == g] for g in np.unique(batch.group_N)]
-    return row_reward_metrics(batch, reward_N, 0.0) | {
+    row_reward = float((reward_N[batch.trajectory_K] - invalid_penalty * ~batch.valid_K).mean())
+    return {
+        "critic/rewards/mean": row_reward,
+        "critic/score/mean": row_reward,
         "episode/success": float(batch.success_N.mean()),
         "episode/score": float(batch.score_N.mean()),
         "episode/reward/mean": float(reward_N.mean()),
@@ -48,12 +79,6 @@ def sampler_metrics(batch: TokenBatch, scores: Scores) -> dict[str, float]:
     return {"sampler/logprob_gap_mean": float(gap_M.mean()), "sampler/logprob_gap_max": float(gap_M.max())}
 
 
-def row_reward_metrics(batch: TokenBatch, reward_N: np.ndarray, invalid_penalty: float) -> dict[str, float]:
-    """Mean over turns of the episode's reward less the turn's own penalty, as published."""
-    mean = float((reward_N[batch.trajectory_K] - invalid_penalty * ~batch.valid_K).mean())
-    return {"critic/rewards/mean": mean, "critic/score/mean": mean}
-
-
 def teacher_metrics(batch: TokenBatch, scores: Scores, name: str) -> dict[str, float]:
     """The gap to the teacher: its mean is minus a sampled estimate of the reverse KL, so at most 0 in expectation.
 
@@ -62,7 +87,7 @@ def teacher_metrics(batch: TokenBatch, scores: Scores, name: str) -> dict[str, f
         scores: log-probs of student and teacher.
         name: the algorithm's, the first part of the keys.
     """
-    student_M, teacher_M = scores.student_M, scores.require_teacher()
+    student_M, teacher_M = scores.student_M, scores.require("teacher")
     delta_M = teacher_M - student_M
     metrics = {
         f"{name}/teacher_student_gap_mean": float(delta_M.mean()),
@@ -80,27 +105,27 @@ def teacher_metrics(batch: TokenBatch, scores: Scores, name: str) -> dict[str, f
     return metrics
 
 
-def term_metrics(opd_M: np.ndarray, rl_M: np.ndarray) -> dict[str, float]:
+def term_metrics(distillation_M: np.ndarray, reward_M: np.ndarray, name: str) -> dict[str, float]:
     """Size of the distillation and the reward term, coefficients included, over all sampled tokens."""
-    metrics = {"atod/opd_rl_ratio": float(np.abs(opd_M).sum() / max(np.abs(rl_M).sum(), 1e-8))}
-    for term, value_M in (("opd", opd_M), ("rl", rl_M)):
-        metrics[f"atod/{term}_abs_mean"] = float(np.abs(value_M).mean())
-        metrics[f"atod/{term}_mean"] = float(value_M.mean())
-        metrics[f"atod/{term}_std"] = float(value_M.std())
-        metrics[f"atod/{term}_min"] = float(value_M.min())
-        metrics[f"atod/{term}_max"] = float(value_M.max())
+    ratio = np.abs(distillation_M).sum() / max(np.abs(reward_M).sum(), 1e-8)
+    metrics = {f"{name}/opd_rl_ratio": float(ratio)}
+    for term, value_M in (("opd", distillation_M), ("rl", reward_M)):
+        metrics[f"{name}/{term}_abs_mean"] = float(np.abs(value_M).mean())
+        metrics[f"{name}/{term}_mean"] = float(value_M.mean())
+        metrics[f"{name}/{term}_std"] = float(value_M.std())
+        metrics[f"{name}/{term}_min"] = float(value_M.min())
+        metrics[f"{name}/{term}_max"] = float(value_M.max())
     return metrics
 
 
-def weight_metrics(weights: TurnWeights, batch: TokenBatch, min_turns: int) -> dict[str, float]:
+def weight_metrics(weight_K: np.ndarray, left_out_N: np.ndarray, batch: TokenBatch, scores: Scores) -> dict[str, float]:
     """T-DUR weights: how many trajectories they were computed for, and how they spread over turns."""
-    computed_K = weights.computed_N[batch.trajectory_K] & (batch.n_K > 0)
-    counted = weights.weight_K[computed_K]
-    short_N = batch.turns_N < min_turns
-    computed_N = np.zeros(len(short_N), dtype=bool)  # the last trajectories may have ended before their first turn
-    computed_N[: len(weights.computed_N)] = weights.computed_N
-    largest_N = np.zeros(len(short_N))
-    np.maximum.at(largest_N, batch.trajectory_K, weights.d_K)
+    computed_N = left_out_N == 0
+    computed_K = computed_N[batch.trajectory_K] & (batch.n_K > 0)
+    counted = weight_K[computed_K]
+    d_K = turn_mean(np.abs(scores.require("teacher") - scores.student_M), batch.turn_M, len(weight_K))
+    largest_N = np.zeros(len(left_out_N))
+    np.maximum.at(largest_N, batch.trajectory_K, d_K)
     metrics = {
         "tip/active_ratio": float(computed_N.mean()),
         "tip/mean_importance": float(counted.mean()) if len(counted) else 1.0,
@@ -108,13 +133,13 @@ def weight_metrics(weights: TurnWeights, batch: TokenBatch, min_turns: int) -> d
         "tip/max_importance": float(counted.max()) if len(counted) else 1.0,
         "tip/n_traj_total": float(len(computed_N)),
         "tip/n_computed": float(computed_N.sum()),
-        "tip/n_skipped_few_turns": float(short_N.sum()),
-        "tip/n_skipped_low_div": float((~computed_N & ~short_N).sum()),
+        "tip/n_skipped_few_turns": float((left_out_N == 1).sum()),
+        "tip/n_skipped_low_div": float((left_out_N == 2).sum()),
         "tip/avg_n_turns_per_traj": float(batch.turns_N.mean()),
         "tip/avg_max_div": float(largest_N.mean()),
     }
     for index in np.unique(batch.index_K[computed_K & (batch.index_K < MOST_TURNS)]):
-        at = weights.weight_K[computed_K & (batch.index_K == index)]
+        at = weight_K[computed_K & (batch.index_K == index)]
         metrics[f"tip/turn_{index}_mean_weight"] = float(at.mean())
         metrics[f"tip/turn_{index}_std_weight"] = float(at.std())
         metrics[f"tip/turn_{index}_count"] = float(len(at))
@@ -127,16 +152,6 @@ def weight_by_turn(prefix: str, weight_K: np.ndarray, batch: TokenBatch) -> dict
     return {
         f"{prefix}/turn_{index}": float(weight_K[spoken_K & (batch.index_K == index)].mean())
         for index in np.unique(batch.index_K[spoken_K])
-    }
-
-
-def gate_metrics(gate_M: np.ndarray, gap_M: np.ndarray) -> dict[str, float]:
-    """SDAR's gate, the gap that opens it, and the loss that they make, over all sampled tokens at the weights that rolled out."""
-    return {
-        "sdar/gate_mean": float(gate_M.mean()),
-        "sdar/gate_active_ratio": float((gate_M > 0.5).mean()),
-        "sdar/teacher_gap_mean": float(gap_M.mean()),
-        "sdar/loss": float((gate_M * gap_M).mean()),
     }
 
 

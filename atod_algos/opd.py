@@ -15,54 +15,27 @@ dual clip and entropy bonus. The gap is teacher minus student; some code bases n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import numpy as np
-
-from atod_algos.advantages import GroupOptions
-from atod_algos.algorithm import Advantages
+from atod_algos.algorithm import RELEASED, Advantages, Algorithm
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.grpo import task_reward
-from atod_algos.learner.learner import Objective
-from atod_algos.metrics import teacher_metrics
-from atod_algos.rollout.episodes import RolloutLimits
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
-class OPD:
+class OPD(Algorithm):
     """On-policy distillation, teacher only."""
 
     name: ClassVar[str] = "opd"
     scores: ClassVar[frozenset[str]] = frozenset({"teacher"})
-    rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {},
-        "released": {"objective": {"dual_clip": 3.0, "loss_agg": "token_mean", "entropy_coef": 0.001}},
-    }
+    rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "released": RELEASED}
 
-    objective: Objective = field(default_factory=Objective)
     opd_coef: float = 1.0
     """Multiplies the gap (released code: 1)."""
 
-    def limits(self, step: int) -> RolloutLimits:
-        """No limit of its own."""
-        return RolloutLimits()
-
-    def reward(self, batch: TokenBatch) -> np.ndarray:
-        """Reported only; OPD does not learn from it."""
-        return task_reward(batch, GroupOptions())
-
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """A_t = Delta_t (eq 7)."""
-        delta_M = scores.require_teacher() - scores.student_M
-        return Advantages(self.opd_coef * delta_M, teacher_metrics(batch, scores, self.name))
-
-    def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
-        """None."""
-        return None
+        return Advantages(distillation_M=self.opd_coef * (scores.require("teacher") - scores.student_M))
 
 
 if __name__ == "__main__":

@@ -35,22 +35,18 @@ ours were written for this project. The paper's other gates (by entropy, or by e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from atod_algos.advantages import GroupOptions
-from atod_algos.algorithm import Advantages
+from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.grpo import grpo_metrics, grpo_token_advantage, k3, task_reward
-from atod_algos.learner.learner import Objective
-from atod_algos.metrics import gate_metrics
-from atod_algos.rollout.episodes import RolloutLimits
+from atod_algos.grpo import kl_to_reference
 from atod_envs.errors import DataError
 from atod_envs.skills import read_skills, skills_of
-from atod_envs.trajectory import Trajectory
+from atod_envs.trajectory import Group, Trajectory
 
 if TYPE_CHECKING:
     import torch
@@ -60,21 +56,15 @@ HEADING = "[Privileged Skill Information]"
 
 
 @dataclass(frozen=True)
-class SDAR:
+class SDAR(RewardAlgorithm):
     """Self-distilled agentic reinforcement learning."""
 
     name: ClassVar[str] = "sdar"
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"objective": {"loss_agg": "token_mean"}},
-        "released": {
-            "group": {"group_stats": "turn_row", "invalid_penalty": 0.1},
-            "objective": {"dual_clip": 3.0, "loss_agg": "token_mean", "entropy_coef": 0.001},
-            "kl_coef": 0.01,
-        },
+        "released": {**RELEASED_REWARD, "kl_coef": 0.01},
     }
 
-    group: GroupOptions = field(default_factory=GroupOptions)
-    objective: Objective = field(default_factory=Objective)
     sdar_coef: float = 0.01
     """lambda, weight of the self-distillation loss (every released script)."""
     gate_beta: float = 5.0
@@ -89,11 +79,7 @@ class SDAR:
         """The student with the skills in front; the initial student only where the KL term is on."""
         return frozenset({"privileged", "reference"} if self.kl_coef else {"privileged"})
 
-    def limits(self, step: int) -> RolloutLimits:
-        """No limit of its own."""
-        return RolloutLimits()
-
-    def privileged_text(self, trajectory: Trajectory) -> str:
+    def privileged_text(self, trajectory: Trajectory, group: Group) -> str:
         """The skills for the trajectory's task, general ones and its kind's.
 
         Raises:
@@ -105,27 +91,26 @@ class SDAR:
         book = read_skills(Path(self.skills)) if self.skills else skills_of(label.split("/")[0])
         return f"{HEADING}\n{book.text_for(kind)}\n\n"
 
-    def reward(self, batch: TokenBatch) -> np.ndarray:
-        """R(tau), scaled."""
-        return task_reward(batch, self.group)
-
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """The reward's advantage alone; the skills act through ``auxiliary_loss``."""
         gap_M = scores.require("privileged") - scores.student_M
-        metrics = grpo_metrics(batch, self.group)
-        if len(gap_M):
-            gate_M = 0.5 * (1 + np.tanh(0.5 * self.gate_beta * gap_M))  # the sigmoid, without overflow
-            metrics |= gate_metrics(gate_M, gap_M)
-        return Advantages(grpo_token_advantage(batch, self.group), metrics)
+        gate_M = 0.5 * (1 + np.tanh(0.5 * self.gate_beta * gap_M))  # the sigmoid, without overflow
+        return Advantages(
+            reward_M=self.grpo(batch),
+            notes={
+                "gate_mean": gate_M,
+                "gate_active_ratio": gate_M > 0.5,
+                "teacher_gap_mean": gap_M,
+                "loss": gate_M * gap_M,
+            },
+        )
 
     def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
         """Lambda g_t delta_t, and the KL to the initial student where it is on."""
         delta = logprobs.new_tensor(scores.require("privileged")[index_M]) - logprobs
         gate = (self.gate_beta * delta.detach()).sigmoid()
-        loss = self.sdar_coef * gate * delta
-        if self.kl_coef:
-            loss = loss + self.kl_coef * k3(logprobs, logprobs.new_tensor(scores.require("reference")[index_M]))
-        return loss
+        kl = kl_to_reference(logprobs, index_M, scores, self.kl_coef)
+        return self.sdar_coef * gate * delta + (0.0 if kl is None else kl)
 
 
 if __name__ == "__main__":

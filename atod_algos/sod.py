@@ -32,39 +32,27 @@ sigma(-gamma A), and its supervised cold start are not here. The first turn is t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
-from atod_algos.advantages import GroupOptions, disagreement
-from atod_algos.algorithm import Advantages
+from atod_algos.advantages import turn_mean
+from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.grpo import grpo_metrics, grpo_token_advantage, task_reward
-from atod_algos.learner.learner import Objective
-from atod_algos.metrics import teacher_metrics, weight_by_turn
-from atod_algos.rollout.episodes import RolloutLimits
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
-class SOD:
+class SOD(RewardAlgorithm):
     """Step-wise on-policy distillation."""
 
     name: ClassVar[str] = "sod"
     scores: ClassVar[frozenset[str]] = frozenset({"teacher"})
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"objective": {"loss_agg": "token_mean", "clip_high": 0.28}},
-        "released": {
-            "group": {"group_stats": "turn_row", "invalid_penalty": 0.1},
-            "objective": {"dual_clip": 3.0, "loss_agg": "token_mean", "entropy_coef": 0.001},
-        },
+        "released": RELEASED_REWARD,
     }
 
-    group: GroupOptions = field(default_factory=GroupOptions)
-    objective: Objective = field(default_factory=Objective)
     opd_coef: float = 1.0
     """c, weight of the distillation term (SOD's script and ATOD's re-implementation)."""
     grpo_coef: float = 1.0
@@ -74,29 +62,16 @@ class SOD:
     weight_eps: float = 1e-6
     """e in the ratio of disagreements (SOD's script and ATOD's re-implementation)."""
 
-    def limits(self, step: int) -> RolloutLimits:
-        """No limit of its own."""
-        return RolloutLimits()
-
-    def reward(self, batch: TokenBatch) -> np.ndarray:
-        """R(tau), scaled."""
-        return task_reward(batch, self.group)
-
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """The reward's advantage, and the teacher's gap weighted by turn."""
-        student_M, teacher_M = scores.student_M, scores.require_teacher()
-        d_K = disagreement(student_M, teacher_M, batch.turn_M, len(batch.trajectory_K))
-        weight_K = stepwise_weights(
-            d_K, batch.trajectory_K, batch.n_K > 0, cap=1 + self.weight_cap, eps=self.weight_eps
+        delta_M = scores.require("teacher") - scores.student_M
+        d_K = turn_mean(np.abs(delta_M), batch.turn_M, len(batch.trajectory_K))
+        w_K = stepwise_weights(d_K, batch.trajectory_K, batch.n_K > 0, cap=1 + self.weight_cap, eps=self.weight_eps)
+        return Advantages(
+            distillation_M=self.opd_coef * w_K[batch.turn_M] * delta_M,
+            reward_M=self.grpo_coef * self.grpo(batch),
+            turn_weight_K=w_K,
         )
-        opd_M = self.opd_coef * weight_K[batch.turn_M] * (teacher_M - student_M)
-        rl_M = self.grpo_coef * grpo_token_advantage(batch, self.group)
-        metrics = teacher_metrics(batch, scores, self.name) | weight_by_turn("sod_turn/weight", weight_K, batch)
-        return Advantages(opd_M + rl_M, metrics | grpo_metrics(batch, self.group), weight_K)
-
-    def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
-        """None: the teacher acts through the advantage."""
-        return None
 
 
 def stepwise_weights(

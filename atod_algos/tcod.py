@@ -34,40 +34,27 @@ the start, as is one whose solution is no longer than k.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from atod_algos.advantages import GroupOptions
-from atod_algos.algorithm import Advantages
+from atod_algos.algorithm import RELEASED, Advantages, Algorithm, RolloutLimits
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.grpo import task_reward
-from atod_algos.learner.learner import Objective
-from atod_algos.metrics import teacher_metrics
-from atod_algos.rollout.episodes import RolloutLimits
 from atod_envs.errors import AtodError
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
-class TCOD:
+class TCOD(Algorithm):
     """On-policy distillation over a growing part of the episode."""
 
     name: ClassVar[str] = "tcod"
     scores: ClassVar[frozenset[str]] = frozenset({"teacher"})
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"objective": {"loss_agg": "turn_mean"}},
-        "released": {
-            "objective": {"dual_clip": 3.0, "loss_agg": "token_mean", "entropy_coef": 0.001},
-            "turns_every": 3,
-            "count_from": 1,
-        },
+        "released": {**RELEASED, "turns_every": 3, "count_from": 1},
     }
 
-    objective: Objective = field(default_factory=Objective)
     opd_coef: float = 1.0
     """c, which multiplies the gap (paper and released code)."""
     curriculum: Literal["front_to_back", "back_to_front"] = "front_to_back"
@@ -95,20 +82,13 @@ class TCOD:
         k = self.turns(step)
         return RolloutLimits(max_turns=k) if self.curriculum == "front_to_back" else RolloutLimits(expert_leaves=k)
 
-    def reward(self, batch: TokenBatch) -> np.ndarray:
-        """Reported only; TCOD does not learn from it."""
-        return task_reward(batch, GroupOptions())
-
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """A_t = c (log pi_T - log pi_old) on the student's own turns."""
-        delta_M = scores.require_teacher() - scores.student_M
-        ahead_K = batch.index_K[np.flatnonzero(np.diff(batch.trajectory_K, prepend=-1))]  # the first of each trajectory
-        metrics = {"tcod/window": float(self.turns(step)), "tcod/expert_turns_mean": float(ahead_K.mean())}
-        return Advantages(self.opd_coef * delta_M, metrics | teacher_metrics(batch, scores, self.name))
-
-    def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
-        """None."""
-        return None
+        first_K = np.flatnonzero(np.diff(batch.trajectory_K, prepend=-1))  # the student's first turn of each trajectory
+        return Advantages(
+            distillation_M=self.opd_coef * (scores.require("teacher") - scores.student_M),
+            notes={"window": float(self.turns(step)), "expert_turns_mean": batch.index_K[first_K]},
+        )
 
 
 if __name__ == "__main__":

@@ -23,33 +23,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from atod_algos.advantages import GroupOptions, importance
-from atod_algos.algorithm import Advantages
+from atod_algos.advantages import importance
+from atod_algos.algorithm import RELEASED, Advantages, Algorithm, Objective
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.grpo import task_reward
-from atod_algos.learner.learner import Objective
-from atod_algos.metrics import teacher_metrics
-from atod_algos.rollout.episodes import RolloutLimits
 from atod_envs.errors import AtodError
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
-class TIP:
+class TIP(Algorithm):
     """On-policy distillation on important tokens."""
 
     name: ClassVar[str] = "tip"
     scores: ClassVar[frozenset[str]] = frozenset({"teacher", "divergence"})
-    rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {},
-        "released": {"objective": {"dual_clip": 3.0, "entropy_coef": 0.001}},
-    }
+    rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "released": RELEASED}
 
     objective: Objective = field(default_factory=lambda: Objective(loss_agg="token_mean"))
     keep: float = 0.5
@@ -63,34 +53,22 @@ class TIP:
                 f"--keep {self.keep} and --entropy-quantile {self.entropy_quantile}: both are shares above 0 and at most 1"
             )
 
-    def limits(self, step: int) -> RolloutLimits:
-        """No limit of its own."""
-        return RolloutLimits()
-
-    def reward(self, batch: TokenBatch) -> np.ndarray:
-        """Reported only; TIP does not learn from it."""
-        return task_reward(batch, GroupOptions())
-
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """The teacher's gap on the kept tokens."""
-        if scores.entropy_M is None or scores.reverse_kl_M is None:
-            raise ValueError("TIP needs whole distributions compared")
-        entropy_M = scores.entropy_M / math.log(scores.vocabulary)
-        score_M = importance(scores.reverse_kl_M, entropy_M, self.entropy_quantile)
+        kl_M, entropy_M = scores.require("reverse_kl"), scores.require("entropy") / math.log(scores.vocabulary)
+        score_M = importance(kl_M, entropy_M, self.entropy_quantile)
         kept_M = largest(score_M, self.keep)
-        delta_M = scores.require_teacher() - scores.student_M
-        metrics = {
-            "tip/kept_ratio": float(kept_M.mean()),
-            "tip/score_mean": float(score_M.mean()),
-            "tip/kl_mean": float(scores.reverse_kl_M.mean()),
-            "tip/kept_kl_mean": float(scores.reverse_kl_M[kept_M].mean()),
-            "tip/normalised_entropy_mean": float(entropy_M.mean()),
-        }
-        return Advantages(delta_M * kept_M / kept_M.mean(), metrics | teacher_metrics(batch, scores, self.name))
-
-    def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
-        """None."""
-        return None
+        delta_M = scores.require("teacher") - scores.student_M
+        return Advantages(
+            distillation_M=delta_M * kept_M / kept_M.mean(),
+            notes={
+                "kept_ratio": kept_M,
+                "score_mean": score_M,
+                "kl_mean": kl_M,
+                "kept_kl_mean": kl_M[kept_M],
+                "normalised_entropy_mean": entropy_M,
+            },
+        )
 
 
 def largest(score_M: np.ndarray, share: float) -> np.ndarray:

@@ -16,8 +16,9 @@ def shares(args: argparse.Namespace) -> None:
 
     from agents.engines.base import SamplingParams
     from agents.engines.transformers import TransformersEngine
+    from atod_algos.algorithm import Objective
     from atod_algos.batch import make_batch
-    from atod_algos.learner.learner import Learner, Objective
+    from atod_algos.learner.learner import Learner
     from atod_algos.learner.logprobs import score
     from atod_algos.training.config import TrainConfig, optimizer_options, resolve
     from atod_envs.trajectory import Group, StopReason, Trajectory, Turn

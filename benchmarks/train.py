@@ -224,9 +224,10 @@ def packing(args: argparse.Namespace) -> None:
     from agents.chat import ChatFormat
     from agents.engines.transformers import TransformersEngine
     from agents.models import load_model
+    from atod_algos.algorithm import Objective
     from atod_algos.batch import make_batch
     from atod_algos.learner import packing as module
-    from atod_algos.learner.learner import Learner, Objective
+    from atod_algos.learner.learner import Learner
     from atod_algos.learner.logprobs import score, split_rows, stream_tokens
     from atod_algos.rollout.episodes import Rollout
     from atod_algos.rollout.pools import make_env

@@ -12,14 +12,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
+from atod_algos.algorithm import Objective
 from atod_algos.batch import TokenBatch
 from atod_algos.learner import distributed, memory
 from atod_algos.learner.logprobs import CHUNK_LOGITS, predict, split_rows, stream_tokens
+from atod_algos.learner.loss import aggregation_weights, importance_ratio, surrogate
 from atod_algos.learner.onednn import fast_products, same_products
 from atod_algos.learner.optimizer import Updater, learning_rate
 from atod_algos.training.config import OptimizerOptions
@@ -41,69 +43,20 @@ class SupportTerm:
     """
 
     ids_MS: np.ndarray
-    loss: Callable[[torch.Tensor, np.ndarray], torch.Tensor]
+    loss: Callable[[torch.Tensor, np.ndarray], torch.Tensor | None]
 
 
-@dataclass(frozen=True)
-class Objective:
-    """The clipped surrogate's options."""
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a training step's update found.
 
-    clip_low: float = 0.2
-    """Ratios below 1 - clip_low are clipped (eq 4)."""
-    clip_high: float = 0.2
-    """Ratios above 1 + clip_high are clipped (eq 4); DAPO raises it to 0.28."""
-    dual_clip: float = 0.0
-    """Bounds the loss of tokens with a negative advantage at dual_clip x |A|: 0 is off (paper), 3 in the released code."""
-    loss_agg: Literal["trajectory_mean", "turn_mean", "token_mean", "constant"] = "trajectory_mean"
-    """Average: 'trajectory_mean' of token means (eq 4), 'turn_mean' of token means (verl's seq-mean-token-mean, whose sequences
-    are turns), 'token_mean' over a mini-batch (released code, DAPO), or 'constant': trajectory sums over --length-divisor (Dr. GRPO)."""
-    length_divisor: float = 512.0
-    """What a trajectory's token sum is divided by under 'constant'; 512 is the published longest response."""
-    entropy_coef: float = 0.0
-    """Weight of an entropy bonus: 0 (paper), 0.001 (released code)."""
-
-
-def surrogate(ratio: torch.Tensor, advantage: torch.Tensor, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-token clipped surrogate loss, eq 4: -min(eta A, clip(eta, 1-eps, 1+eps) A), with the optional dual clip.
-
-    Args:
-        ratio: [M] importance ratios eta.
-        advantage: [M] detached advantages.
-        objective: clip ranges.
-
-    Returns:
-        [M] losses, and [M] booleans that say where the clip was active.
+    Attributes:
+        metrics: numbers under ``actor/`` and ``memory/``.
+        old_logprobs_M: log-probs under the weights before the step: those that were given, or what the only update's own pass found.
     """
-    plain = -advantage * ratio
-    clipped = -advantage * ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-    loss = torch.maximum(plain, clipped)
-    active = clipped > plain
-    if objective.dual_clip > 0:
-        bound = -objective.dual_clip * advantage
-        loss = torch.where(advantage < 0, torch.minimum(loss, bound), loss)
-    return loss, active
 
-
-def aggregation_weights(batch: TokenBatch, chosen_N: np.ndarray, objective: Objective) -> np.ndarray:
-    """Weight of each sampled token in the loss of a mini-batch; all but ``constant`` sum to 1.
-
-    Args:
-        batch: the batch.
-        chosen_N: which trajectories belong to the mini-batch.
-        objective: how to average.
-
-    Returns:
-        Weights on axis M, 0 outside the mini-batch.
-    """
-    inside_M = chosen_N[batch.trajectory_M]
-    if objective.loss_agg == "token_mean":
-        return np.asarray(inside_M / max(1, int(inside_M.sum())))
-    if objective.loss_agg == "constant":
-        return np.asarray(inside_M / (max(1, int(chosen_N.sum())) * objective.length_divisor))
-    unit_M = batch.turn_M if objective.loss_agg == "turn_mean" else batch.trajectory_M
-    tokens_U = np.bincount(unit_M[inside_M], minlength=int(unit_M.max(initial=-1)) + 1)
-    speaking = int((tokens_U > 0).sum())
-    return np.asarray(inside_M / (max(1, speaking) * np.maximum(tokens_U, 1)[unit_M]))
+    metrics: dict[str, float]
+    old_logprobs_M: np.ndarray
 
 
 def recompute_layers(model: Any) -> None:
@@ -138,7 +91,7 @@ class Learner:
         self,
         batch: TokenBatch,
         advantage_M: np.ndarray,
-        old_logprobs_M: np.ndarray,
+        old_logprobs_M: np.ndarray | None,
         objective: Objective,
         *,
         step: int,
@@ -146,41 +99,40 @@ class Learner:
         seed: int,
         auxiliary: AuxiliaryLoss | None = None,
         support: SupportTerm | None = None,
-        old_known: bool = True,
-    ) -> dict[str, float]:
+    ) -> Update:
         """One training step: every trajectory is used once, in ``minibatches`` optimizer updates.
 
         Args:
             batch: the step's data.
             advantage_M: detached advantage of each sampled token.
-            old_logprobs_M: log-probs under the weights before the step.
+            old_logprobs_M: log-probs under the weights before the step; ``None`` has the pass of the step's only update give them:
+                before that update they are the current ones.
             objective: the surrogate's options.
             step: training step, from 1 (for the warm-up).
             temperature: of the sampling.
             seed: shuffles trajectories into mini-batches.
             auxiliary: a further loss for each token, added with the same weights.
             support: a further loss from more than the sampled tokens, added with the same weights.
-            old_known: False: ``old_logprobs_M`` is filled here with what the pass of the step's only update gives. Before
-                that update they are the same.
 
         Returns:
-            Metrics under ``actor/``, and ``memory/predicted_mib`` beside the ``memory/peak_mib`` that was used.
+            Metrics under ``actor/`` and the memory that was predicted and used; the old log-probs. A mini-batch whose gradient is
+            exactly zero moves nothing: neither momentum nor decay act on weights that nothing was learned for.
 
         Raises:
             AtodError: an advantage, the loss or the gradient is not finite, or a single row does not fit into memory.
             ValueError: old log-probs are unknown, but there are several updates.
         """
-        if not old_known:  # zeros until the pass fills them, so that the check below looks at the advantages alone
-            if self.options.minibatches > 1:
-                raise ValueError("after the first of several updates the old log-probs cannot be found any more")
-            old_logprobs_M[:] = 0.0
-        if not (np.isfinite(advantage_M).all() and np.isfinite(old_logprobs_M).all()):
-            bad = int(np.flatnonzero(~(np.isfinite(advantage_M) & np.isfinite(old_logprobs_M)))[0])
+        if old_logprobs_M is None and self.options.minibatches > 1:
+            raise ValueError("after the first of several updates the old log-probs cannot be found any more")
+        known_M = np.zeros(batch.n_tokens) if old_logprobs_M is None else old_logprobs_M
+        if not (np.isfinite(advantage_M).all() and np.isfinite(known_M).all()):
+            bad = int(np.flatnonzero(~(np.isfinite(advantage_M) & np.isfinite(known_M)))[0])
             raise AtodError(
-                f"step {step}: advantage {advantage_M[bad]}, log-prob {old_logprobs_M[bad]} at token {bad} of task "
+                f"step {step}: advantage {advantage_M[bad]}, log-prob {known_M[bad]} at token {bad} of task "
                 f"{batch.trajectories[batch.trajectory_M[bad]].task_id!r}; nothing was learned from it. Look at student and "
                 "teacher: a model that overflows gives such numbers"
             )
+        found_M = np.array(known_M, dtype=np.float64)
         order = np.random.default_rng(seed).permutation(len(batch.group_N))
         parts = [part for part in np.array_split(order, min(self.options.minibatches, len(order))) if len(part)]
         sums = _Sums()
@@ -192,13 +144,11 @@ class Learner:
             chosen_N = np.zeros(len(batch.group_N), dtype=bool)
             chosen_N[part] = True
             rows = np.flatnonzero(chosen_N[batch.trajectory_B])
-            loss = _Minibatch(
-                batch, chosen_N, advantage_M, old_logprobs_M, objective, temperature, auxiliary, support, old_known
-            )
+            loss = _Minibatch(batch, chosen_N, advantage_M, old_logprobs_M, objective, temperature, auxiliary, support)
             if len(rows):
                 found = self.budget.run(
                     "update",
-                    partial(self._gradient, loss, rows),
+                    partial(self._gradient, loss, rows, found_M),
                     least=max(len(batch.rows[row]) for row in rows),
                     undo=self.updater.forget,
                 )
@@ -210,21 +160,25 @@ class Learner:
                     "the last trajectories for extreme log-probs; the same command goes on from the last checkpoint"
                 )
             sums.add("grad_norm", norm, 1.0)
+            sums.add("still_updates", float(norm == 0.0), 1.0)
+        if sums.means()["still_updates"] == 1.0:
+            log.info("step %d: every gradient is zero, so nothing was learned and no weight moved", step)
         used = {
             "memory/predicted_mib": predicted / memory.MIB,
             "memory/peak_mib": memory.peak(self._device) / memory.MIB,
         }
-        return {f"actor/{name}": value for name, value in sums.means().items()} | {"actor/lr": lr} | used
+        metrics = {f"actor/{name}": value for name, value in sums.means().items()} | {"actor/lr": lr} | used
+        return Update(metrics, found_M)
 
-    def _gradient(self, loss: _Minibatch, rows: np.ndarray, budget: int) -> _Sums:
-        """Add up the gradient of a mini-batch, a micro-batch at a time."""
+    def _gradient(self, loss: _Minibatch, rows: np.ndarray, found_M: np.ndarray, budget: int) -> _Sums:
+        """Add up the gradient of a mini-batch, a micro-batch at a time; old log-probs that were not known go into ``found_M``."""
         sums = _Sums()
         chosen = [loss.batch.rows[row] for row in rows]
         budget = distributed.fair(budget, sum(len(row) for row in chosen))
         for micro, counts in distributed.shared(split_rows(self.model, chosen, budget)):
             found = _Sums()
             with fast_products(self._device):
-                part = loss.of(self.model, rows[micro], found)
+                part = loss.of(self.model, rows[micro], found, found_M)
                 # A divided model's gradient is averaged over the ranks, but the weights of the loss sum to one over all.
                 (part * (distributed.size() if counts else 0)).backward()  # type: ignore[no-untyped-call]
             if counts:
@@ -289,15 +243,14 @@ class _Minibatch:
     batch: TokenBatch
     chosen_N: np.ndarray
     advantage_M: np.ndarray
-    old_logprobs_M: np.ndarray
+    old_logprobs_M: np.ndarray | None
     objective: Objective
     temperature: float
     auxiliary: AuxiliaryLoss | None
     support: SupportTerm | None
-    old_known: bool
 
-    def of(self, model: Any, rows: np.ndarray, sums: _Sums) -> torch.Tensor:
-        """These rows' share of the loss; what is to be reported is added to ``sums``."""
+    def of(self, model: Any, rows: np.ndarray, sums: _Sums, found_M: np.ndarray) -> torch.Tensor:
+        """These rows' share of the loss; what is to be reported is added to ``sums``, old log-probs that are found to ``found_M``."""
         objective, support = self.objective, self.support
         inside = int(self.chosen_N[self.batch.trajectory_M].sum())
         weight_M = aggregation_weights(self.batch, self.chosen_N, objective)
@@ -315,10 +268,10 @@ class _Minibatch:
             return torch.from_numpy(np.asarray(values_M[index_M], dtype=np.float32)).to(logprobs.device)
 
         weight = at(weight_M)
-        if not self.old_known:
-            self.old_logprobs_M[index_M] = logprobs.detach().cpu().numpy()
-        log_ratio = logprobs - at(self.old_logprobs_M)
-        loss, clipped = surrogate(log_ratio.exp(), at(self.advantage_M), objective)
+        if self.old_logprobs_M is None:
+            found_M[index_M] = logprobs.detach().cpu().numpy()
+        old = logprobs.detach() if self.old_logprobs_M is None else at(self.old_logprobs_M)
+        loss, clipped = surrogate(importance_ratio(logprobs, old), at(self.advantage_M), objective)
         total = (weight * loss).sum()
         if objective.entropy_coef:
             total = total - objective.entropy_coef * (weight * entropy).sum()
@@ -330,12 +283,13 @@ class _Minibatch:
             sums.add("auxiliary_loss", float((weight * extra).sum().detach()), share)
         if support is not None and found.support is not None:
             extra = support.loss(found.support, index_M)
-            total = total + (weight * extra).sum()
-            sums.add("support_loss", float((weight * extra).sum().detach()), share)
+            if extra is not None:
+                total = total + (weight * extra).sum()
+                sums.add("support_loss", float((weight * extra).sum().detach()), share)
         sums.add("pg_loss", float((weight * loss).sum().detach()), share)
         sums.add("entropy_loss", float(entropy.detach().sum()), n)
         sums.add("pg_clipfrac", float(clipped.sum()), n)
-        sums.add("ppo_kl", float(-log_ratio.detach().sum()), n)
+        sums.add("ppo_kl", float((old - logprobs.detach()).sum()), n)
         return total
 
 

@@ -68,12 +68,12 @@ class Updater:
             lr: learning rate.
 
         Returns:
-            The gradient's norm before clipping. Where it is not finite nothing has moved.
+            The gradient's norm before clipping. Where it is not finite, or exactly zero, nothing has moved.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         norm = float(distributed.full(torch.nn.utils.clip_grad_norm_(self.originals, self.options.grad_clip)))
-        if math.isfinite(norm):
+        if math.isfinite(norm) and norm > 0:  # momentum and decay must not move weights that nothing was learned for
             self._optimizer.step()
             self.settle()
         self.forget()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from atod_algos import advantages as maths
+from atod_algos.advantages import min_max_by_trajectory, soft_or
 from atod_algos.report.data import Run, read_packed
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, Trajectory
@@ -74,9 +74,9 @@ class Scorer:
             if weights is not None:
                 w = [weights.get((n, turn.index)) for turn in spoken]
             elif kind != "train" and rows and all(value is not None for value in d):
-                one = np.zeros(len(rows), dtype=np.int64)
-                d_K, h_K = np.array(d, dtype=float), np.array(h)
-                w = maths.turn_weights(d_K, h_K, one, np.ones(len(rows), dtype=bool)).weight_K.tolist()
+                one, spoken_K = np.zeros(len(rows), dtype=np.int64), np.ones(len(rows), dtype=bool)
+                d_K, h_K = (min_max_by_trajectory(np.array(x, dtype=float), one, spoken_K) for x in (d, h))
+                w = soft_or(d_K, h_K).tolist()
             for turn, (student, by_teacher), d_k, h_k, w_k in zip(spoken, rows, d, h, w, strict=True):
                 found[n, turn.index] = TurnScores(student, by_teacher, d_k, h_k, w_k)
         return found

@@ -26,6 +26,7 @@ from agents.base import Decision
 from agents.chat import ChatFormat
 from agents.engines.base import Completion, Engine, SamplingParams
 from agents.expert import expert_solution
+from atod_algos.algorithm import RolloutLimits
 from atod_envs.errors import AtodError
 from atod_envs.prompting import Prompted
 from atod_envs.recording import RecordTurns
@@ -52,24 +53,6 @@ class EpisodeSpec:
     task_id: str
     group_id: str
     seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutLimits:
-    """What an algorithm may change about rollouts; evaluation never uses it.
-
-    Attributes:
-        max_turns: turns before an episode is cut; ``None`` leaves the environment's own limit.
-        rounds: how often a step may play further tasks until it has enough groups that the algorithm learns from; at most
-            once where it is 1, and then every group counts.
-        expert_leaves: the scripted expert plays all but this many of the last turns of its own solution, and the policy
-            goes on from there; ``None`` lets the policy play alone. A task that the expert does not solve has no such
-            turns. What the expert plays depends on the task and the episode's seed only.
-    """
-
-    max_turns: int | None = None
-    rounds: int = 1
-    expert_leaves: int | None = None
 
 
 OnFinish = Callable[[int], None]

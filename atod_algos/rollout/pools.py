@@ -18,8 +18,9 @@ from agents.engines import make_engine
 from agents.engines.base import Engine
 from agents.engines.weight_check import verify_weights
 from agents.models import load_model
+from atod_algos.algorithm import RolloutLimits
 from atod_algos.learner import distributed
-from atod_algos.rollout.episodes import EpisodeSpec, OnFinish, Plays, Rollout, RolloutLimits, collect_groups
+from atod_algos.rollout.episodes import EpisodeSpec, OnFinish, Plays, Rollout, collect_groups
 from atod_algos.rollout.layouts import choose_layout
 from atod_algos.training.config import TrainConfig, given
 from atod_envs.errors import AtodError

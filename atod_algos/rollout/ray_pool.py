@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from atod_algos.rollout.episodes import EpisodeSpec, OnFinish, RolloutLimits, collect_groups
+from atod_algos.algorithm import RolloutLimits
+from atod_algos.rollout.episodes import EpisodeSpec, OnFinish, collect_groups
 from atod_algos.rollout.pools import LocalPlayers
 from atod_algos.rollout.work_queue import Work
 from atod_envs.errors import AtodError

@@ -7,9 +7,8 @@ the next, so a resumed run plays what an uninterrupted one would have.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
-from atod_algos.algorithm import Algorithm, Selective
+from atod_algos.algorithm import Algorithm
 from atod_algos.batch import make_batch
 from atod_algos.rollout.episodes import EpisodeSpec, Plays, derive_seed
 from atod_envs.tasks import TaskSet
@@ -82,7 +81,7 @@ class StepSampler:
             if limits.rounds <= 1:
                 return groups, {}
             played += groups
-            useful_G = cast("Selective", algorithm).informative(make_batch(groups))
+            useful_G = algorithm.informative(make_batch(groups))
             kept += [group for group, useful in zip(groups, useful_G, strict=False) if useful]
         episodes = [trajectory for group in played for trajectory in group.trajectories]
         return kept[: self._per_step] or played[: self._per_step], {

@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from agents.chat import ChatFormat
 from agents.models import LoadedModel, require_same_tokenizer
-from atod_algos.algorithm import Algorithm, Privileged, Supported, needs_student
+from atod_algos.algorithm import Algorithm
 from atod_algos.batch import Scores, TokenBatch, put_in_front
 from atod_algos.learner import distributed
 from atod_algos.learner.logprobs import compare, drops_out, score
@@ -25,6 +25,7 @@ from atod_algos.learner.lora import without_adapters
 from atod_algos.teachers.remote import RemoteJudge, is_address
 from atod_algos.training.config import TrainConfig
 from atod_envs.errors import AtodError
+from atod_envs.trajectory import Group, Trajectory
 
 
 class Judge(Protocol):
@@ -143,8 +144,8 @@ class Scorer:
         device: where models score.
 
     Attributes:
-        late: the student's log-probs are left open (not a number): nobody asks for them before the step's only update, whose own
-            pass gives them.
+        late: the student's log-probs are the sampler's until the step's only update, whose own pass gives them: the algorithm does not
+            look at them before.
 
     Raises:
         AtodError: a model does not fit the student, or cannot give what the algorithm asks for.
@@ -168,7 +169,7 @@ class Scorer:
             and config.minibatches == 1
             and not config.staleness
             and distributed.size() == 1
-            and not needs_student(algorithm)
+            and not algorithm.needs_student
             and not algorithm.scores & {"teacher", "divergence", "support"}
             and not drops_out(student.model)
         )
@@ -202,11 +203,6 @@ class Scorer:
                 )
         return self._held[key]
 
-    @property
-    def teacher_policy(self) -> LoadedModel | None:
-        """The teacher as a model that can act, where it is one in this process."""
-        return self.teacher.loaded if isinstance(self.teacher, LocalJudge) else None
-
     def score(self, batch: TokenBatch) -> Scores:
         """All log-probs of a step's sampled tokens, at the temperature of the sampling."""
         temperature, budget = self.config.temperature, self.config.token_budget
@@ -221,14 +217,12 @@ class Scorer:
                     f"{self.algorithm.name} compares whole distributions, and an engine or a server gives single log-probs only; "
                     "use a local teacher: --teacher PATH_OR_HUB_ID --teacher-engine transformers"
                 )
-            size = cast("Supported", self.algorithm).support if "support" in wanted else 0
+            size = self.algorithm.support if "support" in wanted else 0
             with self.teacher.at_hand() as teacher:
                 scores = compare(model, teacher, batch, temperature=temperature, budget=budget, support=size)
         else:
-            if self.config.old_logprobs == "sampler":
+            if self.config.old_logprobs == "sampler" or self.late:
                 student_M = batch.sampler_logprobs_M
-            elif self.late:
-                student_M = np.full(batch.n_tokens, np.nan)
             else:
                 student_M = score(model, batch, temperature=temperature, budget=budget)[0]
             scores = Scores(student_M, under(self.teacher))
@@ -247,8 +241,15 @@ class Scorer:
         """The student as its own teacher: shown the algorithm's privileged text in front of everything else."""
         if "privileged" not in self.algorithm.scores:
             return None
-        text = cast("Privileged", self.algorithm).privileged_text
-        shown = put_in_front(batch, [self._chat.encode(text(trajectory)) for trajectory in batch.trajectories])
+        attempts: dict[int, list[Trajectory]] = {}
+        for n, trajectory in zip(batch.group_N, batch.trajectories, strict=True):
+            attempts.setdefault(int(n), []).append(trajectory)
+        groups = {n: Group(members[0].task_id, tuple(members)) for n, members in attempts.items()}
+        texts = [
+            self.algorithm.privileged_text(trajectory, groups[int(n)])
+            for n, trajectory in zip(batch.group_N, batch.trajectories, strict=True)
+        ]
+        shown = put_in_front(batch, [self._chat.encode(text) for text in texts])
         longest, limit = max(len(row) for row in shown.rows), int(self.student.model.config.max_position_embeddings)
         if longest > limit:
             raise AtodError(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from atod_algos.learner.logprobs import CHUNK_LOGITS
 from atod_algos.teachers.remote import is_address
@@ -20,7 +20,7 @@ from atod_algos.training.config import TrainConfig, given
 from atod_algos.training.presets import TRAINED, WORLDS
 
 if TYPE_CHECKING:
-    from atod_algos.algorithm import Algorithm, Supported
+    from atod_algos.algorithm import Algorithm
 
 _FLOAT = 4
 """Bytes of a number in float32."""
@@ -253,7 +253,7 @@ def memory(config: TrainConfig, algorithm: Algorithm) -> list[Part]:
         if _frozen_phase(config) == "scoring":
             add(f"{name}: at home", shape, lambda s: number * s.parameters, "visits the GPU for scoring", "computer")
     if "support" in algorithm.scores:
-        size = cast("Supported", algorithm).support
+        size = algorithm.support
         sampled = tokens(config, algorithm)["sampled tokens, at most"]
         kept_ids = None if sampled is None else 2 * _FLOAT * size * sampled
         parts.append(Part("teacher's likeliest", kept_ids, f"{size} for each sampled token", "computer"))

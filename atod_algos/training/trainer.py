@@ -20,14 +20,14 @@ import torch
 
 from agents.chat import ChatFormat
 from agents.models import LoadedModel, load_model
-from atod_algos.algorithm import Algorithm, Supported
+from atod_algos.algorithm import Algorithm
 from atod_algos.batch import Scores, TokenBatch, make_batch
 from atod_algos.evaluate import Evaluation, evaluate
 from atod_algos.learner import distributed, memory
 from atod_algos.learner.learner import Learner, SupportTerm, recompute_layers
 from atod_algos.learner.lora import add_adapters, merged_weights
 from atod_algos.learner.memory import bytes_per_token
-from atod_algos.metrics import batch_metrics, sampler_metrics, turn_table
+from atod_algos.metrics import sampler_metrics, step_metrics, turn_table
 from atod_algos.rollout.async_rollout import Ahead, correction_metrics, importance_weights, version_of
 from atod_algos.rollout.episodes import Plays, derive_seed
 from atod_algos.rollout.layouts import choose_layout
@@ -181,29 +181,30 @@ class Trainer:
         advantage_M, corrected = self._corrected(step, batch, scores, advantages.token_M)
         clock.lap("advantage")
         progress.phase("update")
-        metrics = self.learner.update(
+        update = self.learner.update(
             batch,
             advantage_M,
-            scores.student_M,
+            None if self.scorer.late else scores.student_M,
             algorithm.objective,
             step=step,
             temperature=config.temperature,
             seed=derive_seed(seed, "minibatches"),
             auxiliary=lambda logprobs, index_M: algorithm.auxiliary_loss(logprobs, index_M, scores),
             support=self._support_term(scores),
-            old_known=not self.scorer.late,
         )
+        scores = dataclasses.replace(scores, student_M=update.old_logprobs_M)
+        metrics = update.metrics
         clock.lap("update")
         reward_N = algorithm.reward(batch)
         if config.keep_trajectories and step % config.keep_trajectories == 0:
-            table = turn_table(step, batch, scores, reward_N, advantages.weight_K, tokens=config.keep_tokens)
+            table = turn_table(step, batch, scores, reward_N, advantages.turn_weight_K, tokens=config.keep_tokens)
             self.run.store(step, batch.trajectories, table)
         clock.lap("store")
         aborted = [t.stop_reason is StopReason.ABORTED for group in groups for t in group.trajectories]
         metrics["episode/aborted"] = sum(aborted) / len(aborted)
         if config.old_logprobs == "learner":
             metrics |= sampler_metrics(batch, scores)
-        metrics |= sampling | corrected | batch_metrics(batch, reward_N) | advantages.metrics
+        metrics |= sampling | corrected | step_metrics(algorithm, batch, scores, advantages, reward_N)
         return metrics | clock.metrics(batch)
 
     def _sync(self, version: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -235,10 +236,8 @@ class Trainer:
     def _support_term(self, scores: Scores) -> SupportTerm | None:
         if scores.support_MS is None:
             return None
-        algorithm = cast("Supported", self.algorithm)
-        return SupportTerm(
-            scores.support_MS, lambda logprobs, index_M: algorithm.support_loss(logprobs, index_M, scores)
-        )
+        loss = self.algorithm.support_loss
+        return SupportTerm(scores.support_MS, lambda logprobs, index_M: loss(logprobs, index_M, scores))
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 

@@ -3,10 +3,23 @@
 import numpy as np
 
 from atod_algos.batch import Scores, TokenBatch
+from atod_algos.metrics import step_metrics
 
 
 def close(a, b, tolerance=1e-6):
     np.testing.assert_allclose(np.asarray(a, dtype=float), np.asarray(b, dtype=float), rtol=0, atol=tolerance)
+
+
+def one_token_a_turn(d, h):
+    """A scored batch whose only trajectory has these disagreements and uncertainties: one token a turn, -h under the student."""
+    turns = [{"student_logp": [-u], "teacher_logp": [-u + gap], "mask": [1]} for gap, u in zip(d, h, strict=True)]
+    return batch_of([{"group": "x", "reward": 0.0, "turns": turns}])[:2]
+
+
+def published(algorithm, batch, scores, step):
+    """The metrics of a step with this algorithm."""
+    result = algorithm.advantages(batch, scores, step)
+    return step_metrics(algorithm, batch, scores, result, algorithm.reward(batch))
 
 
 def batch_of(trajectories) -> tuple[TokenBatch, Scores, np.ndarray]:

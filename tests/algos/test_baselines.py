@@ -5,15 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from cases import batch_of, close
+from cases import batch_of, close, published
 
-from atod_algos import advantages as maths
-from atod_algos.advantages import GroupOptions
-from atod_algos.atod import ATOD
+from atod_algos.advantages import GroupOptions, turn_mean
+from atod_algos.algorithm import RolloutLimits
+from atod_algos.atod import ATOD, mean_preserving
 from atod_algos.batch import Scores
 from atod_algos.grpo import GRPO
 from atod_algos.opd import OPD
-from atod_algos.rollout.episodes import RolloutLimits
 from atod_algos.sdar import SDAR
 from atod_algos.sod import SOD
 from atod_algos.tcod import TCOD
@@ -44,7 +43,7 @@ def test_sod_weights(golden, rules):
         assert (1e-6, 0.2) == (algorithm.weight_eps, algorithm.weight_cap) == (case["eps"], case["delta"])
         batch, scores, _ = batch_of([episode([[d, -d] for d in case["d"]])])
         result = algorithm.advantages(batch, scores, 1)
-        close(result.weight_K, case["w"])
+        close(result.turn_weight_K, case["w"])
         # One trajectory, so no reward advantage beside the group's own value of 0.
         close(result.token_M, np.repeat(case["w"], 2) * (scores.teacher_M - scores.student_M))
 
@@ -58,7 +57,7 @@ def test_sod_is_grpo_plus_the_weighted_gap(golden, rules):
     grpo = with_rules(GRPO, rules).advantages(batch, scores, 3)
     close(both.token_M, alone.token_M + grpo.token_M)
     # By hand, the first trajectory: d = (0.5, 0.1, 0.3), so the later turns are capped at 1.2.
-    close(both.weight_K[:3], [1, 1.2, 1.2])
+    close(both.turn_weight_K[:3], [1, 1.2, 1.2])
     close(alone.token_M[:3], [0.4, 0.6, -0.12])
 
 
@@ -113,7 +112,7 @@ def test_sdar_loss_gate_and_gradient(golden, rules):
     loss.mean().backward()
     close(current.grad / case["lambda"], case["d_aux_d_student_logp"])
     batch, _, _ = batch_of([episode([[0.0, 0.0, 0.0]])])
-    metrics = algorithm.advantages(batch, scores, 1).metrics
+    metrics = published(algorithm, batch, scores, 1)
     close(metrics["sdar/gate_mean"], np.mean(case["gate"]))
     close(metrics["sdar/gate_active_ratio"], case["gate_active_ratio_gt_0.5"])
     close(metrics["sdar/teacher_gap_mean"], np.mean(teacher - student))
@@ -159,21 +158,21 @@ def test_ablations(golden):
     for weighting, weight_M in (("token", np.array(token)), ("none", np.ones(batch.n_tokens))):
         got = dataclasses.replace(full, weighting=weighting).advantages(batch, scores, 40)
         close(got.token_M, 0.55 * delta * weight_M + 1.5 * rl)
-        close(got.weight_K, maths.turn_mean(weight_M, batch.turn_M, len(batch.index_K)))
-    weight_M = full.advantages(batch, scores, 40).weight_K[batch.turn_M]
+        close(got.turn_weight_K, turn_mean(weight_M, batch.turn_M, len(batch.index_K)))
+    weight_M = full.advantages(batch, scores, 40).turn_weight_K[batch.turn_M]
     constant = dataclasses.replace(full, coef_anneal_steps=0)
     for step in (1, 40, 400):
         got = constant.advantages(batch, scores, step)
         close(got.token_M, delta * weight_M + rl)
-        assert (got.metrics["atod/kl_coef"], got.metrics["atod/rl_coef"]) == (1.0, 1.0)
+        assert (got.coefficients["kl_coef"], got.coefficients["rl_coef"]) == (1.0, 1.0)
 
 
 def test_mean_preserving_weights(golden):
     case = golden["ablations_on_E1_data"]["mean_preserving_option_t1"]
     n_K, zero_K = np.array(case["N_k"]), np.zeros(3, int)
-    close(maths.mean_preserving(np.array(case["z"]), n_K, zero_K), case["w"])
+    close(mean_preserving(np.array(case["z"]), n_K, zero_K), case["w"])
     batch, scores, _ = batch_of(golden["cases"][0]["inputs"]["trajectories"])
-    weight_K = ATOD(tdur_mean_preserve=True).advantages(batch, scores, 1).weight_K
+    weight_K = ATOD(tdur_mean_preserve=True).advantages(batch, scores, 1).turn_weight_K
     close(weight_K[:3], case["w"])
     mean_N = np.bincount(batch.trajectory_K, weight_K * batch.n_K) / np.bincount(batch.trajectory_K, batch.n_K)
     close(mean_N, np.ones(4))

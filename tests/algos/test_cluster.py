@@ -17,9 +17,10 @@ from toyworld import TOY
 ray = pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
 
 from agents.models import load_model
+from atod_algos.algorithm import RolloutLimits
 from atod_algos.atod import ATOD
 from atod_algos.grpo import GRPO
-from atod_algos.rollout.episodes import EpisodeSpec, RolloutLimits, derive_seed
+from atod_algos.rollout.episodes import EpisodeSpec, derive_seed
 from atod_algos.rollout.pools import local_players, worker_players
 from atod_algos.rollout.ray_pool import Fleet, RayPlayers
 from atod_algos.rollout.work_queue import Work

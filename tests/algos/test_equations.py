@@ -5,13 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from cases import batch_of, close
+from cases import batch_of, close, one_token_a_turn, published
 
 from atod_algos import advantages as maths
 from atod_algos.advantages import GroupOptions
-from atod_algos.atod import ATOD
+from atod_algos.algorithm import Objective
+from atod_algos.atod import ATOD, token_weights
 from atod_algos.grpo import GRPO
-from atod_algos.learner.learner import Objective, aggregation_weights, surrogate
+from atod_algos.learner.loss import aggregation_weights, surrogate
 from atod_algos.metrics import term_metrics
 from atod_algos.opd import OPD
 
@@ -52,13 +53,14 @@ def test_cases_end_to_end(golden, index, monkeypatch):
     inputs, expected = case["inputs"], case["expected"]
     if inputs["std_ddof"] == 0:
         original = maths.reward_advantage
-        monkeypatch.setattr("atod_algos.grpo.reward_advantage", lambda *a: original(*a, ddof=0))
+        monkeypatch.setattr("atod_algos.algorithm.reward_advantage", lambda *a: original(*a, ddof=0))
     batch, scores, _ = batch_of(inputs["trajectories"])
     result = algorithm_for(inputs).advantages(batch, scores, inputs["step"])
     close(result.token_M, flat(case, "A"))
-    close(result.weight_K, flat(case, "w"))
-    close(result.metrics["atod/kl_coef"], expected["kappa"])
-    close(result.metrics["atod/rl_coef"], expected["rho"])
+    close(result.turn_weight_K, flat(case, "w"))
+    metrics = published(algorithm_for(inputs), batch, scores, inputs["step"])
+    close(metrics["atod/kl_coef"], expected["kappa"])
+    close(metrics["atod/rl_coef"], expected["rho"])
     names = {
         "opd_abs_mean": "atod/opd_abs_mean",
         "rl_abs_mean": "atod/rl_abs_mean",
@@ -69,15 +71,16 @@ def test_cases_end_to_end(golden, index, monkeypatch):
         "mean_turn_weight": "tip/mean_importance",
     }
     for theirs, ours in names.items():
-        close(result.metrics[ours], expected["diagnostics"][theirs])
+        close(metrics[ours], expected["diagnostics"][theirs])
     assert batch.n_tokens == expected["diagnostics"]["n_response_tokens"]
 
 
 def test_schedule(golden):
     for row in golden["schedule"]:
-        p = maths.progress(row["step"], row["coef_anneal_steps"])
-        close(maths.kappa(p, 1.0, 0.1), row["kappa"])
-        close(maths.rho(p, 1.0, 2.0), row["rho"])
+        algorithm = ATOD(coef_anneal_steps=row["coef_anneal_steps"])
+        coefficients = algorithm.advantages(*one_token_a_turn([0.1], [0.2]), row["step"]).coefficients
+        close(coefficients["kl_coef"], row["kappa"])
+        close(coefficients["rl_coef"], row["rho"])
 
 
 def test_group_advantage(golden):
@@ -101,21 +104,21 @@ def test_group_advantage_over_turn_rows(golden):
 
 @pytest.mark.parametrize("rule", ["paper", "released"])
 def test_turn_weights(golden, rule):
-    limits = {} if rule == "paper" else {"min_turns": 3, "min_divergence": 0.01}
+    algorithm = ATOD() if rule == "paper" else ATOD(tdur_min_turns=3, tdur_min_divergence=0.01)
     for case in golden["turn_weights"]:
         d, h = np.array(case["d"]), np.array(case["h"])
         zero, counted = np.zeros(len(d), int), np.ones(len(d), bool)
-        close(maths.normalise_per_trajectory(d, zero, counted), case["d_norm"])
-        weights = maths.turn_weights(d, h, zero, counted, **limits)
-        close(weights.weight_K, case[f"w_{rule}"])
+        close(maths.min_max_by_trajectory(d, zero, counted), case["d_norm"])
+        result = algorithm.advantages(*one_token_a_turn(d, h), 1)
+        close(result.turn_weight_K, case[f"w_{rule}"])
         if rule == "released":
-            assert bool(weights.computed_N[0]) == case["released_computed"]
+            assert (result.left_out_N[0] == 0) == case["released_computed"]
 
 
 def test_printed_figure_is_reproduced(golden):
     figure = golden["figure11_second_hand"]
     d, h = np.array(figure["d"]), np.array(figure["h"])
-    weights = maths.turn_weights(d, h, np.zeros(len(d), int), np.ones(len(d), bool)).weight_K
+    weights = ATOD().advantages(*one_token_a_turn(d, h), 1).turn_weight_K
     close(weights, figure["w_formula"])
     close(weights, figure["w_printed"], 0.02)
 
@@ -123,12 +126,12 @@ def test_printed_figure_is_reproduced(golden):
 def test_token_level_ablation(golden):
     expected = golden["ablations_on_E1_data"]["token_level_reweighting"]
     batch, scores, _ = batch_of(golden["cases"][0]["inputs"]["trajectories"])
-    close(maths.token_weights(scores.student_M, scores.teacher_M), expected["w"])
+    close(token_weights(scores.student_M, scores.teacher_M - scores.student_M), expected["w"])
     inputs = golden["cases"][0]["inputs"]
     ablation = dataclasses.replace(algorithm_for(inputs), weighting="token").advantages(batch, scores, inputs["step"])
     full = algorithm_for(inputs).advantages(batch, scores, inputs["step"])
     delta = scores.teacher_M - scores.student_M
-    close(ablation.token_M - full.token_M, 0.55 * delta * (np.array(expected["w"]) - full.weight_K[batch.turn_M]))
+    close(ablation.token_M - full.token_M, 0.55 * delta * (np.array(expected["w"]) - full.turn_weight_K[batch.turn_M]))
 
 
 @pytest.mark.parametrize("name, dual", [("plain_clip", 0.0), ("dual_clip_3", 3.0)])
@@ -170,7 +173,7 @@ def test_opd_advantage_and_k3(golden):
 
 
 def test_terms_are_measured_where_the_paper_measures_them():
-    metrics = term_metrics(np.array([1.0, -1.0, 0.0]), np.array([0.5, 0.5, 0.5]))
+    metrics = term_metrics(np.array([1.0, -1.0, 0.0]), np.array([0.5, 0.5, 0.5]), "atod")
     assert metrics["atod/opd_rl_ratio"] == pytest.approx(2 / 1.5)
     assert metrics["atod/opd_mean"] == 0.0 and metrics["atod/opd_abs_mean"] == pytest.approx(2 / 3)
 
@@ -193,10 +196,10 @@ def test_an_example_worked_by_hand():
     batch, scores, _ = batch_of(trajectories)
     algorithm = ATOD(group=GroupOptions(reward="score"))
     result = algorithm.advantages(batch, scores, 40)
-    close(result.weight_K, [1, 0, 0.75, 1, 0.5, 0.75, 47 / 135, 1, 1])
+    close(result.turn_weight_K, [1, 0, 0.75, 1, 0.5, 0.75, 47 / 135, 1, 1])
     rl = 1.5 * 5 / (np.std([10, 0, 10, 0], ddof=1) + 1e-6)
     close(result.token_M[0], 0.55 * 0.4 + rl)
     close(result.token_M[2], rl)  # the least informative turn gets no distillation at all
     close(result.token_M[9], 0.55 * 0.5 * 0.75 + rl)
     close(result.token_M[11], 0.55 * 0.5 * 47 / 135 - rl)
-    close(maths.kappa(maths.progress(1, 80), 1.0, 0.1), 0.98875)
+    close(algorithm.advantages(batch, scores, 1).coefficients["kl_coef"], 0.98875)

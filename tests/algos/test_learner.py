@@ -12,9 +12,10 @@ import pytest
 import torch
 from toyworld import learner_options, small_model
 
+from atod_algos.algorithm import Objective
 from atod_algos.batch import make_batch
 from atod_algos.learner import memory
-from atod_algos.learner.learner import Learner, Objective, recompute_layers
+from atod_algos.learner.learner import Learner, recompute_layers
 from atod_algos.learner.logprobs import score
 from atod_algos.learner.lora import add_adapters, load_adapters, merged_weights, without_adapters
 from atod_algos.learner.optimizer import Updater, _adamw
@@ -45,7 +46,7 @@ def teach(model, batch, steps=1, learner=None, **options):
     advantage_M = np.random.default_rng(1).normal(size=batch.n_tokens)
     old_M = score(model, batch, temperature=1.0)[0]
     for step in range(1, steps + 1):
-        metrics = learner.update(batch, advantage_M, old_M, Objective(), step=step, temperature=1.0, seed=step)
+        metrics = learner.update(batch, advantage_M, old_M, Objective(), step=step, temperature=1.0, seed=step).metrics
     return learner, metrics
 
 
@@ -118,7 +119,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from toyworld import learner_options
 from atod_algos.learner import memory
 from atod_algos.batch import make_batch
-from atod_algos.learner.learner import Learner, Objective
+from atod_algos.algorithm import Objective
+from atod_algos.learner.learner import Learner
 from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 model = Qwen3ForCausalLM(Qwen3Config(vocab_size=64, hidden_size=64, intermediate_size=256, num_hidden_layers=4, head_dim=16,
     num_attention_heads=4, num_key_value_heads=4))
@@ -131,7 +133,7 @@ free = memory.available
 memory.available = lambda device: None
 address = memory._field(memory.Path("/proc/self/status"), "VmSize")
 resource.setrlimit(resource.RLIMIT_AS, (address + 160 * memory.MIB,) * 2)
-metrics = learner.update(batch, np.ones(batch.n_tokens), np.full(batch.n_tokens, -4.0), Objective(), step=1, temperature=1.0, seed=1)
+metrics = learner.update(batch, np.ones(batch.n_tokens), np.full(batch.n_tokens, -4.0), Objective(), step=1, temperature=1.0, seed=1).metrics
 print(learner.budget.tokens, np.isfinite(metrics["actor/grad_norm"]))
 """
 

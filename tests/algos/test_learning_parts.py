@@ -13,11 +13,14 @@ from toyworld import TOY, learner_options, small_model
 
 from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
+from atod_algos.algorithm import Objective, RolloutLimits
 from atod_algos.batch import RowLayout, make_batch
 from atod_algos.evaluate import wilson
+from atod_algos.grpo import k3
 from atod_algos.learner import logprobs as scoring
-from atod_algos.learner.learner import Learner, Objective, aggregation_weights
-from atod_algos.rollout.episodes import EpisodeSpec, Rollout, RolloutLimits
+from atod_algos.learner.learner import Learner
+from atod_algos.learner.loss import aggregation_weights, importance_ratio, surrogate
+from atod_algos.rollout.episodes import EpisodeSpec, Rollout
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, StopReason
 
@@ -115,7 +118,7 @@ def gradient(model, batch, advantage, old, objective, budget, minibatches=1):
     learner = Learner(model, learner_options(lr=1e-3, token_budget=budget, minibatches=minibatches, grad_clip=1e9))
     seen = {}
     learner.updater._optimizer.step = lambda: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    metrics = learner.update(batch, advantage, old, objective, step=1, temperature=1.0, seed=0)
+    metrics = learner.update(batch, advantage, old, objective, step=1, temperature=1.0, seed=0).metrics
     return seen, metrics
 
 
@@ -270,3 +273,29 @@ def test_wilson_interval_contains_the_rate(n, data):
 def test_wilson_known_value():
     low, high = wilson(8, 10)
     assert math.isclose(low, 0.4902, abs_tol=1e-4) and math.isclose(high, 0.9433, abs_tol=1e-4)
+
+
+def test_ratios_and_losses_stay_finite_at_any_log_prob():
+    current = torch.tensor([0.0, -119.0, -0.5], requires_grad=True)
+    ratio = importance_ratio(current, torch.tensor([-500.0, 0.0, -0.5]))
+    assert torch.isfinite(ratio).all() and ratio[2] == 1
+    loss, _ = surrogate(ratio, torch.tensor([-1.0, 1.0, 1.0]), Objective())
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(current.grad).all()
+    nothing, active = surrogate(torch.tensor([float("inf"), 1.0]), torch.zeros(2), Objective(dual_clip=3.0))
+    assert nothing.tolist() == [0.0, 0.0] and not active.any()
+    kl = k3(torch.tensor([-120.0, 0.0, -1.0]), torch.tensor([-1.0, -200.0, -2.0]))
+    assert torch.isfinite(kl).all() and kl[0] > 1e8 and kl[2] == pytest.approx(np.exp(-1) + 1 - 1)
+
+
+def test_a_step_without_advantages_moves_no_weight(tokenizer, batch, caplog):
+    """Neither momentum nor decay may act where nothing was learned."""
+    model = small_model(tokenizer, 3)
+    learner = Learner(model, learner_options(lr=1e-2, minibatches=2))
+    old = np.full(batch.n_tokens, -1.0)
+    learner.update(batch, np.ones(batch.n_tokens), old, Objective(), step=1, temperature=1.0, seed=0)
+    before = [weight.detach().clone() for weight in model.parameters()]
+    with caplog.at_level("INFO"):
+        update = learner.update(batch, np.zeros(batch.n_tokens), old, Objective(), step=2, temperature=1.0, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert update.metrics["actor/still_updates"] == 1.0 and "nothing was learned" in caplog.text

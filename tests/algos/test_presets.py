@@ -13,13 +13,14 @@ from toyworld import TOY, learner_options
 from agents.engines.base import SamplingParams
 from agents.engines.transformers import TransformersEngine
 from agents.models import load_model
+from atod_algos.algorithm import Objective
 from atod_algos.atod import ATOD
 from atod_algos.batch import make_batch
 from atod_algos.entropy_aware import EntropyAware
 from atod_algos.gopd import GOPD
 from atod_algos.grpo import GRPO
 from atod_algos.learner import logprobs, memory
-from atod_algos.learner.learner import Learner, Objective, recompute_layers
+from atod_algos.learner.learner import Learner, recompute_layers
 from atod_algos.tcod import TCOD
 from atod_algos.training import memory_estimate
 from atod_algos.training.cli import main, with_rules

@@ -9,9 +9,10 @@ from tinymodel import tiny_qwen3
 from torch.nn.functional import linear
 from toyworld import learner_options, small_model
 
+from atod_algos.algorithm import Objective
 from atod_algos.batch import make_batch
 from atod_algos.learner import logprobs, onednn
-from atod_algos.learner.learner import Learner, Objective, recompute_layers
+from atod_algos.learner.learner import Learner, recompute_layers
 from atod_algos.learner.logprobs import drops_out, score
 from atod_algos.learner.packing import pack, packable, packed_states
 from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
@@ -127,11 +128,9 @@ def test_one_update_gives_the_old_log_probs_by_its_own_pass(tokenizer, monkeypat
     results = []
     for known in (True, False):
         model = copy.deepcopy(start)
-        old_M = score(model, batch, temperature=1.0)[0] if known else np.full(batch.n_tokens, np.nan)
-        metrics = Learner(model, options).update(
-            batch, advantage_M, old_M, Objective(), step=1, temperature=1.0, seed=0, old_known=known
-        )
-        results.append((old_M, metrics, list(model.parameters())))
+        old_M = score(model, batch, temperature=1.0)[0] if known else None
+        update = Learner(model, options).update(batch, advantage_M, old_M, Objective(), step=1, temperature=1.0, seed=0)
+        results.append((update.old_logprobs_M, update.metrics, list(model.parameters())))
     (old_M, metrics, weights), (found_M, own, moved) = results
     assert np.allclose(old_M, found_M, atol=1e-5)
     assert own["actor/ppo_kl"] == 0.0 and own["actor/pg_clipfrac"] == 0.0
@@ -140,7 +139,7 @@ def test_one_update_gives_the_old_log_probs_by_its_own_pass(tokenizer, monkeypat
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="several updates"):
         Learner(start, learner_options(minibatches=2)).update(
-            batch, advantage_M, found_M, Objective(), step=1, temperature=1.0, seed=0, old_known=False
+            batch, advantage_M, None, Objective(), step=1, temperature=1.0, seed=0
         )
 
 

@@ -5,11 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from cases import batch_of, close
+from cases import batch_of, close, one_token_a_turn, published
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from atod_algos import advantages as maths
 from atod_algos.atod import ATOD
 from atod_algos.grpo import GRPO
 from atod_algos.opd import OPD
@@ -98,8 +97,8 @@ def test_everything_is_finite_and_of_one_size(name, chosen, step):
     loss_M, gradient_M = losses(name, batch, scores)
     for value_M in (result.token_M, loss_M, gradient_M):
         assert value_M.shape == (batch.n_tokens,) and np.isfinite(value_M).all()
-    assert all(np.isfinite(value) for value in result.metrics.values())
-    assert result.weight_K is None or result.weight_K.shape == batch.index_K.shape
+    assert all(np.isfinite(value) for value in published(ALGORITHMS[name], batch, scores, step).values())
+    assert result.turn_weight_K is None or result.turn_weight_K.shape == batch.index_K.shape
 
 
 @EVERY
@@ -114,8 +113,10 @@ def test_the_order_of_trajectories_does_not_matter(name, chosen, data):
     ):
         parts = [of[batch.trajectory_M == n] for n in order]
         close(np.concatenate(parts), moved_of)
-    assert result.metrics.keys() == moved_result.metrics.keys()
-    close(list(result.metrics.values()), [moved_result.metrics[key] for key in result.metrics], 1e-5)
+    metrics = published(ALGORITHMS[name], batch, scores, 7)
+    moved_metrics = published(ALGORITHMS[name], moved, moved_scores, 7)
+    assert metrics.keys() == moved_metrics.keys()
+    close(list(metrics.values()), [moved_metrics[key] for key in metrics], 1e-5)
 
 
 @EVERY
@@ -133,7 +134,8 @@ def test_what_was_not_sampled_is_not_felt(name, chosen, noise):
     )
     for other in (again_result, ALGORITHMS[name].advantages(prompted, again_scores, 7)):
         np.testing.assert_array_equal(result.token_M, other.token_M)
-        assert result.metrics == other.metrics
+        assert result.coefficients == other.coefficients
+    assert published(ALGORITHMS[name], batch, scores, 7) == published(ALGORITHMS[name], again, again_scores, 7)
     np.testing.assert_array_equal(losses(name, batch, scores), losses(name, prompted, again_scores))
 
 
@@ -159,7 +161,7 @@ def test_a_teacher_that_agrees_teaches_nothing(name, chosen):
     _, scores, result = advantages(name, chosen, agree=True)
     grpo = name if name.startswith("grpo") else "grpo-released" if name.endswith("released") else "grpo-paper"
     batch, _, reward_only = advantages(grpo, chosen)
-    coefficient = result.metrics.get("atod/rl_coef", getattr(ALGORITHMS[name], "grpo_coef", 1.0))
+    coefficient = result.coefficients.get("rl_coef", getattr(ALGORITHMS[name], "grpo_coef", 1.0))
     expected = np.zeros(batch.n_tokens) if name.startswith(("opd", "tcod")) else coefficient * reward_only.token_M
     close(result.token_M, expected)
     assert not losses(name, batch, scores)[0].any()
@@ -178,13 +180,13 @@ def test_an_empty_response_changes_nothing_for_the_others(name, chosen, place, w
 @holds(chosen=episodes, step=st.integers(1, 300))
 def test_weights_stay_in_their_bounds(chosen, step):
     for name in ("atod-paper", "atod-released", "atod-token", "atod-none"):
-        weight_K = advantages(name, chosen, step)[2].weight_K
+        weight_K = advantages(name, chosen, step)[2].turn_weight_K
         assert (weight_K >= 0).all() and (weight_K <= 1).all()
     batch, _, result = advantages("sod-paper", chosen, step)
-    assert (result.weight_K > 0).all() and (result.weight_K <= 1.2).all()
+    assert (result.turn_weight_K > 0).all() and (result.turn_weight_K <= 1.2).all()
     first = [np.flatnonzero((batch.trajectory_K == n) & (batch.n_K > 0))[:1] for n in range(len(chosen))]
-    assert (result.weight_K[np.concatenate(first)] == 1).all()
-    mean_K = advantages("atod-mean", chosen, step)[2].weight_K[batch.n_K > 0]
+    assert (result.turn_weight_K[np.concatenate(first)] == 1).all()
+    mean_K = advantages("atod-mean", chosen, step)[2].turn_weight_K[batch.n_K > 0]
     assert (mean_K > 0.2).all() and (mean_K <= 4 + 1e-6).all()
 
 
@@ -197,7 +199,7 @@ def test_one_turn_is_as_the_equations_say(chosen):
         return
     for name, weight in (("atod-paper", 0.75), ("atod-released", 1.0), ("sod-paper", 1.0)):
         batch, _, result = advantages(name, chosen)
-        assert (result.weight_K[batch.n_K > 0] == weight).all()
+        assert (result.turn_weight_K[batch.n_K > 0] == weight).all()
 
 
 @holds(chosen=episodes)
@@ -212,13 +214,13 @@ def test_sdar_pushes_every_sampled_token_up(chosen):
 
 @holds(step=st.integers(1, 2000), length=st.integers(1, 200), start=st.floats(0.2, 3), end=st.floats(0.1, 3))
 def test_schedules_stay_between_their_ends(step, length, start, end):
-    p = maths.progress(step, length)
     floor = min(start, end)
-    assert floor - 1e-12 <= maths.kappa(p, start, floor) <= start + 1e-12
-    assert min(start, end) - 1e-12 <= maths.rho(p, start, end) <= max(start, end) + 1e-12
-    later = maths.progress(step + 1, length)
-    assert maths.kappa(later, start, floor) <= maths.kappa(p, start, floor) + 1e-12
-    assert p <= later <= 1.0
+    algorithm = ATOD(coef_anneal_steps=length, kappa_init=start, kappa_min=floor, rho_init=start, rho_max=end)
+    batch, scores = one_token_a_turn([0.1], [0.2])
+    now, then = (algorithm.advantages(batch, scores, s).coefficients for s in (step, step + 1))
+    assert floor - 1e-12 <= then["kl_coef"] <= now["kl_coef"] <= start + 1e-12
+    assert min(start, end) - 1e-12 <= now["rl_coef"] <= max(start, end) + 1e-12
+    assert now["anneal_progress"] <= then["anneal_progress"] <= 1.0
 
 
 @holds(step=st.integers(1, 2000), start=st.integers(1, 5), every=st.integers(1, 9), origin=st.integers(0, 1))

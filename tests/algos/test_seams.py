@@ -10,11 +10,12 @@ from agents.base import Decision
 from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
 from agents.expert import expert_solution
+from atod_algos.algorithm import RolloutLimits
 from atod_algos.batch import RowLayout, Scores, make_batch, put_in_front
 from atod_algos.evaluate import evaluate
 from atod_algos.learner.logprobs import score
 from atod_algos.metrics import turn_table
-from atod_algos.rollout.episodes import EpisodeSpec, Rollout, RolloutLimits
+from atod_algos.rollout.episodes import EpisodeSpec, Rollout
 from atod_envs.trajectory import StopReason
 
 

@@ -17,13 +17,14 @@ from atod_envs.errors import AtodError, DataError, UnknownName
 from atod_envs.searchqa.language import KINDS
 from atod_envs.searchqa.questions import DATASETS
 from atod_envs.skills import read_skills, skills_of
-from atod_envs.trajectory import StopReason, Trajectory, read_jsonl
+from atod_envs.trajectory import Group, StopReason, Trajectory, read_jsonl
 
 KINDS_OF_TASK = {
     "alfworld": TASK_TYPES,
     "webshop": ("beauty", "electronics", "fashion", "garden", "grocery"),
     "searchqa": (*DATASETS, *KINDS),
 }
+ALONE = Group("t", ())
 WORLDS = pytest.mark.parametrize("env", ["atod/ALFWorld-v0", "atod/WebShop-v0", "atod/SearchQA-v0"])
 
 
@@ -36,7 +37,7 @@ def test_every_kind_of_task_has_skills_of_its_own_and_the_general_ones(world):
     book = skills_of(world)
     assert set(book.by_kind) == set(KINDS_OF_TASK[world])
     for kind in KINDS_OF_TASK[world]:
-        text = SDAR().privileged_text(of_kind(f"{world}/label", kind))
+        text = SDAR().privileged_text(of_kind(f"{world}/label", kind), ALONE)
         assert text.startswith(HEADING) and book.general in text and book.by_kind[kind] in text
 
 
@@ -47,13 +48,13 @@ def test_the_categories_are_those_of_the_official_catalogue(realdata):
 
 def test_missing_skills_are_an_error_and_never_half_a_text(tmp_path):
     with pytest.raises(UnknownName, match=r"unknown kind of task 'dance'.*pick_and_place_simple.*add '## dance'"):
-        SDAR().privileged_text(of_kind("alfworld/task_type", "dance"))
+        SDAR().privileged_text(of_kind("alfworld/task_type", "dance"), ALONE)
     with pytest.raises(DataError, match=r"no skills at .*chess"):
-        SDAR().privileged_text(of_kind("chess/opening", "gambit"))
+        SDAR().privileged_text(of_kind("chess/opening", "gambit"), ALONE)
     with pytest.raises(DataError, match=r"no skills at .*nowhere\.md"):
-        SDAR(skills=str(tmp_path / "nowhere.md")).privileged_text(of_kind("alfworld/task_type", TASK_TYPES[0]))
+        SDAR(skills=str(tmp_path / "nowhere.md")).privileged_text(of_kind("alfworld/task_type", TASK_TYPES[0]), ALONE)
     with pytest.raises(DataError, match="has no kind"):
-        SDAR().privileged_text(Trajectory("e", "t", "s", "", "g", 0, (), "", False, 0.0, StopReason.FAILURE))
+        SDAR().privileged_text(Trajectory("e", "t", "s", "", "g", 0, (), "", False, 0.0, StopReason.FAILURE), ALONE)
     for name, text, words in (
         ("a", "## dance\n\nJump.\n", "no section '# General'"),
         ("b", "# General\n\nMove.\n\n## dance\n\n## sing\n\nLa.\n", "section for 'dance' is empty"),
@@ -66,7 +67,7 @@ def test_missing_skills_are_an_error_and_never_half_a_text(tmp_path):
 
 def test_a_skill_file_of_ones_own(tmp_path):
     (tmp_path / "mine.md").write_text("For me.\n\n# General\n\nMove.\n\n## dance, sing\n\nJump.\n")
-    text = SDAR(skills=str(tmp_path / "mine.md")).privileged_text(of_kind("stage/art", "sing"))
+    text = SDAR(skills=str(tmp_path / "mine.md")).privileged_text(of_kind("stage/art", "sing"), ALONE)
     assert text == f"{HEADING}\nMove.\n\nJump.\n\n"
 
 
