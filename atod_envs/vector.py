@@ -41,7 +41,7 @@ class Reset(NamedTuple):
     info: dict[str, Any]
 
 
-class Turn(NamedTuple):
+class VectorTurn(NamedTuple):
     """What an action leads to: what ``step`` of a single environment returns."""
 
     observation: str
@@ -119,7 +119,7 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
         self.submit_reset(indices, seeds=seeds, task_ids=task_ids)
         return [outcome for outcome in self._wait_for(indices) if isinstance(outcome, Reset)]
 
-    def step_at(self, indices: Sequence[int], actions: Sequence[str]) -> list[Turn]:
+    def step_at(self, indices: Sequence[int], actions: Sequence[str]) -> list[VectorTurn]:
         """Act in some environments, and wait for them.
 
         Nothing is reset by itself here: an environment whose episode is over has to be reset first.
@@ -135,7 +135,7 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
             EpisodeError: an environment has not been reset, or its episode is over.
         """
         self.submit_step(indices, actions)
-        return [outcome for outcome in self._wait_for(indices) if isinstance(outcome, Turn)]
+        return [outcome for outcome in self._wait_for(indices) if isinstance(outcome, VectorTurn)]
 
     def submit_reset(
         self,
@@ -159,7 +159,7 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
         self._check_lengths(indices, actions=actions)
         self._submit([(index, "step", (action,), {}) for index, action in zip(indices, actions, strict=True)])
 
-    def collect(self, timeout: float | None = None) -> dict[int, Reset | Turn]:
+    def collect(self, timeout: float | None = None) -> dict[int, Reset | VectorTurn]:
         """Whatever has been submitted and is finished by now, by environment.
 
         Args:
@@ -174,7 +174,7 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
         """
         if not self._done and self._under_way:
             self._receive(timeout)
-        shown: dict[int, Reset | Turn] = {}
+        shown: dict[int, Reset | VectorTurn] = {}
         for index in sorted(self._done):
             name, outcome = self._done[index]
             if outcome.error is not None and shown:
@@ -248,7 +248,7 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
         acting = [index for index in everyone if index not in set(afresh)]
         self.submit_reset(afresh)
         self.submit_step(acting, [actions[index] for index in acting])
-        begun = [turn for turn in self._wait_for(acting) if isinstance(turn, Turn)]
+        begun = [turn for turn in self._wait_for(acting) if isinstance(turn, VectorTurn)]
         for index, turn in zip(acting, begun, strict=True):
             rewards[index], terminations[index], truncations[index] = turn.reward, turn.terminated, turn.truncated
             if self.autoreset_mode is AutoresetMode.SAME_STEP and self._finished[index]:
@@ -314,17 +314,17 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
             self._receive(None)
         return [self._done.pop(index) for index in wanted]
 
-    def _wait_for(self, indices: Sequence[int]) -> list[Reset | Turn]:
+    def _wait_for(self, indices: Sequence[int]) -> list[Reset | VectorTurn]:
         outcomes = list(zip(indices, self._outcomes(indices), strict=True))
         for index, outcome in sorted(outcomes, key=lambda pair: pair[1][1].error is not None):  # errors last
             self._shown(index, *outcome)
         return [self._shown(index, *outcome) for index, outcome in outcomes]
 
-    def _shown(self, index: int, name: str, outcome: Outcome) -> Reset | Turn:
+    def _shown(self, index: int, name: str, outcome: Outcome) -> Reset | VectorTurn:
         value = outcome.unwrap()
-        shown = Reset(*value) if name == "reset" else Turn(*value)
+        shown = Reset(*value) if name == "reset" else VectorTurn(*value)
         self._observations[index] = shown.observation
-        self._finished[index] = isinstance(shown, Turn) and (shown.terminated or shown.truncated)
+        self._finished[index] = isinstance(shown, VectorTurn) and (shown.terminated or shown.truncated)
         return shown
 
     def _ask(self, indices: Sequence[int], name: str, *arguments: Any, **keywords: Any) -> list[Any]:

@@ -30,7 +30,7 @@ from alfworld_differential import compare
 from alfworld_reference import Reference, accelerated, real_games
 
 from atod_envs.alfworld.engine.game import Game
-from atod_envs.alfworld.engine.session import Session
+from atod_envs.alfworld.engine.session import GameSession
 from atod_envs.alfworld.generator import builtin
 
 STEPS = 50
@@ -117,7 +117,7 @@ def write_scripts(files: Sequence[Path], seed: int) -> list[Script]:
     """Random admissible commands for every game, fixed before anything is measured."""
     scripts = []
     for path in files:
-        rng, session = random.Random(f"{seed}/{path.name}/{path.parent.name}"), Session(Game.load(path))
+        rng, session = random.Random(f"{seed}/{path.name}/{path.parent.name}"), GameSession(Game.load(path))
         admissible, commands = session.reset().admissible, []
         for _ in range(STEPS):
             commands.append(rng.choice(admissible))
@@ -128,9 +128,9 @@ def write_scripts(files: Sequence[Path], seed: int) -> list[Script]:
 
 def resets(files: Sequence[Path]) -> tuple[float, float]:
     """Mean seconds until a game file that was never seen shows its first observation, and of a later reset."""
-    Session(Game.load(files[0])).reset()  # The shared domain and grammar are compiled once per process.
+    GameSession(Game.load(files[0])).reset()  # The shared domain and grammar are compiled once per process.
     start = time.process_time()
-    sessions = [Session(Game.load(path)) for path in files]
+    sessions = [GameSession(Game.load(path)) for path in files]
     for session in sessions:
         session.reset()
     middle = time.process_time()
@@ -148,7 +148,7 @@ def play_native(scripts: Sequence[Script], rounds: int) -> float:
     seconds = 0.0
     for turn in range(rounds):
         for game, commands in games:
-            session = Session(game)
+            session = GameSession(game)
             admissible = session.reset().admissible
             choices = commands
             if turn:  # Other commands than before, or the caches would know every situation.
@@ -165,7 +165,7 @@ def play_native(scripts: Sequence[Script], rounds: int) -> float:
 def other_commands(game: Game, seed: int) -> tuple[str, ...]:
     """Random admissible commands of a game, found on a separate copy so that its caches stay as they are."""
     copy = COPIES.setdefault(game.name, Game.load(game.name))
-    rng, session = random.Random(f"{seed}/{game.name}"), Session(copy)
+    rng, session = random.Random(f"{seed}/{game.name}"), GameSession(copy)
     admissible, commands = session.reset().admissible, []
     for _ in range(STEPS):
         commands.append(rng.choice(admissible))
@@ -177,7 +177,7 @@ COPIES: dict[str, Game] = {}
 
 
 def _worker(scripts: Sequence[Script], start: Any, done: Any) -> None:
-    sessions = [(Session(Game.load(path)), commands) for path, commands in scripts]
+    sessions = [(GameSession(Game.load(path)), commands) for path, commands in scripts]
     start.wait()
     for _ in range(20):
         for session, commands in sessions:
@@ -215,7 +215,7 @@ def play_reference(scripts: Sequence[Script], steps: int) -> tuple[float, float]
         reference.load(str(path))
         shown = reference.reset()
         reset_seconds += time.process_time() - start
-        session = Session(Game.load(path))
+        session = GameSession(Game.load(path))
         assert session.reset().observation == shown.observation
         start = time.process_time()
         answers = [reference.step(command) for command in commands[: max(steps // 3, 1)]]
@@ -275,7 +275,7 @@ def memory(files: Sequence[Path]) -> None:
     """Print the memory of 1,000 live episodes, each some way into its game."""
     before = resident()
     games = [Game.load(path) for path in files]
-    sessions = [Session(games[index % len(games)]) for index in range(1000)]
+    sessions = [GameSession(games[index % len(games)]) for index in range(1000)]
     loaded = resident()
     rng = random.Random(0)
     for session in sessions:

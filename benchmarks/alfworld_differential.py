@@ -17,7 +17,7 @@ from typing import Any
 from alfworld_reference import Reference, Shown, content
 
 from atod_envs.alfworld.engine.game import Game
-from atod_envs.alfworld.engine.session import Session, Step
+from atod_envs.alfworld.engine.session import GameSession, Step
 
 NONSENSE = (
     "",
@@ -81,14 +81,16 @@ def compare(
             report.refused.append(f"{name}: {type(error).__name__}: {error}")
             continue
         report.games[kind] += 1
-        session = Session(Game.parse(data, name=name))
+        session = GameSession(Game.parse(data, name=name))
         for episode in range(EPISODES):
             rng = random.Random(f"{seed}/{name}/{number}/{episode}")
             _play(name, session, reference, report, rng, min(length, steps - report.steps))
     return report
 
 
-def _play(name: str, session: Session, reference: Reference, report: Report, rng: random.Random, length: int) -> None:
+def _play(
+    name: str, session: GameSession, reference: Reference, report: Report, rng: random.Random, length: int
+) -> None:
     if length <= 0:
         return
     ours, theirs = session.reset(), reference.reset()

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from atod_envs.alfworld.data import open_source
 from atod_envs.alfworld.engine.game import Game
-from atod_envs.alfworld.engine.session import Session
+from atod_envs.alfworld.engine.session import GameSession
 from atod_envs.alfworld.expert import ALFWorldExpert
 from atod_envs.alfworld.household import TASK_TYPES
 from atod_envs.alfworld.planner.plan import plan
@@ -23,7 +23,7 @@ from atod_envs.alfworld.planner.plan import plan
 
 def turns_needed(game: Game, expert: ALFWorldExpert, limit: int) -> int | None:
     """Turns until the expert wins; None if it does not within the limit."""
-    session = Session(game)
+    session = GameSession(game)
     step = session.reset()
     expert.reset(step.observation, step.observation, step.admissible)
     for turn in range(1, limit + 1):

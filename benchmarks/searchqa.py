@@ -39,7 +39,7 @@ from atod_envs.retrieval.dense import DenseIndex, EncoderSettings
 from atod_envs.retrieval.http import HttpSearch
 from atod_envs.retrieval.progress import progress
 from atod_envs.retrieval.protocol import LocalSearch
-from atod_envs.searchqa.builtin import world
+from atod_envs.searchqa.builtin import encyclopedia
 from atod_envs.searchqa.env import SearchQAEnv
 from atod_envs.searchqa.expert import SearchQAExpert
 from atod_envs.searchqa.questions import DATASETS, load_questions
@@ -94,8 +94,8 @@ def _texts(data: Path, count: int) -> tuple[list[tuple[str, str]], list[str]]:
         passages = list(read_passages(data / "passages.jsonl.gz"))
         queries = [question.text for question in load_questions(data)]
     else:
-        passages = list(world().passages())
-        queries = [question.text for question in world().questions]
+        passages = list(encyclopedia().passages())
+        queries = [question.text for question in encyclopedia().questions]
     return passages, [queries[place] for place in np.random.default_rng(0).permutation(len(queries))[:count]]
 
 

@@ -35,7 +35,7 @@ KEPT_GAMES = 256
 """Compiled games that a source keeps, so that a group of episodes of one task compiles it once."""
 
 
-class Source(Protocol):
+class GameSource(Protocol):
     """A split of games."""
 
     split: str
@@ -90,7 +90,7 @@ def find_data(data: str | os.PathLike[str] | None) -> Path | None:
 
 def open_source(
     data: str | os.PathLike[str] | None, split: str, *, task_types: Collection[str] | None = None, strict: bool = False
-) -> Source:
+) -> GameSource:
     """Open a split.
 
     Args:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from atod_envs.alfworld.data import open_source
 from atod_envs.alfworld.engine.game import TASK_LEAD, Game
-from atod_envs.alfworld.engine.session import Session, Step, put_as_move
+from atod_envs.alfworld.engine.session import GameSession, Step, put_as_move
 from atod_envs.errors import DataError
 from atod_envs.tasks import TaskSet
 from atod_envs.text_env import Frame, TextEnv
@@ -26,7 +26,7 @@ BACKENDS = ("native", "textworld")
 """Engines: ours, and the published `alfworld` package in a worker process."""
 
 
-class Player(Protocol):
+class EpisodeEngine(Protocol):
     """One episode on some engine."""
 
     def reset(self) -> Step:
@@ -92,7 +92,7 @@ class ALFWorldEnv(TextEnv):
             from atod_envs.alfworld.textworld.backend import Reference
 
             self._reference = Reference()
-        self._player: Player | None = None
+        self._player: EpisodeEngine | None = None
         self._admissible: tuple[str, ...] = ()
         self._extra: Mapping[str, object] = {}
 
@@ -114,7 +114,9 @@ class ALFWorldEnv(TextEnv):
 
     def _begin(self, task_id: str, seed: int) -> tuple[str, Frame]:
         game = self.source.game(task_id)
-        self._player = self._reference.open(self.source.content(task_id), game) if self._reference else Session(game)
+        self._player = (
+            self._reference.open(self.source.content(task_id), game) if self._reference else GameSession(game)
+        )
         self._extra = {
             "task_type": self.source.task_type(task_id),
             "walkthrough_length": len(game.walkthrough),

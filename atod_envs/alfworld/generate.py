@@ -20,10 +20,10 @@ from functools import cache
 from pathlib import Path
 
 from atod_envs.alfworld.engine.game import Game
-from atod_envs.alfworld.engine.session import Session
+from atod_envs.alfworld.engine.session import GameSession
 from atod_envs.alfworld.generator.rendering import domain, game_data, grammar, trajectory_data
-from atod_envs.alfworld.generator.rooms import Dice, Layout, make_layout
-from atod_envs.alfworld.generator.scenes import World, choose_goal, make_world, possible_goals
+from atod_envs.alfworld.generator.rooms import Dice, RoomLayout, make_layout
+from atod_envs.alfworld.generator.scenes import Scene, choose_goal, make_scene, possible_goals
 from atod_envs.alfworld.household import SIZES, TASK_TYPES, Room
 from atod_envs.errors import DataError
 from atod_envs.options import program
@@ -39,13 +39,13 @@ class Made:
 
     Attributes:
         folder: where it belongs, relative to the data root.
-        world: what it holds.
+        scene: what it holds.
         game: the content of ``game.tw-pddl``.
         trajectory: the content of ``traj_data.json``.
     """
 
     folder: str
-    world: World
+    scene: Scene
     game: Mapping[str, object]
     trajectory: Mapping[str, object]
 
@@ -72,20 +72,20 @@ def generate(split: str, index: int, *, seed: int, size: str = "real") -> Made:
     rooms = [number for number, room in enumerate(SIZES[size]) if task_type in room.task_types]
     layout = _layout(size, dice.pick(rooms), dice.below(_UNSEEN_SCENES if unseen else _SEEN_SCENES), unseen, seed)
     goal = choose_goal(possible_goals(layout, task_type), dice)
-    world = make_world(layout, goal, held_out=None if unseen else split == "valid_seen", key=key)
+    scene = make_scene(layout, goal, held_out=None if unseen else split == "valid_seen", key=key)
     trial = f"trial_T{seed:08d}_{index:06d}"
     folder = f"{DATA_FOLDER}/{split}/{goal.folder}-{layout.scene}/{trial}"
-    game = game_data(world, dice)
+    game = game_data(scene, dice)
     plan = game["walkthrough"]
     assert isinstance(plan, list)
-    session = Session(Game.parse(game, name=folder))
+    session = GameSession(Game.parse(game, name=folder))
     if [session.step(command).won for command in plan] != [False] * (len(plan) - 1) + [True]:
         raise DataError(f"generated game {folder}: its walkthrough {plan} does not win; please report seed and index")
-    return Made(folder, world, game, trajectory_data(world, trial, plan, dice))
+    return Made(folder, scene, game, trajectory_data(scene, trial, plan, dice))
 
 
 @cache
-def _layout(size: str, room: int, scene: int, unseen: bool, seed: int) -> Layout:
+def _layout(size: str, room: int, scene: int, unseen: bool, seed: int) -> RoomLayout:
     kind: Room = SIZES[size][room]
     number = kind.first_scene + 1 + scene + (_SEEN_SCENES if unseen else 0)
     return make_layout(kind, number, unseen=unseen, key=("generate", seed, size))

@@ -130,8 +130,9 @@ def _games(folder: Path) -> Iterator[str]:
 
 
 def _catalogue(folder: Path) -> Iterator[str]:
+    from atod_envs.webshop.catalogue.cache import store_folder
     from atod_envs.webshop.catalogue.files import find_files
-    from atod_envs.webshop.catalogue.store import Store, store_folder
+    from atod_envs.webshop.catalogue.store import Store
 
     if (folder / "store.json").is_file():
         store = Store(folder)
@@ -239,7 +240,7 @@ def _build(name: str) -> int:
     if name == "alfworld":
         what = "; ".join(_games(folder)) if folder is not None else "built in, nothing to build"
     elif name == "webshop":
-        from atod_envs.webshop.catalogue.store import open_store
+        from atod_envs.webshop.catalogue.cache import open_store
 
         store = open_store(folder)
         what = f"{len(store):,} products in {store.folder}"

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .scoring import Scores, score_answer
+from .scoring import AnswerScores, score_answer
 
-__all__ = ["Scores", "score_answer"]
+__all__ = ["AnswerScores", "score_answer"]

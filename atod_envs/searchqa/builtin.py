@@ -33,7 +33,7 @@ DISTRACTORS_PER_SCALE: Final = 400
 
 
 @dataclass(frozen=True)
-class World:
+class Encyclopedia:
     """An encyclopedia and its questions.
 
     Attributes:
@@ -58,7 +58,7 @@ class World:
             yield str(number), contents_of(title, text)
 
 
-def make_world(seed: int = SEED, scale: float = 1.0) -> World:
+def make_encyclopedia(seed: int = SEED, scale: float = 1.0) -> Encyclopedia:
     """Make an encyclopedia.
 
     Args:
@@ -82,13 +82,13 @@ def make_world(seed: int = SEED, scale: float = 1.0) -> World:
         entities[part] = made
         if part != "unasked":
             questions += _ask(Dice(f"questions/{part}/{seed}"), made, part, round(QUESTIONS_PER_SCALE * share * scale))
-    return World(entities, questions, seed, scale)
+    return Encyclopedia(entities, questions, seed, scale)
 
 
 @cache
-def world() -> World:
+def encyclopedia() -> Encyclopedia:
     """The world that ships with the project."""
-    return make_world()
+    return make_encyclopedia()
 
 
 def _ask(dice: Dice, entities: Sequence[Entity], part: str, each: int) -> Iterator[Question]:
@@ -141,7 +141,7 @@ def _names(entity: Entity) -> tuple[str, ...]:
     return (entity.name, entity.alias) if entity.alias else (entity.name,)
 
 
-def write_world(made: World, directory: str | Path) -> None:
+def write_encyclopedia(made: Encyclopedia, directory: str | Path) -> None:
     """Write a world as data files: `corpus.jsonl` and `questions.jsonl`, to be given as `data=`."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,8 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=SEED, help="default: %(default)s, the built-in world")
     parser.add_argument("--scale", type=float, default=1.0, help="size; default: %(default)s, about 3,300 passages")
     options = parser.parse_args(arguments)
-    made = make_world(options.seed, options.scale)
-    write_world(made, options.out)
+    made = make_encyclopedia(options.seed, options.scale)
+    write_encyclopedia(made, options.out)
     print(f"{options.out}: {sum(1 for _ in made.passages()):,} passages, {len(made.questions):,} questions")
     return 0
 

@@ -17,7 +17,7 @@ from atod_envs.trajectory import Trajectory, read_jsonl
 
 from .actions import project
 from .sampling import ALL, QuestionSet, SetResult, summarise
-from .scoring import Scores, score_answer
+from .scoring import AnswerScores, score_answer
 from .sources import load_tasks
 
 
@@ -37,7 +37,7 @@ def score_episodes(trajectories: Iterable[Trajectory], questions: QuestionSet) -
     for trajectory in trajectories:
         question = questions.questions[questions.require(trajectory.task_id)]
         answer = project(trajectory.turns[-1].action).answer if trajectory.turns else None
-        scores = Scores(0.0, 0.0, 0.0) if answer is None else score_answer(answer, question.answers)
+        scores = AnswerScores(0.0, 0.0, 0.0) if answer is None else score_answer(answer, question.answers)
         yield question.dataset, scores.em, scores.f1
 
 

@@ -21,7 +21,7 @@ _CLOSED: Final = frozenset({"yes", "no", "noanswer"})
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class AnswerScores:
     """How an answer compares with the gold answers.
 
     Attributes:
@@ -52,7 +52,7 @@ def token_f1(answer: str, gold: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def score_answer(answer: str, golds: Sequence[str]) -> Scores:
+def score_answer(answer: str, golds: Sequence[str]) -> AnswerScores:
     """Score one answer against all gold answers.
 
     Args:
@@ -64,7 +64,7 @@ def score_answer(answer: str, golds: Sequence[str]) -> Scores:
     """
     normal = normalise(answer)
     targets = [normalise(gold) for gold in golds]
-    return Scores(
+    return AnswerScores(
         em=max(float(normal == target) for target in targets),
         acc=max(float(target in normal) for target in targets),
         f1=max(token_f1(normal, target) for target in targets),

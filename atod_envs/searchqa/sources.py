@@ -27,7 +27,7 @@ from .questions import Question, load_questions
 from .sampling import QuestionSet, parse_datasets, purposes, select
 
 if TYPE_CHECKING:
-    from .builtin import World
+    from .builtin import Encyclopedia
 
 _log = logging.getLogger(__name__)
 _lock = threading.RLock()
@@ -151,10 +151,10 @@ def _questions(path: Path, stamp: tuple[int, int]) -> Sequence[Question]:
 
 
 @lru_cache(ENCYCLOPEDIAS)
-def _encyclopedia(seed: int) -> World:
-    from .builtin import SEED, make_world, world
+def _encyclopedia(seed: int) -> Encyclopedia:
+    from .builtin import SEED, encyclopedia, make_encyclopedia
 
-    return world() if seed == SEED else make_world(seed)
+    return encyclopedia() if seed == SEED else make_encyclopedia(seed)
 
 
 @lru_cache(8 * ENCYCLOPEDIAS)

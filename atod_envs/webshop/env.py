@@ -15,11 +15,12 @@ from typing import ClassVar, Literal
 from atod_envs.errors import UnknownName
 from atod_envs.styles import PromptStyle
 from atod_envs.text_env import Frame, TextEnv
-from atod_envs.webshop.catalogue.store import Store, open_store
+from atod_envs.webshop.catalogue.cache import open_store
+from atod_envs.webshop.catalogue.store import Store
 from atod_envs.webshop.goals import GoalKind, Goals
 from atod_envs.webshop.nouns import rule_nouns, spacy_nouns, title_nouns
 from atod_envs.webshop.prompts import SEARCH_PATTERN, STYLES
-from atod_envs.webshop.shop import OBSERVATION_MODES, SEARCH_ENGINES, ObservationMode, SearchEngine, Session, Shop
+from atod_envs.webshop.shop import OBSERVATION_MODES, SEARCH_ENGINES, ObservationMode, SearchEngine, Shop, ShopSession
 from atod_envs.webshop.splits import SplitStyle, read_task_id, split_goals
 
 NOUN_FINDERS = ("auto", "spacy", "rules")
@@ -76,7 +77,7 @@ class WebShopEnv(TextEnv):
         self.data_version = f"{store.name}/{goals}-{goal_seed}"
         self.shop = _shop(store, search, show_attributes, nouns)
         self.observation_mode: ObservationMode = observation_mode
-        self.session: Session | None = None
+        self.session: ShopSession | None = None
 
     def prompt_styles(self) -> Mapping[str, PromptStyle]:
         """``"atod"``, the paper's, and ``"compact"``."""
@@ -86,7 +87,7 @@ class WebShopEnv(TextEnv):
         worker, number = read_task_id(task_id)
         goals = self._goals if worker is None else _goals(self.shop.store, self._goals.kind, worker, worker)
         goal = goals[number]
-        self.session = Session(self.shop, goals, goal, str(number), seed)
+        self.session = ShopSession(self.shop, goals, goal, str(number), seed)
         return goal.instruction_text, self._frame_now(self.session, valid=True)
 
     def _act(self, action: str) -> Frame:
@@ -94,7 +95,7 @@ class WebShopEnv(TextEnv):
         assert session is not None  # TextEnv refuses a step before reset
         return self._frame_now(session, valid=session.act(action))
 
-    def _frame_now(self, session: Session, valid: bool) -> Frame:
+    def _frame_now(self, session: ShopSession, valid: bool) -> Frame:
         searchable = session.page.searchable
         clickables = tuple(session.clickables)
         admissible = tuple([f"click[{text}]" for text in clickables if text and text != "search"])

@@ -1,6 +1,6 @@
 """The shop: from an action to the next page.
 
-``Shop`` holds what all customers share, ``Session`` one customer's visit. The invariant: for every action the page, its
+``Shop`` holds what all customers share, ``ShopSession`` one customer's visit. The invariant: for every action the page, its
 address, its clickables and the reward are those of the original's simulated server, its quirks included; where the
 original would crash, the action counts as not understood and the page stays.
 """
@@ -129,7 +129,7 @@ class Purchase:
     parts: RewardParts
 
 
-class Session:
+class ShopSession:
     """One customer's visit.
 
     Args:

@@ -17,7 +17,7 @@ from atod_algos.training.config import TrainConfig, builtin_profile, resolve
 from atod_algos.training.sft import main as imitation
 from atod_envs.options import read_options
 from atod_envs.prompting import prompted
-from atod_envs.searchqa.builtin import make_world
+from atod_envs.searchqa.builtin import make_encyclopedia
 
 ENV = "atod/SearchQA-v0"
 PROFILE = builtin_profile(ENV)
@@ -77,7 +77,7 @@ def test_a_name_is_the_same_tokens_wherever_it_stands(student):
         whole = ids(text)
         return any(whole[place : place + len(part)] == part for place in range(len(whole)))
 
-    entities = [entity for entity in make_world().entities["test"] if entity.kind != "event"]
+    entities = [entity for entity in make_encyclopedia().entities["test"] if entity.kind != "event"]
     for entity in entities[::7]:
         message, _ = env.reset(seed=0)
         message, *_ = env.step(f"<think> find x </think><search> {entity.name} </search>")

@@ -11,7 +11,7 @@ import atod_envs  # noqa: F401 (registers the environments)
 from atod_envs.alfworld.generate import main as generate_games
 from atod_envs.alfworld.generator import builtin
 from atod_envs.recording import RecordTurns
-from atod_envs.searchqa.builtin import make_world, write_world
+from atod_envs.searchqa.builtin import make_encyclopedia, write_encyclopedia
 from atod_envs.webshop.generate import main as generate_catalogue
 
 
@@ -53,8 +53,8 @@ def test_webshop_version_follows_content_and_goals(tmp_path):
 
 
 def test_searchqa_version_follows_questions_and_corpus(tmp_path):
-    write_world(make_world(scale=0.05), tmp_path / "a")
-    write_world(make_world(scale=0.05), tmp_path / "b")
+    write_encyclopedia(make_encyclopedia(scale=0.05), tmp_path / "a")
+    write_encyclopedia(make_encyclopedia(scale=0.05), tmp_path / "b")
     first = version("atod/SearchQA-v0", data=tmp_path / "a")
     assert version("atod/SearchQA-v0", data=tmp_path / "b") == first
     with (tmp_path / "b" / "corpus.jsonl").open("a") as corpus:

@@ -14,7 +14,7 @@ from toy import WORDS, ToyEnv
 
 import atod_envs  # noqa: F401  (registers the environments)
 from atod_envs.errors import EpisodeError, UnknownName
-from atod_envs.vector import Reset, TextVectorEnv, Turn
+from atod_envs.vector import Reset, TextVectorEnv, VectorTurn
 from atod_envs.workers import WorkerError
 
 
@@ -47,7 +47,7 @@ def test_subsets_move_alone(workers):
         assert begun[0].info["task_id"] == "say-plum-train"
         assert begun[0].observation == "Speak (7)." and begun[1].observation == "Speak (8)."
         (turn,) = envs.step_at([4], ["fig"])
-        assert isinstance(turn, Turn)
+        assert isinstance(turn, VectorTurn)
         assert (turn.reward, turn.terminated, turn.truncated, turn.info["turn"]) == (0.0, False, False, 1)
         (turn,) = envs.step_at([4], ["plum"])
         assert (turn.reward, turn.terminated, turn.info["turn"]) == (1.0, True, 2)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from atod_envs.alfworld.engine import goals
-from atod_envs.alfworld.engine.facts import World
+from atod_envs.alfworld.engine.facts import Facts, StaticFacts
 from atod_envs.alfworld.engine.grammar import split_task
 from atod_envs.alfworld.engine.operators import Key
 from atod_envs.alfworld.engine.pddl import Problem, parse_problem
@@ -30,7 +30,7 @@ TASK_LEAD = "Your task is to: "
 _ESCAPES = (("_bar_", "|"), ("_minus_", "-"), ("_plus_", "+"), ("_dot_", "."), ("_comma_", ","))
 
 
-class Group(NamedTuple):
+class OperatorGroup(NamedTuple):
     """Operators of one action that are possible together.
 
     Attributes:
@@ -50,7 +50,7 @@ class Menu(NamedTuple):
     """Everything that can be done in a state: the commands in order, and the groups in which to look them up."""
 
     commands: tuple[str, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[OperatorGroup, ...]
 
     def find(self, command: str) -> tuple[Schema, tuple[int, ...]] | None:
         """The action of a command and its parameters' values, or None if it cannot be done."""
@@ -81,7 +81,6 @@ class Game:
     def __init__(self, name: str, rules: Rules, problem: Problem, task_text: str, data: Mapping[str, Any]) -> None:
         self.name = name
         self.rules = rules
-        self.task_text = task_text
         self.walkthrough: tuple[str, ...] = tuple(data.get("walkthrough") or ())
         self.solvable: bool | None = data.get("solvable")
         self.task_type = _task_type(name, data.get("traj_data"))
@@ -95,11 +94,13 @@ class Game:
         self.goal_facts = len(self.goal.conditions)
         self.types = self._type_sets(problem)
         self.constants = [self.index.get(name, len(self.objects)) for name in rules.names.constants]
-        self.memo: dict[tuple[object, ...], str] = {}
         self._words: dict[str, dict[Any, Any]] = {}
-        self._groups: dict[Key, tuple[Group, ...]] = {}
+        self._groups: dict[Key, tuple[OperatorGroup, ...]] = {}
         self._menus: dict[tuple[Key, ...], Menu] = {}
-        self.start = World(self)
+        static = StaticFacts(
+            self.objects, self.names, self.types, self.unary, self.rows, self.columns, rules.changing, task_text
+        )
+        self.start = Facts(static)
         self.intro = rules.intro(self.start, ())
         self.task = self.intro.rpartition(TASK_LEAD)[2].strip()
 
@@ -154,9 +155,9 @@ class Game:
         except DataError as error:
             raise DataError(f"the game {name} cannot be played: {error}") from None
 
-    def menu(self, world: World) -> Menu:
+    def menu(self, facts: Facts) -> Menu:
         """Everything that can be done in a state of this game."""
-        keys = self.rules.keys(world.unary, world.rows, world.columns, self.types, self.constants, self.everything)
+        keys = self.rules.keys(facts.unary, facts.rows, facts.columns, self.types, self.constants, self.everything)
         menu = self._menus.get(keys)
         if menu is None:
             if len(self._menus) >= REMEMBERED:
@@ -166,7 +167,7 @@ class Game:
             menu = self._menus[keys] = Menu(tuple(dict.fromkeys(commands)), groups)
         return menu
 
-    def _expand(self, key: Key) -> tuple[Group, ...]:
+    def _expand(self, key: Key) -> tuple[OperatorGroup, ...]:
         groups = self._groups.get(key)
         if groups is None:
             if len(self._groups) >= 4 * REMEMBERED:
@@ -175,12 +176,12 @@ class Game:
             groups = self._groups[key] = tuple(group for group in found if group.commands)
         return groups
 
-    def _group(self, ground: Ground, key: Key) -> Group:
+    def _group(self, ground: Ground, key: Key) -> OperatorGroup:
         schema, start = ground.schema, self.start
         words = self._words.setdefault(schema.name, {})
         relations = (self.unary, self.rows, self.columns, self.types, self.constants, self.everything)
         table = ground.expand(*relations, key, words, lambda values: schema.command(start, values))
-        return Group(ground, key, table if ground.choose is None else ground.choose(key, table), table)
+        return OperatorGroup(ground, key, table if ground.choose is None else ground.choose(key, table), table)
 
     def _load_facts(self, problem: Problem) -> None:
         rules, index = self.rules, self.index

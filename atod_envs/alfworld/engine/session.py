@@ -1,4 +1,4 @@
-"""Playing a compiled game: `Session` holds what changes in one episode, `Step` is what a player is shown.
+"""Playing a compiled game: `GameSession` holds what changes in one episode, `Step` is what a player is shown.
 
 Invariant: for every sequence of commands, observation, admissible commands and their order, reward, done and won equal
 those of the reference (alfworld 0.4.2 on textworld 1.7.0) on the same game file. One thing is deliberately not copied,
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from atod_envs.alfworld.engine.facts import World
+from atod_envs.alfworld.engine.facts import Facts
 from atod_envs.alfworld.engine.game import Game
 from atod_envs.alfworld.engine.rules import Schema
 
@@ -41,27 +41,27 @@ class Step(NamedTuple):
     progress: float
 
 
-class Session:
+class GameSession:
     """One episode of a game; cheap, so that thousands can be live.
 
     Args:
         game: the compiled game; sessions share it.
 
     Attributes:
-        world: the facts of the moment; to be read, not written.
+        facts: the facts of the moment; to be read, not written.
         progress: as in `Step`.
     """
 
-    __slots__ = ("_menu", "_won", "game", "progress", "world")
+    __slots__ = ("_menu", "_won", "facts", "game", "progress")
 
     def __init__(self, game: Game) -> None:
         self.game = game
-        self.world = World(game)
+        self.facts = Facts(game.start.static)
         self._begin()
 
     def reset(self) -> Step:
         """Begin the episode again, and show the introduction."""
-        self.world.restart()
+        self.facts.restart()
         self._begin()
         return self._step(self.game.intro, True)
 
@@ -72,7 +72,7 @@ class Session:
             return self._step(NOTHING, False)
         schema, values = found
         self._apply(schema, values)
-        return self._step(schema.feedback(self.world, values), True)
+        return self._step(schema.feedback(self.facts, values), True)
 
     @property
     def won(self) -> bool:
@@ -85,7 +85,7 @@ class Session:
         return self._menu.commands
 
     def _begin(self) -> None:
-        self._menu = self.game.menu(self.world)
+        self._menu = self.game.menu(self.facts)
         self._won = False
         self.progress = 0.0
         self._check_goal()
@@ -95,16 +95,16 @@ class Session:
         return Step(observation, self._menu.commands, 1.0 if won else 0.0, won, won, understood, self.progress)
 
     def _apply(self, schema: Schema, values: tuple[int, ...]) -> None:
-        game, world = self.game, self.world
-        schema.apply(world.unary, world.rows, world.columns, game.types, game.constants, game.everything, values)
+        game, facts = self.game, self.facts
+        schema.apply(facts.unary, facts.rows, facts.columns, game.types, game.constants, game.everything, values)
         if schema.touched & game.rules.reads:
-            self._menu = game.menu(world)
+            self._menu = game.menu(facts)
         if schema.touched & game.goal.reads:
             self._check_goal()
 
     def _check_goal(self) -> None:
-        game, world = self.game, self.world
-        state = (world.unary, world.rows, world.columns, game.types, game.goal_constants, game.everything)
+        game, facts = self.game, self.facts
+        state = (facts.unary, facts.rows, facts.columns, game.types, game.goal_constants, game.everything)
         self._won = game.goal.won(*state)
         met = sum(condition(*state) for condition in game.goal.conditions)
         self.progress = max(self.progress, met / game.goal_facts)

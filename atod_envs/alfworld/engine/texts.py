@@ -1,11 +1,11 @@
-"""From grammar rules to Python functions that print a world.
+"""From grammar rules to Python functions that print a facts.
 
 Scopes are static: which placeholders are bound at a symbol follows from the rules alone, so a rule becomes one Python
 expression over the bound objects, with its references written out in place. Queries that bind new placeholders become
 closures that the expression calls. Invariant: answers to a query come in the reference's order (objects sorted by id,
 the query's predicates from left to right), and two placeholders never stand for one object.
 
-Names in generated code: `w` the world, `e` the tuple of bound objects, `n`, `u`, `r`, `c` the world's names and
+Names in generated code: `w` the facts, `e` the tuple of bound objects, `n`, `u`, `r`, `c` their names and
 relations.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from atod_envs.alfworld.engine.conditions import Names
-from atod_envs.alfworld.engine.facts import World
+from atod_envs.alfworld.engine.facts import Facts
 from atod_envs.alfworld.engine.grammar import TASK_MARK, Expression, Grammar, Item, Listing, Plain, Symbol, parse_query
 from atod_envs.errors import DataError
 
@@ -26,8 +26,8 @@ REMEMBERED = 4096
 
 Env: TypeAlias = tuple[int, ...]
 Scope: TypeAlias = tuple[tuple[str, str], ...]
-Printer: TypeAlias = Callable[[World, Env], str]
-Finder: TypeAlias = Callable[[World, Env, list[Env]], None]
+Printer: TypeAlias = Callable[[Facts, Env], str]
+Finder: TypeAlias = Callable[[Facts, Env, list[Env]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class TextCompiler:
         self._open: list[str] = []
 
     def printer(self, text: Text) -> Printer:
-        """The function that prints a text for a world and the bound objects."""
+        """The function that prints a text for a facts and the bound objects."""
         space = dict(self._space)
         source = f"def show(w, e):\n    n = w.names; u = w.unary; r = w.rows; c = w.columns\n    return {text.code}"
         exec(source, space)
@@ -114,7 +114,7 @@ class TextCompiler:
     def _symbol(self, symbol: Symbol, scope: Scope) -> Text:
         if isinstance(symbol, Plain):
             if TASK_MARK in symbol.text:
-                return Text(f"{symbol.text!r}.replace({TASK_MARK!r}, w.game.task_text)", True, frozenset())
+                return Text(f"{symbol.text!r}.replace({TASK_MARK!r}, w.static.task_text)", True, frozenset())
             return Text(repr(symbol.text), True, frozenset())
         if isinstance(symbol, Listing):
             return self._listing(symbol.item, scope)
@@ -171,17 +171,17 @@ class TextCompiler:
         show = self.printer(text)
         name = f"listing_{len(self._space)}"
 
-        def remembered(world: World, env: Env) -> str:
-            members = (world.rows if forward else world.columns)[number].get(env[slot], 0)
+        def remembered(facts: Facts, env: Env) -> str:
+            members = (facts.rows if forward else facts.columns)[number].get(env[slot], 0)
             for value in env:
                 if members >> value & 1:
                     members ^= 1 << value  # Bound already, so not among the answers.
-            memo = world.game.memo
+            memo = facts.static.memo
             words = memo.get((name, members))
             if words is None:
                 if len(memo) >= REMEMBERED:
                     memo.clear()
-                words = memo[name, members] = show(world, env)
+                words = memo[name, members] = show(facts, env)
             return words
 
         self._space[name] = remembered
@@ -191,10 +191,10 @@ class TextCompiler:
         empty, separator, last = marks
         name = f"join_{len(self._space)}"
 
-        def join(world: World, env: Env, words: list[str]) -> str:
+        def join(facts: Facts, env: Env, words: list[str]) -> str:
             if len(words) < 2:
-                return words[0] if words else empty(world, env)
-            return separator(world, env).join(words[:-1]) + last(world, env) + words[-1]
+                return words[0] if words else empty(facts, env)
+            return separator(facts, env).join(words[:-1]) + last(facts, env) + words[-1]
 
         self._space[name] = join
         return name
@@ -230,9 +230,9 @@ class TextCompiler:
         for (name, arguments), before in reversed(list(zip(literals, scopes, strict=False))):
             finder = self._literal(name, arguments, before, finder)
 
-        def search(world: World, env: Env) -> list[Env]:
+        def search(facts: Facts, env: Env) -> list[Env]:
             answers: list[Env] = []
-            finder(world, env, answers)
+            finder(facts, env, answers)
             return answers
 
         name = f"search_{len(self._space)}"
@@ -248,37 +248,37 @@ class TextCompiler:
         if len(arguments) == 1:
             (slot,), (kind,) = slots, kinds
 
-            def one(world: World, env: Env, out: list[Env]) -> None:
-                members = world.unary[number] & world.types[kind]
+            def one(facts: Facts, env: Env, out: list[Env]) -> None:
+                members = facts.unary[number] & facts.types[kind]
                 if slot >= 0:
                     if members >> env[slot] & 1:
-                        then(world, env, out)
+                        then(facts, env, out)
                     return
                 for value in _others(members, env):
-                    then(world, (*env, value), out)
+                    then(facts, (*env, value), out)
 
             return one
         (x, y), (x_kind, y_kind) = slots, kinds
 
-        def two(world: World, env: Env, out: list[Env]) -> None:
-            rows = world.rows[number]
+        def two(facts: Facts, env: Env, out: list[Env]) -> None:
+            rows = facts.rows[number]
             if x >= 0:
-                seconds = rows.get(env[x], 0) & world.types[y_kind]
+                seconds = rows.get(env[x], 0) & facts.types[y_kind]
                 if y >= 0:
                     if seconds >> env[y] & 1:
-                        then(world, env, out)
+                        then(facts, env, out)
                     return
                 for value in _others(seconds, env):
-                    then(world, (*env, value), out)
+                    then(facts, (*env, value), out)
             elif y >= 0:
-                for value in _others(world.columns[number].get(env[y], 0) & world.types[x_kind], env):
-                    then(world, (*env, value), out)
+                for value in _others(facts.columns[number].get(env[y], 0) & facts.types[x_kind], env):
+                    then(facts, (*env, value), out)
             else:
                 for first in sorted(rows):
-                    if world.types[x_kind] >> first & 1 and first not in env:
+                    if facts.types[x_kind] >> first & 1 and first not in env:
                         wider = (*env, first)
-                        for second in _others(rows[first] & world.types[y_kind], wider):
-                            then(world, (*wider, second), out)
+                        for second in _others(rows[first] & facts.types[y_kind], wider):
+                            then(facts, (*wider, second), out)
 
         return two
 
@@ -308,7 +308,7 @@ def expression(source: str, scope: Scope) -> Text:
             slot = slots[node.value.id]
             used.add(slot)
             articles = {"indefinite": "'a'", "definite": "'the'"}
-            forms = {"name": f"n[e[{slot}]]", "id": f"w.game.objects[e[{slot}]]", **articles}
+            forms = {"name": f"n[e[{slot}]]", "id": f"w.static.objects[e[{slot}]]", **articles}
             if node.attr in forms:
                 return forms[node.attr]
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
@@ -325,7 +325,7 @@ def expression(source: str, scope: Scope) -> Text:
     return Text(code, True, frozenset(used))
 
 
-def _append(world: World, env: Env, out: list[Env]) -> None:
+def _append(facts: Facts, env: Env, out: list[Env]) -> None:
     out.append(env)
 
 

@@ -14,8 +14,8 @@ from functools import cache
 from types import MappingProxyType
 
 from atod_envs.alfworld.generator.rendering import game_data, trajectory_data
-from atod_envs.alfworld.generator.rooms import Dice, Layout, make_layout
-from atod_envs.alfworld.generator.scenes import Goal, World, choose_goal, make_world, possible_goals
+from atod_envs.alfworld.generator.rooms import Dice, RoomLayout, make_layout
+from atod_envs.alfworld.generator.scenes import Scene, SceneGoal, choose_goal, make_scene, possible_goals
 from atod_envs.alfworld.household import FLAT, TASK_TYPES
 from atod_envs.errors import UnknownName
 
@@ -51,7 +51,7 @@ def game(task_id: str) -> dict[str, object]:
     Raises:
         UnknownName: no built-in task has this id.
     """
-    made = world(task_id)
+    made = scene(task_id)
     data = game_data(made, Dice(_KEY, "sentence", task_id))
     trial = task_id.rpartition("/")[2]
     plan = data["walkthrough"]
@@ -59,7 +59,7 @@ def game(task_id: str) -> dict[str, object]:
     return {**data, "traj_data": trajectory_data(made, trial, plan, Dice(_KEY, "annotations", task_id))}
 
 
-def world(task_id: str) -> World:
+def scene(task_id: str) -> Scene:
     """The world of a task.
 
     Raises:
@@ -76,14 +76,14 @@ def world(task_id: str) -> World:
             f"atod_envs.alfworld.generator.builtin.task_ids(split) lists them for split in {', '.join(SIZES)}",
         )
     held_out = None if split == "valid_unseen" else split == "valid_seen"
-    return make_world(_layout(split, index), _goal(split, index), held_out=held_out, key=(_KEY, split, index))
+    return make_scene(_layout(split, index), _goal(split, index), held_out=held_out, key=(_KEY, split, index))
 
 
 @cache
-def flats(unseen: bool) -> tuple[Layout, ...]:
+def flats(unseen: bool) -> tuple[RoomLayout, ...]:
     """The fixed list of room layouts of one side, all with different receptacle sets."""
     number, offset = (_UNSEEN_FLATS, _SEEN_FLATS) if unseen else (_SEEN_FLATS, 0)
-    layouts: dict[str, Layout] = {}
+    layouts: dict[str, RoomLayout] = {}
     attempt = 0
     while len(layouts) < number:
         scene = FLAT.first_scene + 1 + offset + len(layouts)
@@ -94,11 +94,11 @@ def flats(unseen: bool) -> tuple[Layout, ...]:
 
 
 @cache
-def _goals(unseen: bool, flat: int, task_type: str) -> Mapping[str, list[Goal]]:
+def _goals(unseen: bool, flat: int, task_type: str) -> Mapping[str, list[SceneGoal]]:
     return possible_goals(flats(unseen)[flat], task_type)
 
 
-def _layout(split: str, index: int) -> Layout:
+def _layout(split: str, index: int) -> RoomLayout:
     return flats(split == "valid_unseen")[_flat(split, index)]
 
 
@@ -106,7 +106,7 @@ def _flat(split: str, index: int) -> int:
     return index // len(TASK_TYPES) % (_UNSEEN_FLATS if split == "valid_unseen" else _SEEN_FLATS)
 
 
-def _goal(split: str, index: int) -> Goal:
+def _goal(split: str, index: int) -> SceneGoal:
     goals = _goals(split == "valid_unseen", _flat(split, index), TASK_TYPES[index % len(TASK_TYPES)])
     return choose_goal(goals, Dice(_KEY, "goal", split, index))
 

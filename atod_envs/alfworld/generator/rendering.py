@@ -1,7 +1,7 @@
 """Worlds as official files: the problem text, ``game.tw-pddl``, ``traj_data.json``.
 
 The invariant: what is written here is read by any player of the published games, and the stored walkthrough is a
-shortest plan that wins. Text depends on the world alone; facts are written in a fixed order.
+shortest plan that wins. Text depends on the scene alone; facts are written in a fixed order.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from importlib import resources
 
 from atod_envs.alfworld.generator import sentences
 from atod_envs.alfworld.generator.rooms import Dice
-from atod_envs.alfworld.generator.scenes import Goal, World, display_names
+from atod_envs.alfworld.generator.scenes import Scene, SceneGoal, display_names
 from atod_envs.alfworld.household import ABLE, LAMPS, LOOK, OPENABLE, PROCESSES, TWO, spoken, tables, takes
-from atod_envs.alfworld.planner.shortest_plan import Snapshot, shortest_plan
+from atod_envs.alfworld.planner.shortest_plan import Situation, shortest_plan
 
 GOAL_SLOT = "UNKNOWN GOAL"
 """Where a grammar file takes the task sentence."""
@@ -35,32 +35,32 @@ def grammar() -> str:
     return (resources.files("atod_envs.alfworld") / "assets" / "alfred.twl2").read_text(encoding="utf-8")
 
 
-def game_data(world: World, dice: Dice) -> dict[str, object]:
+def game_data(scene: Scene, dice: Dice) -> dict[str, object]:
     """The content of ``game.tw-pddl``.
 
     Args:
-        world: what to write down.
+        scene: what to write down.
         dice: chooses between the two templated sentences.
     """
     return {
         "pddl_domain": domain(),
-        "grammar": grammar().replace(GOAL_SLOT, sentences.templated(world.goal, dice)),
-        "pddl_problem": problem(world),
+        "grammar": grammar().replace(GOAL_SLOT, sentences.templated(scene.goal, dice)),
+        "pddl_problem": problem(scene),
         "solvable": True,
-        "walkthrough": list(walkthrough(world)),
+        "walkthrough": list(walkthrough(scene)),
     }
 
 
-def walkthrough(world: World) -> tuple[str, ...]:
-    """A shortest plan for a world as it begins."""
-    spots, things, goal = world.layout.spots, world.things, world.goal
+def walkthrough(scene: Scene) -> tuple[str, ...]:
+    """A shortest plan for a scene as it begins."""
+    spots, things, goal = scene.layout.spots, scene.things, scene.goal
     names = display_names([spot.ident for spot in spots] + [thing.ident for thing in things])
     process = PROCESSES.get(goal.task_type)
     wanted = [thing for thing in things if thing.kind == goal.thing]
     return shortest_plan(
-        Snapshot(
+        Situation(
             task_type=goal.task_type,
-            here=world.layout.start,
+            here=scene.layout.start,
             reach={names[spot.ident]: spot.location for spot in spots},
             closed=frozenset(names[spot.ident] for spot in spots if spot.kind in OPENABLE),
             things={names[thing.ident]: (names[spots[thing.spot].ident],) for thing in wanted},
@@ -74,16 +74,16 @@ def walkthrough(world: World) -> tuple[str, ...]:
     )
 
 
-def problem(world: World) -> str:
+def problem(scene: Scene) -> str:
     """The problem file: objects, facts, goal."""
-    layout, things = world.layout, world.things
+    layout, things = scene.layout, scene.things
     receptacle_kinds = list(dict.fromkeys(spot.kind for spot in layout.spots))
     thing_kinds = list(dict.fromkeys(thing.kind for thing in things))
     types = {f"{kind}Type": "rtype" for kind in receptacle_kinds} | {f"{kind}Type": "otype" for kind in thing_kinds}
     for name in _ALWAYS_TYPES:
         types.setdefault(name, "otype" if "Knife" in name or name == "SinkType" else "rtype")
-    if world.goal.receptacle:
-        types.setdefault(f"{world.goal.receptacle}Type", "rtype")
+    if scene.goal.receptacle:
+        types.setdefault(f"{scene.goal.receptacle}Type", "rtype")
     locations = [*dict.fromkeys(spot.location for spot in layout.spots), layout.start]
     lines = ["(define (problem household)", "(:domain alfred)", "(:objects", "  agent1 - agent"]
     lines += [f"  {name} - {kind}" for name, kind in types.items()]
@@ -91,14 +91,14 @@ def problem(world: World) -> str:
     lines += [f"  {thing.ident} - object" for thing in things]
     lines += [f"  {location} - location" for location in locations]
     lines += [")", "(:init"]
-    lines += [f"  ({fact})" for fact in _facts(world, receptacle_kinds, thing_kinds)]
-    lines += [")", goal_condition(world.goal), ")", ""]
+    lines += [f"  ({fact})" for fact in _facts(scene, receptacle_kinds, thing_kinds)]
+    lines += [")", goal_condition(scene.goal), ")", ""]
     return "\n".join(lines)
 
 
-def _facts(world: World, receptacle_kinds: list[str], thing_kinds: list[str]) -> Iterator[str]:
-    spots, things = world.layout.spots, world.things
-    yield f"atLocation agent1 {world.layout.start}"
+def _facts(scene: Scene, receptacle_kinds: list[str], thing_kinds: list[str]) -> Iterator[str]:
+    spots, things = scene.layout.spots, scene.things
+    yield f"atLocation agent1 {scene.layout.start}"
     for spot in spots:
         yield f"receptacleType {spot.ident} {spot.kind}Type"
         yield f"receptacleAtLocation {spot.ident} {spot.location}"
@@ -120,7 +120,7 @@ def _facts(world: World, receptacle_kinds: list[str], thing_kinds: list[str]) ->
                 yield f"{predicate} {thing.ident}"
 
 
-def goal_condition(goal: Goal) -> str:
+def goal_condition(goal: SceneGoal) -> str:
     """The ``(:goal ...)`` block of a task."""
     if goal.task_type == LOOK:
         return f"""(:goal (and
@@ -147,19 +147,19 @@ def goal_condition(goal: Goal) -> str:
            (objectType ?o {goal.thing}Type) (receptacleType ?r {goal.receptacle}Type){extra})))))"""
 
 
-def trajectory_data(world: World, trial: str, plan: list[str], dice: Dice) -> dict[str, object]:
+def trajectory_data(scene: Scene, trial: str, plan: list[str], dice: Dice) -> dict[str, object]:
     """The content of ``traj_data.json``, as far as players of the text games read it, and the plan in ALFRED's words.
 
     Args:
-        world: the world.
+        scene: the scene.
         trial: name of the trial folder.
         plan: the walkthrough.
         dice: chooses the task sentences.
     """
-    goal = world.goal
+    goal = scene.goal
     steps = [step for command in plan if (step := _high_level(command)) is not None]
     descriptions = [_in_words(action, arguments) for action, arguments in steps]
-    scene = world.layout.scene
+    scene_number = scene.layout.scene
     return {
         "images": [],
         "pddl_params": {
@@ -178,11 +178,11 @@ def trajectory_data(world: World, trial: str, plan: list[str], dice: Dice) -> di
         },
         "scene": {
             "dirty_and_empty": False,
-            "floor_plan": f"FloorPlan{scene}",
+            "floor_plan": f"FloorPlan{scene_number}",
             "object_poses": [],
             "object_toggles": [],
             "random_seed": 0,
-            "scene_num": scene,
+            "scene_num": scene_number,
         },
         "task_id": trial,
         "task_type": goal.task_type,

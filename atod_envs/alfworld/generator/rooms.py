@@ -78,7 +78,7 @@ class Spot:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class RoomLayout:
     """The receptacles of a scene and where the agent starts."""
 
     scene: int
@@ -115,7 +115,7 @@ def draw_kinds(room: Room, dice: Dice) -> list[str]:
             return kinds
 
 
-def make_layout(room: Room, scene: int, *, unseen: bool, key: object) -> Layout:
+def make_layout(room: Room, scene: int, *, unseen: bool, key: object) -> RoomLayout:
     """Make the layout of a scene.
 
     Args:
@@ -133,7 +133,7 @@ def make_layout(room: Room, scene: int, *, unseen: bool, key: object) -> Layout:
         attempt += 1
 
 
-def _arranged(room: Room, scene: int, kinds: list[str], dice: Dice) -> Layout:
+def _arranged(room: Room, scene: int, kinds: list[str], dice: Dice) -> RoomLayout:
     """Give the receptacles coordinates and ids, and the agent places to stand."""
     cells = dice.shuffled((x, z) for x in range(-8, 9) for z in range(-8, 9))
     spots: list[Spot] = []
@@ -157,7 +157,7 @@ def _arranged(room: Room, scene: int, kinds: list[str], dice: Dice) -> Layout:
         ident = identifier(kind, at, taken)
         spots.append(Spot(kind, ident, location, at))
     grid_x, grid_z = cells.pop()
-    return Layout(
+    return RoomLayout(
         scene, room, tuple(spots), f"loc_bar_{signed(grid_x)}_bar_{signed(grid_z)}_bar_{dice.below(4)}_bar_30"
     )
 

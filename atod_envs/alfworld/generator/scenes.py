@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from atod_envs.alfworld.generator.rooms import Dice, Layout, digest, identifier
+from atod_envs.alfworld.generator.rooms import Dice, RoomLayout, digest, identifier
 from atod_envs.alfworld.household import ABLE, LAMP, LOOK, PROCESSES, TWO, Room, tables, takes
 
 INSTANCE_SIDES = 4
@@ -26,7 +26,7 @@ UNLIKELY = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Goal:
+class SceneGoal:
     """What is asked for, in class names; an empty string where the task type has no such part."""
 
     task_type: str
@@ -50,12 +50,12 @@ class Thing:
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class Scene:
     """A layout, the objects in it, and a goal."""
 
-    layout: Layout
+    layout: RoomLayout
     things: tuple[Thing, ...]
-    goal: Goal
+    goal: SceneGoal
 
     @property
     def fingerprint(self) -> int:
@@ -88,7 +88,7 @@ def display_names(idents: Sequence[str]) -> dict[str, str]:
     }
 
 
-def possible_goals(layout: Layout, task_type: str) -> dict[str, list[Goal]]:
+def possible_goals(layout: RoomLayout, task_type: str) -> dict[str, list[SceneGoal]]:
     """The goals of one task type that make sense in a layout, by object class.
 
     Raises:
@@ -99,28 +99,28 @@ def possible_goals(layout: Layout, task_type: str) -> dict[str, list[Goal]]:
         raise ValueError(f"a {room.name} has no task {task_type!r}; it has {', '.join(room.task_types)}")
     kinds = list(dict.fromkeys(spot.kind for spot in layout.spots))
     process = PROCESSES.get(task_type)
-    goals: dict[str, list[Goal]] = {}
+    goals: dict[str, list[SceneGoal]] = {}
     for thing in room.things:
         if process is not None and thing not in ABLE[process.able]:
             continue
         if task_type == LOOK:
             if _places(thing, kinds):
-                goals[thing] = [Goal(task_type, thing, lamp=LAMP)]
+                goals[thing] = [SceneGoal(task_type, thing, lamp=LAMP)]
             continue
         for target in kinds:
             if not takes(target, thing) or target == "SinkBasin" or (process is not None and target == process.station):
                 continue
             if any(kind != target for kind in _places(thing, kinds)):
-                goals.setdefault(thing, []).append(Goal(task_type, thing, receptacle=target))
+                goals.setdefault(thing, []).append(SceneGoal(task_type, thing, receptacle=target))
     return goals
 
 
-def choose_goal(goals: Mapping[str, Sequence[Goal]], dice: Dice) -> Goal:
+def choose_goal(goals: Mapping[str, Sequence[SceneGoal]], dice: Dice) -> SceneGoal:
     """Draw one of the :func:`possible_goals`: first the object class, then where it shall go."""
     return dice.pick(goals[dice.pick(list(goals))])
 
 
-def furnish(layout: Layout, goal: Goal, dice: Dice) -> World:
+def furnish(layout: RoomLayout, goal: SceneGoal, dice: Dice) -> Scene:
     """Put objects into a layout so that the goal can be reached and is not reached yet."""
     room = layout.room
     wanted = dice.between(2, 3) if goal.task_type == TWO else dice.between(1, 2)
@@ -152,10 +152,10 @@ def furnish(layout: Layout, goal: Goal, dice: Dice) -> World:
             round(z + dice.between(-20, 20) / 100, 2),
         )
         things.append(Thing(kind, identifier(kind, at, taken), index))
-    return World(layout, tuple(things), goal)
+    return Scene(layout, tuple(things), goal)
 
 
-def make_world(layout: Layout, goal: Goal, *, held_out: bool | None, key: object) -> World:
+def make_scene(layout: RoomLayout, goal: SceneGoal, *, held_out: bool | None, key: object) -> Scene:
     """Furnish a layout for a goal.
 
     Args:
@@ -172,7 +172,7 @@ def make_world(layout: Layout, goal: Goal, *, held_out: bool | None, key: object
         attempt += 1
 
 
-def _company(room: Room, goal: Goal, wanted: int, dice: Dice) -> list[str]:
+def _company(room: Room, goal: SceneGoal, wanted: int, dice: Dice) -> list[str]:
     """Draw the classes of the other objects."""
     total = dice.between(*room.stocked)
     others: Mapping[str, tuple[int, int]] = {kind: span for kind, span in room.things.items() if kind != goal.thing}

@@ -7,7 +7,7 @@ published ones, because agents are trained on their exact words.
 from __future__ import annotations
 
 from atod_envs.alfworld.generator.rooms import Dice
-from atod_envs.alfworld.generator.scenes import Goal
+from atod_envs.alfworld.generator.scenes import SceneGoal
 from atod_envs.alfworld.household import CLEAN, COOL, HEAT, LOOK, PICK, TWO, spoken
 
 TEMPLATES: dict[str, tuple[str, str]] = {
@@ -59,14 +59,14 @@ _FREE: dict[str, tuple[str, ...]] = {
 }
 
 
-def templated(goal: Goal, dice: Dice) -> str:
+def templated(goal: SceneGoal, dice: Dice) -> str:
     """One of the two published sentences of the goal's task type, without the final stop."""
     return dice.pick(TEMPLATES[goal.task_type]).format(
         thing=goal.thing.lower(), receptacle=goal.receptacle.lower(), lamp=goal.lamp.lower()
     )
 
 
-def free(goal: Goal, dice: Dice, number: int = 3) -> list[str]:
+def free(goal: SceneGoal, dice: Dice, number: int = 3) -> list[str]:
     """Different sentences in everyday words for the goal."""
     thing = spoken(goal.thing)
     words = {

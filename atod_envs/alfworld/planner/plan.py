@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from atod_envs.alfworld.engine.facts import World
+from atod_envs.alfworld.engine.facts import Facts
 from atod_envs.alfworld.engine.game import Game
-from atod_envs.alfworld.engine.session import Session
+from atod_envs.alfworld.engine.session import GameSession
 from atod_envs.alfworld.household import LOOK, PICK, PROCESSES, TWO
-from atod_envs.alfworld.planner.shortest_plan import MOVE, PUT, Snapshot, Unsolvable, shortest_plan
+from atod_envs.alfworld.planner.shortest_plan import MOVE, PUT, Situation, Unsolvable, shortest_plan
 
-__all__ = ["Unsolvable", "plan", "snapshot"]
+__all__ = ["Unsolvable", "plan", "read_situation"]
 
 _TOGGLED = "istoggled"
 
 
-def plan(game: Game, world: World | None = None) -> tuple[str, ...]:
+def plan(game: Game, facts: Facts | None = None) -> tuple[str, ...]:
     """A shortest plan.
 
     Args:
         game: the compiled game.
-        world: a moment of an episode of it; ``None`` is the start.
+        facts: a moment of an episode of it; ``None`` is the start.
 
     Returns:
         Commands; none if the goal holds already.
@@ -32,15 +32,15 @@ def plan(game: Game, world: World | None = None) -> tuple[str, ...]:
     Raises:
         Unsolvable: no plan wins.
     """
-    return shortest_plan(snapshot(game, world))
+    return shortest_plan(read_situation(game, facts))
 
 
-def snapshot(game: Game, world: World | None = None) -> Snapshot:
+def read_situation(game: Game, facts: Facts | None = None) -> Situation:
     """What decides which plan is shortest, read off a game's facts.
 
     The goal's shape tells the task type, so that files without ``traj_data.json`` do.
     """
-    return _Reader(game, game.start if world is None else world).snapshot()
+    return _Reader(game, game.start if facts is None else facts).situation()
 
 
 def _wording(game: Game) -> str:
@@ -48,7 +48,7 @@ def _wording(game: Game) -> str:
     for command in game.walkthrough:
         if command.startswith(("move ", "put ")):
             return MOVE if command.startswith("move ") else PUT
-    session = Session(game)
+    session = GameSession(game)
     for place in [command for command in session.admissible if command.startswith("go to ")]:
         session.reset()
         session.step(place)
@@ -64,11 +64,11 @@ def _wording(game: Game) -> str:
 
 
 class _Reader:
-    def __init__(self, game: Game, world: World) -> None:
-        self._game, self._world = game, world
+    def __init__(self, game: Game, facts: Facts) -> None:
+        self._game, self._facts = game, facts
         self._number = game.rules.names.predicates
 
-    def snapshot(self) -> Snapshot:
+    def situation(self) -> Situation:
         game, names = self._game, self._game.names
         task_type = self._task_type()
         process = PROCESSES.get(task_type)
@@ -80,12 +80,12 @@ class _Reader:
         held_classes = 0 if held is None else self._row("objecttype", held)
         able = things & set(self._bits(self._unary(process.able))) if process else things
         done = set(self._bits(self._unary(process.done))) if process else set()
-        return Snapshot(
+        return Situation(
             task_type=task_type,
             here=names[next(self._members_of_row("atlocation"))],
             reach={
                 names[place]: names[location]
-                for place, row in self._world.rows[self._number["receptacleatlocation"]].items()
+                for place, row in self._facts.rows[self._number["receptacleatlocation"]].items()
                 for location in self._bits(row)
             },
             closed=frozenset(names[place] for place in self._bits(self._unary("openable") & ~self._unary("opened"))),
@@ -103,7 +103,7 @@ class _Reader:
             holding=None if held is None else names[held],
             droppable=tuple(
                 names[place]
-                for place, row in self._world.rows[self._number["receptacletype"]].items()
+                for place, row in self._facts.rows[self._number["receptacletype"]].items()
                 if any(self._row("cancontain", kind) & held_classes for kind in self._bits(row))
             )
             if held_classes
@@ -124,7 +124,7 @@ class _Reader:
         """The goal's classes, as object numbers: of the thing, the lamp, the receptacle."""
         wanted = lamp = target = None
         receptacle_classes = {
-            kind for row in self._world.rows[self._number["receptacletype"]].values() for kind in self._bits(row)
+            kind for row in self._facts.rows[self._number["receptacletype"]].values() for kind in self._bits(row)
         }
         for constant in self._game.goal_constants:
             name = self._game.objects[constant] if constant < len(self._game.objects) else ""
@@ -145,19 +145,19 @@ class _Reader:
 
     def _members(self, relation: str, constant: int | None) -> Iterator[int]:
         """The objects that a relation ties to a class."""
-        columns = self._world.columns[self._number[relation]]
+        columns = self._facts.columns[self._number[relation]]
         return self._bits(0 if constant is None else columns.get(constant, 0))
 
     def _members_of_row(self, relation: str) -> Iterator[int]:
         """What a relation ties to the agent."""
-        for row in self._world.rows[self._number[relation]].values():
+        for row in self._facts.rows[self._number[relation]].values():
             yield from self._bits(row)
 
     def _row(self, relation: str, first: int | None) -> int:
-        return 0 if first is None else self._world.rows[self._number[relation]].get(first, 0)
+        return 0 if first is None else self._facts.rows[self._number[relation]].get(first, 0)
 
     def _unary(self, predicate: str) -> int:
-        return self._world.unary[self._number[predicate.lower()]]
+        return self._facts.unary[self._number[predicate.lower()]]
 
     @staticmethod
     def _bits(row: int) -> Iterator[int]:

@@ -27,7 +27,7 @@ PUT = "put {thing} in/on {receptacle}"
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class Situation:
     """A moment of a game, by display names (``cabinet 1``): all that decides which plan is shortest.
 
     Attributes:
@@ -84,115 +84,115 @@ class Unsolvable(ValueError):
     """No sequence of commands reaches the goal."""
 
 
-def shortest_plan(snapshot: Snapshot) -> tuple[str, ...]:
+def shortest_plan(situation: Situation) -> tuple[str, ...]:
     """The shortest sequence of commands that reaches the goal; empty if it is reached already.
 
     Raises:
         Unsolvable: there is none.
     """
-    if reached(snapshot):
+    if reached(situation):
         return ()
     best: list[str] | None = None
-    for errands in _chains(snapshot):
-        plan = _carried_out(snapshot, errands, None if best is None else len(best))
+    for errands in _chains(situation):
+        plan = _carried_out(situation, errands, None if best is None else len(best))
         if plan is not None:
             best = plan
     if best is None:
         raise Unsolvable(
-            f"no plan for this {snapshot.task_type} task: something that it needs is missing or out of reach"
+            f"no plan for this {situation.task_type} task: something that it needs is missing or out of reach"
         )
     return tuple(best)
 
 
-def reached(snapshot: Snapshot) -> bool:
+def reached(situation: Situation) -> bool:
     """Whether the goal holds in this state."""
-    if snapshot.task_type == LOOK:
-        return snapshot.holding in snapshot.things and any(
-            snapshot.reach[place] == snapshot.here
-            for lamp, places in snapshot.lamps.items()
-            if lamp in snapshot.done
+    if situation.task_type == LOOK:
+        return situation.holding in situation.things and any(
+            situation.reach[place] == situation.here
+            for lamp, places in situation.lamps.items()
+            if lamp in situation.done
             for place in places
         )
-    members = list(snapshot.things)
-    if snapshot.task_type in PROCESSES:
-        members = [name for name in members if name in snapshot.done and name in snapshot.able]
-    needed = 2 if snapshot.task_type == TWO else 1
-    return any(sum(target in snapshot.things[name] for name in members) >= needed for target in snapshot.targets)
+    members = list(situation.things)
+    if situation.task_type in PROCESSES:
+        members = [name for name in members if name in situation.done and name in situation.able]
+    needed = 2 if situation.task_type == TWO else 1
+    return any(sum(target in situation.things[name] for name in members) >= needed for target in situation.targets)
 
 
-def _chains(snapshot: Snapshot) -> Iterator[list[Errand]]:
+def _chains(situation: Situation) -> Iterator[list[Errand]]:
     """Every chain of errands that could be the skeleton of a shortest plan."""
-    held = snapshot.holding
+    held = situation.holding
     if held is None:
-        yield from _from_empty_hand(snapshot, snapshot.things)
+        yield from _from_empty_hand(situation, situation.things)
         return
-    if held in snapshot.things:
-        yield from _from_hand(snapshot, held, [], snapshot.things)
-    for place in snapshot.droppable:
-        after = dict(snapshot.things)
+    if held in situation.things:
+        yield from _from_hand(situation, held, [], situation.things)
+    for place in situation.droppable:
+        after = dict(situation.things)
         if held in after:
             after[held] = (*after[held], place)
-        for chain in _from_empty_hand(snapshot, after):
-            yield [_put(snapshot, held, place), *chain]
+        for chain in _from_empty_hand(situation, after):
+            yield [_put(situation, held, place), *chain]
 
 
-def _from_empty_hand(snapshot: Snapshot, things: Mapping[str, tuple[str, ...]]) -> Iterator[list[Errand]]:
+def _from_empty_hand(situation: Situation, things: Mapping[str, tuple[str, ...]]) -> Iterator[list[Errand]]:
     for name, places in things.items():
-        if name in snapshot.loose:
+        if name in situation.loose:
             for place in places:
                 left = {**things, name: tuple(other for other in places if other != place)}
-                yield from _from_hand(snapshot, name, [_take(name, place)], left)
+                yield from _from_hand(situation, name, [_take(name, place)], left)
 
 
 def _from_hand(
-    snapshot: Snapshot, name: str, begin: list[Errand], things: Mapping[str, tuple[str, ...]]
+    situation: Situation, name: str, begin: list[Errand], things: Mapping[str, tuple[str, ...]]
 ) -> Iterator[list[Errand]]:
     """Chains that bring a thing, which is in the hand after ``begin``, to where the task wants it."""
-    process = PROCESSES.get(snapshot.task_type)
-    if snapshot.task_type == LOOK:
-        for lamp, places in snapshot.lamps.items():
+    process = PROCESSES.get(situation.task_type)
+    if situation.task_type == LOOK:
+        for lamp, places in situation.lamps.items():
             for place in places:
-                yield [*begin, Errand(place, False, "" if lamp in snapshot.done else f"use {lamp}")]
-    elif snapshot.task_type == TWO:
-        yield from _second(snapshot, name, begin, things)
-    elif process is None or (name in snapshot.able and name in snapshot.done):
-        for target in snapshot.targets:
-            yield [*begin, _put(snapshot, name, target)]
-    elif name in snapshot.able:
-        for station in snapshot.stations:
+                yield [*begin, Errand(place, False, "" if lamp in situation.done else f"use {lamp}")]
+    elif situation.task_type == TWO:
+        yield from _second(situation, name, begin, things)
+    elif process is None or (name in situation.able and name in situation.done):
+        for target in situation.targets:
+            yield [*begin, _put(situation, name, target)]
+    elif name in situation.able:
+        for station in situation.stations:
             changed = [*begin, Errand(station, False, f"{process.verb} {name} with {station}")]
-            if any(target in things[name] for target in snapshot.targets):
+            if any(target in things[name] for target in situation.targets):
                 yield changed  # by the facts it has never left one of its places
-            for target in snapshot.targets:
-                yield [*changed, _put(snapshot, name, target)]
+            for target in situation.targets:
+                yield [*changed, _put(situation, name, target)]
 
 
 def _second(
-    snapshot: Snapshot, name: str, begin: list[Errand], things: Mapping[str, tuple[str, ...]]
+    situation: Situation, name: str, begin: list[Errand], things: Mapping[str, tuple[str, ...]]
 ) -> Iterator[list[Errand]]:
     """Chains that put a thing from the hand to another of its class, which is there or follows it."""
-    for target in snapshot.targets:
-        first = [*begin, _put(snapshot, name, target)]
+    for target in situation.targets:
+        first = [*begin, _put(situation, name, target)]
         for other, places in things.items():
             if other == name:
                 continue
             if target in places:
                 yield first
-            elif other in snapshot.loose:
+            elif other in situation.loose:
                 for place in places:
-                    yield [*first, _take(other, place), _put(snapshot, other, target)]
+                    yield [*first, _take(other, place), _put(situation, other, target)]
 
 
-def _carried_out(snapshot: Snapshot, errands: list[Errand], bound: int | None) -> list[str] | None:
+def _carried_out(situation: Situation, errands: list[Errand], bound: int | None) -> list[str] | None:
     """The commands of a chain with the walking and opening it needs; ``None`` unless shorter than ``bound``."""
-    plan = _Plan(snapshot.here)
+    plan = _Plan(situation.here)
     for errand in errands:
         place = errand.receptacle
-        location = snapshot.reach[place]
+        location = situation.reach[place]
         if location != plan.here:
             plan.commands.append(f"go to {place}")
             plan.here = location
-        if errand.needs_open and place in snapshot.closed and place not in plan.opened:
+        if errand.needs_open and place in situation.closed and place not in plan.opened:
             plan.commands.append(f"open {place}")
             plan.opened.add(place)
         if errand.command:
@@ -206,5 +206,5 @@ def _take(name: str, place: str) -> Errand:
     return Errand(place, True, f"take {name} from {place}")
 
 
-def _put(snapshot: Snapshot, name: str, place: str) -> Errand:
-    return Errand(place, True, snapshot.put.format(thing=name, receptacle=place))
+def _put(situation: Situation, name: str, place: str) -> Errand:
+    return Errand(place, True, situation.put.format(thing=name, receptacle=place))

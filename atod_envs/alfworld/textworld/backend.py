@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from atod_envs.alfworld.engine.facts import World
+from atod_envs.alfworld.engine.facts import Facts
 from atod_envs.alfworld.engine.game import Game
 from atod_envs.alfworld.engine.session import NOTHING, Step
 from atod_envs.errors import DataError
@@ -133,24 +133,24 @@ class ReferencePlayer:
         )
 
 
-def goal_progress(game: Game, facts: list[list[str]]) -> float:
-    """The share of a game's goal conditions that given facts, (predicate, object, ...), meet."""
-    world = World(game)
-    world.unary = [0] * len(world.unary)
-    world.rows = [{} for _ in world.rows]
-    world.columns = [{} for _ in world.columns]
-    for name, *arguments in facts:
+def goal_progress(game: Game, reported: list[list[str]]) -> float:
+    """The share of a game's goal conditions that reported facts, (predicate, object, ...), meet."""
+    facts = Facts(game.start.static)
+    facts.unary = [0] * len(facts.unary)
+    facts.rows = [{} for _ in facts.rows]
+    facts.columns = [{} for _ in facts.columns]
+    for name, *arguments in reported:
         number = game.rules.names.predicates.get(name)
         if number is None or not all(argument in game.index for argument in arguments):
             continue
         x, *others = (game.index[argument] for argument in arguments)
         if not others:
-            world.unary[number] |= 1 << x
+            facts.unary[number] |= 1 << x
         else:
             y = others[0]
-            world.rows[number][x] = world.rows[number].get(x, 0) | 1 << y
-            world.columns[number][y] = world.columns[number].get(y, 0) | 1 << x
-    state = (world.unary, world.rows, world.columns, game.types, game.goal_constants, game.everything)
+            facts.rows[number][x] = facts.rows[number].get(x, 0) | 1 << y
+            facts.columns[number][y] = facts.columns[number].get(y, 0) | 1 << x
+    state = (facts.unary, facts.rows, facts.columns, game.types, game.goal_constants, game.everything)
     return float(sum(condition(*state) for condition in game.goal.conditions) / game.goal_facts)
 
 

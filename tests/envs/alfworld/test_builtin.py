@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from atod_envs.alfworld.engine.game import Game
-from atod_envs.alfworld.engine.session import Session
+from atod_envs.alfworld.engine.session import GameSession
 from atod_envs.alfworld.generator import builtin
 from atod_envs.alfworld.generator.scenes import display_names
 from atod_envs.alfworld.household import TASK_TYPES
@@ -30,7 +30,7 @@ def test_splits_are_large_enough_and_balanced():
 
 def test_unseen_flats_have_receptacle_sets_that_no_seen_flat_has():
     rooms = {
-        split: {builtin.world(task_id).layout.signature for task_id in builtin.task_ids(split)[:600]}
+        split: {builtin.scene(task_id).layout.signature for task_id in builtin.task_ids(split)[:600]}
         for split in SPLITS
     }
     assert rooms["valid_unseen"].isdisjoint(rooms["train"] | rooms["valid_seen"])
@@ -39,11 +39,11 @@ def test_unseen_flats_have_receptacle_sets_that_no_seen_flat_has():
 
 
 def test_seen_split_shares_rooms_but_no_world_with_train():
-    train = {builtin.world(task_id).fingerprint for task_id in builtin.task_ids("train")}
-    seen = {builtin.world(task_id).fingerprint for task_id in builtin.task_ids("valid_seen")}
+    train = {builtin.scene(task_id).fingerprint for task_id in builtin.task_ids("train")}
+    seen = {builtin.scene(task_id).fingerprint for task_id in builtin.task_ids("valid_seen")}
     assert len(train) == 3000 and len(seen) == 300
     assert train.isdisjoint(seen)
-    assert all(builtin.world(task_id).held_out for task_id in builtin.task_ids("valid_seen")[:50])
+    assert all(builtin.scene(task_id).held_out for task_id in builtin.task_ids("valid_seen")[:50])
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -51,7 +51,7 @@ def test_every_walkthrough_wins(split):
     lengths = []
     for task_id in builtin.task_ids(split)[:240]:
         data = builtin.game(task_id)
-        session = Session(Game.parse(data, name=task_id))
+        session = GameSession(Game.parse(data, name=task_id))
         wins = [session.step(command).won for command in data["walkthrough"]]
         assert wins == [False] * (len(wins) - 1) + [True], task_id
         assert data["traj_data"]["task_type"] == task_id.split("/")[2].split("-")[0]
@@ -63,7 +63,7 @@ def test_every_walkthrough_wins(split):
 def test_vocabulary_stays_small():
     kinds, entities = set(), set()
     for task_id in builtin.task_ids("train")[:600]:
-        world = builtin.world(task_id)
+        world = builtin.scene(task_id)
         idents = [spot.ident for spot in world.layout.spots] + [thing.ident for thing in world.things]
         entities |= set(display_names(idents).values())
     kinds = {name.split()[0] for name in entities}
@@ -77,7 +77,7 @@ def test_the_same_id_gives_the_same_game_everywhere():
     assert first == again
     # Recorded once. If the built-in world is changed on purpose, give it a new key, for published numbers depend on it.
     ids = "\n".join(task_id for split in SPLITS for task_id in builtin.task_ids(split))
-    prints = "\n".join(str(builtin.world(builtin.task_ids(split)[0]).fingerprint) for split in SPLITS)
+    prints = "\n".join(str(builtin.scene(builtin.task_ids(split)[0]).fingerprint) for split in SPLITS)
     assert hashlib.sha256(ids.encode()).hexdigest()[:16] == "175477213b6f7ac6"
     assert hashlib.sha256(prints.encode()).hexdigest()[:16] == "ad6d01f4a721af9c"
 

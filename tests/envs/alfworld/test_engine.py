@@ -8,7 +8,7 @@ import pytest
 from atod_envs.alfworld.engine.game import TASK_TYPES, Game, display_names
 from atod_envs.alfworld.engine.grammar import Item, Listing, Plain, Reference, parse_grammar, parse_symbols, split_task
 from atod_envs.alfworld.engine.pddl import parse_domain
-from atod_envs.alfworld.engine.session import NOTHING, Session, put_as_move
+from atod_envs.alfworld.engine.session import NOTHING, GameSession, put_as_move
 from atod_envs.alfworld.generator import builtin
 from atod_envs.errors import DataError
 
@@ -56,7 +56,7 @@ def play(session, *commands):
 
 
 def test_first_observation_lists_the_room_in_the_order_of_ids():
-    step = Session(tiny()).reset()
+    step = GameSession(tiny()).reset()
     assert step.observation.startswith(
         "-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room. Looking quickly around you, you see "
         "a fridge 1, a shelf 2, a shelf 1, and a sinkbasin 1.\n\nYour task is to: "
@@ -84,7 +84,7 @@ def test_names_come_from_ids():
 
 
 def test_receptacles_at_one_location():
-    session = Session(tiny())
+    session = GameSession(tiny())
     session.reset()
     # shelf 2 is Shelf_bar_1: within a class the first id has the highest number.
     assert play(session, "go to shelf 2") == [
@@ -101,7 +101,7 @@ def test_receptacles_at_one_location():
 
 
 def test_lamps_knives_boxes_and_bare_hands():
-    session = Session(tiny())
+    session = GameSession(tiny())
     session.reset()
     texts = play(session, "go to shelf 1", "use desklamp 1", "use desklamp 1", "inventory", "take knife 1 from shelf 1")
     assert texts[1:4] == [
@@ -120,7 +120,7 @@ def test_lamps_knives_boxes_and_bare_hands():
 
 
 def test_the_fridge_cools_through_its_door_and_the_game_can_be_won_and_undone():
-    session = Session(tiny())
+    session = GameSession(tiny())
     session.reset()
     play(session, "go to shelf 2", "take apple 2 from shelf 2", "go to fridge 1")
     step = session.step("cool apple 2 with fridge 1")
@@ -142,7 +142,7 @@ def test_the_fridge_cools_through_its_door_and_the_game_can_be_won_and_undone():
     "command", ["", "LOOK", "look around", "go to", "take apple 2", "{o}", "\ud800", "#look#", "a" * 9999]
 )
 def test_whatever_cannot_be_done_changes_nothing(command):
-    session = Session(tiny())
+    session = GameSession(tiny())
     first = session.reset()
     step = session.step(command)
     assert step.observation == NOTHING and not step.understood
@@ -160,7 +160,7 @@ def test_a_game_files_own_texts_are_used():
     grammar = GRAMMAR.replace("move {o} to {r}", "put {o} in/on {r}").replace(
         "You arrive at {r.name}.", "You arrive at {lend.name}."
     )
-    session = Session(tiny(grammar=grammar))
+    session = GameSession(tiny(grammar=grammar))
     session.reset()
     assert play(session, "go to shelf 2")[0].startswith("You arrive at here . On the shelf 2")
     session.step("take apple 2 from shelf 2")
@@ -170,7 +170,7 @@ def test_a_game_files_own_texts_are_used():
 def test_a_game_files_own_rules_are_used():
     domain = DOMAIN.replace("(not (holdsAny ?a))\n", "\n", 1)
     assert domain != DOMAIN
-    session = Session(tiny(pddl_domain=domain))
+    session = GameSession(tiny(pddl_domain=domain))
     session.reset()
     play(session, "go to shelf 1", "take knife 1 from shelf 1", "take apple 2 from shelf 2")
     assert session.step("inventory").observation == "You are carrying: a apple 2, and a knife 1."
@@ -180,7 +180,7 @@ def test_effects_that_depend_on_the_state():
     old = "(isSliced ?co)"
     domain = DOMAIN.replace(old, "(when (isClean ?co) (isSliced ?co)) (isHot ?co)")
     assert domain.count("(when (isClean ?co)") >= 1
-    session = Session(tiny(pddl_domain=domain, problem=PROBLEM))
+    session = GameSession(tiny(pddl_domain=domain, problem=PROBLEM))
     session.reset()
     play(session, "go to shelf 1", "take knife 1 from shelf 1", "slice apple 2 with knife 1", "move knife 1 to shelf 1")
     play(session, "take apple 2 from shelf 2")
@@ -235,18 +235,18 @@ def test_files_that_are_missing_or_truncated_are_named(tmp_path):
 
 def test_sessions_of_a_game_do_not_touch_each_other():
     game = tiny()
-    one, two = Session(game), Session(game)
+    one, two = GameSession(game), GameSession(game)
     one.reset(), two.reset()
     play(one, "go to shelf 2", "take apple 2 from shelf 2", "use desklamp 1")
-    assert two.admissible == Session(game).reset().admissible
+    assert two.admissible == GameSession(game).reset().admissible
     assert play(two, "go to shelf 2")[0].endswith("you see a apple 2, and a desklamp 1.")
 
 
 def test_a_session_is_cheap():
     game = Game.parse(builtin.game(builtin.task_ids("train")[0]), name="built-in")
-    Session(game)
+    GameSession(game)
     tracemalloc.start()
-    sessions = [Session(game) for _ in range(200)]
+    sessions = [GameSession(game) for _ in range(200)]
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert size / len(sessions) < 20_000
@@ -256,7 +256,7 @@ def test_a_session_is_cheap():
 def test_the_walkthroughs_of_the_built_in_world_win_with_growing_progress(number):
     task_id = builtin.task_ids("valid_unseen")[number]
     game = Game.parse(builtin.game(task_id), name=task_id)
-    session = Session(game)
+    session = GameSession(game)
     session.reset()
     assert game.task_type in TASK_TYPES and game.walkthrough
     last = 0.0

@@ -8,7 +8,7 @@ from gymnasium.utils.env_checker import check_env
 
 import atod_envs  # noqa: F401
 from atod_envs.alfworld.engine.game import TASK_TYPES, Game
-from atod_envs.alfworld.engine.session import Session
+from atod_envs.alfworld.engine.session import GameSession
 from atod_envs.alfworld.env import human_goal
 from atod_envs.checker import check_text_env
 from atod_envs.errors import DataError, UnknownName
@@ -47,7 +47,7 @@ def test_the_raw_frames_are_the_sessions(sample):
     env = make(data=sample, split="valid_seen")
     for task_id in env.unwrapped.tasks:
         observation, info = env.reset(options={"task_id": task_id})
-        session = Session(Game.load(sample / task_id / "game.tw-pddl"))
+        session = GameSession(Game.load(sample / task_id / "game.tw-pddl"))
         step = session.reset()
         assert (observation, info["admissible"]) == (step.observation, step.admissible)
         for number, command in enumerate(session.game.walkthrough, 1):

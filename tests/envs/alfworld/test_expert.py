@@ -8,7 +8,7 @@ from games import archived
 
 from atod_envs.alfworld.beliefs import Task, understand
 from atod_envs.alfworld.engine.game import Game
-from atod_envs.alfworld.engine.session import Session
+from atod_envs.alfworld.engine.session import GameSession
 from atod_envs.alfworld.expert import ALFWorldExpert
 from atod_envs.alfworld.generate import generate
 from atod_envs.alfworld.generator import builtin
@@ -18,7 +18,7 @@ from atod_envs.alfworld.planner.plan import Unsolvable, plan
 
 def play(game, limit, expert=None, thoughts=None):
     """Number of actions the expert needs, or None; it is given strings only."""
-    session = Session(game)
+    session = GameSession(game)
     step = session.reset()
     expert = expert or ALFWorldExpert()
     expert.reset(step.observation, step.observation, step.admissible)
@@ -73,7 +73,7 @@ def test_wins_most_large_generated_games():
 def test_corrects_a_policy_that_often_does_something_else(meddling):
     for number, game in enumerate(builtin_games("train", 120)):
         rng = random.Random(number)
-        session, expert = Session(game), ALFWorldExpert()
+        session, expert = GameSession(game), ALFWorldExpert()
         step = session.reset()
         expert.reset(game.task, step.observation, step.admissible)
         for _ in range(120):
@@ -91,7 +91,7 @@ def test_takes_over_wherever_a_plan_still_exists(realdata):
     outcomes = Counter()
     for number, game in enumerate(archived(realdata / "alfworld" / "alfworld_valid_full.tar.xz", "valid_unseen", 2)):
         rng = random.Random(number)
-        session, expert = Session(game), ALFWorldExpert()
+        session, expert = GameSession(game), ALFWorldExpert()
         step = session.reset()
         expert.reset(game.task, step.observation, step.admissible)
         for _ in range(100):
@@ -103,7 +103,7 @@ def test_takes_over_wherever_a_plan_still_exists(realdata):
         if step.won:
             continue
         try:
-            shortest = len(plan(game, session.world))
+            shortest = len(plan(game, session.facts))
         except Unsolvable:
             shortest = None
         turns = 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from atod_envs.alfworld.engine.game import Game
-from atod_envs.alfworld.engine.session import Session
+from atod_envs.alfworld.engine.session import GameSession
 from atod_envs.alfworld.generate import Made, generate, main, write_split
 from atod_envs.alfworld.generator.rendering import domain, grammar
 from atod_envs.alfworld.generator.scenes import display_names
@@ -33,7 +33,7 @@ def productions(text: str) -> dict[str, object]:
 
 
 def receptacles(made: Made) -> int:
-    return len(made.world.layout.spots)
+    return len(made.scene.layout.spots)
 
 
 def test_rules_are_those_of_published_games(realdata):
@@ -54,7 +54,7 @@ def test_every_game_wins_by_its_walkthrough_and_not_before(size, split):
     for index in range(24):
         made = generate(split, index, seed=5, size=size)
         plan = made.game["walkthrough"]
-        session = Session(Game.parse(made.game, name=made.folder))
+        session = GameSession(Game.parse(made.game, name=made.folder))
         assert not session.won
         for command in plan[:-1]:
             assert command in session.admissible
@@ -93,25 +93,25 @@ def test_sizes():
     real = [generate("train", index, seed=3) for index in range(36)]
     assert all(receptacles(made) >= 30 for made in real)
     assert all(len(re.findall(r"\(pickupable", str(made.game["pddl_problem"]))) >= 40 for made in real)
-    shared = [len(made.world.layout.spots) - len({s.location for s in made.world.layout.spots}) for made in real]
+    shared = [len(made.scene.layout.spots) - len({s.location for s in made.scene.layout.spots}) for made in real]
     assert sum(shared) > len(shared)  # receptacles that share a location, as in the published rooms
     small = [generate("train", index, seed=3, size="small") for index in range(60)]
     assert all(8 <= receptacles(made) <= 14 for made in small)
     assert all(8 <= len(re.findall(r"\(pickupable", str(made.game["pddl_problem"]))) <= 13 for made in small)
-    assert {made.world.goal.task_type for made in small} == set(TASK_TYPES)
+    assert {made.scene.goal.task_type for made in small} == set(TASK_TYPES)
 
 
 def test_unseen_rooms_differ_from_all_seen_ones_whatever_the_seed():
     def rooms(split, seed, size):
-        return {generate(split, index, seed=seed, size=size).world.layout.signature for index in range(30)}
+        return {generate(split, index, seed=seed, size=size).scene.layout.signature for index in range(30)}
 
     for size in SIZES:
         unseen = rooms("valid_unseen", 1, size)
         for seed in (1, 2):
             assert unseen.isdisjoint(rooms("train", seed, size) | rooms("valid_seen", seed, size))
-    train = {generate("train", index, seed=1, size="small").world.fingerprint for index in range(200)}
+    train = {generate("train", index, seed=1, size="small").scene.fingerprint for index in range(200)}
     assert train.isdisjoint(
-        generate("valid_seen", index, seed=1, size="small").world.fingerprint for index in range(200)
+        generate("valid_seen", index, seed=1, size="small").scene.fingerprint for index in range(200)
     )
 
 
@@ -129,8 +129,8 @@ def test_same_arguments_same_bytes_on_every_machine(tmp_path):
     assert sums[0] == sums[1]
     # Recorded once: another machine, Python or numpy must not change what a seed means.
     made = generate("train", 0, seed=11)
-    assert made.world.fingerprint == 266211640229470527953358892230277287997, made.folder
-    assert generate("train", 0, seed=12).world.fingerprint != made.world.fingerprint
+    assert made.scene.fingerprint == 266211640229470527953358892230277287997, made.folder
+    assert generate("train", 0, seed=12).scene.fingerprint != made.scene.fingerprint
 
 
 def test_names_count_down_in_the_order_of_ids():
@@ -213,7 +213,7 @@ def test_reference_loads_and_plays_to_a_win(tmp_path, reference_loader):
             observations, infos = reference.reset()
             path = infos["extra.gamefile"][0]
             data = json.loads(Path(path).read_text())
-            session = Session(Game.load(path))
+            session = GameSession(Game.load(path))
             ours = session.reset()
             rng = random.Random(path)
             commands = [rng.choice(ours.admissible), "dance", *data["walkthrough"]]

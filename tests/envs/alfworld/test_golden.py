@@ -7,7 +7,7 @@ import tarfile
 import pytest
 
 from atod_envs.alfworld.engine.game import Game
-from atod_envs.alfworld.engine.session import Session
+from atod_envs.alfworld.engine.session import GameSession
 
 RECORDINGS = {
     "golden_walkthrough.jsonl.gz": "alfworld_valid_full.tar.xz",
@@ -38,7 +38,7 @@ def test_recording(recorded, recording):
     rows, games = recorded
     assert rows[recording]
     for row in rows[recording]:
-        session = Session(games[RECORDINGS[recording], row["game"]])
+        session = GameSession(games[RECORDINGS[recording], row["game"]])
         step = session.reset()
         assert (step.observation, list(step.admissible)) == (row["reset"]["obs"], row["reset"]["admissible"]), row[
             "game"

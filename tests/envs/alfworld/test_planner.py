@@ -6,16 +6,16 @@ import pytest
 from games import archived
 
 from atod_envs.alfworld.engine.game import Game
-from atod_envs.alfworld.engine.session import Session
+from atod_envs.alfworld.engine.session import GameSession
 from atod_envs.alfworld.generator import builtin
 from atod_envs.alfworld.household import CLEAN, PICK
-from atod_envs.alfworld.planner.plan import Unsolvable, plan, snapshot
-from atod_envs.alfworld.planner.shortest_plan import Snapshot, shortest_plan
+from atod_envs.alfworld.planner.plan import Unsolvable, plan, read_situation
+from atod_envs.alfworld.planner.shortest_plan import Situation, shortest_plan
 
 
 def wins(game, commands):
     """Whether the commands are admissible in turn, and the last one and no earlier one wins."""
-    session = Session(game)
+    session = GameSession(game)
     for number, command in enumerate(commands, 1):
         assert command in session.admissible
         if session.step(command).won:
@@ -29,14 +29,14 @@ def builtin_game(split, number):
 
 
 def facts(session):
-    world = session.world
+    world = session.facts
     return (tuple(world.unary), tuple(tuple(sorted(row.items())) for row in world.rows))
 
 
 def wins_within(game, depth):
     """Whether any sequence of at most that many commands wins: tried out, all of them."""
     idle = ("look", "inventory", "help", "examine ")
-    session = Session(game)
+    session = GameSession(game)
     seen, paths = {facts(session)}, [()]
     for _ in range(depth):
         longer = []
@@ -95,11 +95,11 @@ def test_one_command_brings_the_goal_nearer_by_one_at_most(realdata):
     followed = 0
     for number, game in enumerate(games):
         rng = random.Random(number)
-        session = Session(game)
-        before = len(plan(game, session.world))
+        session = GameSession(game)
+        before = len(plan(game, session.facts))
         for _ in range(25):
             try:
-                best = plan(game, session.world)
+                best = plan(game, session.facts)
             except Unsolvable:
                 break
             follow = rng.random() < 0.4 and bool(best)
@@ -109,7 +109,7 @@ def test_one_command_brings_the_goal_nearer_by_one_at_most(realdata):
                 assert before == 1
                 break
             try:
-                after = len(plan(game, session.world))
+                after = len(plan(game, session.facts))
             except Unsolvable:
                 break
             assert after >= before - 1
@@ -121,7 +121,7 @@ def test_one_command_brings_the_goal_nearer_by_one_at_most(realdata):
 
 def test_a_thing_in_two_places_at_once():
     """A mug in the machine and on the counter is still in the machine when it was taken from the counter."""
-    state = Snapshot(
+    state = Situation(
         task_type=CLEAN,
         here="door",
         reach={"countertop 1": "a", "coffeemachine 1": "a", "sinkbasin 1": "b"},
@@ -142,7 +142,7 @@ def test_a_thing_in_two_places_at_once():
 
 
 def test_reached_and_unreachable_goals():
-    reached = Snapshot(
+    reached = Situation(
         task_type=PICK,
         here="door",
         reach={"shelf 1": "a"},
@@ -155,15 +155,15 @@ def test_reached_and_unreachable_goals():
     )
     assert shortest_plan(reached) == ()
     game = builtin_game("train", 0)
-    start = snapshot(game)
+    start = read_situation(game)
     assert start.task_type == PICK and start.holding is None and start.closed
-    session = Session(game)
+    session = GameSession(game)
     for command in plan(game):
         session.step(command)
-    assert plan(game, session.world) == ()
+    assert plan(game, session.facts) == ()
     with pytest.raises(Unsolvable, match="pick_and_place_simple"):
         shortest_plan(
-            Snapshot(
+            Situation(
                 task_type=PICK,
                 here="door",
                 reach={},

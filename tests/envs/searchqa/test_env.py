@@ -12,8 +12,8 @@ from atod_envs.errors import DataError, UnknownName
 from atod_envs.prompting import prompted
 from atod_envs.retrieval.corpus import Corpus
 from atod_envs.retrieval.protocol import Passage, RetrievalError
+from atod_envs.searchqa.builtin import encyclopedia, make_encyclopedia
 from atod_envs.searchqa.builtin import main as write_command
-from atod_envs.searchqa.builtin import make_world, world
 from atod_envs.searchqa.env import SearchQAEnv
 from atod_envs.searchqa.expert import SearchQAExpert
 from atod_envs.searchqa.language import FORMS, KINDS, question_readers, read_facts
@@ -172,21 +172,23 @@ def test_the_other_styles(made):
 
 
 def test_the_built_in_world_is_the_same_everywhere():
-    made = world()
+    made = encyclopedia()
     passages = dict(made.passages())
     assert len(passages) >= 3000
     assert {question.split for question in made.questions} == {"train", "dev", "test"}
     assert {question.kind for question in made.questions} == set(KINDS)
-    again = make_world()
+    again = make_encyclopedia()
     assert list(again.passages()) == list(made.passages()) and list(again.questions) == list(made.questions)
-    assert list(make_world(seed=2, scale=0.1).passages()) != list(make_world(seed=3, scale=0.1).passages())
+    assert list(make_encyclopedia(seed=2, scale=0.1).passages()) != list(
+        make_encyclopedia(seed=3, scale=0.1).passages()
+    )
     asked = "\n".join(f"{question}" for question in made.questions)
     assert Corpus.build(made.passages()).checksum[:16] == CORPUS_CHECKSUM
     assert hashlib.sha256(asked.encode()).hexdigest()[:16] == QUESTIONS_CHECKSUM
 
 
 def test_parts_share_no_entity_and_no_answer_gives_itself_away():
-    made = world()
+    made = encyclopedia()
     names = {}
     for part, entities in made.entities.items():
         for entity in entities:
@@ -201,7 +203,7 @@ def test_parts_share_no_entity_and_no_answer_gives_itself_away():
 
 
 def test_sentences_read_back_as_their_facts():
-    made = world()
+    made = encyclopedia()
     texts = {contents.partition("\n")[0].strip('"'): contents.partition("\n")[2] for _, contents in made.passages()}
     for part in made.entities.values():
         for entity in part:
@@ -212,7 +214,7 @@ def test_sentences_read_back_as_their_facts():
 
 def test_every_form_is_asked_and_recognised():
     asked = set()
-    for question in world().questions:
+    for question in encyclopedia().questions:
         form = next(form for pattern, form in question_readers() if pattern.fullmatch(question.text))
         assert form.kind == question.kind
         asked.add(form)

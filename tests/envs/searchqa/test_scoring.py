@@ -1,4 +1,4 @@
-"""Scores and parsing against 1,662 recorded rollouts of real models."""
+"""AnswerScores and parsing against 1,662 recorded rollouts of real models."""
 
 import gzip
 import json

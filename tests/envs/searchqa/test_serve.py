@@ -22,7 +22,7 @@ from atod_envs.retrieval.build import take_part
 from atod_envs.retrieval.corpus import Corpus
 from atod_envs.retrieval.http import HttpSearch, ShardedSearch
 from atod_envs.retrieval.protocol import LocalSearch, Passage, RetrievalError
-from atod_envs.searchqa.builtin import world
+from atod_envs.searchqa.builtin import encyclopedia
 from atod_envs.searchqa.env import SearchQAEnv
 from atod_envs.searchqa.serve import RetrievalServer, main
 
@@ -350,7 +350,7 @@ def test_shards_answer_as_one():
 
 def test_shards_behind_http_are_one_search_until_one_is_down():
     """Random parts of the built-in corpus on servers of their own, and a server before them."""
-    made = world()
+    made = encyclopedia()
     passages = list(made.passages())
     whole = LocalSearch(BM25Index.build(passages), Corpus.build(passages))
     names = [entity.name for entity in made.entities["test"] if entity.kind == "person"][:60]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from atod_envs.webshop.catalogue.store import open_store
+from atod_envs.webshop.catalogue.cache import open_store
 
 
 @pytest.fixture(scope="session", autouse=True)

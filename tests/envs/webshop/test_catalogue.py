@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from atod_envs.errors import DataError
+from atod_envs.webshop.catalogue.cache import open_store
 from atod_envs.webshop.catalogue.files import find_files, stream_array, stream_object
 from atod_envs.webshop.catalogue.product import BrokenProduct, clean_product, read_pricing
 from atod_envs.webshop.catalogue.records import pack, unpack
-from atod_envs.webshop.catalogue.store import Store, open_store
+from atod_envs.webshop.catalogue.store import Store
 
 from .conftest import item, options, write_shop
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from atod_envs.webshop.catalogue.store import open_store
+from atod_envs.webshop.catalogue.cache import open_store
 from atod_envs.webshop.generate import BUILT_IN, CatalogueSpec, generate, main, write_catalogue
 from atod_envs.webshop.goals import Goals
 from atod_envs.webshop.product_types import read_wares

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from atod_envs.errors import DataError, UnknownName
-from atod_envs.webshop.catalogue.store import open_store
+from atod_envs.webshop.catalogue.cache import open_store
 from atod_envs.webshop.goals import Goals, combination
 from atod_envs.webshop.splits import GoalIds, read_task_id, split_goals
 

@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from atod_envs.webshop.catalogue.store import open_store
+from atod_envs.webshop.catalogue.cache import open_store
 from atod_envs.webshop.goals import Goals
 from atod_envs.webshop.pages import Role, _nodes
-from atod_envs.webshop.shop import Session, Shop, parse_action
+from atod_envs.webshop.shop import Shop, ShopSession, parse_action
 
 from .conftest import item, options, write_shop
 
@@ -15,7 +15,7 @@ from .conftest import item, options, write_shop
 def session_of(folder, records, annotations=None, reviews=None, **keywords):
     store = open_store(write_shop(folder, records, annotations, reviews=reviews))
     goals = Goals(store, "synthetic")
-    return Session(Shop(store, **keywords), goals, goals[0], "0")
+    return ShopSession(Shop(store, **keywords), goals, goals[0], "0")
 
 
 def differences(session, recorded):
@@ -38,7 +38,7 @@ def test_recorded_sessions_replay_without_a_difference(real_store, read_golden):
     found, steps = [], 0
     for recorded in read_golden("golden_text_env_1k.jsonl.gz"):
         number = recorded["session"]
-        session = Session(shop, goals, goals[number], str(number))
+        session = ShopSession(shop, goals, goals[number], str(number))
         found += [(number, "reset", name) for name in differences(session, recorded["reset"])]
         for step in recorded["steps"]:
             steps += 1
@@ -216,7 +216,7 @@ def test_random_listings_follow_the_seed(tmp_path):
     goals = Goals(store, "synthetic")
 
     def listed(seed):
-        session = Session(Shop(store), goals, goals[0], "0", seed)
+        session = ShopSession(Shop(store), goals, goals[0], "0", seed)
         session.act("search[<r>]")
         return session.observe("text")
 
@@ -238,7 +238,7 @@ def test_random_play_never_fails(tmp_path):
     visited = set()
     for _ in range(3000):
         if session.purchase is not None:
-            session = Session(session.shop, session.goals, session.goal, "0")
+            session = ShopSession(session.shop, session.goals, session.goal, "0")
         words = [
             "click[" + rng.choice(list(session.clickables) or ["x"]) + "]",
             "search[thing]",
