@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import gymnasium as gym
 from gymnasium.utils import RecordConstructorArgs
 
-from atod_envs.errors import UnknownName
+from atod_envs import snapshots
+from atod_envs.errors import EpisodeError, UnknownName
 from atod_envs.spaces import UnicodeText
 from atod_envs.styles import History, PromptStyle, read_response
 from atod_envs.text_env import TextEnv
@@ -49,29 +51,72 @@ class Prompted(gym.Wrapper[str, str, str, str], RecordConstructorArgs):
         self.history = History("")
         self.observation_space = UnicodeText()
         self.action_space = UnicodeText()
+        self._info: dict[str, Any] = {}
+        self._restores = self._base.restores
+
+    @property
+    def _base(self) -> TextEnv:
+        return cast("TextEnv", self.env.unwrapped)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         """Begin an episode and return its first prompt."""
         observation, info = self.env.reset(seed=seed, options=options)
         self.history = History(info["task"], [observation], [], info["admissible"])
-        return self.style.prompt(self.history), {**info, "observation": observation}
+        self._restores = self._base.restores
+        self._info = {"observation": observation}
+        return self.style.prompt(self.history), {**info, **self._info}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Parse a response, execute its action, and return the next prompt."""
+        """Parse a response, execute its action, and return the next prompt.
+
+        Raises:
+            EpisodeError: the environment was restored without this wrapper, whose history is of another moment.
+        """
+        if self._base.restores != self._restores:
+            raise EpisodeError(
+                "the environment under this prompt was restored by itself, and the history is of another moment; "
+                "use snapshot() and restore() of the prompted environment"
+            )
         parsed = read_response(self.style, action, self.history)
         admissible = self.history.admissible
         observation, reward, terminated, truncated, info = self.env.step(parsed.action)
         self.history.actions.append(parsed.action)
         self.history.observations.append(observation)
         self.history.admissible = info["admissible"]
-        info = {
-            **info,
+        self._info = {
             "observation": observation,
             "action": parsed.action,
             "format_ok": parsed.format_ok,
             "action_admissible": matches_admissible(parsed.action, admissible),
         }
-        return self.style.prompt(self.history), float(reward), terminated, truncated, info
+        return self.style.prompt(self.history), float(reward), terminated, truncated, {**info, **self._info}
+
+    def snapshot(self) -> tuple[Any, History, dict[str, Any]]:
+        """The present moment with its history, for :meth:`restore`; see :mod:`atod_envs.snapshots`."""
+        return snapshots.snapshot(self.env), _copied(self.history), self._info
+
+    def restore(self, state: tuple[Any, History, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+        """Go back to a moment that :meth:`snapshot` gave.
+
+        Returns:
+            The prompt and ``info`` of that moment.
+
+        Raises:
+            EpisodeError: the state is not of a prompted environment, or of other data.
+        """
+        if not (isinstance(state, tuple) and len(state) == 3 and isinstance(state[1], History)):
+            raise EpisodeError(
+                "the state is not a snapshot of a prompted environment; take it with snapshot() of the same wrappers"
+            )
+        inner, history, about = state
+        _, info = snapshots.restore(self.env, inner)
+        self.history, self._info = _copied(history), about
+        self._restores = self._base.restores
+        return self.style.prompt(self.history), {**info, **about}
+
+
+def _copied(history: History) -> History:
+    return replace(history, observations=list(history.observations), actions=list(history.actions))
 
 
 def prompted(env: gym.Env[str, str], style: str | PromptStyle = "atod") -> Prompted:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import gymnasium as gym
 from gymnasium.utils import RecordConstructorArgs
 
+from atod_envs import snapshots
 from atod_envs.errors import EpisodeError
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import StopReason, Trajectory, Turn
@@ -97,6 +98,37 @@ class RecordTurns(gym.Wrapper[str, str, str, str], RecordConstructorArgs):
             self._stop = StopReason(info["stop_reason"])
             info = {**info, "trajectory": self.trajectory}
         return shown, float(reward), terminated, truncated, info
+
+    def snapshot(self) -> tuple[Any, tuple[Any, ...]]:
+        """The present moment with its record, for :meth:`restore`; see :mod:`atod_envs.snapshots`."""
+        return snapshots.snapshot(self.env), (
+            tuple(self._turns),
+            self._info,
+            self._observation,
+            self._seed,
+            self._stop,
+            self.group_id,
+            self.policy_version,
+        )
+
+    def restore(self, state: tuple[Any, tuple[Any, ...]]) -> tuple[str, dict[str, Any]]:
+        """Go back to a moment that :meth:`snapshot` gave; the record goes on from there.
+
+        Returns:
+            What the environment shows in that moment, and ``info``.
+
+        Raises:
+            EpisodeError: the state is not of a recorded environment, or of other data.
+        """
+        if not (isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], tuple)):
+            raise EpisodeError(
+                "the state is not a snapshot of a recorded environment; take it with snapshot() of the same wrappers"
+            )
+        inner, record = state
+        shown, info = snapshots.restore(self.env, inner)
+        turns, self._info, self._observation, self._seed, self._stop, self.group_id, self.policy_version = record
+        self._turns, self._note, self._since = list(turns), {}, time.perf_counter()
+        return shown, {**info, "trajectory": self.trajectory} if self._stop is not None else info
 
     def close_episode(self, reason: StopReason) -> Trajectory:
         """End the record from outside (context full, rollout stopped) and return the trajectory."""

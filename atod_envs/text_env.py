@@ -1,4 +1,4 @@
-"""``TextEnv``: what the three environments share, as a ``gymnasium.Env[str, str]``.
+"""``TextEnv``: what all environments share, as a ``gymnasium.Env[str, str]``.
 
 An environment supplies two things, how an episode begins and what an action does; everything that must be the same
 everywhere is here: choice of the task, the turn limit, the keys of ``info``, and the errors for misuse. The invariant:
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import gymnasium as gym
 
 from atod_envs.errors import EpisodeError
+from atod_envs.snapshots import Snapshot
 from atod_envs.spaces import UnicodeText
 from atod_envs.styles import PromptStyle
 from atod_envs.tasks import TaskSet
@@ -22,6 +23,9 @@ from atod_envs.trajectory import StopReason
 
 INFO_KEYS = ("task_id", "task", "split", "turn", "admissible", "valid", "success", "score")
 """Keys of ``info`` after every reset and step; ``stop_reason`` is added at the end of an episode."""
+
+LONGEST_ACTION = 1 << 16
+"""Characters that an action may have; a longer one is answered with a sentence that says so, and does nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +65,11 @@ class TextEnv(gym.Env[str, str]):
         tasks: the split that is played.
         configured_max_turns: the turn limit that was asked for.
         max_turns: the turn limit in force; a curriculum may lower it between episodes.
+        restores: how often :meth:`restore` was called, so that a wrapper notices.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}  # noqa: RUF012 (gymnasium's declared type)
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
     env_key: ClassVar[str]
     default_max_turns: ClassVar[int]
     label: ClassVar[str] = ""
@@ -75,6 +81,12 @@ class TextEnv(gym.Env[str, str]):
     every trajectory and checkpoint."""
     blocking: bool = False
     """A step may wait on something outside the process; rollouts then run it in a thread."""
+
+    def __new__(cls, *arguments: Any, **keywords: Any) -> Self:
+        """Keep the arguments: with a snapshot, they are what a copy is made from."""
+        env = super().__new__(cls)
+        env._arguments = (arguments, keywords)
+        return env
 
     def __init__(self, tasks: TaskSet, *, max_turns: int | None = None, render_mode: str | None = None) -> None:
         if max_turns is not None and max_turns < 1:
@@ -92,6 +104,9 @@ class TextEnv(gym.Env[str, str]):
         self._turn = 0
         self._frame: Frame | None = None
         self._over = False
+        self._seed = 0
+        self._actions: list[str] = []
+        self.restores = 0
 
     @abstractmethod
     def _begin(self, task_id: str, seed: int) -> tuple[str, Frame]:
@@ -132,6 +147,7 @@ class TextEnv(gym.Env[str, str]):
         self._task, self._frame = self._begin(self._task_id, episode_seed)
         self._turn = 0
         self._over = False
+        self._seed, self._actions = episode_seed, []
         return self._frame.observation, self._info(self._frame)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -153,16 +169,12 @@ class TextEnv(gym.Env[str, str]):
             raise EpisodeError("step() was called after the end of the episode; call reset() to begin another")
         if not isinstance(action, str):
             raise TypeError(f"an action is a str, not {type(action).__name__}")
-        self._frame = frame = self._act(action)
+        self._frame = frame = self._answer(action, self._frame)
+        self._actions.append(action)
         self._turn += 1
         truncated = not frame.terminated and self._turn >= self.max_turns
         self._over = frame.terminated or truncated
-        info = self._info(frame)
-        if frame.terminated:
-            info["stop_reason"] = StopReason.SUCCESS if frame.success else StopReason.FAILURE
-        elif truncated:
-            info["stop_reason"] = StopReason.TURN_LIMIT
-        return frame.observation, float(frame.reward), frame.terminated, truncated, info
+        return frame.observation, float(frame.reward), frame.terminated, truncated, self._info(frame)
 
     def render(self) -> str | None:
         """Return the current observation (``render_mode="ansi"``)."""
@@ -181,4 +193,112 @@ class TextEnv(gym.Env[str, str]):
         }
         for name, value in frame.extra.items():
             info[f"{self.env_key}/{name}"] = value
+        if frame.terminated:
+            info["stop_reason"] = StopReason.SUCCESS if frame.success else StopReason.FAILURE
+        elif self._over:
+            info["stop_reason"] = StopReason.TURN_LIMIT
         return info
+
+    def _answer(self, action: str, before: Frame) -> Frame:
+        if len(action) <= LONGEST_ACTION:
+            return self._act(action)
+        text = f"That action has {len(action)} characters; at most {LONGEST_ACTION} are read. Nothing was done."
+        return replace(before, observation=text, reward=0.0, valid=False)
+
+    # --- snapshots ---
+
+    def snapshot(self) -> Snapshot:
+        """The present moment of the episode, for :meth:`restore`; picklable.
+
+        Raises:
+            EpisodeError: no episode has begun.
+        """
+        if self._frame is None:
+            raise EpisodeError("snapshot() was called before reset(); call reset() first")
+        return Snapshot(
+            env_key=self.env_key,
+            data_version=self.data_version,
+            split=self.tasks.split,
+            task_id=self._task_id,
+            task=self._task,
+            seed=self._seed,
+            actions=tuple(self._actions),
+            frame=self._frame,
+            over=self._over,
+            max_turns=self.max_turns,
+            generator=self.np_random.bit_generator.state,
+            state=self.save_state(),
+        )
+
+    def restore(self, state: Snapshot) -> tuple[str, dict[str, Any]]:
+        """Go back to a moment that :meth:`snapshot` gave, here or in another environment over the same data.
+
+        The turn limit and the random generator become those of that moment, too.
+
+        Returns:
+            The observation and ``info`` of that moment.
+
+        Raises:
+            EpisodeError: the state is not a snapshot of this kind of environment over these data.
+        """
+        if not isinstance(state, Snapshot):
+            raise EpisodeError(f"restore() takes what snapshot() gave, not {type(state).__name__}")
+        theirs, ours = (state.env_key, state.data_version), (self.env_key, self.data_version)
+        if theirs != ours:
+            raise EpisodeError(
+                f"the snapshot is of {' '.join(theirs)}, this environment is {' '.join(ours)}; "
+                "restore it where the same data are played"
+            )
+        if state.task_id not in self.tasks:
+            raise EpisodeError(
+                f"the snapshot's task {state.task_id!r} (split {state.split!r}) is not in split {self.tasks.split!r}; "
+                "restore it in an environment of that split"
+            )
+        self._task_id, self._task, self._seed = state.task_id, state.task, state.seed
+        self._actions, self._over, self.max_turns = list(state.actions), state.over, state.max_turns
+        self.load_state(state)
+        self._turn, self._frame = len(state.actions), state.frame
+        self.np_random.bit_generator.state = state.generator
+        self.restores += 1
+        return state.frame.observation, self._info(state.frame)
+
+    def save_state(self) -> Any:
+        """What an episode of this environment consists of, beyond what this class keeps; picklable, never changed later.
+
+        By default nothing: :meth:`load_state` then begins the episode again and repeats its actions. An environment that can copy
+        its state overrides the two, so that a snapshot costs no replay.
+        """
+        return None
+
+    def load_state(self, snapshot: Snapshot) -> None:
+        """Bring the environment into the state of a snapshot, whose ``state`` is what :meth:`save_state` gave."""
+        self._frame = self._begin(snapshot.task_id, snapshot.seed)[1]
+        for self._turn, action in enumerate(snapshot.actions):
+            self._frame = self._answer(action, self._frame)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle is an environment made with the same arguments, in the same moment."""
+        moment = None if self._frame is None else self.snapshot()
+        return _made_again, (type(self), *self._arguments, self.spec, self.max_turns, moment)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """As :meth:`__reduce__`; the arguments are shared."""
+        make, arguments = self.__reduce__()
+        copy: Self = make(*arguments)
+        memo[id(self)] = copy
+        return copy
+
+
+def _made_again(
+    kind: type[TextEnv],
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    spec: Any,
+    max_turns: int,
+    moment: Snapshot | None,
+) -> TextEnv:
+    env = kind(*arguments, **keywords)
+    env.spec, env.max_turns = spec, max_turns
+    if moment is not None:
+        env.restore(moment)
+    return env

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from atod_envs.alfworld.data import open_source
 from atod_envs.alfworld.engine.game import TASK_LEAD, Game
 from atod_envs.alfworld.engine.session import GameSession, Step, put_as_move
 from atod_envs.errors import DataError
+from atod_envs.snapshots import Snapshot
 from atod_envs.tasks import TaskSet
 from atod_envs.text_env import Frame, TextEnv
 
@@ -134,6 +135,21 @@ class ALFWorldEnv(TextEnv):
         if self._put_alias:
             action = put_as_move(action, self._admissible)
         return self._frame_of(self._player.step(action))
+
+    def save_state(self) -> Any:
+        """The facts of the moment; nothing on the published engine, whose episodes are played again."""
+        return self._player.moment() if isinstance(self._player, GameSession) else None
+
+    def load_state(self, snapshot: Snapshot) -> None:
+        """Go back to the facts of a snapshot, or play the episode again."""
+        if snapshot.state is None or self._reference is not None:
+            super().load_state(snapshot)
+            return
+        session = self._player
+        if not isinstance(session, GameSession) or session.game is not self.source.game(snapshot.task_id):
+            session = self._player = GameSession(self.source.game(snapshot.task_id))
+        session.return_to(snapshot.state)
+        self._admissible, self._extra = snapshot.frame.admissible, snapshot.frame.extra
 
     def _frame_of(self, step: Step) -> Frame:
         self._admissible = step.admissible

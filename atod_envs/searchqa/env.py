@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from atod_envs.retrieval.protocol import LocalSearch, SearchService, check_depth
+from atod_envs.snapshots import Snapshot
 from atod_envs.text_env import Frame, TextEnv
 
 from .actions import ANSWER_PATTERN, SEARCH_PATTERN, information, project
@@ -82,6 +83,10 @@ class SearchQAEnv(TextEnv):
     def _begin(self, task_id: str, seed: int) -> tuple[str, Frame]:
         self._question = question = self.tasks.questions[task_id]
         return question.text, Frame(question.text, ACTIONS, extra=self._about(question))
+
+    def load_state(self, snapshot: Snapshot) -> None:
+        """A question has no state but its turns, so nothing is searched again."""
+        self._question = self.tasks.questions[snapshot.task_id]
 
     def _act(self, action: str) -> Frame:
         asked = project(action)

@@ -18,6 +18,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from atod_envs.errors import EpisodeError, UnknownName
 from atod_envs.serve.transport import RemoteError, SessionLost, connect
+from atod_envs.snapshots import Snapshot
 from atod_envs.tasks import TaskSet
 from atod_envs.text_env import Frame, TextEnv
 from atod_envs.trajectory import StopReason
@@ -158,6 +159,17 @@ class RemoteEnv(TextEnv):
         terminated, truncated = answer["terminated"], answer["truncated"]
         self._note(answer["observation"], info, over=terminated or truncated)
         return answer["observation"], float(answer["reward"]), terminated, truncated, info
+
+    def snapshot(self) -> Snapshot:
+        """Not possible: the episode lives on the server.
+
+        Raises:
+            EpisodeError: always.
+        """
+        raise EpisodeError(
+            "an episode on a server has no snapshot here; make the environment in this process, or reset with the same "
+            "task and seed and repeat the actions"
+        )
 
     def prompt_styles(self) -> Mapping[str, PromptStyle]:
         """The styles of the environment's class, which is installed here, too; prompts are written on this side."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from atod_envs.errors import UnknownName
+from atod_envs.snapshots import Snapshot
 from atod_envs.styles import PromptStyle
 from atod_envs.text_env import Frame, TextEnv
 from atod_envs.webshop.catalogue.cache import open_store
@@ -84,11 +85,23 @@ class WebShopEnv(TextEnv):
         return STYLES
 
     def _begin(self, task_id: str, seed: int) -> tuple[str, Frame]:
+        self.session = self._enter(task_id, seed)
+        return self.session.goal.instruction_text, self._frame_now(self.session, valid=True)
+
+    def _enter(self, task_id: str, seed: int) -> ShopSession:
         worker, number = read_task_id(task_id)
         goals = self._goals if worker is None else _goals(self.shop.store, self._goals.kind, worker, worker)
-        goal = goals[number]
-        self.session = ShopSession(self.shop, goals, goal, str(number), seed)
-        return goal.instruction_text, self._frame_now(self.session, valid=True)
+        return ShopSession(self.shop, goals, goals[number], str(number), seed)
+
+    def save_state(self) -> Any:
+        """The customer's visit."""
+        assert self.session is not None  # TextEnv refuses a snapshot before reset
+        return self.session.moment()
+
+    def load_state(self, snapshot: Snapshot) -> None:
+        """Go back to a moment of a visit."""
+        self.session = self._enter(snapshot.task_id, snapshot.seed)
+        self.session.return_to(snapshot.state)
 
     def _act(self, action: str) -> Frame:
         session = self.session

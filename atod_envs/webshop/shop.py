@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from atod_envs.errors import UnknownName
 from atod_envs.webshop import pages
@@ -93,20 +93,20 @@ class Shop:
         hits = self.engine.search(query[:LONGEST_QUERY], RESULTS)
         return tuple(self.store.rows([hit.docid for hit in hits]))
 
-    def find(self, keywords: Sequence[str], rng: random.Random) -> Sequence[int] | None:
+    def find(self, keywords: Sequence[str], rng: Callable[[], random.Random]) -> Sequence[int] | None:
         """Rows of the products that a search lists.
 
         Args:
             keywords: the words of the query. ``<r>`` first lists random products, ``<c>`` a category's, ``<q>`` those
                 of a crawl query.
-            rng: source of random listings.
+            rng: gives the source of random listings.
 
         Returns:
             The rows, or ``None`` where the original fails (``<a>``, and ``<c>`` without a category).
         """
         match keywords[0]:
             case "<r>":
-                return rng.sample(range(len(self.store)), min(RESULTS, len(self.store)))
+                return rng().sample(range(len(self.store)), min(RESULTS, len(self.store)))
             case "<c>":
                 return self.store.rows_where("category", keywords[1].strip()) if len(keywords) > 1 else None
             case "<q>":
@@ -151,7 +151,8 @@ class ShopSession:
         self.goal = goal
         self.name = name
         self.purchase: Purchase | None = None
-        self._rng = random.Random(seed)
+        self._seed = seed
+        self._rng: random.Random | None = None  # made when a listing is drawn, which hardly an episode does
         self._shown: dict[str, int] = {}
         self._open_search()
 
@@ -233,7 +234,7 @@ class ShopSession:
         self.page = pages.search_page(self.goal.instruction_text)
 
     def _search(self, keywords: Sequence[str], number: int) -> bool:
-        rows = self.shop.find(keywords, self._rng)
+        rows = self.shop.find(keywords, self._generator)
         if rows is None:
             return False
         self._keywords, self._number = keywords, number
@@ -286,3 +287,36 @@ class ShopSession:
         self.url = f"{BASE_URL}/done/{self.name}/{self._asin}/{self._options}"
         self.page = pages.done_page(self._asin, self._options, parts.reward)
         return True
+
+    # --- keeping a moment ---
+
+    def moment(self) -> dict[str, Any]:
+        """A copy of everything that changes, for :meth:`return_to`."""
+        return {
+            "keywords": self._keywords,
+            "number": self._number,
+            "row": self._row,
+            "asin": self._asin,
+            "seen": frozenset(self._seen),
+            "options": dict(self._options),
+            "shown": self._shown,  # made anew by every search, never changed
+            "url": self.url,
+            "page": self._page,
+            "purchase": self.purchase,
+            "generator": None if self._rng is None else self._rng.getstate(),
+        }
+
+    def return_to(self, moment: Mapping[str, Any]) -> None:
+        """Go back to a state of this goal's session that :meth:`moment` gave."""
+        self._keywords, self._number = moment["keywords"], moment["number"]
+        self._row, self._asin, self._shown = moment["row"], moment["asin"], moment["shown"]
+        self._seen, self._options = set(moment["seen"]), dict(moment["options"])
+        self.url, self.page, self.purchase = moment["url"], moment["page"], moment["purchase"]
+        self._rng = None
+        if moment["generator"] is not None:
+            self._generator().setstate(moment["generator"])
+
+    def _generator(self) -> random.Random:
+        if self._rng is None:
+            self._rng = random.Random(self._seed)
+        return self._rng

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from atod_envs.alfworld.engine.facts import Facts
+from atod_envs.alfworld.engine.facts import Facts, Moment
 from atod_envs.alfworld.engine.game import Game
 from atod_envs.alfworld.engine.rules import Schema
 
@@ -83,6 +83,18 @@ class GameSession:
     def admissible(self) -> tuple[str, ...]:
         """Every command that would do something now, sorted."""
         return self._menu.commands
+
+    def moment(self) -> tuple[Moment, float]:
+        """A copy of everything that changes, for :meth:`return_to`."""
+        return self.facts.moment(), self.progress
+
+    def return_to(self, moment: tuple[Moment, float]) -> None:
+        """Go back to a state of this game that :meth:`moment` gave."""
+        facts, progress = moment
+        self.facts.return_to(facts)
+        self._menu = self.game.menu(self.facts)
+        self.progress = progress
+        self._check_goal()
 
     def _begin(self) -> None:
         self._menu = self.game.menu(self.facts)
