@@ -194,7 +194,7 @@ def test_what_cannot_be_restored_is_refused_with_what_to_do():
         env.unwrapped.restore({})
     shop = make("webshop")
     shop.reset(seed=1)
-    with pytest.raises(EpisodeError, match="this environment is webshop .*synthetic-1"):
+    with pytest.raises(EpisodeError, match=r"this environment is webshop .*synthetic-1"):
         make("webshop", goal_seed=1).unwrapped.restore(shop.unwrapped.snapshot())
     with pytest.raises(EpisodeError, match="of a prompted environment"):
         prompted(make("alfworld")).restore(state)
