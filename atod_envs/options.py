@@ -6,8 +6,9 @@ The invariant: the same words mean the same to whoever plays, trains, evaluates 
 from __future__ import annotations
 
 import ast
+import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from atod_envs.errors import AtodError
@@ -55,3 +56,23 @@ def _value(text: str) -> Any:
 def program(module: str) -> str:
     """How the user called a module, for its usage line: ``atod play`` or ``python -m agents.human``."""
     return sys.argv[0] if sys.argv[0].startswith("atod ") else f"python -m {module}"
+
+
+@contextlib.contextmanager
+def needed_imports(extra: str, module: str) -> Iterator[None]:
+    """Around imports that need an extra: what is missing is said, by a command in one line.
+
+    Args:
+        extra: the extra's name.
+        module: the importing module's ``__name__``.
+
+    Raises:
+        ModuleNotFoundError: something is missing; says what to install.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        said = f"{error.name} is not installed: pip install 'atod[{extra}]'"
+        if module == "__main__":
+            sys.exit(f"error: {said}")
+        raise ModuleNotFoundError(said, name=error.name) from error

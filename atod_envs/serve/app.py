@@ -2,7 +2,7 @@
 
 Every call is ``POST /v1/<call>`` with a JSON object, or a message ``{"id": ..., "call": ..., ...}`` on the WebSocket ``/v1/ws``,
 answered with the same ``id``. Sessions belong to no connection: a client that lost its connection goes on over another one.
-The invariant: nothing is read beyond the limit on size, and nothing is done for a client without the token.
+The invariant: nothing is done for a client without the token, and nothing more is read of a client while its answers wait.
 """
 
 from __future__ import annotations
@@ -10,104 +10,52 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
-import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
-from atod_envs.serve.codec import dumps, loads
-from atod_envs.serve.sessions import Limits, Refused, Sessions, answer_of
+from atod_envs.http.messages import Refused, parse_object
+from atod_envs.options import needed_imports
+from atod_envs.serve.codec import dumps, restored
+from atod_envs.serve.sessions import Sessions, answer_of
 
-try:
-    import uvicorn
+with needed_imports("serve", __name__):
     from starlette.applications import Starlette
-    from starlette.requests import ClientDisconnect, Request
+    from starlette.requests import Request
     from starlette.responses import Response
     from starlette.routing import Route, WebSocketRoute
     from starlette.websockets import WebSocket, WebSocketDisconnect
-except ImportError as error:
-    raise ImportError("the server needs starlette, uvicorn and websockets: pip install 'atod[serve]'") from error
+
+    from atod_envs.http.server import Access, HttpLimits, Server, listen, make_app, server_of
+
+__all__ = ["listen", "make_server"]
 
 log = logging.getLogger(__name__)
 
-READ_SECONDS = 30.0
-"""Seconds in which the body of a request has to arrive."""
-CALLS_UNDER_WAY = 256
-"""Calls that one WebSocket may have under way; more have to wait until some are answered."""
+CALLS_UNDER_WAY = 64
+"""Calls of one WebSocket that are not answered yet; the next is read when one of them is."""
 
 
-def make_app(sessions: Sessions, token: str = "") -> Starlette:
-    """The ASGI application.
+def make_server(
+    sessions: Sessions, *, token: str = "", certificate: str | None = None, key: str | None = None
+) -> Server:
+    """The server; ``run(sockets=[listen(host, port)])`` serves until it is stopped.
 
     Args:
         sessions: carries out the calls.
-        token: what clients send as ``Authorization: Bearer <token>``; empty asks for none, and then refuses browsers (a page
-            of somebody else's could otherwise speak to a server on this machine).
+        token: what clients send as ``Authorization: Bearer <token>``; empty asks for none, and then refuses the pages of others.
+        certificate: file with the TLS certificate; ``None`` for plain HTTP.
+        key: file with its key.
     """
-    limits = sessions.limits
-
-    def check(headers: Mapping[str, str]) -> None:
-        if token:
-            given = headers.get("authorization", "")
-            if not secrets.compare_digest(given.encode(), f"Bearer {token}".encode()):
-                raise Refused(401, "a token is needed: send it as 'Authorization: Bearer TOKEN'")
-        elif "origin" in headers:
-            raise Refused(403, "calls from web pages need a token; start the server with one")
 
     async def health(request: Request) -> Response:
         return _response(200, {"status": "ok", "sessions": len(sessions)})
 
-    async def http(request: Request) -> Response:
+    async def call(request: Request) -> Response:
+        body = await request.body()
         try:
-            check(request.headers)
-            body = await asyncio.wait_for(_body(request, limits), READ_SECONDS)
             return _response(200, await sessions.call(request.path_params["call"], _message(body)))
-        except ClientDisconnect:
-            return Response(status_code=400)
-        except TimeoutError:
-            return _response(*answer_of(Refused(408, f"the request did not arrive within {READ_SECONDS:g} s")))
         except Exception as error:
             return _response(*answer_of(error))
-
-    async def websocket(socket: WebSocket) -> None:
-        try:
-            check(socket.headers)
-        except Refused as error:
-            log.info("a WebSocket was refused: %s", error)
-            await socket.close(1008)  # before it is accepted: the client sees HTTP 403
-            return
-        await socket.accept()
-        room = asyncio.Semaphore(CALLS_UNDER_WAY)
-        under_way: set[asyncio.Task[None]] = set()
-
-        async def answer(received: str | bytes) -> None:
-            mark: Any = None
-            try:
-                message = _message(received)
-                mark = message.pop("id", None)
-                if not (mark is None or isinstance(mark, int | str)):
-                    mark = None
-                    raise Refused(400, "id: expected a number or a string")
-                status, body = 200, await sessions.call(str(message.pop("call", "")), message)
-            except Exception as error:
-                status, body = answer_of(error)
-            finally:
-                room.release()
-            with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # the client is gone; its session stays
-                status, text = _encoded(status, body, id=mark)
-                await socket.send_text(text.decode("ascii"))
-
-        try:
-            while True:
-                await room.acquire()
-                received = await socket.receive()
-                if received["type"] == "websocket.disconnect":
-                    break
-                task = asyncio.create_task(answer(received.get("text") or received.get("bytes") or ""))
-                under_way.add(task)
-                task.add_done_callback(under_way.discard)
-        finally:
-            await asyncio.gather(*under_way, return_exceptions=True)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -116,73 +64,55 @@ def make_app(sessions: Sessions, token: str = "") -> Starlette:
         sweeper.cancel()
         sessions.shutdown()
 
+    async def websocket(socket: WebSocket) -> None:
+        await _converse(socket, sessions)
+
     routes = [
         Route("/health", health, methods=["GET"]),
-        Route("/v1/{call}", http, methods=["POST"]),
+        Route("/v1/{call}", call, methods=["POST"]),
         WebSocketRoute("/v1/ws", websocket),
     ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    limits = HttpLimits(connections=sessions.limits.connections, body_bytes=sessions.limits.message_bytes)
+    app = make_app(routes, _refuse, limits, Access(token), lifespan)
+    return server_of(app, limits, websocket=True, certificate=certificate, key=key)
 
 
-def make_server(
-    sessions: Sessions, *, token: str = "", certificate: str | None = None, key: str | None = None
-) -> uvicorn.Server:
-    """The server; ``run(sockets=[listen(host, port)])`` serves until it is stopped.
+async def _converse(socket: WebSocket, sessions: Sessions) -> None:
+    """Answer the calls of one WebSocket, several at the same time."""
+    await socket.accept()
+    room = asyncio.Semaphore(CALLS_UNDER_WAY)
+    under_way: set[asyncio.Task[None]] = set()
 
-    Args:
-        sessions: carries out the calls.
-        token: see :func:`make_app`.
-        certificate: file with the TLS certificate; ``None`` for plain HTTP.
-        key: file with its key.
-    """
-    config = uvicorn.Config(
-        make_app(sessions, token),
-        ssl_certfile=certificate,
-        ssl_keyfile=key,
-        log_level="warning",
-        access_log=False,
-        ws="websockets-sansio",
-        ws_max_size=sessions.limits.message_bytes,
-        ws_per_message_deflate=False,
-        limit_concurrency=sessions.limits.connections,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=5,
-        backlog=2048,
-        server_header=False,
-    )
-    return uvicorn.Server(config)
+    async def answer(received: str | bytes) -> None:
+        mark: Any = None
+        try:
+            message = _message(received)
+            mark = message.pop("id", None)
+            if not (mark is None or isinstance(mark, int | str)):
+                mark = None
+                raise Refused(400, "id: expected a number or a string")
+            status, body = 200, await sessions.call(str(message.pop("call", "")), message)
+        except Exception as error:
+            status, body = answer_of(error)
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # the client is gone; its session stays
+            status, text = _encoded(status, body, id=mark)
+            await socket.send_text(text.decode("ascii"))
+        room.release()  # only now: an answer that waits for its client is not answered
 
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket for :func:`make_server`'s ``run(sockets=[...])``.
-
-    It names its protocol: asyncio switches off the delay of small packets only where it is named.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((host, port))
-    except OSError:
-        listening.close()
-        raise
-    return listening
-
-
-async def _body(request: Request, limits: Limits) -> bytes:
-    declared = request.headers.get("content-length", "0")
-    parts: list[bytes] = []
-    size = int(declared) if declared.isdigit() else 0
-    if size <= limits.message_bytes:
-        size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > limits.message_bytes:
+        while True:
+            await room.acquire()
+            async with asyncio.timeout(sessions.limits.idle_seconds):
+                received = await socket.receive()
+            if received["type"] == "websocket.disconnect":
                 break
-            parts.append(part)
-    if size > limits.message_bytes:
-        raise Refused(413, f"the message has more than {limits.message_bytes} bytes")
-    return b"".join(parts)
+            task = asyncio.create_task(answer(received.get("text") or received.get("bytes") or ""))
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
+    except TimeoutError:
+        await socket.close(1001, "idle for too long")
+    finally:
+        await asyncio.gather(*under_way, return_exceptions=True)
 
 
 async def _sweep(sessions: Sessions) -> None:
@@ -195,9 +125,9 @@ async def _sweep(sessions: Sessions) -> None:
 
 def _message(data: str | bytes) -> dict[str, Any]:
     try:
-        return loads(data or b"{}")
-    except ValueError as error:  # also text that is not UTF-8
-        raise Refused(400, f"not a JSON object: {error}") from error
+        return restored(parse_object(data or b"{}"))
+    except ValueError as error:
+        raise Refused(400, str(error)) from error
 
 
 def _encoded(status: int, message: dict[str, Any], **mark: Any) -> tuple[int, bytes]:
@@ -211,7 +141,8 @@ def _encoded(status: int, message: dict[str, Any], **mark: Any) -> tuple[int, by
 
 def _response(status: int, message: dict[str, Any]) -> Response:
     status, body = _encoded(status, message)
-    headers = (
-        {"Connection": "close"} if status in (408, 413) else {"WWW-Authenticate": "Bearer"} if status == 401 else None
-    )
-    return Response(body, status, headers, "application/json")
+    return Response(body, status, media_type="application/json")
+
+
+def _refuse(status: int, message: str) -> Response:
+    return _response(*answer_of(Refused(status, message)))

@@ -34,6 +34,15 @@ def loads(data: bytes | str) -> dict[str, Any]:
         message = json.loads(data)
     except RecursionError as error:
         raise ValueError("the JSON is nested too deeply") from error
+    return restored(message)
+
+
+def restored(message: Any) -> dict[str, Any]:
+    """A message whose JSON has been read.
+
+    Raises:
+        ValueError: it is no object.
+    """
     if not isinstance(message, dict):
         raise ValueError(f"expected a JSON object, got {type(message).__name__}")
     genuine = message.pop("lists", [])

@@ -8,7 +8,6 @@ The invariant: beyond this machine the server asks for a token, and what clients
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import logging
 import os
 import sys
@@ -21,6 +20,7 @@ import gymnasium as gym
 
 import atod_envs
 from atod_envs.errors import AtodError
+from atod_envs.http.client import is_loopback
 from atod_envs.options import read_options
 from atod_envs.serve.client import TOKEN_VARIABLE
 from atod_envs.serve.sessions import Limits, Offer, Sessions
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         token = _token(given.token_file)
-        if not token and not _is_loopback(given.host):
+        if not token and not is_loopback(given.host):
             raise AtodError(
                 f"--host {given.host} can be reached from other machines; set a token in ${TOKEN_VARIABLE} or with --token-file"
             )
@@ -96,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for part in fields(Limits):
             if getattr(limits, part.name) <= 0:
                 raise AtodError(f"--{part.name.replace('_', '-')} {getattr(limits, part.name)}; expected more than 0")
-        from atod_envs.serve.app import listen, make_server
+        from atod_envs.http.server import listen, serve_command
+        from atod_envs.serve.app import make_server
 
         if split := next((pair for pair in given.option if "." in pair.partition("=")[0]), None):
             raise AtodError(
@@ -112,9 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     port = listening.getsockname()[1]
     secure = "s" if given.certificate else ""
-    print(f"serving {', '.join(sessions.offers)} on http{secure}://{given.host}:{port}", flush=True)
-    server.run(sockets=[listening])
-    return 0
+    return serve_command(
+        server, listening, f"serving {', '.join(sessions.offers)} on http{secure}://{given.host}:{port}"
+    )
 
 
 def _token(path: Path | None) -> str:
@@ -125,12 +126,3 @@ def _token(path: Path | None) -> str:
             raise AtodError(f"{path}: the token file is empty")
         return token
     return os.environ.get(TOKEN_VARIABLE, "").strip()
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

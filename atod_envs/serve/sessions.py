@@ -19,25 +19,13 @@ from typing import Any, cast
 import gymnasium as gym
 
 from atod_envs.errors import AtodError, EpisodeError, UnknownName
+from atod_envs.http.messages import Refused
 from atod_envs.text_env import TextEnv
 
 log = logging.getLogger(__name__)
 
 TASK_PAGE = 5000
 """Task ids in one answer."""
-
-
-class Refused(Exception):
-    """A call that is not carried out.
-
-    Args:
-        status: the HTTP status that says why.
-        message: what was wrong and what to do.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True, slots=True)

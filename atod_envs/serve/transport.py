@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import http.client
 import itertools
 import time
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
 
 from atod_envs.errors import AtodError, EpisodeError, UnknownName
+from atod_envs.http.client import HttpClient, Passing, Retry, ServerGone, ServerRefused, with_retries
 from atod_envs.serve.codec import dumps, loads
 
 BACKOFF_SECONDS = 0.2
 """Seconds before the second attempt; doubled each time."""
 LONGEST_ANSWER = 64 << 20
-"""Bytes of an answer that are read."""
+"""Bytes of an answer that are read from a WebSocket."""
 
 _PASSING = frozenset({408, 409, 429, 502, 503})
 
@@ -31,10 +31,6 @@ class RemoteError(AtodError, RuntimeError):
 
 class SessionLost(RemoteError):
     """The session is gone: it was idle too long, took too long, or the server was started anew."""
-
-
-class _Passing(Exception):
-    """An attempt failed in a way that another may not."""
 
 
 class Link(Protocol):
@@ -64,118 +60,68 @@ class _Link(abc.ABC):
     """What both ways share: attempts, and errors from answers."""
 
     def __init__(self, url: str, token: str, timeout: float, retries: int) -> None:
-        self.url, self._token, self._timeout, self._attempts = url, token, timeout, retries + 1
-        self._parts = urlsplit(url)
+        self.url, self._token, self._timeout = url, token, timeout
+        self._retry = Retry(retries, BACKOFF_SECONDS, passing=_PASSING)
 
     def call(self, name: str, arguments: dict[str, Any], retry: bool = True) -> dict[str, Any]:
         """One call, in several attempts."""
-        reason = ""
-        attempts = self._attempts if retry else 1
-        for attempt in range(attempts):
-            if attempt:
-                time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1))
-            try:
-                return self._checked(*self._attempt(name, arguments))
-            except _Passing as passing:
-                reason = str(passing)
-        tried = f"{attempts} attempt{'s' if attempts > 1 else ''}"
-        raise RemoteError(f"{self.url} did not answer {name!r} ({tried}): {reason}; is the server running?")
+        try:
+            return self._ask(name, arguments, retry)
+        except ServerGone as gone:
+            tried = f"{gone.tries} attempt{'s' if gone.tries > 1 else ''}"
+            raise RemoteError(
+                f"{self.url} did not answer {name!r} ({tried}): {gone.said}; is the server running?"
+            ) from gone
 
     @abc.abstractmethod
     def close(self) -> None:
         """Close the connection."""
 
     @abc.abstractmethod
-    def _attempt(self, name: str, arguments: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Ask once: the status, and the message.
+    def _ask(self, name: str, arguments: dict[str, Any], retry: bool) -> dict[str, Any]:
+        """Ask until there is an answer.
 
         Raises:
-            _Passing: it may go well another time.
-            RemoteError: it will not.
+            ServerGone: there is none.
+            RemoteError: it is no.
         """
 
-    def _checked(self, status: int, answer: dict[str, Any]) -> dict[str, Any]:
+    def _checked(self, status: int, answer: dict[str, Any], said: str = "") -> dict[str, Any]:
         if status == 200:
             return answer
         error = answer.get("error")
-        kind, message = (error.get("type"), error.get("message")) if isinstance(error, dict) else (None, None)
-        message = message if isinstance(message, str) else f"HTTP {status}"
-        if status in _PASSING:
-            raise _Passing(message)
+        kind = error.get("type") if isinstance(error, dict) else None
+        said = _message(answer, said or f"HTTP {status}")
         if status in (410, 504):
-            raise SessionLost(f"{self.url}: {message}")
+            raise SessionLost(f"{self.url}: {said}")
         if kind == "EpisodeError":
-            raise EpisodeError(message)
+            raise EpisodeError(said)
         if kind == "UnknownName":
             unknown = UnknownName("name", "")
-            unknown.message, unknown.args = message, (message,)
+            unknown.message, unknown.args = said, (said,)
             raise unknown
-        raise RemoteError(f"{self.url} refused: {message}")
-
-    def _headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        raise RemoteError(f"{self.url} refused: {said}")
 
 
 class HttpLink(_Link):
-    """One HTTP connection that is kept alive."""
+    """HTTP over connections that are kept alive."""
 
-    _connection: http.client.HTTPConnection | None = None
+    def __init__(self, url: str, token: str, timeout: float, retries: int) -> None:
+        super().__init__(url, token, timeout, retries)
+        self._client = HttpClient(url, token=token, timeout=timeout, retry=self._retry, decode=loads)
 
     def close(self) -> None:
         """Close the connection."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self._client.close()
 
-    def _attempt(self, name: str, arguments: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        body = dumps(arguments)
-        deadline = time.monotonic() + self._timeout
-        reused = self._connection is not None
+    def _ask(self, name: str, arguments: dict[str, Any], retry: bool) -> dict[str, Any]:
         try:
-            try:
-                status, data = self._exchange(name, body, deadline)
-            except (ConnectionError, http.client.BadStatusLine):
-                self.close()
-                if not reused:
-                    raise
-                status, data = self._exchange(name, body, deadline)  # an old connection had been closed meanwhile
-            return status, loads(data) if data.startswith(b"{") or status == 200 else {}
-        except TimeoutError as error:
-            self.close()
-            raise _Passing(f"no answer within {self._timeout:g} s") from error
-        except (OSError, http.client.HTTPException) as error:
-            self.close()
-            raise _Passing(f"{type(error).__name__}: {error}") from error
-        except ValueError as error:
-            self.close()
-            raise RemoteError(
-                f"{self.url} answered no JSON object ({error}); is it a server of environments?"
-            ) from error
-
-    def _exchange(self, name: str, body: bytes, deadline: float) -> tuple[int, bytes]:
-        if self._connection is None:
-            secure = self._parts.scheme == "https"
-            kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-            self._connection = kind(self._parts.hostname or "", self._parts.port, timeout=self._timeout)
-        connection = self._connection
-        headers = {"Content-Type": "application/json", **self._headers()}
-        # A server that refuses a message closes the connection before all of it is sent; its answer is there to read.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            connection.request("POST", f"{self._parts.path}/v1/{name}", body, headers)
-        response = connection.getresponse()
-        parts: list[bytes] = []
-        size = 0
-        while part := response.read1(1 << 16):
-            parts.append(part)
-            size += len(part)
-            if time.monotonic() > deadline:
-                raise TimeoutError
-            if size > LONGEST_ANSWER:
-                raise http.client.HTTPException(f"an answer of more than {LONGEST_ANSWER} bytes")
-        response.close()
-        if response.will_close:
-            self.close()
-        return response.status, b"".join(parts)
+            answer = self._client.ask(f"{self._client.prefix}/v1/{name}", dumps(arguments), retry=retry)
+        except ServerRefused as error:
+            if not error.code:
+                raise RemoteError(f"{self.url}: {error}; is it a server of environments?") from error
+            return self._checked(error.code, error.answer if isinstance(error.answer, dict) else {}, error.said)
+        return cast("dict[str, Any]", answer)
 
 
 class SocketLink(_Link):
@@ -199,7 +145,11 @@ class SocketLink(_Link):
                 self._socket.close()
             self._socket = None
 
-    def _attempt(self, name: str, arguments: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def _ask(self, name: str, arguments: dict[str, Any], retry: bool) -> dict[str, Any]:
+        policy = self._retry if retry else Retry(0)
+        return with_retries(lambda: self._attempt(name, arguments), policy, time.sleep)
+
+    def _attempt(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         number = next(self._numbers)
         deadline = time.monotonic() + self._timeout
         failures = self._library.exceptions
@@ -207,7 +157,7 @@ class SocketLink(_Link):
             if self._socket is None:
                 self._socket = self._library.sync.client.connect(
                     f"{self.url}/v1/ws",
-                    additional_headers=self._headers(),
+                    additional_headers={"Authorization": f"Bearer {self._token}"} if self._token else {},
                     open_timeout=self._timeout,
                     close_timeout=2,
                     max_size=LONGEST_ANSWER,
@@ -217,23 +167,33 @@ class SocketLink(_Link):
             while True:
                 answer = loads(self._socket.recv(timeout=max(0.0, deadline - time.monotonic())))
                 if answer.pop("id", None) in (number, None):
-                    return int(answer.pop("status")), answer
+                    break
+            status = int(answer.pop("status"))
         except failures.InvalidStatus as error:
             self.close()
             if error.response.status_code in (401, 403):
                 raise RemoteError(f"{self.url} refused the connection: is the token right?") from error
-            raise _Passing(str(error)) from error
+            raise Passing(str(error)) from error
         except failures.ConnectionClosed as error:
             self.close()
             if error.rcvd is not None and error.rcvd.code == 1009:
                 raise RemoteError(f"{self.url} refused: the message is too long for it") from error
-            raise _Passing(f"the connection was closed ({error})") from error
+            raise Passing(f"the connection was closed ({error})") from error
         except TimeoutError as error:
             self.close()
-            raise _Passing(f"no answer within {self._timeout:g} s") from error
+            raise Passing(f"no answer within {self._timeout:g} s") from error
         except (OSError, failures.WebSocketException) as error:
             self.close()
-            raise _Passing(f"{type(error).__name__}: {error}") from error
+            raise Passing(f"{type(error).__name__}: {error}") from error
         except (ValueError, KeyError) as error:
             self.close()
             raise RemoteError(f"{self.url} answered no message of the protocol ({error})") from error
+        if status in _PASSING:
+            raise Passing(_message(answer, ""), status)
+        return self._checked(status, answer)
+
+
+def _message(answer: dict[str, Any], otherwise: str) -> str:
+    error = answer.get("error")
+    message = error.get("message") if isinstance(error, dict) else None
+    return message if isinstance(message, str) else otherwise

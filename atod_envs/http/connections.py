@@ -1,0 +1,102 @@
+"""uvicorn's connections, watched: what a client owes (a head, or the taking of an answer) it owes for a limited time.
+
+uvicorn times idle connections only, and keeps reading from a client that takes no answers; see
+:mod:`atod_envs.http.server` for what is promised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+
+class Watched:
+    """The watch that is kept on a connection.
+
+    Attributes:
+        since: when its client last got on, on the loop's clock: it connected, began a request, was answered, or took something.
+    """
+
+    transport: asyncio.Transport
+    loop: asyncio.AbstractEventLoop
+    since: float = 0.0
+    _unsent: int = 0
+    _taken: float = 0.0
+
+    def look(self, now: float, head_seconds: float, answer_seconds: float) -> None:
+        """End the connection if its client has let the server wait too long.
+
+        Args:
+            now: on the loop's clock.
+            head_seconds: time for the head of a request.
+            answer_seconds: time in which nothing of a waiting answer is taken.
+        """
+        unsent = self.transport.get_write_buffer_size()
+        if not unsent or unsent < self._unsent or not self._unsent:
+            self._taken = now
+        self._unsent = unsent
+        if (unsent and now - self._taken > answer_seconds) or (self.owes_head() and now - self.since > head_seconds):
+            self.transport.abort()
+
+    def owes_head(self) -> bool:
+        """Whether a request has begun (or should have) and its head is not there."""
+        return False
+
+
+class ServedHttp(H11Protocol, Watched):
+    """An HTTP connection."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Watch a new connection; where all are taken, the one that owes longest makes room for it."""
+        super().connection_made(transport)
+        self.since = self.loop.time()
+        limit = (self.config.limit_concurrency or sys.maxsize) - 1
+        if len(self.connections) > limit:
+            owing = [c for c in self.connections if isinstance(c, ServedHttp) and c is not self and c.is_waiting()]
+            if owing:
+                longest = min(owing, key=lambda connection: connection.since)
+                self.connections.discard(longest)  # at once: the loss is noticed a moment later
+                longest.transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """Note when a request begins."""
+        if self.timeout_keep_alive_task is not None:
+            self.since = self.loop.time()
+        super().data_received(data)
+
+    def on_response_complete(self) -> None:
+        """Note when a request ends."""
+        self.since = self.loop.time()
+        super().on_response_complete()
+
+    def owes_head(self) -> bool:
+        """Whether the head of a request is awaited; a connection that is idle after an answer owes none."""
+        return self.timeout_keep_alive_task is None and (self.cycle is None or self.cycle.response_complete)
+
+    def is_waiting(self) -> bool:
+        """Whether the server waits for this client: for a request, the rest of one, or the taking of an answer."""
+        cycle = self.cycle
+        return cycle is None or cycle.response_complete or cycle.more_body or self.transport.get_write_buffer_size() > 0
+
+    def send_400_response(self, msg: str) -> None:
+        """Say what is wrong with a request that is no HTTP."""
+        error = sys.exc_info()[1]
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(f"{msg} ({str(error)!a})" if error else msg)
+        else:  # an answer is already under way
+            self.transport.close()
+
+
+class ServedWebSocket(WebSocketsSansIOProtocol, Watched):
+    """A WebSocket."""
+
+    def handle_ping(self) -> None:
+        """Answer a ping, unless its client takes no answers: they would pile up."""
+        if self.writable.is_set():
+            super().handle_ping()
+        else:
+            self.conn.data_to_send()

@@ -1,0 +1,64 @@
+"""JSON as both sides read it, and the refusal of a request.
+
+Only what RFC 8259 calls JSON is read: no ``NaN``, no ``Infinity``, no number that overflows to one. What cannot be read is a
+``ValueError`` that says why, whatever its shape.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NoReturn
+
+
+class Refused(Exception):
+    """A request that is not carried out.
+
+    Args:
+        status: the HTTP status that says why.
+        message: what was wrong and what to do.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def parse(data: bytes | str) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: it is none; says why.
+    """
+    try:
+        return json.loads(data, parse_constant=_constant, parse_float=_float)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the text is not UTF-8 (byte {error.start})") from error
+
+
+def parse_object(data: bytes | str) -> dict[str, Any]:
+    """Read the JSON object of a request.
+
+    Raises:
+        Refused: it is none (400).
+    """
+    try:
+        message = parse(data)
+    except ValueError as error:
+        raise Refused(400, f"the body is no JSON: {error}") from error
+    if not isinstance(message, dict):
+        raise Refused(400, f"expected a JSON object, got {type(message).__name__}")
+    return message
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
