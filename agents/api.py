@@ -7,28 +7,17 @@ network is counted as a failure of the model.
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import random
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from threading import Lock
 from typing import Any
 
 from agents.base import Decision
 from atod_envs.errors import AtodError
+from atod_envs.http.client import HttpClient, Retry, ServerGone, ServerRefused
 from atod_envs.styles import Layout
-
-log = logging.getLogger(__name__)
-
-_PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-"""Status codes that a later try may not meet again."""
-_LONGEST_WAIT = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,65 +34,57 @@ class ApiOptions:
     """Further fields of the request, e.g. {"chat_template_kwargs": {"enable_thinking": false}} for Qwen3 on vLLM."""
 
 
-class Server:
-    """Posts JSON to one server until it answers; safe to share between threads.
+class ApiClient:
+    """Posts JSON to an OpenAI-compatible server; safe to share between threads. The key is ``$OPENAI_API_KEY``.
 
     Args:
         options: address, time-out, retries.
         wait: sleeps; replaced in tests.
 
     Raises:
-        AtodError: no address is given.
+        AtodError: no address is given, or the key cannot be sent.
     """
 
     def __init__(self, options: ApiOptions, *, wait: Callable[[float], None] = time.sleep) -> None:
         base = options.base_url or os.environ.get("OPENAI_BASE_URL", "")
-        if not base.startswith(("http://", "https://")):
-            raise AtodError(
-                f"the server's address is {base!r}; give --api-base http://HOST:PORT/v1 or set $OPENAI_BASE_URL"
+        try:
+            self._http = HttpClient(
+                base,
+                token=os.environ.get("OPENAI_API_KEY", "").strip(),
+                timeout=options.timeout,
+                retry=Retry(options.retries, 1.0),
+                proxies=True,
+                sleep=wait,
             )
-        self.base, self.options, self._wait = base.rstrip("/"), options, wait
+        except ValueError as error:
+            raise AtodError(
+                f"the server's address is {base!r} ({error}); give --api-base http://HOST:PORT/v1 or set $OPENAI_BASE_URL"
+            ) from error
+        self.base = self._http.url
 
-    def ask(self, url: str, body: Mapping[str, Any] | None) -> Any:
+    def ask(self, path: str, body: Mapping[str, Any] | None, *, versioned: bool = True) -> Any:
         """Post a body, or get where there is none, and return the answer.
 
+        Args:
+            path: after the address, such as ``/chat/completions``.
+            body: the request.
+            versioned: whether the path stands under ``/v1`` or next to it.
+
         Raises:
-            Refused: the server says no.
+            ServerRefused: the server says no.
             AtodError: it stays away for all tries.
         """
-        pause = 1.0
-        for tries_left in range(self.options.retries, -1, -1):
-            try:
-                return self._once(url, body)
-            except _Passing as trouble:
-                if not tries_left:
-                    raise AtodError(
-                        f"{url} did not answer after {self.options.retries + 1} tries; the last said: {trouble}"
-                    ) from trouble
-                # Clients that were turned away together should not come back together.
-                seconds = trouble.after if trouble.after is not None else pause * (0.5 + random.random())
-                log.info("%s: %s; again in %.1f s", url, trouble, seconds)
-                self._wait(min(seconds, _LONGEST_WAIT))
-                pause *= 2
-        raise AssertionError("unreachable")
-
-    def _once(self, url: str, body: Mapping[str, Any] | None) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
+        cut = "" if versioned else "/v1"
+        url = self.base.removesuffix(cut) + path
         try:
-            with urllib.request.urlopen(request, timeout=self.options.timeout) as answer:
-                return json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            reason = _reason(error)
-            if error.code in _PASSING:
-                raise _Passing(f"{error.code} {reason}", _seconds(error.headers.get("Retry-After"))) from error
+            return self._http.ask(self._http.prefix.removesuffix(cut) + path, body)
+        except ServerGone as gone:
+            said = f"{gone.code} {gone.said}" if gone.code else gone.said
+            raise AtodError(f"{url} did not answer after {gone.tries} tries; the last said: {said}") from gone
+        except ServerRefused as no:
             model = "" if body is None else f" model {body.get('model')!r}"
-            raise Refused(f"{url} refused{model}: {error.code} {reason}", error.code) from error
-        except (urllib.error.URLError, OSError, HTTPException, ValueError) as error:
-            # A time-out, a refused or lost connection, half an answer.
-            raise _Passing(str(error) or type(error).__name__, None) from error
+            said = f"refused{model}: {no.code} {no.said}" if no.code else f"gave no answer that can be read: {no.said}"
+            raise ServerRefused(f"{url} {said}", no.code) from no
 
 
 class ChatClient:
@@ -134,8 +115,7 @@ class ChatClient:
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
         self.model, self.options = model, options
-        self._server = Server(options, wait=wait)
-        self._url = self._server.base + "/chat/completions"
+        self._api = ApiClient(options, wait=wait)
         self._temperature, self._max_tokens = temperature, max_tokens
         self._lock = Lock()
         self.prompt_tokens = self.completion_tokens = 0
@@ -158,53 +138,25 @@ class ChatClient:
             "seed": seed % 2**31,
             **self.options.extra,
         }
-        return self._read(self._server.ask(self._url, body))
+        return self._read(self._api.ask("/chat/completions", body))
 
     def _read(self, answer: Any) -> str:
         try:
             content = answer["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError) as error:
-            raise AtodError(
-                f"{self._url} answered something that is no chat completion: {str(answer)[:200]}"
-            ) from error
-        usage = answer.get("usage") or {}
+        except (KeyError, IndexError, TypeError):
+            content = answer  # shown below: it is no text
+        if not (content is None or isinstance(content, str)):
+            raise AtodError(f"{self._api.base} answered something that is no chat completion: {str(answer)[:200]}")
+        usage = answer.get("usage")
+        counts = usage if isinstance(usage, dict) else {}
         with self._lock:
-            self.prompt_tokens += int(usage.get("prompt_tokens") or 0)
-            self.completion_tokens += int(usage.get("completion_tokens") or 0)
-        return str(content or "")  # null: the model spent all its tokens on hidden reasoning
+            self.prompt_tokens += _count(counts.get("prompt_tokens"))
+            self.completion_tokens += _count(counts.get("completion_tokens"))
+        return content or ""  # null: the model spent all its tokens on hidden reasoning
 
 
-class Refused(AtodError):
-    """A server's no; ``code`` is its HTTP status."""
-
-    def __init__(self, said: str, code: int) -> None:
-        super().__init__(said)
-        self.code = code
-
-
-class _Passing(Exception):
-    """A failure that may not come again; ``after`` is how long the server asks to wait, in seconds."""
-
-    def __init__(self, said: str, after: float | None) -> None:
-        super().__init__(said)
-        self.after = after
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    text = error.read(4000).decode("utf-8", "replace")
-    try:
-        said = json.loads(text)["error"]
-        text = said["message"] if isinstance(said, dict) else str(said)
-    except (ValueError, KeyError, TypeError):
-        pass
-    return " ".join(text.split())[:300] or error.reason
-
-
-def _seconds(header: str | None) -> float | None:
-    try:
-        return max(0.0, float(header or ""))
-    except ValueError:  # absent, or a date
-        return None
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) else 0
 
 
 class ApiAgent:

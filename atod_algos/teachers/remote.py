@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from agents.api import ApiOptions, Refused, Server
+from agents.api import ApiClient, ApiOptions
 from atod_algos.batch import TokenBatch
 from atod_envs.errors import AtodError
+from atod_envs.http.client import ServerRefused
 
 _REQUEST_TOKENS = 16384
 """Most tokens of one request."""
@@ -30,6 +31,8 @@ _KEPT_TOKENS = 4_000_000
 """Answers that are kept, in tokens (eight bytes each)."""
 _PROBE_IDS = 512
 """Ids of the vocabulary in one probe of the tokenizer."""
+_MOST_LOGPROB = 1e-3
+"""Largest log-prob that rounding can make of certainty."""
 
 
 def is_address(name: str) -> bool:
@@ -63,12 +66,13 @@ class RemoteJudge:
         url, _, model = address.partition("#")
         chosen = options or ApiOptions()
         chosen = ApiOptions(url, chosen.timeout, chosen.retries, chosen.extra)
-        self._server = Server(chosen) if wait is None else Server(chosen, wait=wait)
+        self._api = ApiClient(chosen) if wait is None else ApiClient(chosen, wait=wait)
         self.address, self.temperature = address, temperature
         self.model = model or self._first_model()
         self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._kept_tokens = 0
         self._echo = False
+        self._answered_by: Any = None
         self.requests = 0
         self._require_tokenizer(tokenizer)
         self._require_temperature(tokenizer)
@@ -102,7 +106,7 @@ class RemoteJudge:
                     # Kept at once: what came before a failure need not be asked for again.
                     self._keep(part, answers)
                     found |= dict(zip(part, answers, strict=True))
-        except Refused:
+        except ServerRefused:
             raise
         except AtodError as error:
             raise AtodError(
@@ -132,72 +136,89 @@ class RemoteJudge:
             "add_special_tokens": False,
         }
         self.requests += 1
-        url = self._server.base + "/completions"
         if not self._echo:
-            answer = self._server.ask(url, {**body, "prompt_logprobs": 1})
-            choices = _choices(answer, len(prompts), url)
+            choices = self._choices({**body, "prompt_logprobs": 1}, len(prompts))
             if all(choice.get("prompt_logprobs") for choice in choices):
-                return [
-                    self._own(prompt, choice["prompt_logprobs"])
-                    for prompt, choice in zip(prompts, choices, strict=True)
-                ]
+                return [self._own(*pair) for pair in zip(prompts, choices, strict=True)]
             self._echo = True
-        answer = self._server.ask(url, {**body, "echo": True, "logprobs": 1})
-        choices = _choices(answer, len(prompts), url)
-        return [self._echoed(prompt, choice, url) for prompt, choice in zip(prompts, choices, strict=True)]
+        choices = self._choices({**body, "echo": True, "logprobs": 1}, len(prompts))
+        return [self._echoed(*pair) for pair in zip(prompts, choices, strict=True)]
 
-    def _own(self, prompt: list[int], places: list[Any]) -> np.ndarray:
-        if len(places) != len(prompt):
-            raise Refused(
-                f"{self.address}: {len(prompt)} ids were sent and {len(places)} came back; the server adds or drops tokens",
-                0,
-            )
+    def _choices(self, body: dict[str, Any], n: int) -> list[dict[str, Any]]:
+        """The answers to ``n`` prompts, in their order."""
+        answer = self._api.ask("/completions", body)
+        choices = answer.get("choices") if isinstance(answer, dict) else None
+        if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+            raise self._refused(f"answered something that is no completion: {str(answer)[:200]}")
+        if len(choices) != n:
+            raise self._refused(f"was sent {n} prompts and answered {len(choices)}")
+        found = {choice.get("index"): choice for choice in choices if isinstance(choice.get("index"), int)}
+        if sorted(found) != list(range(n)):
+            raise self._refused(f"was sent {n} prompts and numbers its answers {[c.get('index') for c in choices]}")
+        name = answer.get("model")
+        if self._answered_by is None:
+            self._answered_by = name
+        elif name != self._answered_by:
+            raise self._refused(f"answered as model {self._answered_by!r} and now answers as {name!r}")
+        return [found[index] for index in range(n)]
+
+    def _own(self, prompt: list[int], choice: dict[str, Any]) -> np.ndarray:
+        places = choice["prompt_logprobs"]
+        if not isinstance(places, list) or len(places) != len(prompt):
+            came = len(places) if isinstance(places, list) else type(places).__name__
+            raise self._refused(f"{len(prompt)} ids were sent and {came} came back; the server adds or drops tokens")
         values = np.full(len(prompt), np.nan)
         for place, (token, offered) in enumerate(zip(prompt, places, strict=True)):
-            if not offered:  # nothing comes before the first id
+            if not offered and not place:  # nothing comes before the first id
                 continue
-            if str(token) not in offered:
-                raise Refused(
-                    f"{self.address}: id {token} was sent at place {place}, but the answer is about {sorted(offered)[:3]}; the "
-                    "server has another tokenizer or changes prompts",
-                    0,
+            if not isinstance(offered, dict) or not isinstance(own := offered.get(str(token)), dict):
+                about = sorted(offered)[:3] if isinstance(offered, dict) else offered
+                raise self._refused(
+                    f"id {token} was sent at place {place}, but the answer is about {about}; the server has another "
+                    "tokenizer or changes prompts"
                 )
-            values[place] = float(offered[str(token)]["logprob"])
+            values[place] = self._logprob(own.get("logprob"), place)
         return values
 
-    def _echoed(self, prompt: list[int], choice: Any, url: str) -> np.ndarray:
-        try:
-            found = choice["logprobs"]["token_logprobs"]
-        except (KeyError, TypeError) as error:
-            raise Refused(
-                f"{url} gives neither prompt_logprobs nor echoed log-probs, so it cannot be a teacher; serve it with vLLM, or with "
-                "python -m atod_algos.teachers.server",
-                0,
-            ) from error
+    def _echoed(self, prompt: list[int], choice: dict[str, Any]) -> np.ndarray:
+        logprobs = choice.get("logprobs")
+        found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+        if not isinstance(found, list):
+            raise self._refused(
+                "gives neither prompt_logprobs nor echoed log-probs, so it cannot be a teacher; serve it with vLLM, or with "
+                "python -m atod_algos.teachers.server"
+            )
         if len(found) not in (len(prompt), len(prompt) + 1):
-            raise Refused(f"{self.address}: {len(prompt)} ids were sent and {len(found)} log-probs came back", 0)
-        return np.array([np.nan if value is None else float(value) for value in found[: len(prompt)]])
+            raise self._refused(f"{len(prompt)} ids were sent and {len(found)} log-probs came back")
+        first = [np.nan] if found[0] is None else []
+        return np.array(first + [self._logprob(found[at], at) for at in range(len(first), len(prompt))])
+
+    def _logprob(self, value: Any, place: int) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value <= _MOST_LOGPROB:
+            raise self._refused(f"the log-prob at place {place} is {value!r}; expected a number up to 0")
+        return float(value)
+
+    def _refused(self, said: str) -> ServerRefused:
+        return ServerRefused(f"{self.address}: {said}")
 
     # --- is it the right model? -----------------------------------------------------------------------------------
 
     def _first_model(self) -> str:
-        url = self._server.base + "/models"
         try:
-            return str(self._server.ask(url, None)["data"][0]["id"])
+            return str(self._api.ask("/models", None)["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
-            raise AtodError(f"{url} names no model; give one: --teacher {self.address}#MODEL") from error
+            raise AtodError(f"{self._api.base} names no model; give one: --teacher {self.address}#MODEL") from error
 
     def _require_tokenizer(self, tokenizer: Any) -> None:
         """The whole vocabulary, decoded to text in pieces, must become the same ids on both sides."""
-        url = self._server.base.removesuffix("/v1") + "/tokenize"
         ids = sorted(tokenizer.get_vocab().values())
         for start in range(0, len(ids), _PROBE_IDS):
             text = tokenizer.decode(ids[start : start + _PROBE_IDS])
             own = tokenizer.encode(text, add_special_tokens=False)
             body = {"model": self.model, "prompt": text, "add_special_tokens": False}
             try:
-                theirs = self._server.ask(url, body)["tokens"]
-            except (Refused, KeyError, TypeError) as error:
+                theirs = list(self._api.ask("/tokenize", body, versioned=False)["tokens"])
+            except (ServerRefused, KeyError, TypeError) as error:
                 raise AtodError(
                     f"{self.address}: whether it has the student's tokenizer cannot be found out ({error}); the server must "
                     "answer /tokenize as vLLM does"
@@ -221,16 +242,6 @@ class RemoteJudge:
                 f"{self.address} gives prompt log-probs at temperature 1 whatever is asked (vLLM does), but episodes are sampled at "
                 f"{self.temperature}; use --temperature 1, a local teacher, or python -m atod_algos.teachers.server"
             )
-
-
-def _choices(answer: Any, n: int, url: str) -> list[Any]:
-    try:
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-    except (KeyError, TypeError) as error:
-        raise Refused(f"{url} answered something that is no completion: {str(answer)[:200]}", 0) from error
-    if len(choices) != n:
-        raise Refused(f"{url} was sent {n} prompts and answered {len(choices)}", 0)
-    return choices
 
 
 def _parts(rows: dict[bytes, np.ndarray]) -> Iterator[dict[bytes, np.ndarray]]:

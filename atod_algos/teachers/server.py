@@ -9,12 +9,13 @@ and ``GET /v1/models``. Unlike vLLM's, its log-probs are at the temperature of t
 
 from __future__ import annotations
 
+import asyncio
 import json
-import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,9 +26,23 @@ from atod_algos.batch import TokenBatch
 from atod_algos.learner.logprobs import score
 from atod_algos.training.cli import guarded
 from atod_algos.training.config import TrainConfig
-from atod_envs.options import program
+from atod_envs.http.messages import Refused, parse_object
+from atod_envs.options import needed_imports, program
 
-log = logging.getLogger(__name__)
+with needed_imports("serve", __name__):
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    from atod_envs.http.server import Access, HttpLimits, HttpServer, make_app, server_of
+
+LIMITS = HttpLimits(connections=256, body_bytes=8 << 20)
+"""What one server gives to its clients."""
+MOST_IDS = 1 << 18
+"""Token ids in one request."""
+COLDEST, HOTTEST = 1e-3, 1e3
+"""Temperatures at which log-probs are still numbers."""
 
 
 @dataclass(frozen=True)
@@ -71,53 +86,68 @@ def row_batch(rows: Sequence[np.ndarray]) -> TokenBatch:
     )
 
 
-class TeacherServer(ThreadingHTTPServer):
+class TeacherServer(HttpServer):
     """Answers requests for one model; passes run one after the other.
 
     Args:
         loaded: the model.
         options: where to listen.
+
+    Raises:
+        AtodError: the address cannot be had.
     """
 
-    daemon_threads = True
-
     def __init__(self, loaded: LoadedModel, options: ServeOptions) -> None:
-        super().__init__((options.host, options.port), _Handler)
         self.loaded, self.budget = loaded, options.token_budget
-        self.lock = Lock()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="teacher")
+
+        @asynccontextmanager
+        async def lifespan(app: Starlette) -> AsyncIterator[None]:
+            yield
+            self._worker.shutdown(wait=False, cancel_futures=True)
+
+        routes = [
+            Route("/v1/completions", self._posted(lambda body: self.completions(body)), methods=["POST"]),
+            Route("/tokenize", self._posted(lambda body: self.tokenize(body)), methods=["POST"]),
+            Route("/v1/models", self._models, methods=["GET"]),
+        ]
+        app = make_app(routes, _refuse, LIMITS, Access(), lifespan)
+        super().__init__(server_of(app, LIMITS), options.host, options.port)
 
     @property
     def address(self) -> str:
         """What to give as --teacher."""
-        return f"http://{self.server_address[0]!s}:{self.server_address[1]}/v1"
+        return f"{self.origin}/v1"
 
     def completions(self, body: dict[str, Any]) -> dict[str, Any]:
         """Prompt log-probs of one prompt or several.
 
         Raises:
-            ValueError: the request is for something else.
+            Refused: the request is for something else.
         """
         prompts = body.get("prompt")
         if isinstance(prompts, list) and prompts and isinstance(prompts[0], int):
             prompts = [prompts]
         size = int(self.loaded.model.get_input_embeddings().num_embeddings)
         if not isinstance(prompts, list) or not prompts or not all(_are_ids(prompt, size) for prompt in prompts):
-            raise ValueError(f"prompt must be a list of token ids from 0 to {size - 1}, or several such lists")
-        if body.get("prompt_logprobs") is None or int(body.get("max_tokens", 1)) > 1:
-            raise ValueError("this server gives prompt log-probs only: prompt_logprobs=1, max_tokens=1")
-        temperature = float(body.get("temperature", 1.0))
-        if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}; it must be above 0")
+            raise Refused(400, f"prompt must be a list of token ids from 0 to {size - 1}, or several such lists")
+        most = body.get("max_tokens", 1)
+        if body.get("prompt_logprobs") is None or not isinstance(most, int) or most > 1:
+            raise Refused(400, "this server gives prompt log-probs only: prompt_logprobs=1, max_tokens=1")
+        temperature = body.get("temperature", 1.0)
+        if type(temperature) not in (int, float) or not COLDEST <= temperature <= HOTTEST:
+            raise Refused(400, f"temperature is {temperature!r}; expected a number from {COLDEST:g} to {HOTTEST:g}")
         limit = int(self.loaded.model.config.max_position_embeddings)
         longest = max(map(len, prompts))
         if longest > limit:
-            raise ValueError(f"a prompt has {longest} ids, but the model reads {limit}")
+            raise Refused(400, f"a prompt has {longest} ids, but the model reads {limit}")
+        if (total := sum(map(len, prompts))) > MOST_IDS:
+            raise Refused(413, f"the prompts have {total} ids together; send at most {MOST_IDS} in a request")
         scored = [prompt for prompt in prompts if len(prompt) > 1]
         values = np.zeros(0)
         if scored:
-            with self.lock:
-                rows = row_batch([np.array(prompt) for prompt in scored])
-                values = score(self.loaded.model, rows, temperature=temperature, budget=self.budget)[0]
+            rows = row_batch([np.array(prompt) for prompt in scored])
+            values = score(self.loaded.model, rows, temperature=float(temperature), budget=self.budget)[0]
         choices, start = [], 0
         for index, prompt in enumerate(prompts):
             own = values[start : start + len(prompt) - 1].tolist()
@@ -127,51 +157,40 @@ class TeacherServer(ThreadingHTTPServer):
         return {"object": "text_completion", "model": self.loaded.name, "choices": choices}
 
     def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Ids of a text."""
-        tokens = self.loaded.tokenizer.encode(
-            str(body["prompt"]), add_special_tokens=bool(body.get("add_special_tokens"))
-        )
+        """Ids of a text.
+
+        Raises:
+            Refused: there is none.
+        """
+        prompt = body.get("prompt")
+        if not isinstance(prompt, str):
+            raise Refused(400, f"prompt must be a text, not {type(prompt).__name__}")
+        tokens = self.loaded.tokenizer.encode(prompt, add_special_tokens=bool(body.get("add_special_tokens")))
         return {"count": len(tokens), "tokens": tokens}
 
-    def models(self) -> dict[str, Any]:
-        """The one model."""
-        return {"object": "list", "data": [{"id": self.loaded.name, "object": "model"}]}
+    async def _models(self, request: Request) -> Response:
+        return _json(200, {"object": "list", "data": [{"id": self.loaded.name, "object": "model"}]})
+
+    def _posted(self, work: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Request], Any]:
+        """An endpoint that works in the one thread that holds the model."""
+
+        async def answer(request: Request) -> Response:
+            body = parse_object(await request.body())
+            return await asyncio.get_running_loop().run_in_executor(self._worker, lambda: _json(200, work(body)))
+
+        return answer
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server: TeacherServer
+def _json(status: int, body: dict[str, Any]) -> Response:
+    return Response(json.dumps(body, allow_nan=False), status, media_type="application/json")
 
-    def do_GET(self) -> None:
-        if self.path == "/v1/models":
-            self._answer(200, self.server.models())
-        else:
-            self._answer(404, {"error": {"message": f"no such address: {self.path}"}})
 
-    def do_POST(self) -> None:
-        work = {"/v1/completions": self.server.completions, "/tokenize": self.server.tokenize}.get(self.path)
-        if work is None:
-            self._answer(404, {"error": {"message": f"no such address: {self.path}"}})
-            return
-        try:
-            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
-            self._answer(200, work(body))
-        except (ValueError, KeyError, TypeError) as error:
-            self._answer(400, {"error": {"message": str(error)}})
-
-    def _answer(self, code: int, body: dict[str, Any]) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        log.debug(format, *arguments)
+def _refuse(status: int, message: str) -> Response:
+    return _json(status, {"error": {"message": message}})
 
 
 def _are_ids(prompt: Any, size: int) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(i, int) and 0 <= i < size for i in prompt)
+    return isinstance(prompt, list) and bool(prompt) and all(type(i) is int and 0 <= i < size for i in prompt)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -181,13 +200,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def run() -> None:
         loaded = load_model(options.model, "teacher", world=options.world, device=options.device)
         with TeacherServer(loaded, options) as server:
-            print(f"serving {loaded.name}; give --teacher {server.address}", flush=True)
-            try:
-                server.serve_forever()
-            except KeyboardInterrupt:
-                print("stopped")
+            server.serve_command(f"serving {loaded.name}; give --teacher {server.address}")
 
-    guarded(run)
+    try:
+        guarded(run)
+    except KeyboardInterrupt:  # while the model was loaded
+        sys.exit(130)
 
 
 if __name__ == "__main__":

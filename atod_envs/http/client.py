@@ -57,13 +57,19 @@ class ServerGone(AtodError):
     """The server did not answer in any try.
 
     Attributes:
-        tries: how many there were.
         said: why the last one failed.
+        tries: how many there were.
+        code: HTTP status of the last one; 0 where there was none.
     """
 
-    def __init__(self, said: str, tries: int) -> None:
-        super().__init__(f"no answer in {tries} {'try' if tries == 1 else 'tries'}: {said}")
-        self.said, self.tries = said, tries
+    def __init__(self, said: str, tries: int, code: int = 0) -> None:
+        self.said, self.tries, self.code = said, tries, code
+        super().__init__(f"no answer in {tries} {'try' if tries == 1 else 'tries'}: {self.reason}")
+
+    @property
+    def reason(self) -> str:
+        """Why the last one failed, with its status."""
+        return f"HTTP {self.code}: {self.said}" if self.code else self.said
 
 
 class Passing(Exception):
@@ -116,8 +122,7 @@ def with_retries(attempt: Callable[[], T], retry: Retry, sleep: Callable[[float]
         except Passing as trouble:
             tries += 1
             if tries > retry.retries:
-                said = f"HTTP {trouble.code}: {trouble}" if trouble.code else str(trouble)
-                raise ServerGone(said, tries) from trouble
+                raise ServerGone(str(trouble), tries, trouble.code) from trouble
             seconds = pause * (1 + retry.jitter * random.uniform(-1, 1)) if trouble.after is None else trouble.after
             log.info("%s; again in %.1f s", trouble, seconds)
             sleep(min(seconds, retry.longest))

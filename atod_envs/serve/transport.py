@@ -70,7 +70,7 @@ class _Link(abc.ABC):
         except ServerGone as gone:
             tried = f"{gone.tries} attempt{'s' if gone.tries > 1 else ''}"
             raise RemoteError(
-                f"{self.url} did not answer {name!r} ({tried}): {gone.said}; is the server running?"
+                f"{self.url} did not answer {name!r} ({tried}): {gone.reason}; is the server running?"
             ) from gone
 
     @abc.abstractmethod

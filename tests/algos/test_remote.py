@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from toyworld import TOY
 
-from agents.api import ApiOptions
+from agents.api import ApiClient, ApiOptions
 from agents.models import load_model
 from atod_algos.atod import ATOD
 from atod_algos.opd import OPD
@@ -20,6 +20,7 @@ from atod_algos.teachers.remote import RemoteJudge
 from atod_algos.teachers.server import ServeOptions, TeacherServer, row_batch
 from atod_algos.training.cli import main
 from atod_envs.errors import AtodError
+from atod_envs.http.messages import Refused
 
 QUICK = ApiOptions(timeout=60.0, retries=2)
 
@@ -35,7 +36,7 @@ class Server(TeacherServer):
         self.seen += 1
         if self.fails:
             self.fails -= 1
-            raise ConnectionError("overloaded")
+            raise Refused(503, "overloaded")
         if self.deaf:
             body = body | {"temperature": 1.0}
         if self.bos:
@@ -134,17 +135,7 @@ def test_another_tokenizer_is_refused_by_its_first_token(server, tokenizer):
         judge(server, other)
 
 
-def test_failures_that_pass_are_tried_again(server, tokenizer, rows, monkeypatch):
-    honest = server.RequestHandlerClass.do_POST
-
-    def flaky(handler):
-        if server.fails:
-            server.fails -= 1
-            handler._answer(503, {"error": {"message": "overloaded"}})
-        else:
-            honest(handler)
-
-    monkeypatch.setattr(server.RequestHandlerClass, "do_POST", flaky)
+def test_failures_that_pass_are_tried_again(server, tokenizer, rows):
     remote = judge(server, tokenizer)
     server.fails = 2
     assert len(remote.rows(rows)) == 5
@@ -224,7 +215,7 @@ def test_a_served_teacher_dies_and_the_run_goes_on_when_it_is_back(
     local = [*options, "--teacher", str(models["teacher"])]
     main(ATOD, [*local, "--steps", "3", "--run", str(tmp_path / "local")])
     monkeypatch.setattr("atod_algos.teachers.remote.ApiOptions", lambda *a: ApiOptions(*a[:1], 60.0, 1) if a else QUICK)
-    monkeypatch.setattr("agents.api.time.sleep", lambda _: None)
+    monkeypatch.setitem(ApiClient.__init__.__kwdefaults__, "wait", lambda _: None)
     remote = [*options, "--teacher", server.address, "--steps", "3", "--run", str(tmp_path / "remote")]
     honest, died = server.completions, []
 
