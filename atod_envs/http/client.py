@@ -340,7 +340,7 @@ def _response_class(deadline: float) -> type[http.client.HTTPResponse]:
     class Response(http.client.HTTPResponse):
         def __init__(self, sock: Any, *arguments: Any, **named: Any) -> None:
             super().__init__(sock, *arguments, **named)
-            self.fp = io.BufferedReader(_Timed(self.fp.detach(), sock, deadline))  # type: ignore[attr-defined]
+            self.fp = io.BufferedReader(_Timed(self.fp.detach(), sock, deadline))
 
     return Response
 

@@ -221,7 +221,8 @@ def _guarded(send: Send) -> Send:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             headers["X-Content-Type-Options"] = "nosniff"
-            headers["Referrer-Policy"] = "no-referrer"  # the address of a page may be all that protects it
+            # The address of a page may be all that protects it; "no-referrer" would make a form's Origin "null".
+            headers["Referrer-Policy"] = "same-origin"
             headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
         await send(message)
 
@@ -249,7 +250,7 @@ def make_app(
         assert isinstance(error, HTTPException)
         return refuse(error.status_code, f"{request.method} {request.url.path[:80]}: {error.detail}")
 
-    guard = Middleware(_Guard, limits, access, refuse)  # type: ignore[arg-type]  # a class with __call__ is one
+    guard = Middleware(_Guard, limits, access, refuse)
     return Starlette(routes=routes, middleware=[guard], exception_handlers={HTTPException: refused}, lifespan=lifespan)
 
 

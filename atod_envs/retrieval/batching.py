@@ -1,32 +1,49 @@
 """Many callers, few searches: requests that wait at the same time are answered together, equal queries once.
 
-The invariant: a caller gets the answers to its own queries, in its order, or the error of its own batch; a slow batch
-holds up nobody whose batch another worker can take.
+The invariants: a caller gets the answers to its own queries, in its order, or the error of its own batch; a slow batch
+holds up nobody whose batch another worker can take; a caller with many queries gives way to others after every few.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import os
 import threading
-from collections import deque
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Final
 
 from .protocol import Passage
 
 Answer = Callable[[list[str], int], list[list[Passage]]]
 """Answers distinct queries at one depth."""
+SHARE: Final = 32
+"""Queries of one caller that are taken before it is another's turn."""
 
 
 @dataclass(slots=True)
-class _Ticket:
-    """One query of one caller, and where its answer goes."""
+class _Call:
+    """One caller's queries, and where their answers go."""
 
-    query: str
-    k: int
-    done: threading.Event = field(default_factory=threading.Event)
-    passages: list[Passage] | None = None
-    error: BaseException | None = None
+    left: int
+    found: list[list[Passage]]
+    future: Future[list[list[Passage]]] = field(default_factory=Future)
+
+
+@dataclass(slots=True, order=True)
+class _Ticket:
+    """One query of one caller; tickets are taken in their order."""
+
+    turn: int
+    number: int
+    query: str = field(compare=False)
+    k: int = field(compare=False)
+    place: int = field(compare=False)
+    call: _Call = field(compare=False)
+    taken: bool = field(default=False, compare=False)
 
 
 class Batcher:
@@ -39,16 +56,27 @@ class Batcher:
         answer: answers one batch.
         workers: batches under way at a time.
         batch_size: most queries in a batch.
+
+    Attributes:
+        waiting: queries that no worker has taken.
     """
 
     def __init__(self, answer: Answer, *, workers: int, batch_size: int) -> None:
         self._answer = answer
         self._workers = workers
         self._batch_size = batch_size
-        self._waiting: deque[_Ticket] = deque()
         self._wake = threading.Condition()
         self._owner = 0
         self._closed = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.waiting = 0
+        self._turn = 0
+        self._numbers = itertools.count()
+        self._waiting: list[_Ticket] = []
+        self._at_depth: defaultdict[int, list[_Ticket]] = defaultdict(list)
+        self._equal: defaultdict[tuple[str, int], list[_Ticket]] = defaultdict(list)
 
     def retrieve(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """Wait for the answers to some queries.
@@ -56,20 +84,31 @@ class Batcher:
         Raises:
             BaseException: what `answer` raised for the batch of one of them.
         """
-        tickets = [_Ticket(query, k) for query in queries]
+        return self.submit(queries, k).result()
+
+    def submit(self, queries: Sequence[str], k: int) -> Future[list[list[Passage]]]:
+        """Let queries wait for a worker; their answers come all at once, in the order of the queries.
+
+        Raises:
+            RuntimeError: the batcher is closed.
+        """
+        call = _Call(len(queries), [[] for _ in queries])
+        call.future.set_running_or_notify_cancel()  # whoever stops waiting leaves the batch as it is
+        if not queries:
+            call.future.set_result([])
+            return call.future
         self._start()
         with self._wake:
             if self._closed:
                 raise RuntimeError("the batcher is closed; make another")
-            self._waiting.extend(tickets)
-            self._wake.notify(len(tickets))
-        found = []
-        for ticket in tickets:
-            ticket.done.wait()
-            if ticket.error is not None:
-                raise ticket.error
-            found.append(list(ticket.passages or ()))
-        return found
+            for place, query in enumerate(queries):
+                ticket = _Ticket(self._turn + place // SHARE, next(self._numbers), query, k, place, call)
+                heapq.heappush(self._waiting, ticket)
+                heapq.heappush(self._at_depth[k], ticket)
+                self._equal[query, k].append(ticket)
+            self.waiting += len(queries)
+            self._wake.notify(len(queries))
+        return call.future
 
     def close(self) -> None:
         """Let the workers end; queries that still wait are answered first."""
@@ -82,7 +121,8 @@ class Batcher:
         if self._owner == os.getpid():
             return
         if self._owner:
-            self._wake, self._waiting = threading.Condition(), deque()
+            self._wake = threading.Condition()
+            self._clear()
         with self._wake:
             if self._owner == os.getpid():
                 return
@@ -95,30 +135,53 @@ class Batcher:
             try:
                 queries = list(dict.fromkeys(ticket.query for ticket in batch))
                 answers = dict(zip(queries, self._answer(queries, batch[0].k), strict=True))
-                for ticket in batch:
-                    ticket.passages = answers[ticket.query]
             except BaseException as error:  # every caller of the batch must hear of it
+                with self._wake:
+                    failed = {id(ticket.call): ticket.call for ticket in batch if not ticket.call.future.done()}
+                for call in failed.values():
+                    _settle(call, error)
+                continue
+            with self._wake:
                 for ticket in batch:
-                    ticket.error = error
-            for ticket in batch:
-                ticket.done.set()
+                    ticket.call.found[ticket.place] = list(answers[ticket.query])
+                    ticket.call.left -= 1
+                done = {id(ticket.call): ticket.call for ticket in batch if not ticket.call.left}
+            for call in done.values():
+                _settle(call)
 
     def _take(self) -> list[_Ticket]:
-        """The next batch: the oldest ticket and all others of its depth; empty at the end."""
+        """The next batch: the first ticket, others of its depth, and all that ask the same; empty at the end."""
         with self._wake:
-            self._wake.wait_for(lambda: self._waiting or self._closed)
+            self._wake.wait_for(lambda: self.waiting or self._closed)
             if not self._waiting:
                 return []
-            k = self._waiting[0].k
+            self._turn, k = self._waiting[0].turn, self._waiting[0].k
+            same_depth = self._at_depth[k]
             batch: list[_Ticket] = []
-            queries: set[str] = set()
-            others: deque[_Ticket] = deque()
-            while self._waiting:
-                ticket = self._waiting.popleft()
-                if ticket.k == k and (ticket.query in queries or len(queries) < self._batch_size):
+            for _ in range(self._batch_size):
+                for ticket in self._equal.pop((same_depth[0].query, k)):
+                    ticket.taken = True
                     batch.append(ticket)
-                    queries.add(ticket.query)
-                else:
-                    others.append(ticket)
-            self._waiting = others
+                _drop_taken(same_depth)
+                if not same_depth:
+                    del self._at_depth[k]
+                    break
+            _drop_taken(self._waiting)
+            self.waiting -= len(batch)
             return batch
+
+
+def _drop_taken(tickets: list[_Ticket]) -> None:
+    """Let the first ticket of a heap be one that waits."""
+    while tickets and tickets[0].taken:
+        heapq.heappop(tickets)
+
+
+def _settle(call: _Call, error: BaseException | None = None) -> None:
+    """Answer a caller, unless another batch of it has failed already."""
+    if call.future.done():
+        return
+    if error is None:
+        call.future.set_result(call.found)
+    else:
+        call.future.set_exception(error)

@@ -3,19 +3,19 @@
 A request is `{"queries": [...], "topk": 3, "return_scores": true}`; the answer `{"result": [[{"document":
 {"contents": ...}, "score": ...}, ...], ...]}`. The invariant: a search either returns what the server ranked or
 raises `RetrievalError` that names the server and the reason; what can pass (a refused connection, a time-out, a 5xx,
-a garbled answer) is tried again first.
+an answer that is cut off) is tried again first, and what cannot (a 4xx, a page, another shape, a score that is no
+number) is said at once.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
-from urllib.parse import urlsplit
+
+from atod_envs.http.client import HttpClient, Retry, ServerGone, ServerRefused, address_of
 
 from .batching import Batcher
 from .protocol import Passage, RetrievalError, SearchService, check_depth
@@ -25,16 +25,6 @@ RETRIES: Final = 5
 BACKOFF_SECONDS: Final = 0.5
 BATCH_SIZE: Final = 256
 CONNECTIONS: Final = 8
-
-_PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
-
-
-class _Refused(Exception):
-    """An attempt failed; `final` says that another cannot help."""
-
-    def __init__(self, reason: str, final: bool = False) -> None:
-        super().__init__(reason)
-        self.final = final
 
 
 class HttpSearch:
@@ -66,24 +56,17 @@ class HttpSearch:
         connections: int = CONNECTIONS,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url={url!r}; expected an address such as http://127.0.0.1:8000/retrieve")
+        parts = address_of(url)
         self.url = url
-        self._parts = parts
         self._path = (parts.path if parts.path.strip("/") else "/retrieve") + (f"?{parts.query}" if parts.query else "")
-        self._timeout = timeout
-        self._attempts = retries + 1
-        self._backoff = backoff
-        self._sleep = sleep
-        self._local = threading.local()
+        self._client = HttpClient(url, timeout=timeout, retry=Retry(retries, backoff, jitter=0.0), sleep=sleep)
         self._batcher = Batcher(self._answer, workers=connections, batch_size=batch_size)
 
     def retrieve(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """The server's best `k` passages for each query.
 
         Raises:
-            RetrievalError: the server did not answer properly in any attempt.
+            RetrievalError: the server did not answer, or gave something that is no answer.
         """
         check_depth(k)
         return self._batcher.retrieve(queries, k)
@@ -91,78 +74,20 @@ class HttpSearch:
     def close(self) -> None:
         """Let the worker threads end."""
         self._batcher.close()
+        self._client.close()
 
     def _answer(self, queries: list[str], k: int) -> list[list[Passage]]:
         clean = [query.encode("utf-8", "replace").decode("utf-8") for query in queries]
-        body = json.dumps({"queries": clean, "topk": k, "return_scores": True}).encode()
-        reasons = []
-        for attempt in range(self._attempts):
-            if attempt:
-                self._sleep(self._backoff * 2 ** (attempt - 1))
-            try:
-                return _passages(self._post(body), len(queries), k)
-            except _Refused as refused:
-                reasons.append(str(refused))
-                if refused.final:
-                    break
-        tried = f"{len(reasons)} attempt{'s' if len(reasons) > 1 else ''}"
-        raise RetrievalError(f"{self.url} did not answer {len(queries)} queries ({tried}): {reasons[-1]}")
-
-    def _post(self, body: bytes) -> Any:
-        """One attempt: the decoded JSON answer."""
+        tries = 1
         try:
-            response, data = self._exchange(body)
-        except (OSError, http.client.HTTPException) as error:
-            self._drop()
-            if isinstance(error, TimeoutError):
-                raise _Refused(f"no answer within {self._timeout:g} s") from error
-            raise _Refused(f"{type(error).__name__}: {error}") from error
-        if response.status != 200:
-            self._drop()
-            text = data[:200].decode("utf-8", "replace").strip()
-            raise _Refused(f"HTTP {response.status}: {text}", final=response.status not in _PASSING)
-        try:
-            return json.loads(data)
-        except ValueError as error:
-            raise _Refused(f"not JSON: {data[:80]!r}") from error
-
-    def _exchange(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
-        """Send a request and read its answer, all of it before the time is up."""
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        deadline = time.monotonic() + self._timeout
-        reused = getattr(self._local, "connection", None) is not None
-        try:
-            connection = self._connection()
-            connection.request("POST", self._path, body, headers)
-            response = connection.getresponse()
-        except (ConnectionError, http.client.BadStatusLine):
-            if not reused:
-                raise
-            self._drop()  # the server had closed a connection that was kept alive; a new one is no new attempt
-            return self._exchange(body)
-        parts = []
-        while part := response.read1(1 << 16):
-            parts.append(part)
-            if time.monotonic() > deadline:
-                raise TimeoutError
-        response.close()  # else the connection cannot carry another request: read1 does not notice the end
-        return response, b"".join(parts)
-
-    def _connection(self) -> http.client.HTTPConnection:
-        """This thread's connection, kept alive between requests."""
-        connection: http.client.HTTPConnection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            secure = self._parts.scheme == "https"
-            kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-            connection = kind(self._parts.hostname or "", self._parts.port, timeout=self._timeout)
-            self._local.connection = connection
-        return connection
-
-    def _drop(self) -> None:
-        connection = getattr(self._local, "connection", None)
-        if connection is not None:
-            connection.close()
-            self._local.connection = None
+            answer = self._client.ask(self._path, {"queries": clean, "topk": k, "return_scores": True})
+            return _passages(answer, len(queries), k)
+        except ServerGone as gone:
+            tries, reason = gone.tries, gone.reason
+        except (ServerRefused, ValueError) as no:
+            reason = str(no)
+        tried = f"{tries} attempt{'s' if tries > 1 else ''}"
+        raise RetrievalError(f"{self.url} did not answer {len(queries)} queries ({tried}): {reason}")
 
 
 def _passages(answer: Any, queries: int, k: int) -> list[list[Passage]]:
@@ -170,7 +95,7 @@ def _passages(answer: Any, queries: int, k: int) -> list[list[Passage]]:
     result = answer.get("result") if isinstance(answer, dict) else None
     if not isinstance(result, list) or len(result) != queries or not all(isinstance(row, list) for row in result):
         shown = json.dumps(answer)[:80]
-        raise _Refused(f"expected 'result' with one list for each of {queries} queries; got {shown}")
+        raise ValueError(f"expected 'result' with one list for each of {queries} queries; got {shown}")
     return [[_passage(item, rank) for rank, item in enumerate(row[:k])] for row in result]
 
 
@@ -179,10 +104,17 @@ def _passage(item: Any, rank: int) -> Passage:
     document = item.get("document", item) if isinstance(item, dict) else None
     contents = document.get("contents") if isinstance(document, dict) else None
     if not isinstance(contents, str) or not isinstance(document, dict):
-        raise _Refused(f"expected a document with 'contents'; got {json.dumps(item)[:80]}")
-    score = item.get("score")
-    docid = document.get("id", contents.partition("\n")[0])
-    return Passage(str(docid), contents, float(score) if isinstance(score, (int, float)) else -float(rank))
+        raise ValueError(f"expected a document with 'contents'; got {json.dumps(item)[:80]}")
+    score, docid = item.get("score"), document.get("id")
+    if type(score) not in (int, float, type(None)):
+        raise ValueError(f"expected a number as 'score'; got {json.dumps(score)[:80]}")
+    if type(docid) not in (int, str, type(None)):
+        raise ValueError(f"expected a text or a number as 'id'; got {json.dumps(docid)[:80]}")
+    return Passage(
+        contents.partition("\n")[0] if docid is None else str(docid),
+        contents,
+        -float(rank) if score is None else float(score),
+    )
 
 
 class ShardedSearch:

@@ -9,35 +9,43 @@ answered completely or with an error status, never in part.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import asyncio
 import json
 import logging
-import socket
 import sys
 from collections.abc import Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
 from atod_envs.errors import AtodError
-from atod_envs.options import program
+from atod_envs.http.messages import Refused, parse_object
+from atod_envs.options import needed_imports, program
 from atod_envs.retrieval.batching import Batcher
 from atod_envs.retrieval.http import BATCH_SIZE, HttpSearch, ShardedSearch
 from atod_envs.retrieval.protocol import LocalSearch, Passage, RetrievalError, SearchService
 
 from .sources import load_service
 
+with needed_imports("serve", __name__):
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    from atod_envs.http.server import Access, HttpLimits, HttpServer, make_app, server_of
+
 _log = logging.getLogger(__name__)
 
 TOPK: Final = 3
-MAX_BODY: Final = 64 << 20
 MAX_TOPK: Final = 1000
+MAX_QUERIES: Final = 8192
+"""Queries in one request."""
+MAX_PASSAGES: Final = BATCH_SIZE * MAX_TOPK
+"""Passages in one answer."""
+MAX_WAITING: Final = 1 << 16
+"""Queries of all requests together that wait for the search."""
+LIMITS: Final = HttpLimits(connections=1024, body_bytes=16 << 20)
 
 
-class _BadRequest(Exception):
-    """The client's fault; the message says what was expected."""
-
-
-class RetrievalServer(ThreadingHTTPServer):
+class RetrievalServer(HttpServer):
     """An HTTP server around a search service.
 
     Args:
@@ -45,114 +53,83 @@ class RetrievalServer(ThreadingHTTPServer):
         host: address to listen on.
         port: port to listen on; 0 takes a free one (see `url`).
         topk: passages for a request that names no number.
+
+    Raises:
+        AtodError: the address cannot be had.
     """
 
-    daemon_threads = True
-    request_queue_size = 512
-
     def __init__(self, service: SearchService, host: str = "127.0.0.1", port: int = 0, topk: int = TOPK) -> None:
-        super().__init__((host, port), _Handler)
         self.service = service
         self.topk = topk
         self.batcher = Batcher(lambda queries, k: service.retrieve(queries, k), workers=1, batch_size=BATCH_SIZE)
-
-        self._open: set[Any] = set()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in a thread of its own, and remember it."""
-        self._open.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        """End a connection."""
-        self._open.discard(request)
-        super().shutdown_request(request)
+        routes = [
+            Route("/health", self._health, methods=["GET"]),
+            Route("/retrieve", self._retrieve, methods=["POST"]),
+            Route("/{path:path}", self._elsewhere, methods=["POST"]),
+        ]
+        super().__init__(server_of(make_app(routes, _refuse, LIMITS, Access()), LIMITS), host, port)
 
     @property
     def url(self) -> str:
         """Address of `/retrieve`."""
-        host, port = self.server_address[:2]
-        return f"http://{host if isinstance(host, str) else host.decode()}:{port}/retrieve"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log a connection that broke off (a client that stopped waiting); the server goes on."""
-        _log.info("connection with %s broke off", client_address, exc_info=True)
+        return f"{self.origin}/retrieve"
 
     def server_close(self) -> None:
-        """Stop listening, end connections that are kept alive, and let the search thread end."""
+        """Let the port go, and the search thread end."""
         super().server_close()
-        for request in list(self._open):
-            with contextlib.suppress(OSError):
-                request.shutdown(socket.SHUT_RDWR)
         self.batcher.close()
 
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    server: RetrievalServer
-
-    def do_GET(self) -> None:
+    async def _health(self, request: Request) -> Response:
         """Say what is served."""
-        if self.path.partition("?")[0] != "/health":
-            self._send(404, {"detail": "expected GET /health or POST /retrieve"})
-            return
-        service = self.server.service
-        about = {"status": "ok", "topk": self.server.topk}
-        if isinstance(service, LocalSearch):
-            about |= {"passages": len(service.corpus), "corpus_sha256": service.corpus.checksum}
-        self._send(200, about)
+        about: dict[str, Any] = {"status": "ok", "topk": self.topk}
+        if isinstance(self.service, LocalSearch):
+            about |= {"passages": len(self.service.corpus), "corpus_sha256": self.service.corpus.checksum}
+        return _json(200, about)
 
-    def do_POST(self) -> None:
+    async def _retrieve(self, request: Request) -> Response:
         """Answer a retrieval request."""
+        queries, k, scores = self._asked(await request.body())
+        if self.batcher.waiting + len(queries) > MAX_WAITING:
+            raise Refused(503, f"{self.batcher.waiting} queries wait already; try again later")
         try:
-            queries, k, scores = self._request()
-            found = self.server.batcher.retrieve(queries, k)
-        except _BadRequest as error:
-            self._send(400, {"detail": str(error)})
+            found = await asyncio.wrap_future(self.batcher.submit(queries, k))
         except RetrievalError as error:
-            self._send(503, {"detail": str(error)})
+            raise Refused(503, str(error)) from error
         except Exception as error:
             _log.exception("a search failed")
-            self._send(500, {"detail": f"{type(error).__name__}: {error}"})
-        else:
-            self._send(200, {"result": [[_document(passage, scores) for passage in row] for row in found]})
+            raise Refused(500, f"{type(error).__name__}: {error}") from error
+        return await asyncio.to_thread(_answer, found, scores)
 
-    def _request(self) -> tuple[list[str], int, bool]:
-        length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > MAX_BODY:
-            self.close_connection = True  # the body is not read, so the connection cannot go on
-            raise _BadRequest(f"Content-Length {length!r}; expected a body of at most {MAX_BODY} bytes")
-        body = self.rfile.read(int(length))
-        if self.path.partition("?")[0] != "/retrieve":
-            raise _BadRequest(f"path {self.path!r}; expected /retrieve")
-        try:
-            request = json.loads(body)
-        except ValueError as error:
-            raise _BadRequest(f"the body is no JSON: {error}") from error
-        if not isinstance(request, dict):
-            raise _BadRequest("the body is no JSON object")
+    async def _elsewhere(self, request: Request) -> Response:
+        raise Refused(400, f"path {request.url.path[:80]!r}; expected /retrieve")
+
+    def _asked(self, body: bytes) -> tuple[list[str], int, bool]:
+        request = parse_object(body)
         queries = request.get("queries", request.get("query"))
         queries = [queries] if isinstance(queries, str) else queries
         if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
-            raise _BadRequest("expected 'queries', a list of strings")
-        k = request.get("topk") or self.server.topk
+            raise Refused(400, "expected 'queries', a list of strings")
+        if len(queries) > MAX_QUERIES:
+            raise Refused(413, f"{len(queries)} queries; send at most {MAX_QUERIES} in a request")
+        k = self.topk if request.get("topk") is None else request["topk"]
         if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= MAX_TOPK:
-            raise _BadRequest(f"topk={k!r}; expected a number from 1 to {MAX_TOPK}")
+            raise Refused(400, f"topk={k!r}; expected a number from 1 to {MAX_TOPK}")
+        if len(queries) * k > MAX_PASSAGES:
+            raise Refused(413, f"{len(queries)} queries with topk={k}; ask for at most {MAX_PASSAGES} passages at once")
         # A single "query" always came with scores in the clients that send it.
         return queries, k, bool(request.get("return_scores", "query" in request))
 
-    def _send(self, status: int, answer: dict[str, Any]) -> None:
-        body = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Send the access log to logging instead of standard error."""
-        _log.debug(format, *args)
+def _json(status: int, answer: dict[str, Any]) -> Response:
+    return Response(json.dumps(answer, allow_nan=False), status, media_type="application/json")
+
+
+def _refuse(status: int, message: str) -> Response:
+    return _json(status, {"detail": message})
+
+
+def _answer(found: Sequence[Sequence[Passage]], scores: bool) -> Response:
+    return _json(200, {"result": [[_document(passage, scores) for passage in row] for row in found]})
 
 
 def _document(passage: Passage, scores: bool) -> dict[str, Any]:
@@ -182,14 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (AtodError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"serving on {server.url}", flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        server.server_close()
-    return 0
+    except KeyboardInterrupt:  # while the index was loaded
+        return 130
+    with server:
+        return server.serve_command(f"serving on {server.url}")
 
 
 if __name__ == "__main__":

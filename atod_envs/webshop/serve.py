@@ -2,36 +2,43 @@
 
     python -m atod_envs.webshop.serve --split test --record sessions.jsonl
 
-The pages show what the environment's observation says, every button is an action of the environment, and each finished
-visit is appended to a file in the trajectory format. The invariant: a person and an agent play the same environment;
-nothing here knows a rule of the shop.
+Every button is an action of the environment, and each finished visit is appended to a file in the trajectory format. The
+invariant: a person and an agent play the same environment; nothing here knows a rule of the shop.
 """
 
 from __future__ import annotations
 
 import argparse
-import html
+import asyncio
 import json
 import secrets
-import threading
+import sys
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import gymnasium as gym
 
 import atod_envs
 from atod_envs.errors import AtodError
-from atod_envs.options import program
+from atod_envs.http.messages import Refused
+from atod_envs.options import needed_imports, program
 from atod_envs.recording import RecordTurns
 from atod_envs.trajectory import to_record
+from atod_envs.webshop.browser import CONTENT_POLICY, Visit, error_page, start_page, visit_page
 from atod_envs.webshop.env import WebShopEnv
-from atod_envs.webshop.pages import Page, Role
+
+with needed_imports("serve", __name__):
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import RedirectResponse, Response
+    from starlette.routing import Route
+
+    from atod_envs.http.server import Access, HttpLimits, HttpServer, make_app, server_of
 
 MOST_VISITS = 256
 """Visits that are kept; older ones are forgotten."""
@@ -40,50 +47,42 @@ LONGEST_REQUEST = 1 << 16
 PERSON_TURNS = 100
 """Turn limit of a visit by a person."""
 
-_STYLE = """
-body { font: 16px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; color: #222; }
-header { background: #f3f6fa; border-radius: .5rem; padding: .6rem 1rem; margin-bottom: 1rem; }
-button { font: inherit; border: 1px solid #8aa; border-radius: .4rem; background: #fff; padding: .25rem .7rem; }
-button:hover { background: #eef4ff; } button.product { font-weight: bold; } button.chosen { background: #cde3c8; }
-button.buy { background: #f6c945; } p { margin: .3rem 0; } .error { color: #a00; }
-td, th { text-align: left; padding: .1rem .8rem .1rem 0; } input { font: inherit; padding: .3rem; width: 28rem; }
-"""
 
-
-@dataclass(slots=True)
-class Visit:
-    """One person's episode."""
-
-    env: RecordTurns
-    info: dict[str, Any]
-    over: bool = False
-    understood: bool = True
-
-    @property
-    def shop_env(self) -> WebShopEnv:
-        """The environment itself."""
-        return cast(WebShopEnv, self.env.unwrapped)
-
-
-class ShopServer(ThreadingHTTPServer):
+class ShopServer(HttpServer):
     """Serves one environment's tasks.
 
     Args:
         address: host and port; port 0 takes a free one.
         options: arguments of the environment.
         record: file to which finished visits are appended; ``None`` records nothing.
-    """
 
-    daemon_threads = True
+    Raises:
+        AtodError: the address cannot be had, or the environment cannot be made.
+    """
 
     def __init__(self, address: tuple[str, int], options: dict[str, Any], record: Path | None) -> None:
         self.options = {"max_turns": PERSON_TURNS, **options}
         self.record = record
-        self.lock = threading.Lock()
         self.visits: OrderedDict[str, Visit] = OrderedDict()
         atod_envs.register()
         self.tasks = cast(WebShopEnv, self._make().unwrapped).tasks
-        super().__init__(address, _Handler)
+        # Environments share data in this process, so one thread steps them all; what it makes is sent by another.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="shop")
+
+        @asynccontextmanager
+        async def lifespan(app: Starlette) -> AsyncIterator[None]:
+            yield
+            self._worker.shutdown(wait=False, cancel_futures=True)
+
+        routes = [
+            Route("/", self._endpoint(self._start_page), methods=["GET"]),
+            Route("/start", self._endpoint(self._begin), methods=["POST"]),
+            Route("/visit/{name}", self._endpoint(self._visit_page), methods=["GET"]),
+            Route("/visit/{name}", self._endpoint(self._act), methods=["POST"]),
+        ]
+        limits = HttpLimits(connections=512, body_bytes=LONGEST_REQUEST)
+        app = make_app(routes, _refuse, limits, Access(pages=True, open_paths=frozenset()), lifespan)
+        super().__init__(server_of(app, limits), *address)
 
     def _make(self) -> gym.Env[str, str]:
         return cast("gym.Env[str, str]", gym.make("atod/WebShop-v0", **self.options))
@@ -91,8 +90,7 @@ class ShopServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Where the start page is."""
-        host, port = self.server_address[:2]
-        return f"http://{host!s}:{port}/"
+        return f"{self.origin}/"
 
     def begin(self, task_id: str) -> str:
         """Begin a visit; an empty task id draws a task. Returns the visit's name."""
@@ -102,7 +100,7 @@ class ShopServer(ThreadingHTTPServer):
         name = secrets.token_urlsafe(9)
         self.visits[name] = Visit(env, info)
         while len(self.visits) > MOST_VISITS:
-            self.visits.popitem(last=False)
+            self.visits.popitem(last=False)[1].env.close()
         return name
 
     def act(self, visit: Visit, action: str) -> None:
@@ -113,140 +111,68 @@ class ShopServer(ThreadingHTTPServer):
         visit.understood = visit.info["valid"]
         visit.over = terminated or truncated
         if visit.over and self.record is not None:
-            self.record.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.record, "a", encoding="utf-8") as out:
-                out.write(json.dumps(to_record(visit.info["trajectory"])) + "\n")
+            line = json.dumps(to_record(visit.info["trajectory"])) + "\n"
+            try:
+                self.record.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.record, "a", encoding="utf-8") as out:
+                    out.write(line)
+                visit.kept = f"Recorded in {self.record}."
+            except OSError as error:
+                visit.kept = f"Not recorded in {self.record}: {error.strerror}."
+
+    # --- requests ---
+
+    def _endpoint(self, work: Callable[[Request, dict[str, str]], Response]) -> Callable[[Request], Any]:
+        """An endpoint that works in the one thread that holds the environments; it gets the form's fields."""
+
+        async def answer(request: Request) -> Response:
+            text = (await request.body()).decode("utf-8", "replace")
+            try:
+                form = parse_qs(text, keep_blank_values=True, max_num_fields=100)
+            except ValueError as error:
+                raise Refused(400, f"the form cannot be read: {error}") from error
+            fields = {name: values[0] for name, values in form.items()}
+            return await asyncio.get_running_loop().run_in_executor(self._worker, work, request, fields)
+
+        return answer
+
+    def _start_page(self, request: Request, form: dict[str, str]) -> Response:
+        return _html(200, start_page(self.tasks))
+
+    def _begin(self, request: Request, form: dict[str, str]) -> Response:
+        try:
+            name = self.begin(form.get("task", "").strip())
+        except AtodError as error:
+            return _html(400, start_page(self.tasks, str(error)))
+        return RedirectResponse(f"/visit/{name}", 303)
+
+    def _visit_page(self, request: Request, form: dict[str, str]) -> Response:
+        return _html(200, visit_page(self._visit(request), request.url.path))
+
+    def _act(self, request: Request, form: dict[str, str]) -> Response:
+        visit = self._visit(request)
+        self.act(visit, form["action"] if "action" in form else f"search[{form.get('query', '')}]")
+        return RedirectResponse(request.url.path, 303)
+
+    def _visit(self, request: Request) -> Visit:
+        visit = self.visits.get(request.path_params["name"])
+        if visit is None:
+            raise Refused(404, "No such visit: it was long ago, or the server was started anew.")
+        return visit
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server: ShopServer
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        path = urlsplit(self.path).path
-        with self.server.lock:
-            if path == "/":
-                self._send(start_page(self.server))
-            elif (visit := self._visit(path)) is not None:
-                self._send(visit_page(visit, path, self.server.record))
-            else:
-                self._send(_frame("<p class='error'>No such page.</p>"), HTTPStatus.NOT_FOUND)
-
-    def do_POST(self) -> None:
-        size = int(self.headers.get("Content-Length") or 0)
-        if not 0 <= size <= LONGEST_REQUEST:
-            self.close_connection = True
-            # A browser that is still sending does not read the answer.
-            self.rfile.read(max(0, min(size, 16 * LONGEST_REQUEST)))
-            self._send(_frame("<p class='error'>Too much text.</p>"), HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
-            return
-        form = parse_qs(self.rfile.read(size).decode("utf-8", "replace"), keep_blank_values=True)
-        path = urlsplit(self.path).path
-        with self.server.lock:
-            if path == "/start":
-                try:
-                    self._redirect("/visit/" + self.server.begin(form.get("task", [""])[0].strip()))
-                except AtodError as error:
-                    self._send(start_page(self.server, str(error)), HTTPStatus.BAD_REQUEST)
-            elif (visit := self._visit(path)) is not None:
-                action = form["action"][0] if "action" in form else f"search[{form.get('query', [''])[0]}]"
-                self.server.act(visit, action)
-                self._redirect(path)
-            else:
-                self._send(_frame("<p class='error'>No such page.</p>"), HTTPStatus.NOT_FOUND)
-
-    def _visit(self, path: str) -> Visit | None:
-        return self.server.visits.get(path.removeprefix("/visit/")) if path.startswith("/visit/") else None
-
-    def _send(self, page: str, status: HTTPStatus = HTTPStatus.OK) -> None:
-        # Half characters of crawled text cannot be sent.
-        body = page.encode("utf-8", "replace")
-        self.send_response(status)
-        self.send_header("Content-Type", "text/html; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'")
-        self.end_headers()
-        self.wfile.write(body)
-
-    def _redirect(self, path: str) -> None:
-        self.send_response(HTTPStatus.SEE_OTHER)
-        self.send_header("Location", path)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Keep the terminal quiet."""
+def _html(status: int, page: str) -> Response:
+    # Half characters of crawled text cannot be sent.
+    headers = {"Content-Security-Policy": CONTENT_POLICY}
+    return Response(page.encode("utf-8", "replace"), status, headers, "text/html")
 
 
-# --- pages ---------------------------------------------------------------------------------------------------------
+def _refuse(status: int, message: str) -> Response:
+    return _html(status, error_page(message))
 
 
-def start_page(server: ShopServer, error: str = "") -> str:
-    """Where a visit begins."""
-    tasks = server.tasks
-    problem = f"<p class='error'>{html.escape(error)}</p>" if error else ""
-    return _frame(
-        f"<h1>WebShop</h1><p>Split <b>{html.escape(tasks.split)}</b>: {len(tasks)} tasks, such as "
-        f"{html.escape(tasks[0])}.</p>{problem}<form method='post' action='/start'>"
-        "<input name='task' id='task' placeholder='task id, or nothing for any'> "
-        "<button id='start'>Start</button></form>"
-    )
-
-
-def visit_page(visit: Visit, path: str, record: Path | None) -> str:
-    """The present page of a visit."""
-    env, info = visit.shop_env, visit.info
-    session = env.session
-    assert session is not None  # a visit begins with a reset
-    head = (
-        f"<header><b id='task'>{html.escape(info['task'])}</b><br><small>{html.escape(info['task_id'])} · "
-        f"turn {info['turn']} of {env.max_turns}</small></header>"
-    )
-    if visit.over:
-        return _frame(head + _result(info, record))
-    note = "" if visit.understood else "<p class='error' id='note'>That was not understood.</p>"
-    body = _nodes(session.page, info["task"], set(session.options.values()))
-    return _frame(f"{head}{note}<form method='post' action='{path}'>{body}</form>")
-
-
-def _nodes(page: Page, task: str, chosen: set[str]) -> str:
-    parts = []
-    for role, text in page.nodes:
-        shown = html.escape(text)
-        if role is Role.TEXT:
-            # The instruction stands in the header already.
-            parts.append("" if text in (task, "Instruction:", "Instruction: ") else f"<p>{shown}</p>")
-        elif text == "Search":
-            parts.append("<p><input name='query' id='query' autofocus> <button id='search'>Search</button></p>")
-        else:
-            kind = {Role.PRODUCT: "product", Role.OPTION: "option"}.get(role, "buy" if text == "Buy Now" else "")
-            mark = " chosen" if role is Role.OPTION and text in chosen else ""
-            value = html.escape(f"click[{text}]", quote=True)
-            parts.append(f"<button class='{kind}{mark}' name='action' value=\"{value}\">{shown}</button>")
-    return "\n".join(parts)
-
-
-def _result(info: dict[str, Any], record: Path | None) -> str:
-    bought = info.get("webshop/purchase")
-    rows = [("stopped by", str(info["stop_reason"])), ("success", "yes" if info["success"] else "no")]
-    rows += [(name, str(value)) for name, value in (bought or {}).items()]
-    table = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
-    kept = f"<p>Recorded in {html.escape(str(record))}.</p>" if record is not None else ""
-    return (
-        f"<h2>Reward <span id='reward'>{info['score']:.3f}</span></h2><table>{table}</table>{kept}"
-        "<form method='get' action='/'><button>Another one</button></form>"
-    )
-
-
-def _frame(body: str) -> str:
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>WebShop</title>"
-        f"<style>{_STYLE}</style></head><body>{body}</body></html>"
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``python -m atod_envs.webshop.serve``."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog=program("atod_envs.webshop.serve"), description="Show the shop in a browser.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=3000, help="port, 0 for any (%(default)s)")
@@ -259,13 +185,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         server = ShopServer((given.host, given.port), options, given.record)
     except (AtodError, OSError) as error:
-        parser.exit(1, f"{error}\n")
-    print(f"WebShop at {server.url} (Ctrl-C stops it)", flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        server.server_close()
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # while the catalogue was loaded
+        return 130
+    with server:
+        return server.serve_command(f"WebShop at {server.url} (Ctrl-C stops it)")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -124,6 +124,8 @@ def test_the_published_request_and_answer():
         {"queries": "x", "topk": 0.5},
         {"queries": [1]},
         {"queries": ["x"], "topk": 10**6},
+        {"queries": ["x"], "topk": 0},
+        {"queries": ["x"], "topk": True},
         b"\xff\xfe",
     ],
 )
@@ -151,16 +153,7 @@ GOOD = json.dumps({"result": [[{"document": {"id": "1", "contents": '"T"\ntext'}
 
 
 @pytest.mark.parametrize(
-    "bad",
-    [
-        (503, b"busy"),
-        (200, b"<html>oops</html>"),
-        (200, b'{"result": []}'),
-        (200, b'{"result": [[{"score": 1}]]}'),
-        (200, b'{"detail": "no"}'),
-        None,
-    ],
-    ids=["busy", "html", "too few", "no contents", "no result", "silent"],
+    "bad", [(503, b"busy"), (200, b""), (200, GOOD[:40]), None], ids=["busy", "empty", "cut off", "silent"]
 )
 def test_what_can_pass_is_tried_again(bad):
     waits = []
@@ -176,10 +169,21 @@ def test_what_can_pass_is_tried_again(bad):
     [
         ((500, b"boom"), 3, r"3 attempts.*HTTP 500: boom"),
         ((404, b"gone"), 1, r"1 attempt\).*HTTP 404: gone"),
-        ((200, b"hello"), 3, r"not JSON: b'hello'"),
+        ((200, b"hello"), 1, r"1 attempt\).*not JSON: b'hello'"),
+        ((200, b"<html>oops</html>"), 1, r"not JSON: b'<html>oops"),
+        ((200, b'{"result": []}'), 1, r"one list for each of 1 queries"),
+        ((200, b'{"result": [[{"score": 1}]]}'), 1, r"a document with 'contents'"),
+        ((200, b'{"detail": "no"}'), 1, r"one list for each of 1 queries; got .*detail"),
+        ((200, b"[]"), 1, r"one list for each"),
+        ((200, GOOD.replace(b"2.0", b"NaN")), 1, r"NaN is no JSON number"),
+        ((200, GOOD.replace(b"2.0", b"1e999")), 1, r"1e999 is too large"),
+        ((200, GOOD.replace(b"2.0", b'"high"')), 1, r"a number as 'score'"),
+        ((200, GOOD.replace(b"2.0", b"true")), 1, r"a number as 'score'"),
+        ((200, GOOD.replace(b'"1"', b"{}")), 1, r"as 'id'"),
+        ((302, b""), 1, r"redirects to"),
         (None, 3, r"3 attempts.*no answer within 0\.2 s"),
     ],
-    ids=["error", "final", "nonsense", "silent"],
+    ids=str,
 )
 def test_lasting_failures_end_in_a_clear_error(bad, attempts, reason):
     waits = []
