@@ -9,6 +9,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
+
+pytest.importorskip("uvicorn", reason="the server's packages are not installed (extra 'serve')")
 from toyworld import TOY
 
 from agents.api import ApiClient, ApiOptions

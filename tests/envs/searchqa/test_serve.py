@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("uvicorn", reason="the server's packages are not installed (extra 'serve')")
+
 from atod_envs.retrieval import BM25Index
 from atod_envs.retrieval.batching import Batcher
 from atod_envs.retrieval.build import take_part

@@ -10,6 +10,8 @@ from html import unescape
 
 import pytest
 
+pytest.importorskip("uvicorn", reason="the server's packages are not installed (extra 'serve')")
+
 from atod_envs.trajectory import StopReason, read_jsonl
 from atod_envs.webshop.expert import WebShopExpert
 from atod_envs.webshop.serve import LONGEST_REQUEST, ShopServer
