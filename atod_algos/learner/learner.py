@@ -150,7 +150,7 @@ class Learner:
                     "update",
                     partial(self._gradient, loss, rows, found_M),
                     least=max(len(batch.rows[row]) for row in rows),
-                    undo=self.updater.forget,
+                    undo=self.updater.zero_grad,
                 )
                 sums.merge(found)
             norm = self.updater.update(lr)
@@ -194,7 +194,7 @@ class Learner:
             self._per_token = memory.bytes_per_token(self.model)
         use = distributed.gather((memory.used(self._device), memory.available(self._device)))
         now, free = max(now for now, _ in use), min((free for _, free in use if free is not None), default=None)
-        size = sum(weight.numel() for weight in self.updater.originals) // distributed.size()
+        size = sum(weight.numel() for weight in self.updater.master_weights) // distributed.size()
         head = self.model.get_output_embeddings().weight
         longest = max(len(row) for row in batch.rows)
         while True:

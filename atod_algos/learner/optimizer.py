@@ -39,14 +39,14 @@ class Updater:
 
     def __init__(self, weights: Iterable[torch.nn.Parameter], options: OptimizerOptions) -> None:
         self.options = options
-        self._pairs = [(weight, _original(weight)) for weight in weights]
+        self._pairs = [(weight, _master(weight)) for weight in weights]
         for weight, original in self._pairs:
             if original is not weight:
                 weight.register_post_accumulate_grad_hook(_collector(original))  # type: ignore[no-untyped-call]
-        originals = [original for _, original in self._pairs]
+        master_weights = [original for _, original in self._pairs]
         groups = [
-            {"params": [p for p in originals if p.ndim >= 2], "weight_decay": options.weight_decay},
-            {"params": [p for p in originals if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in master_weights if p.ndim >= 2], "weight_decay": options.weight_decay},
+            {"params": [p for p in master_weights if p.ndim < 2], "weight_decay": 0.0},
         ]
         self._optimizer: Any = _adamw([group for group in groups if group["params"]], options)
         self.moment_bytes = 1 if options.optimizer == "adamw8bit" else 4
@@ -57,12 +57,12 @@ class Updater:
         return bool(self._optimizer.state)
 
     @property
-    def originals(self) -> list[torch.Tensor]:
+    def master_weights(self) -> list[torch.Tensor]:
         """The float32 tensors that are moved."""
         return [original for _, original in self._pairs]
 
     def update(self, lr: float) -> float:
-        """Clip the gathered gradient, move the weights, forget the gradient.
+        """Clip the gathered gradient, move the weights, clear the gradient.
 
         Args:
             lr: learning rate.
@@ -72,15 +72,15 @@ class Updater:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        norm = float(distributed.full(torch.nn.utils.clip_grad_norm_(self.originals, self.options.grad_clip)))
+        norm = float(distributed.full(torch.nn.utils.clip_grad_norm_(self.master_weights, self.options.grad_clip)))
         if math.isfinite(norm) and norm > 0:  # momentum and decay must not move weights that nothing was learned for
             self._optimizer.step()
-            self.settle()
-        self.forget()
+            self.copy_to_model()
+        self.zero_grad()
         return norm
 
-    def settle(self) -> None:
-        """Give half-precision weights what their originals have become."""
+    def copy_to_model(self) -> None:
+        """Give half-precision weights what their master weights have become."""
         with torch.no_grad():
             for weight, original in self._pairs:
                 if original is not weight:
@@ -96,9 +96,9 @@ class Updater:
                         "exp_avg": torch.zeros_like(weight),
                         "exp_avg_sq": torch.zeros_like(weight),
                     }
-        return [dict(self._optimizer.state[original]) for original in self.originals]
+        return [dict(self._optimizer.state[original]) for original in self.master_weights]
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         """Drop the gradient gathered so far."""
         for weight, original in self._pairs:
             weight.grad = original.grad = None
@@ -126,7 +126,7 @@ class Updater:
         self._optimizer.load_state_dict(given)
 
 
-def _original(weight: torch.nn.Parameter) -> torch.Tensor:
+def _master(weight: torch.nn.Parameter) -> torch.Tensor:
     return weight if weight.dtype == torch.float32 else weight.detach().float().clone().requires_grad_()
 
 

@@ -28,14 +28,14 @@ from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, Trajectory
 
 
-class Judge(Protocol):
+class LogprobScorer(Protocol):
     """Gives the log-probs of a batch's sampled tokens."""
 
     def logprobs(self, batch: TokenBatch, *, temperature: float, budget: int) -> np.ndarray:
         """Log-probs along axis M at this temperature."""
 
 
-class LocalJudge:
+class LocalScorer:
     """A frozen model in this process.
 
     Args:
@@ -51,33 +51,33 @@ class LocalJudge:
             distributed.shard(loaded.model)
 
     @contextmanager
-    def at_hand(self) -> Iterator[Any]:
+    def on_device(self) -> Iterator[Any]:
         """The model on the device that scores; afterwards the copy there is dropped."""
         model = self.loaded.model
         tensors = [*model.parameters(), *model.buffers()]
         if all(tensor.device.type == self.device.type for tensor in tensors):
             yield model
             return
-        at_home = [tensor.data for tensor in tensors]
+        offloaded = [tensor.data for tensor in tensors]
         for tensor in tensors:
-            tensor.data = _visiting(tensor.data, self.device)
+            tensor.data = _moved(tensor.data, self.device)
         try:
             yield model
         finally:
-            for tensor, data in zip(tensors, at_home, strict=True):
+            for tensor, data in zip(tensors, offloaded, strict=True):
                 tensor.data = data
 
     def logprobs(self, batch: TokenBatch, *, temperature: float, budget: int) -> np.ndarray:
-        """See :class:`Judge`."""
-        with self.at_hand() as model:
+        """See :class:`LogprobScorer`."""
+        with self.on_device() as model:
             return score(model, batch, temperature=temperature, budget=budget)[0]
 
 
-def _visiting(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-class BaseJudge:
+class AdaptersOffScorer:
     """The student without its adapters: what it was before training.
 
     Args:
@@ -89,18 +89,18 @@ class BaseJudge:
         self.student, self.adapters = student, adapters
 
     @contextmanager
-    def at_hand(self) -> Iterator[Any]:
+    def on_device(self) -> Iterator[Any]:
         """The student's model with its adapters off."""
         with without_adapters(self.adapters):
             yield self.student.model
 
     def logprobs(self, batch: TokenBatch, *, temperature: float, budget: int) -> np.ndarray:
-        """See :class:`Judge`."""
-        with self.at_hand() as model:
+        """See :class:`LogprobScorer`."""
+        with self.on_device() as model:
             return score(model, batch, temperature=temperature, budget=budget)[0]
 
 
-class EngineJudge:
+class EngineScorer:
     """A frozen model on a vLLM engine, which gives log-probs of prompts.
 
     Args:
@@ -126,13 +126,13 @@ class EngineJudge:
         )
 
     def logprobs(self, batch: TokenBatch, *, temperature: float, budget: int) -> np.ndarray:
-        """See :class:`Judge`."""
+        """See :class:`LogprobScorer`."""
         found = self.engine.prompt_logprobs([row.tolist() for row in batch.rows])
         offsets = np.cumsum([0, *(len(row) for row in batch.rows[:-1])])
         return np.asarray(np.concatenate(found)[offsets[batch.row_M] + batch.column_M])
 
 
-class Scorer:
+class StepScorer:
     """Scores a step's batch under the student and everything else that an algorithm asks for.
 
     Args:
@@ -163,7 +163,7 @@ class Scorer:
         self.config, self.algorithm, self.student = config, algorithm, student
         self._adapters, self._load, self._device = adapters, load, device
         self._chat = ChatFormat(student.tokenizer)
-        self._held: dict[tuple[str, str], Judge] = {}
+        self._held: dict[tuple[str, str], LogprobScorer] = {}
         self.late = (
             config.old_logprobs == "learner"
             and config.minibatches == 1
@@ -179,11 +179,11 @@ class Scorer:
                 "use --old-logprobs learner"
             )
         wanted = algorithm.scores
-        self.teacher = self._judge(config.teacher, "teacher") if "teacher" in wanted else None
-        self.reference = self._judge(config.student, "student") if "reference" in wanted else None
-        self.base = self._judge(config.base or config.student, "student") if "base" in wanted else None
+        self.teacher = self._scorer_for(config.teacher, "teacher") if "teacher" in wanted else None
+        self.reference = self._scorer_for(config.student, "student") if "reference" in wanted else None
+        self.base = self._scorer_for(config.base or config.student, "student") if "base" in wanted else None
 
-    def _judge(self, name: str, role: str) -> Judge:
+    def _scorer_for(self, name: str, role: str) -> LogprobScorer:
         if role == "teacher" and is_address(name):
             return RemoteJudge(name, self.student.tokenizer, temperature=self.config.temperature)
         # The word "builtin" is another model for each role; any other name is one model, whoever asks for it.
@@ -193,13 +193,13 @@ class Scorer:
             # Two whole distributions are compared at once: one model cannot give both.
             both = role == "teacher" and self.algorithm.scores & {"divergence", "support"}
             if own and self._adapters is not None and not both:
-                self._held[key] = BaseJudge(self.student, self._adapters)
+                self._held[key] = AdaptersOffScorer(self.student, self._adapters)
             else:
                 loaded = self._load(name, role)
                 require_same_tokenizer(self.student, loaded, role)
                 vllm = role == "teacher" and self.config.teacher_engine == "vllm"
                 self._held[key] = (
-                    EngineJudge(loaded, self.config, self._device) if vllm else LocalJudge(loaded, self._device)
+                    EngineScorer(loaded, self.config, self._device) if vllm else LocalScorer(loaded, self._device)
                 )
         return self._held[key]
 
@@ -207,18 +207,18 @@ class Scorer:
         """All log-probs of a step's sampled tokens, at the temperature of the sampling."""
         temperature, budget = self.config.temperature, self.config.token_budget
 
-        def under(judge: Judge | None) -> Any:
-            return None if judge is None else judge.logprobs(batch, temperature=temperature, budget=budget)
+        def under(scorer: LogprobScorer | None) -> Any:
+            return None if scorer is None else scorer.logprobs(batch, temperature=temperature, budget=budget)
 
         model, wanted = self.student.model, self.algorithm.scores
         if self.teacher is not None and wanted & {"divergence", "support"}:
-            if not isinstance(self.teacher, LocalJudge):
+            if not isinstance(self.teacher, LocalScorer):
                 raise AtodError(
                     f"{self.algorithm.name} compares whole distributions, and an engine or a server gives single log-probs only; "
                     "use a local teacher: --teacher PATH_OR_HUB_ID --teacher-engine transformers"
                 )
             size = self.algorithm.support if "support" in wanted else 0
-            with self.teacher.at_hand() as teacher:
+            with self.teacher.on_device() as teacher:
                 scores = compare(model, teacher, batch, temperature=temperature, budget=budget, support=size)
         else:
             if self.config.old_logprobs == "sampler" or self.late:

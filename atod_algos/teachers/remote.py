@@ -41,7 +41,7 @@ def is_address(name: str) -> bool:
 
 
 class RemoteJudge:
-    """Scores rows with a model behind a server; a :class:`atod_algos.teachers.local.Judge`.
+    """Scores rows with a model behind a server; a :class:`atod_algos.teachers.local.LogprobScorer`.
 
     Args:
         address: ``http://HOST:PORT/v1#MODEL``.

@@ -51,14 +51,14 @@ def load_shards(folder: Path, model: Any, updater: Updater) -> None:
         raise DataError(
             f"{folder} cannot be read ({str(error).splitlines()[0]}); delete it to go back to an earlier one"
         ) from error
-    updater.settle()
+    updater.copy_to_model()
 
 
 def _tensors(model: Any, updater: Updater) -> dict[str, torch.Tensor]:
     """Everything by name; writing into these tensors changes the model and its optimizer."""
     names = [name for name, weight in model.named_parameters() if weight.requires_grad]
     found: dict[str, torch.Tensor] = {}
-    for name, original, moments in zip(names, updater.originals, updater.moments(), strict=True):
+    for name, original, moments in zip(names, updater.master_weights, updater.moments(), strict=True):
         found[f"weight/{name}"] = original.detach()
         found |= {f"{kind}/{name}": tensor for kind, tensor in moments.items()}
     return found

@@ -42,7 +42,7 @@ from atod_algos.rollout.pools import (
 )
 from atod_algos.rollout.ray_pool import Fleet, RayPlayers
 from atod_algos.rollout.task_sampler import StepSampler
-from atod_algos.teachers.local import LocalJudge, Scorer
+from atod_algos.teachers.local import LocalScorer, StepScorer
 from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint
 from atod_algos.training.config import TrainConfig, given, optimizer_options
 from atod_algos.training.console import Progress
@@ -95,7 +95,7 @@ class Trainer:
             self.adapters = add_adapters(self.student.model, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed)
         if config.gradient_checkpointing:
             recompute_layers(self.student.model)
-        self.scorer = Scorer(config, algorithm, self.student, self.adapters, self._load_frozen, self.device)
+        self.scorer = StepScorer(config, algorithm, self.student, self.adapters, self._load_frozen, self.device)
         per_token = bytes_per_token(self.student.model)
         if distributed.size() > 1:
             distributed.shard(self.student.model)
@@ -280,9 +280,9 @@ class Trainer:
             policies.append(
                 (f"best (step {int(self.best['step'])})", lambda: nullcontext(self._load(best, "student").model))
             )
-        if isinstance(self.scorer.teacher, LocalJudge):
+        if isinstance(self.scorer.teacher, LocalScorer):
             if distributed.size() == 1:
-                policies.append(("teacher", self.scorer.teacher.at_hand))
+                policies.append(("teacher", self.scorer.teacher.on_device))
             else:  # the scorer's is divided
                 teacher = self.config.teacher
                 policies.append(("teacher", lambda: nullcontext(self._load(teacher, "teacher").model)))

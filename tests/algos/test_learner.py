@@ -19,7 +19,7 @@ from atod_algos.learner.learner import Learner, recompute_layers
 from atod_algos.learner.logprobs import score
 from atod_algos.learner.lora import add_adapters, load_adapters, merged_weights, without_adapters
 from atod_algos.learner.optimizer import Updater, _adamw
-from atod_algos.teachers.local import LocalJudge
+from atod_algos.teachers.local import LocalScorer
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 
@@ -211,11 +211,11 @@ def test_half_precision_weights_have_full_precision_originals(model, batch):
     rate = 1e-6  # far below what a bfloat16 weight near 1 can take in
     first = [p.detach().clone() for p in half.parameters()]
     learner = Learner(half, learner_options(lr=rate, minibatches=1, weight_decay=0.0))
-    start = [original.clone() for original in learner.updater.originals]
+    start = [original.clone() for original in learner.updater.master_weights]
     teach(half, batch, steps=3, learner=learner)
-    moved = [(a - b).abs().max() for a, b in zip(learner.updater.originals, start, strict=True)]
+    moved = [(a - b).abs().max() for a, b in zip(learner.updater.master_weights, start, strict=True)]
     assert all(0 < float(m) < 5 * rate for m in moved)
-    for weight, original, old in zip(half.parameters(), learner.updater.originals, first, strict=True):
+    for weight, original, old in zip(half.parameters(), learner.updater.master_weights, first, strict=True):
         assert torch.equal(weight, original.to(torch.bfloat16)) and weight.dtype == torch.bfloat16
         assert weight.grad is None and original.grad is None
         del old
@@ -226,7 +226,7 @@ def test_half_precision_gradients_add_up_in_full_precision(tokenizer):
     updater = Updater([weight], learner_options())
     for share in (256.0, 1.0):  # 257 is no bfloat16
         (weight * share).sum().backward()
-    assert updater.originals[0].grad.tolist() == [257.0] * 4
+    assert updater.master_weights[0].grad.tolist() == [257.0] * 4
 
 
 def test_a_resumed_half_precision_run_goes_on_bit_for_bit(model, batch):
@@ -239,7 +239,7 @@ def test_a_resumed_half_precision_run_goes_on_bit_for_bit(model, batch):
     other.load_state_dict(weights)
     again.load_state(state)
     teach(other, batch, learner=again)
-    for a, b in zip(again.updater.originals, learner.updater.originals, strict=True):
+    for a, b in zip(again.updater.master_weights, learner.updater.master_weights, strict=True):
         assert torch.equal(a, b)
 
 
@@ -321,11 +321,11 @@ def test_a_model_at_home_elsewhere_leaves_no_copy_behind(models, batch, monkeypa
 
     loaded = load_model(str(models["teacher"]), "teacher")
     expected = score(loaded.model, batch, temperature=1.0)[0]
-    judge = LocalJudge(loaded, "cpu")
+    judge = LocalScorer(loaded, "cpu")
     judge.device = torch.device("meta")
     home = [p.data_ptr() for p in loaded.model.parameters()]
-    monkeypatch.setattr("atod_algos.teachers.local._visiting", lambda tensor, device: tensor.clone())
-    with judge.at_hand() as model:
+    monkeypatch.setattr("atod_algos.teachers.local._moved", lambda tensor, device: tensor.clone())
+    with judge.on_device() as model:
         assert not set(home) & {p.data_ptr() for p in model.parameters()}
         assert np.array_equal(score(model, batch, temperature=1.0)[0], expected)
     assert [p.data_ptr() for p in loaded.model.parameters()] == home

@@ -17,7 +17,7 @@ from agents.api import ApiClient, ApiOptions
 from agents.models import load_model
 from atod_algos.atod import ATOD
 from atod_algos.opd import OPD
-from atod_algos.teachers.local import LocalJudge
+from atod_algos.teachers.local import LocalScorer
 from atod_algos.teachers.remote import RemoteJudge
 from atod_algos.teachers.server import ServeOptions, TeacherServer, row_batch
 from atod_algos.training.cli import main
@@ -86,7 +86,7 @@ def judge(server, tokenizer, temperature=1.0, **options):
 def test_a_server_gives_what_the_model_gives_here(echo, temperature, server, teacher, tokenizer, rows):
     server.echo = echo
     batch = row_batch(rows)
-    expected = LocalJudge(teacher, "cpu").logprobs(batch, temperature=temperature, budget=64)
+    expected = LocalScorer(teacher, "cpu").logprobs(batch, temperature=temperature, budget=64)
     remote = judge(server, tokenizer, temperature)
     assert np.allclose(remote.logprobs(batch, temperature=temperature, budget=64), expected, atol=1e-5)
     assert all(np.isnan(values[0]) for values in remote.rows(rows))
@@ -265,13 +265,13 @@ def test_the_serving_command_serves(models, tokenizer):
 
 
 def test_whole_distributions_cannot_be_had_from_a_server(server, tokenizer, teacher):
-    from atod_algos.teachers.local import Scorer
+    from atod_algos.teachers.local import StepScorer
     from atod_algos.training.config import TrainConfig, resolve
 
     class Divergent(OPD):
         scores = frozenset({"teacher", "divergence"})
 
     config = resolve(TrainConfig(env=TOY, student="x", teacher=server.address))
-    scorer = Scorer(config, Divergent(), teacher, None, lambda *_: teacher, "cpu")
+    scorer = StepScorer(config, Divergent(), teacher, None, lambda *_: teacher, "cpu")
     with pytest.raises(AtodError, match="gives single log-probs only"):
         scorer.score(row_batch([np.array([1, 2, 3])]))
