@@ -1,7 +1,7 @@
 """Loading language models and tokenizers: from a folder, from the hub, or the small ones that come with the project.
 
-The invariant: a model is returned with the tokenizer that belongs to it, in evaluation mode, or an error says in one line
-what was looked for and where.
+The invariant: a model is returned with the tokenizer that belongs to it, in evaluation mode, its log-probs checked against its own
+forward pass and its vocabulary limited to ids that have a token; or an error says in one line what was looked for and where.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from agents.chat import first_difference
+from agents.logits import limit_vocabulary, logit_head, require_finite, usable_ids, vocabulary_rows
 from atod_envs.errors import AtodError
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -58,7 +60,7 @@ def load_model(
     Raises:
         AtodError: it cannot be found or read; says where was looked and what to do.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging as hub_logging
 
     hub_logging.disable_progress_bar()
@@ -78,35 +80,100 @@ def load_model(
             raise AtodError(f"{role} model: no folder at {path}; expected one with config.json and weights")
         if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
             raise AtodError(f"{role} model: {path} holds no config.json; expected a folder written by save_pretrained")
-        source = str(path)
+        source = str(path.resolve())  # so that adapters trained on it name a place that is the same from everywhere
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(source)
-            base = _adapted(source) if looks_local else source
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+            base, options = _adapted(source) if looks_local else (source, {})
+            model = _kind(base, options).from_pretrained(base, dtype=dtype, **options)
             if base != source:
                 from peft import PeftModel
 
                 model = PeftModel.from_pretrained(model, source).merge_and_unload()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = "" if looks_local else "; give the path of a downloaded copy if the hub cannot be reached"
         raise AtodError(f"{role} model {name!r} could not be loaded: {reason}{hint}") from error
     logging.getLogger(__name__).info(
         "loaded %s %s: %d parameters", role, name, sum(p.numel() for p in model.parameters())
     )
-    return LoadedModel(name, model.to(device).eval(), tokenizer)
+    return LoadedModel(name, accept(model.to(device).eval(), tokenizer, f"{role} model {name!r}"), tokenizer)
 
 
-def _adapted(source: str) -> str:
-    """The model that a folder's adapters belong to; the folder itself where it holds no adapters."""
+def _kind(source: str, options: dict[str, Any]) -> Any:
+    """The class that loads a checkpoint; a multimodal one that is no causal language model by itself has one inside."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = type(AutoConfig.from_pretrained(source, **options))
+    both = config in AutoModelForImageTextToText._model_mapping and config not in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if both else AutoModelForCausalLM
+
+
+def accept(model: Any, tokenizer: Any, what: str) -> Any:
+    """Check a model that was just loaded, and limit it to the ids that its tokenizer has a token for; the model.
+
+    Raises:
+        AtodError: a weight is not finite, or log-probs cannot be had; names the model.
+    """
+    try:
+        require_finite(model)
+        limit_vocabulary(model, set(tokenizer.get_vocab().values()))
+        logit_head(model)
+    except AtodError as error:
+        raise AtodError(f"{what}: {error}") from error
+    return model
+
+
+def share_vocabulary(models: Iterable[Any], tokenizer: Any) -> int:
+    """Limit models that score the same ids to the ids that all of them have; how many there are.
+
+    Raises:
+        AtodError: one of them has no row for the end of a response.
+    """
+    models = list(models)
+    common = set(usable_ids(models[0]).tolist()).intersection(*(usable_ids(model).tolist() for model in models[1:]))
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in common:
+        small = min(models, key=vocabulary_rows)
+        raise AtodError(
+            f"{type(small).__name__} has {vocabulary_rows(small):,} ids, and the end of a response is id {tokenizer.eos_token_id}; "
+            "choose models of one family"
+        )
+    for model in models:
+        limit_vocabulary(model, common)
+    return len(common)
+
+
+def _adapted(source: str) -> tuple[str, dict[str, Any]]:
+    """The model that a folder's adapters belong to, with options for loading it; the folder itself where it holds no adapters.
+
+    A name in an adapter's configuration is a folder (as it stands, or seen from the adapter's own folder), or a model that the hub's
+    cache holds. A hub is never asked for it: the name may be a folder that is not here, and anybody may take its name there.
+    """
     path = Path(source) / "adapter_config.json"
     if not path.is_file():
-        return source
-    base = str(json.loads(path.read_text())["base_model_name_or_path"])
-    if base.startswith("/") and not Path(base).is_dir():
-        raise OSError(f"its adapters belong to the model in {base}, which is not there")
-    return base
+        return source, {}
+    try:
+        base = str(json.loads(path.read_text())["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{path} names no base model ({type(error).__name__}: {error})") from error
+    if Path(base).is_absolute():
+        if not Path(base).is_dir():
+            raise OSError(f"its adapters belong to the model in {base}, which is not there")
+        return base, {}
+    above = Path(source).resolve()
+    for place in (above, *above.parents[:4], Path.cwd()):
+        if (place / base / "config.json").is_file():
+            return str((place / base).resolve()), {}
+    from transformers.utils import cached_file
+
+    try:
+        cached_file(base, "config.json", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"its adapters belong to the model {base!r}, which is neither a folder in or above {above} nor in the hub's cache; put it "
+            "there, or write its folder into adapter_config.json as base_model_name_or_path"
+        ) from error
+    return base, {"local_files_only": True}
 
 
 def require_same_tokenizer(student: LoadedModel, other: LoadedModel, role: str) -> None:

@@ -1,19 +1,36 @@
 """A model's forward pass over ragged tokens: through its own modules, or, for the common family, written out.
 
-The invariant: both give what the model's own ``forward`` gives for each request alone, up to rounding.
+The invariant: all give what the model's own ``forward`` gives for each request alone, up to rounding. It is tried on every model
+before the model is trusted to a decoder; a model that neither ragged decoder can run goes through its own ``forward``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch.nn.functional import linear, pad, rms_norm
 
-from agents.engines.kv_cache import Store
+from agents.engines.kv_cache import Segment, Store
+from agents.engines.own_forward import OwnDecoder, OwnStore, cache_argument
+from agents.logits import (
+    LogitHead,
+    UnsupportedModel,
+    agree,
+    attends_fully,
+    logit_head,
+    longest_context,
+    own_logits,
+    probe_ids,
+    text_config,
+)
+
+log = logging.getLogger(__name__)
 
 _ATTENTION = "atod_ragged"
 """Name under which the store's attention is registered with transformers."""
@@ -38,48 +55,133 @@ _Map = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Decoder(Protocol):
-    """Ids and positions of a pass's tokens, both [T], and the store that was prepared for it -> states [T, D]."""
+    """The forward pass of an engine."""
 
-    def __call__(self, ids_T: torch.Tensor, positions_T: torch.Tensor, store: Store) -> torch.Tensor:
-        """Compute the tokens."""
+    def next_logits(
+        self, ids_T: torch.Tensor, positions_T: torch.Tensor, store: Any, last_S: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [S, V] in the model's own type, at the S last tokens of a pass.
 
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """The output layer."""
+        Args:
+            ids_T: the pass's token ids.
+            positions_T: position of each in its slot.
+            store: the store, prepared for this pass.
+            last_S: place of each slot's last token on axis T.
+        """
 
     def rebind(self) -> None:
         """Look the model's modules up again."""
 
 
-def make_decoder(model: Any, max_context: int) -> Decoder:
-    """The fastest decoder that fits the model.
+_PROBE = ((40, 9), (3, 1, 12))
+"""New tokens of each slot in the two passes of the probe."""
+
+
+def make_decoder(model: Any, slots: int, max_context: int) -> tuple[Decoder, Any]:
+    """The fastest decoder that gives the model's own logits, and its empty store.
 
     Args:
-        model: a causal language model with full attention, perhaps wrapped by peft.
+        model: a causal language model, perhaps wrapped by peft.
+        slots: requests that run at the same time.
         max_context: most positions of a request.
+
+    Raises:
+        UnsupportedModel: nothing gives them; names the model and what to use instead.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if type(base).__name__ in _FAMILY and _rotary_type(base) in _STATIC_ROTARY:
-        return FamilyDecoder(base, max_context)
-    return ModuleDecoder(base)
+    name = type(base).__name__
+    head = logit_head(base)
+    kinds: list[Callable[[], Decoder]] = []
+    if attends_fully(base, max_context):
+        if name in _FAMILY and _rotary_type(base) in _STATIC_ROTARY:
+            kinds.append(lambda: FamilyDecoder(base, max_context, head))
+        kinds.append(lambda: ModuleDecoder(base, head))
+    reasons = []
+    for make in kinds:
+        reason = _reason(base, head, make, lambda count: ragged_store(base, count), max_context)
+        if reason is None:
+            return make(), ragged_store(base, slots)
+        reasons.append(reason)
+    for caches in (True, False):
+        reason = _reason(base, head, lambda: OwnDecoder(base, head, caches=caches), lambda _: OwnStore(), max_context)  # noqa: B023
+        if reason is None:
+            log.warning(
+                "%s runs through its own forward pass, one request at a time%s, which is slow (%s); --engine vllm may be faster",
+                name,
+                "" if caches else " and without a cache",
+                reasons[-1] if reasons else "its layers do not attend to the whole context",
+            )
+            return OwnDecoder(base, head, caches=caches), OwnStore()
+        reasons.append(reason)
+    raise UnsupportedModel(f"{name} cannot be sampled from by this engine: {reasons[-1]}; use --engine vllm")
+
+
+def ragged_store(model: Any, slots: int) -> Store:
+    """An empty store of the shape that the model's attention writes."""
+    config = text_config(model)
+    parameter = next(model.parameters())
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return Store(config.num_hidden_layers, slots, heads, width, parameter.dtype, parameter.device)
+
+
+def _reason(
+    model: Any, head: LogitHead, make: Callable[[], Decoder], make_store: Callable[[int], Any], max_context: int
+) -> str | None:
+    """Why a decoder cannot be used: what it raises on two small passes, or that its logits differ; None where it can."""
+    longest = min(max_context, longest_context(model))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            store, decoder = make_store(len(_PROBE[1])), make()
+            device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+            rows = [probe_ids(model, min(longest, sum(p[row] for p in _PROBE if row < len(p))), 7 + row) for row in range(3)]
+            done = [0, 0, 0]
+            for sizes in _PROBE:
+                segments, ids = [], []
+                for row, size in enumerate(sizes):
+                    new = rows[row][done[row] : done[row] + size]
+                    if new:
+                        segments.append(Segment(row, done[row], len(new)))
+                        ids += new
+                        done[row] += len(new)
+                if not segments:
+                    continue
+                columns_T = np.concatenate([np.arange(s.start, s.start + s.width) for s in segments])
+                store.begin(segments, columns_T)
+                last = torch.from_numpy(np.cumsum([s.width for s in segments]) - 1).to(device)
+                tokens, places = torch.tensor(ids, device=device), torch.from_numpy(columns_T).to(device)
+                got = decoder.next_logits(tokens, places, store, last).float()
+                expected = torch.stack([own_logits(model, rows[s.row][: done[s.row]])[-1] for s in segments])
+                if not agree(got, expected, dtype):
+                    return "its logits differ from those of the model's own forward pass"
+    except Exception as error:
+        # Whatever a model's own code raises means that it cannot be run so.
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+    finally:
+        model.train(was_training)
+    return None
 
 
 def _rotary_type(model: Any) -> str:
-    return str((getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default"))
+    return str((getattr(text_config(model), "rope_parameters", None) or {}).get("rope_type", "default"))
 
 
 class ModuleDecoder:
     """Any decoder that lets its attention be chosen: its own modules, with the store's attention put in."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, head: LogitHead) -> None:
         from transformers import AttentionInterface
 
         AttentionInterface.register(_ATTENTION, _attention)
-        self._model = model
+        self._model, self._head = model, head
 
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """The model's own output layer."""
-        logits: torch.Tensor = self._model.get_output_embeddings()(states)
-        return logits
+    def next_logits(
+        self, ids_T: torch.Tensor, positions_T: torch.Tensor, store: Store, last_S: torch.Tensor
+    ) -> torch.Tensor:
+        """See :class:`Decoder`."""
+        return self._head.raw(self(ids_T, positions_T, store)[last_S])
 
     def rebind(self) -> None:
         """Nothing was remembered."""
@@ -87,14 +189,9 @@ class ModuleDecoder:
     def __call__(self, ids_T: torch.Tensor, positions_T: torch.Tensor, store: Store) -> torch.Tensor:
         """Run the modules on one row that holds all tokens."""
         decoder = self._model.get_decoder()
+        options: dict[str, Any] = {cache_argument(decoder): store, "use_cache": True, "atod_store": store}
         with _chosen_attention(decoder.config):
-            output = decoder(
-                input_ids=ids_T[None],
-                position_ids=positions_T[None],
-                past_key_values=store,
-                use_cache=True,
-                atod_store=store,
-            )
+            output = decoder(input_ids=ids_T[None], position_ids=positions_T[None], **options)
         states: torch.Tensor = output.last_hidden_state[0]
         return states
 
@@ -126,9 +223,7 @@ def _attention(
         what = (
             "soft-capped scores or attention sinks" if atod_store is not None else "attention without keyword options"
         )
-        raise NotImplementedError(
-            f"{type(module).__name__} uses {what}, which this engine does not run; use --engine vllm"
-        )
+        raise NotImplementedError(f"{type(module).__name__} uses {what}")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return atod_store.attend(module.layer_idx, query[0].transpose(0, 1), scale)[None], None
 
@@ -140,9 +235,10 @@ class FamilyDecoder:
     takes a fraction. Projections that are more than a matrix (adapters) are called as the modules they are.
     """
 
-    def __init__(self, model: Any, max_context: int) -> None:
+    def __init__(self, model: Any, max_context: int, head: LogitHead) -> None:
         self._model = model
         self._max_context = max_context
+        self._own_head = head
         self._layers: list[_Layer] = []
         self._head: _Map | None = None
         self._packed: list[tuple[torch.Tensor, int]] = []
@@ -154,7 +250,7 @@ class FamilyDecoder:
         self._packed = []
         project = self._pack if size <= _PACK_BYTES else _projection
         self._layers = [_Layer.of(layer, project) for layer in self._model.get_decoder().layers]
-        self._head = project(self._model.get_output_embeddings())
+        self._head = project(self._model.get_output_embeddings()) if self._own_head.plain else self._own_head.raw
         self._angles = None
 
     def _pack(self, module: Any) -> _Map:
@@ -173,6 +269,12 @@ class FamilyDecoder:
         if self._head is None:
             self.rebind()
         return cast("_Map", self._head)(pad(states, (0, 0, 0, self._filling(len(states)))))[: len(states)]
+
+    def next_logits(
+        self, ids_T: torch.Tensor, positions_T: torch.Tensor, store: Store, last_S: torch.Tensor
+    ) -> torch.Tensor:
+        """See :class:`Decoder`."""
+        return self.logits(self(ids_T, positions_T, store)[last_S])
 
     def _filling(self, rows: int) -> int:
         """How many rows to add to a pass."""

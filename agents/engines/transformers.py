@@ -23,7 +23,8 @@ import torch
 
 from agents.engines.base import Completion, EngineDied, SamplingParams, check_request, uniform
 from agents.engines.decoder import make_decoder
-from agents.engines.kv_cache import Segment, Store
+from agents.engines.kv_cache import Segment
+from agents.logits import logit_head, longest_context
 
 _PASS_TOKENS = 8192
 """Most new tokens of one forward pass; bounds its activations. A single longer prompt is read in on its own."""
@@ -74,27 +75,17 @@ class TransformersEngine:
         decoded: sampled tokens that were computed so far.
 
     Raises:
-        ValueError: the model does not attend to the whole context in every layer.
+        UnsupportedModel: the model's own log-probs cannot be had here; says what to use instead.
     """
 
     def __init__(self, model: torch.nn.Module, *, slots: int = 128, max_context: int | None = None) -> None:
-        config: Any = model.config
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None):
-            kinds = {"sliding_attention"}
-        if kinds != {"full_attention"}:
-            raise ValueError(
-                f"this engine runs models with full attention; {config.model_type} has {sorted(kinds)}; use --engine vllm"
-            )
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.model = model
         self.version = 0
-        self.max_context = int(max_context or config.max_position_embeddings)
-        parameter = next(model.parameters())
-        self.device = parameter.device
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self._store = Store(config.num_hidden_layers, slots, heads, width, parameter.dtype, self.device)
-        self._decoder = make_decoder(model, self.max_context)
+        self.max_context = int(max_context or longest_context(base))
+        self.device = next(model.parameters()).device
+        self._head = logit_head(base)
+        self._decoder, self._store = make_decoder(model, slots, self.max_context)
         self._slots = [_Slot(row) for row in range(slots)]
         self._queue: deque[_Request] = deque()
         self._clock = 0
@@ -170,7 +161,7 @@ class TransformersEngine:
         self._queue.clear()
         for slot in self._slots:
             slot.request, slot.cached = None, []
-        self._store.keys, self._store.values = [], []
+        self._store.clear()
 
     def _require_idle(self, what: str) -> None:
         if any(slot.request is not None for slot in self._slots) or self._queue:
@@ -259,9 +250,9 @@ class TransformersEngine:
         columns_T = np.concatenate([np.arange(s.start, s.start + s.width) for s in segments])
         self._store.begin(segments, columns_T)
         device = self.device
-        states = self._decoder(torch.from_numpy(ids_T).to(device), torch.from_numpy(columns_T).to(device), self._store)
+        ids, columns = torch.from_numpy(ids_T).to(device), torch.from_numpy(columns_T).to(device)
         last = torch.from_numpy(np.cumsum([s.width for s in segments]) - 1).to(device)
-        logits = self._decoder.logits(states[last])
+        logits = self._decoder.next_logits(ids, columns, self._store, last)
         drawn, source = list(slots), list(range(len(slots)))
         for place, (slot, ids) in enumerate(zip(slots, new, strict=True)):
             slot.cached += ids
@@ -274,7 +265,7 @@ class TransformersEngine:
                 source.append(place)
         if len(drawn) > len(slots):
             logits = logits[torch.tensor(source, device=device)]
-        self._sample([slot.request for slot in drawn if slot.request is not None], logits.float())
+        self._sample([slot.request for slot in drawn if slot.request is not None], self._head.close(logits.float()))
 
     @staticmethod
     def _sample(requests: list[_Request], logits: torch.Tensor) -> None:
@@ -285,8 +276,9 @@ class TransformersEngine:
         places = np.array([len(r.tokens) for r in requests], dtype=np.uint64)
         cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
         draws = torch.from_numpy(uniform(seeds, places)).to(logits.device) * cumulative[:, -1]
+        # Below the total even where the product was rounded up: past it stand only ids without any probability.
+        draws = torch.minimum(draws, torch.nextafter(cumulative[:, -1], torch.zeros_like(draws)))
         chosen = torch.searchsorted(cumulative, draws[:, None], right=True)[:, 0]
-        chosen = chosen.clamp_(max=logits.shape[1] - 1)
         if any(r.params.temperature == 0 for r in requests):
             greedy = torch.tensor([r.params.temperature == 0 for r in requests], device=logits.device)
             chosen = torch.where(greedy, logits.argmax(dim=-1), chosen)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from agents.engines.base import Completion, EngineDied, SamplingParams, check_request
+from agents.logits import longest_context, text_config
 from atod_envs.errors import AtodError
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class VllmEngine:
 
     def __init__(self, model: Any, *, slots: int = 128, max_context: int | None = None, memory: float = 0.45) -> None:
         self.version = 0
-        self.max_context = int(max_context or model.config.max_position_embeddings)
+        self.max_context = int(max_context or longest_context(model))
         self._tied = bool(model.config.tie_word_embeddings)
         self._running: dict[str, float] = {}
         self._dead: Exception | None = None
@@ -261,7 +262,7 @@ def _require_supported(model: Any) -> None:
     """Refuse heads that vLLM has no kernel for on a processor; it would find out at the first request."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    width, sizes = _head_width(model.config), CPUAttentionBackend.get_supported_head_sizes()
+    width, sizes = _head_width(text_config(model)), CPUAttentionBackend.get_supported_head_sizes()
     if width not in sizes:
         raise AtodError(
             f"vLLM without a GPU cannot run attention heads of width {width} (it can: {', '.join(map(str, sizes))}); use "
@@ -275,7 +276,7 @@ def _head_width(config: Any) -> int:
 
 def _store_gib(model: Any, slots: int, max_context: int) -> int:
     """Main memory that all slots at full length need for keys and values, in GiB, within bounds."""
-    config = model.config
+    config = text_config(model)
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     width = _head_width(config)
     size = int(next(model.parameters()).element_size())

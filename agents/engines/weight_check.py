@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from agents.engines.base import Engine, SamplingParams
+from agents.logits import logit_head, own_logits, probe_ids
 from atod_envs.errors import AtodError
 
 log = logging.getLogger(__name__)
@@ -25,11 +26,6 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2.5e-1}
 
 class WeightMismatch(AtodError):
     """An engine samples with other weights than the model that is trained."""
-
-
-def probe_ids(vocabulary: int) -> list[int]:
-    """A fixed prompt of ordinary ids, the same for every model of a size."""
-    return [int(i) for i in np.random.default_rng(0).integers(0, vocabulary, _PROMPT_TOKENS)]
 
 
 def verify_weights(engine: Engine, model: Any) -> float:
@@ -45,7 +41,7 @@ def verify_weights(engine: Engine, model: Any) -> float:
     Raises:
         WeightMismatch: they differ by more than rounding; says where.
     """
-    prompt = probe_ids(int(model.config.vocab_size))
+    prompt = probe_ids(model, _PROMPT_TOKENS)
     engine.submit("probe", prompt, SamplingParams(_RESPONSE_TOKENS, temperature=0.0))
     answer = engine.step()
     while not answer:
@@ -66,18 +62,16 @@ def verify_weights(engine: Engine, model: Any) -> float:
 
 
 def _greedy_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probs of the tokens under a plain forward pass, and of the likeliest token at each place."""
-    device = next(model.parameters()).device
+    """Log-probs of the tokens under the model's own forward pass, and of the likeliest token at each place."""
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            ids = torch.tensor([[*prompt, *tokens]], device=device)
-            states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
-            rows = torch.log_softmax(model.get_output_embeddings()(states).float(), dim=-1)
+            logits = logit_head(model).close(own_logits(model, [*prompt, *tokens])[len(prompt) - 1 : -1])
+            rows = torch.log_softmax(logits, dim=-1)
     finally:
         model.train(was_training)
-    own = rows.gather(1, ids[0, len(prompt) :, None])[:, 0]
+    own = rows.gather(1, torch.tensor(tokens, device=rows.device)[:, None])[:, 0]
     return own.double().cpu().numpy(), rows.max(-1).values.double().cpu().numpy()
 
 

@@ -1,8 +1,8 @@
 """Log-probs of sampled tokens under a model: the same ids, the same temperature, bounded memory.
 
 The invariant: no tensor of rows x positions x vocabulary ever exists. The model's decoder gives hidden states; only those that
-predict a sampled token go through the output head, a bounded chunk at a time, and in training each chunk's logits are
-recomputed in the backward pass instead of kept.
+predict a sampled token go through the output head (with all that the model does behind it, see ``agents.logits``), a bounded
+chunk at a time, and in training each chunk's logits are recomputed in the backward pass instead of kept.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from agents.logits import LogitHead, decoder_states, logit_head, require_known_ids, usable_ids
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.learner import distributed
 from atod_algos.learner.memory import Budget
@@ -65,7 +66,7 @@ class Predictions:
 def head_logprobs(
     hidden: torch.Tensor,
     targets: torch.Tensor,
-    head: Any,
+    head: LogitHead,
     temperature: float,
     entropy: bool,
     support: torch.Tensor | None = None,
@@ -88,11 +89,11 @@ def head_logprobs(
     def part(
         states: torch.Tensor, ids: torch.Tensor, more: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logprobs = torch.log_softmax(head(states).float() / temperature, dim=-1)
-        spread = -(logprobs.exp() * logprobs).sum(-1) if entropy else torch.zeros_like(logprobs[:, 0])
+        logprobs = torch.log_softmax(head(states) / temperature, dim=-1)
+        spread = entropies(logprobs) if entropy else torch.zeros_like(logprobs[:, 0])
         return logprobs.gather(1, ids[:, None])[:, 0], spread, logprobs.gather(1, more)
 
-    size = max(1, CHUNK_LOGITS // int(head.weight.shape[0]))
+    size = max(1, CHUNK_LOGITS // head.rows)
     if len(targets) <= size:
         count = len(targets)
         filling = even_filling(count, hidden.device)
@@ -105,6 +106,20 @@ def head_logprobs(
     ]
     logprobs, spread, others = zip(*pieces, strict=True)
     return torch.cat(logprobs), torch.cat(spread), torch.cat(others)
+
+
+def entropies(logprobs: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of each distribution of log-probs [m, V]; an id without any probability adds nothing: 0 log 0 = 0."""
+    spread = -(logprobs.exp() * logprobs).sum(-1)
+    if not bool(torch.isnan(spread).any()):
+        return spread
+    return -(logprobs.exp() * logprobs.masked_fill(torch.isneginf(logprobs), 0.0)).sum(-1)
+
+
+def _divergence(own: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """KL(own || theirs) in nats of log-probs [m, V]; ids that the first gives no probability add nothing."""
+    gap = (own - theirs).masked_fill(torch.isneginf(own), 0.0)
+    return (own.exp() * gap).sum(-1).clamp(min=0)
 
 
 def split_rows(model: Any, rows: Sequence[np.ndarray], budget: int) -> Iterator[np.ndarray]:
@@ -146,7 +161,7 @@ def _states(model: Any, batch: TokenBatch, rows: np.ndarray) -> tuple[np.ndarray
         ids[i, : len(batch.rows[row])] = batch.rows[row]
     tokens = torch.from_numpy(ids).to(device)
     # Padding stands on the right: with causal attention no real token sees it, so no mask is needed.
-    states = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    states = decoder_states(model, tokens)
     at_line, at_column = torch.from_numpy(line).to(device), torch.from_numpy(column).to(device)
     return index_M, states[at_line, at_column - 1], tokens[at_line, at_column]
 
@@ -174,7 +189,7 @@ def predict(
     def work() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
         index_M, states, targets = _states(model, batch, rows)
         support = None if support_MS is None else torch.from_numpy(support_MS[index_M]).long().to(targets.device)
-        head = model.get_output_embeddings()
+        head = logit_head(model)
         return *head_logprobs(states, targets, head, temperature, entropy, support), index_M
 
     with fast_products(next(model.parameters()).device):
@@ -213,6 +228,7 @@ def score(
     """
     logprobs_M = np.zeros(batch.n_tokens)
     entropy_M = np.zeros(batch.n_tokens)
+    require_known_ids(model, batch.rows, "the model")
     was_training = model.training
     model.eval()
 
@@ -257,8 +273,11 @@ def compare(
         Scores with everything but reference and base.
     """
     n = batch.n_tokens
-    heads = student.get_output_embeddings(), teacher.get_output_embeddings()
-    shared = min(int(head.weight.shape[0]) for head in heads)
+    heads = logit_head(student), logit_head(teacher)
+    both = np.intersect1d(usable_ids(student), usable_ids(teacher))
+    shared = len(both)
+    columns: Any = slice(shared) if shared and both[-1] == shared - 1 else torch.from_numpy(both)
+    require_known_ids(teacher, batch.rows, "the teacher")
     size = max(1, CHUNK_LOGITS // (4 * shared))  # two distributions, and the terms of two sums over them
     width = min(support, shared)
     student_M, teacher_M, entropy_M, teacher_entropy_M, kl_M = (np.zeros(n) for _ in range(5))
@@ -282,18 +301,18 @@ def compare(
             chunk = slice(start, start + size)
             at, ids = index_M[chunk], targets[chunk, None]
             own, theirs = (
-                torch.log_softmax(head(states[chunk]).float() / temperature, dim=-1)
+                torch.log_softmax(head(states[chunk]) / temperature, dim=-1)
                 for head, states in zip(heads, (own_states, their_states), strict=True)
             )
             student_M[at] = _numbers(own.gather(1, ids)[:, 0])
             teacher_M[at] = _numbers(theirs.gather(1, ids)[:, 0])
-            entropy_M[at] = _numbers(-(own.exp() * own).sum(-1))
-            teacher_entropy_M[at] = _numbers(-(theirs.exp() * theirs).sum(-1))
+            entropy_M[at] = _numbers(entropies(own))
+            teacher_entropy_M[at] = _numbers(entropies(theirs))
             if ids_MS is not None and logprobs_MS is not None:
-                best = theirs[:, :shared].topk(width, dim=-1)
-                ids_MS[at], logprobs_MS[at] = best.indices.cpu().numpy(), best.values.cpu().numpy()
-            own, theirs = (torch.log_softmax(part[:, :shared], dim=-1) for part in (own, theirs))
-            kl_M[at] = _numbers((own.exp() * (own - theirs)).sum(-1).clamp(min=0))
+                best = theirs[:, columns].topk(width, dim=-1)
+                ids_MS[at], logprobs_MS[at] = both[best.indices.cpu().numpy()], best.values.cpu().numpy()
+            own, theirs = (torch.log_softmax(part[:, columns], dim=-1) for part in (own, theirs))
+            kl_M[at] = _numbers(_divergence(own, theirs))
 
     _in_memory(attempt, batch, budget)
     distributed.together([student_M, teacher_M, entropy_M, teacher_entropy_M, kl_M])

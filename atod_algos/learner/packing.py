@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from agents.logits import attends_fully
 from atod_algos.learner.onednn import even_filling
 
 log = logging.getLogger(__name__)
@@ -281,8 +282,7 @@ def packable(model: Any) -> bool:
 
 def _try(model: Any) -> bool:
     config = model.get_decoder().config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or not getattr(model, "_supports_sdpa", False):
+    if not attends_fully(model) or not getattr(model, "_supports_sdpa", False):
         return False
     original = config._attn_implementation
     if original == "eager":  # asked for by name, by somebody who wants to look inside

@@ -114,7 +114,7 @@ def shape_of(name: str, world: str, role: str) -> Shape | None:
     name = name.removesuffix(TRAINED)
     folder = REFERENCE / world / role if name == "builtin" else Path(name).expanduser()
     if (folder / "config.json").is_file():
-        return _shape(AutoConfig.from_pretrained(folder))
+        return _shape(AutoConfig.from_pretrained(folder).get_text_config(decoder=True))
     if name in ARCHITECTURES:
         values = dict(ARCHITECTURES[name])
         return _shape(AutoConfig.for_model(values.pop("model_type"), **values))
