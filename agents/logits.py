@@ -9,6 +9,7 @@ used only after its logits, made here, equalled ``model(ids).logits`` on a probe
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -129,15 +130,15 @@ def attends_fully(model: Any, length: int | None = None) -> bool:
 # --- the vocabulary -----------------------------------------------------------------------------------------------
 
 
-def limit_vocabulary(model: Any, ids: set[int] | frozenset[int] | range) -> None:
+def limit_vocabulary(model: Any, ids: Iterable[int]) -> None:
     """Let a model give probability to these ids alone; what was shut out before stays out.
 
     Models have more rows than their tokenizer has tokens, to fill up tiles or a family's largest vocabulary. The rows were never
     trained, and the ids mean nothing.
     """
     before = getattr(model, _MISSING, None)
-    known = set() if before is None else set(before.tolist())
-    missing = sorted(known | {i for i in range(vocabulary_rows(model)) if i not in ids})
+    shut, allowed = set() if before is None else set(before.tolist()), set(ids)
+    missing = sorted(shut | {i for i in range(vocabulary_rows(model)) if i not in allowed})
     setattr(model, _MISSING, torch.tensor(missing, dtype=torch.int64))
 
 
@@ -150,7 +151,7 @@ def usable_ids(model: Any) -> np.ndarray:
     return np.flatnonzero(open_ids)
 
 
-def require_known_ids(model: Any, rows: list[np.ndarray], what: str) -> None:
+def require_known_ids(model: Any, rows: Sequence[np.ndarray], what: str) -> None:
     """Refuse token ids that a model has no embedding for.
 
     Raises:
@@ -306,9 +307,7 @@ def _not_finite(model: Any) -> str:
                 f"the weights of {type(model).__name__} are broken: {name} holds values that are no finite numbers; load another copy "
                 "of the checkpoint"
             )
-    return (
-        f"{type(model).__name__} gives logits that are no finite numbers although its weights are finite; try another --dtype"
-    )
+    return f"{type(model).__name__} gives logits that are no finite numbers although its weights are finite; try another --dtype"
 
 
 def require_finite(model: Any) -> None:

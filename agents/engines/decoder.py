@@ -136,7 +136,9 @@ def _reason(
         with torch.inference_mode():
             store, decoder = make_store(len(_PROBE[1])), make()
             device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-            rows = [probe_ids(model, min(longest, sum(p[row] for p in _PROBE if row < len(p))), 7 + row) for row in range(3)]
+            rows = [
+                probe_ids(model, min(longest, sum(p[row] for p in _PROBE if row < len(p))), 7 + row) for row in range(3)
+            ]
             done = [0, 0, 0]
             for sizes in _PROBE:
                 segments, ids = [], []

@@ -79,7 +79,8 @@ class TransformersEngine:
     """
 
     def __init__(self, model: torch.nn.Module, *, slots: int = 128, max_context: int | None = None) -> None:
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        wrapped: Any = model
+        base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
         self.model = model
         self.version = 0
         self.max_context = int(max_context or longest_context(base))
@@ -250,9 +251,9 @@ class TransformersEngine:
         columns_T = np.concatenate([np.arange(s.start, s.start + s.width) for s in segments])
         self._store.begin(segments, columns_T)
         device = self.device
-        ids, columns = torch.from_numpy(ids_T).to(device), torch.from_numpy(columns_T).to(device)
+        tokens, columns = torch.from_numpy(ids_T).to(device), torch.from_numpy(columns_T).to(device)
         last = torch.from_numpy(np.cumsum([s.width for s in segments]) - 1).to(device)
-        logits = self._decoder.next_logits(ids, columns, self._store, last)
+        logits = self._decoder.next_logits(tokens, columns, self._store, last)
         drawn, source = list(slots), list(range(len(slots)))
         for place, (slot, ids) in enumerate(zip(slots, new, strict=True)):
             slot.cached += ids

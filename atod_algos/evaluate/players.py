@@ -59,6 +59,7 @@ class Player:
 
         from agents.chat import ChatFormat
         from agents.engines.transformers import TransformersEngine
+        from agents.logits import longest_context
         from agents.models import load_model
 
         folder = Path(agent).expanduser()
@@ -77,7 +78,7 @@ class Player:
             torch.set_num_threads(1)  # models this small only lose with more
         world = cast("TextEnv", make_env(self._config, self._sampling, split).unwrapped).env_key
         model = load_model(name, role or "student", world=world, device=device)
-        limit = int(model.model.config.max_position_embeddings)
+        limit = longest_context(model.model)
         self._engine = TransformersEngine(
             model.model, slots=self._config.concurrency, max_context=min(cast("int", self._sampling.max_context), limit)
         )

@@ -7,6 +7,7 @@ Engines know nothing of adapters: they are given the sums.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,11 +15,15 @@ from typing import Any
 
 import torch
 
+from agents.logits import text_config
 from atod_envs.errors import AtodError, DataError
 
 
 def add_adapters(model: Any, *, rank: int, alpha: float, seed: int) -> Any:
-    """Put an adapter into every linear layer but the output head; only adapters stay trainable.
+    """Put an adapter into every linear layer but the output head and routers; only adapters stay trainable.
+
+    In a mixture of experts the routers stay as they are (an adapter there moves tokens between experts instead of teaching them), and so
+    do experts whose matrices stand in one tensor.
 
     Args:
         model: a ``transformers`` model; changed in place.
@@ -40,7 +45,38 @@ def add_adapters(model: Any, *, rank: int, alpha: float, seed: int) -> Any:
         ) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"))
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=_targets(model)))
+
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+
+
+def _targets(model: Any) -> Any:
+    """Which layers get an adapter: peft's word for all, or, in a mixture of experts, the names of all but routers."""
+    config = text_config(model)
+    if not any(isinstance(getattr(config, name, None), int) for name in _EXPERTS):
+        return "all-linear"
+    head = model.get_output_embeddings()
+    routers = tuple(
+        name
+        for name, part in model.named_modules()
+        if re.search("Router|Gating", type(part).__name__) or _ROUTER.search(name)
+    )
+    chosen = [
+        name
+        for name, part in model.named_modules()
+        if type(part) is torch.nn.Linear
+        and part is not head
+        and not any(name == router or name.startswith(router + ".") for router in routers)
+    ]
+    if not chosen:
+        raise AtodError(
+            f"{type(model).__name__} has no linear layer for an adapter; train all weights with --lora-rank 0"
+        )
+    return chosen
+
+
+_ROUTER = re.compile(r"(^|\.)(router|gate|[a-z_]*_gate)$")
 
 
 def base_model(model: Any) -> Any:

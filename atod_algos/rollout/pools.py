@@ -17,6 +17,7 @@ from agents.chat import ChatFormat
 from agents.engines import make_engine
 from agents.engines.base import Engine
 from agents.engines.weight_check import verify_weights
+from agents.logits import limit_vocabulary, longest_context
 from agents.models import load_model
 from atod_algos.algorithm import RolloutLimits
 from atod_algos.learner import distributed
@@ -183,7 +184,7 @@ def local_players(config: TrainConfig, model: Any, tokenizer: Any) -> LocalPlaye
         tokenizer: its tokenizer.
     """
     chat = ChatFormat(tokenizer)
-    context = min(given(config, "max_context"), int(model.config.max_position_embeddings))
+    context = min(given(config, "max_context"), longest_context(model))
     engine = make_engine(config.engine, model, slots=config.slots, max_context=context, memory=config.engine_memory)
     probe = make_env(config)
     style, _ = choose_layout(config.layout, named_style(cast("TextEnv", probe.unwrapped), given(config, "style")), chat)
@@ -204,12 +205,14 @@ def local_players(config: TrainConfig, model: Any, tokenizer: Any) -> LocalPlaye
     return LocalPlayers(engine, model, rollout)
 
 
-def worker_players(config: TrainConfig, world: str) -> LocalPlayers:
-    """What a worker of a cluster plays with; its weights come from the learner."""
+def worker_players(config: TrainConfig, world: str, ids: Iterable[int] | None = None) -> LocalPlayers:
+    """What a worker of a cluster plays with; its weights come from the learner, and it says these ids alone, if given."""
     device = device_of(config.device)
     if device == "cpu":
         torch.set_num_threads(1)
     loaded = load_model(config.student, "student", world=world, device=device, dtype=dtype_of(config, device))
+    if ids is not None:
+        limit_vocabulary(loaded.model, ids)
     return local_players(config, loaded.model, loaded.tokenizer)
 
 

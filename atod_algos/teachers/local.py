@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from agents.chat import ChatFormat
-from agents.models import LoadedModel, require_same_tokenizer
+from agents.logits import longest_context
+from agents.models import LoadedModel, require_same_tokenizer, share_vocabulary
 from atod_algos.algorithm import Algorithm
 from atod_algos.batch import Scores, TokenBatch, put_in_front
 from atod_algos.learner import distributed
@@ -120,7 +121,7 @@ class EngineScorer:
             )
         from agents.engines.vllm import VllmEngine
 
-        context = int(loaded.model.config.max_position_embeddings)
+        context = longest_context(loaded.model)
         self.engine = VllmEngine(
             loaded.model.to(device), slots=config.slots, max_context=context, memory=config.engine_memory
         )
@@ -182,6 +183,8 @@ class StepScorer:
         self.teacher = self._scorer_for(config.teacher, "teacher") if "teacher" in wanted else None
         self.reference = self._scorer_for(config.student, "student") if "reference" in wanted else None
         self.base = self._scorer_for(config.base or config.student, "student") if "base" in wanted else None
+        others = [scorer.loaded.model for scorer in self._held.values() if isinstance(scorer, LocalScorer)]
+        share_vocabulary([student.model, *others], student.tokenizer)
 
     def _scorer_for(self, name: str, role: str) -> LogprobScorer:
         if role == "teacher" and is_address(name):
@@ -250,7 +253,7 @@ class StepScorer:
             for n, trajectory in zip(batch.group_N, batch.trajectories, strict=True)
         ]
         shown = put_in_front(batch, [self._chat.encode(text) for text in texts])
-        longest, limit = max(len(row) for row in shown.rows), int(self.student.model.config.max_position_embeddings)
+        longest, limit = max(len(row) for row in shown.rows), longest_context(self.student.model)
         if longest > limit:
             raise AtodError(
                 f"privileged text and episode are {longest} tokens, but the student reads {limit}; nothing is cut, so lower "

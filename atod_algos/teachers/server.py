@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from agents.logits import longest_context
 from agents.models import LoadedModel, load_model
 from atod_algos.batch import TokenBatch
 from atod_algos.learner.logprobs import score
@@ -137,7 +138,7 @@ class TeacherServer(HttpServer):
         temperature = body.get("temperature", 1.0)
         if type(temperature) not in (int, float) or not COLDEST <= temperature <= HOTTEST:
             raise Refused(400, f"temperature is {temperature!r}; expected a number from {COLDEST:g} to {HOTTEST:g}")
-        limit = int(self.loaded.model.config.max_position_embeddings)
+        limit = longest_context(self.loaded.model)
         longest = max(map(len, prompts))
         if longest > limit:
             raise Refused(400, f"a prompt has {longest} ids, but the model reads {limit}")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from agents.chat import ChatFormat
+from agents.logits import limit_vocabulary, usable_ids
 from agents.models import LoadedModel, load_model
 from atod_algos.algorithm import Algorithm
 from atod_algos.batch import Scores, TokenBatch, make_batch
@@ -96,6 +97,7 @@ class Trainer:
         if config.gradient_checkpointing:
             recompute_layers(self.student.model)
         self.scorer = StepScorer(config, algorithm, self.student, self.adapters, self._load_frozen, self.device)
+        limit_vocabulary(policy, usable_ids(self.student.model).tolist())
         per_token = bytes_per_token(self.student.model)
         if distributed.size() > 1:
             distributed.shard(self.student.model)
@@ -118,7 +120,8 @@ class Trainer:
             own: Players | None = local_players(config, policy, self.student.tokenizer)
         elif distributed.rank() == 0:
             fleet = Fleet(config.workers, config.worker_cpus, config.worker_gpus)
-            own = RayPlayers(partial(worker_players, config, self.world), fleet)
+            ids = usable_ids(self.student.model).tolist()
+            own = RayPlayers(partial(worker_players, config, self.world, ids), fleet)
         else:
             own = None
         return own if own and distributed.size() == 1 else SharedPlayers(own, divided=config.cluster == "none")

@@ -6,6 +6,7 @@ import torch
 
 from agents.engines.base import EngineDied, SamplingParams, uniform
 from agents.engines.decoder import FamilyDecoder
+from agents.engines.own_forward import OwnDecoder
 from agents.engines.transformers import TransformersEngine
 from agents.engines.weight_check import WeightMismatch, verify_weights
 
@@ -163,20 +164,20 @@ def small(kind, **options):
     import transformers
 
     torch.manual_seed(1)
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=97,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=64,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **options,
-    )
+    shape = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = getattr(transformers, f"{kind}Config")(**{**shape, **options})
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -210,25 +211,48 @@ def test_every_family_gives_the_log_probs_of_its_own_forward_pass(kind, options,
         np.testing.assert_allclose(more.logprobs, plain_logprobs(model, longer, list(more.token_ids)), atol=3e-5)
 
 
-def test_models_that_this_engine_cannot_run_are_refused():
-    with pytest.raises(ValueError, match="sliding"):
-        TransformersEngine(small("Mistral", sliding_window=16))
-    capped = small("Gemma2", layer_types=["full_attention"] * 2, attn_logit_softcapping=50.0)
-    engine = TransformersEngine(capped, slots=1)
-    engine.submit("a", [1, 2, 3], SamplingParams(2))
-    with pytest.raises(EngineDied, match="soft-capped"):
-        engine.step()
+@pytest.mark.parametrize(
+    ("kind", "options", "why"),
+    [
+        ("Mistral", {"sliding_window": 16}, "whole context"),
+        ("Gemma2", {"layer_types": ["full_attention"] * 2, "attn_logit_softcapping": 50.0}, "soft-capped"),
+        ("Bloom", {}, "get_mask_sizes"),
+        ("StableLm", {}, "keyword options"),
+        ("Mamba", {}, "its own forward pass"),
+    ],
+)
+def test_models_that_no_ragged_pass_can_run_go_through_their_own_forward(kind, options, why, caplog):
+    model = small(kind, **options)
+    engine = TransformersEngine(model, slots=3)
+    assert isinstance(engine._decoder, OwnDecoder)
+    assert f"{kind}ForCausalLM runs through its own forward" in caplog.text and why in caplog.text
+    texts = [*prompts(4, seed=9, low=20), [1, 2, 3]]
+    texts.append(list(texts[0]))  # one that is copied
+    conversations = dict(enumerate(texts))
+    for turn in range(2):
+        done = run(engine, [(f"{i}/{turn}", p, SamplingParams(6, 0.8, seed=i)) for i, p in conversations.items()])
+        for i, prompt in conversations.items():
+            got = done[f"{i}/{turn}"]
+            np.testing.assert_allclose(got.logprobs, plain_logprobs(model, prompt, list(got.token_ids), 0.8), atol=3e-5)
+            conversations[i] = [*prompt, *got.token_ids, 5, 6, 7]
+    assert verify_weights(engine, model) < 1e-4
+
+
+def test_a_window_wider_than_the_context_is_whole_attention():
+    model = small("Mistral", sliding_window=64)
+    assert isinstance(TransformersEngine(model, slots=2, max_context=64)._decoder, FamilyDecoder)
+    assert isinstance(TransformersEngine(model, slots=2, max_context=65)._decoder, OwnDecoder)
 
 
 @pytest.mark.parametrize(("bound", "scores"), [(40, 1 << 22), (8192, 500)])
 def test_bounds_on_memory_change_nothing(tiny_model, monkeypatch, bound, scores):
-    from agents.engines import store, transformers
+    from agents.engines import kv_cache, transformers
 
     texts = prompts(12, seed=11)
     requests = [(str(i), p, SamplingParams(9, seed=i)) for i, p in enumerate(texts)]
     expected = run(TransformersEngine(tiny_model, slots=12), requests)
     monkeypatch.setattr(transformers, "_PASS_TOKENS", bound)
-    monkeypatch.setattr(store, "_BLOCK_SCORES", scores)
+    monkeypatch.setattr(kv_cache, "_BLOCK_SCORES", scores)
     got = run(TransformersEngine(tiny_model, slots=12), requests)
     assert {k: c.token_ids for k, c in got.items()} == {k: c.token_ids for k, c in expected.items()}
 

@@ -1,0 +1,303 @@
+"""Every model's log-probs are its own forward pass's, in engine, learner, scorers and weight check, or it is refused by name."""
+
+import copy
+import json
+import socket
+
+import numpy as np
+import pytest
+import torch
+from test_inference import plain_logprobs, prompts, run, small
+
+from agents.engines.base import SamplingParams
+from agents.engines.transformers import TransformersEngine
+from agents.engines.weight_check import verify_weights
+from agents.logits import (
+    UnsupportedModel,
+    decoder_states,
+    limit_vocabulary,
+    logit_head,
+    own_logits,
+    probe_ids,
+    text_config,
+    usable_ids,
+)
+from agents.models import LoadedModel, accept, load_model, share_vocabulary
+from agents.reference.tokenizer import train_tokenizer
+from atod_algos.learner.logprobs import compare, entropies, predict, score
+from atod_algos.learner.lora import add_adapters, merged_weights
+from atod_algos.teachers.server import row_batch
+from atod_envs.errors import AtodError
+
+AFTER_THE_HEAD = [
+    ("Granite", {"logits_scaling": 8.0}),
+    ("GraniteMoe", {"logits_scaling": 8.0, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    ("Cohere", {"logit_scale": 0.0625}),
+    ("Gemma2", {"final_logit_softcapping": 30.0}),
+    ("NanoChat", {}),
+]
+
+
+def large_head(model):
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(6)
+    return model
+
+
+@pytest.mark.parametrize(("kind", "options"), AFTER_THE_HEAD)
+def test_what_a_model_does_behind_its_head_is_in_every_log_prob(kind, options):
+    model = large_head(small(kind, tie_word_embeddings=False, **options))
+    ids = probe_ids(model, 30, 3)
+    own = torch.log_softmax(own_logits(model, ids), -1).detach()
+    expected = own[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        without = torch.log_softmax(head(decoder_states(model, torch.tensor([ids]))[0]), -1)
+    assert float((without - own).abs().max()) > 1.0  # what the output layer alone would say
+
+    batch = row_batch([np.array(ids)])
+    np.testing.assert_allclose(score(model, batch, temperature=1.0)[0], expected, atol=1e-3)
+    np.testing.assert_allclose(
+        compare(model, copy.deepcopy(model), batch, temperature=1.0).teacher_M, expected, atol=1e-3
+    )
+    engine = TransformersEngine(model, slots=3)
+    done = run(engine, [(str(i), p, SamplingParams(8, 0.9, seed=i)) for i, p in enumerate(prompts(4, seed=2))])
+    for i, prompt in enumerate(prompts(4, seed=2)):
+        got = done[str(i)]
+        np.testing.assert_allclose(got.logprobs, plain_logprobs(model, prompt, list(got.token_ids), 0.9), atol=1e-3)
+    assert verify_weights(engine, model) < 1e-4
+
+
+@pytest.mark.parametrize(("kind", "options"), AFTER_THE_HEAD)
+def test_gradients_go_through_what_stands_behind_the_head(kind, options):
+    model = large_head(small(kind, tie_word_embeddings=False, **options))
+    ids = probe_ids(model, 20, 3)
+    batch = row_batch([np.array(ids)])
+    found = predict(model, batch, np.array([0]), temperature=0.7, entropy=True)
+    (found.logprobs.sum() + found.entropy.sum()).backward()
+    got = model.get_output_embeddings().weight.grad.clone()
+    model.zero_grad()
+    rows = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1].float() / 0.7, -1)
+    (rows.gather(1, torch.tensor(ids[1:])[:, None]).sum() - (rows.exp() * rows).sum()).backward()
+    expected = model.get_output_embeddings().weight.grad
+    assert float((got - expected).norm() / expected.norm()) < 1e-4
+
+
+def test_a_cap_is_seen_although_the_weights_make_small_logits():
+    model = small("Gemma2", final_logit_softcapping=30.0)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e-3)
+    assert not logit_head(model).plain
+    assert logit_head(small("Gemma2", final_logit_softcapping=None)).plain
+    assert logit_head(small("Qwen3")).plain
+
+
+def test_a_model_that_sees_what_comes_after_is_refused_by_name():
+    from transformers import BertConfig, BertLMHeadModel
+
+    torch.manual_seed(0)
+    model = BertLMHeadModel(
+        BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    with pytest.raises(UnsupportedModel, match=r"BertLMHeadModel cannot be used here: .*Use a causal decoder"):
+        TransformersEngine(model, slots=1)
+    with pytest.raises(UnsupportedModel, match="BertLMHeadModel"):
+        score(model, row_batch([np.arange(1, 9)]), temperature=1.0)
+
+
+# --- at load time -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["You see a apple 1. take it"] * 30, tags=["<think>"], words=20, phrases=5)
+
+
+@pytest.fixture
+def saved(tokenizer, tmp_path):
+    def save(name, model):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
+
+
+def test_weights_that_are_no_numbers_are_named_when_they_are_loaded(saved, tokenizer):
+    model = small("Qwen3", vocab_size=len(tokenizer))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    with pytest.raises(
+        AtodError, match=r"student model .*layers\.1\.mlp\.up_proj\.weight holds values that are no finite"
+    ):
+        load_model(saved("broken", model), "student")
+
+
+def test_ids_without_a_token_are_never_sampled_nor_given_probability(saved, tokenizer):
+    n = len(tokenizer)
+    model = small("Qwen3", vocab_size=n + 23)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[n:] *= 5  # as likely as can be
+    loaded = load_model(saved("padded", model), "student").model
+    assert usable_ids(loaded).tolist() == list(range(n))
+    for policy in (loaded, copy.deepcopy(loaded)):
+        engine = TransformersEngine(policy, slots=32)
+        prompt = [5, 6, 7, 8]
+        done = run(engine, [(str(i), prompt, SamplingParams(20, i / 8, seed=i)) for i in range(24)])
+        assert max(max(c.token_ids) for c in done.values()) < n
+        with torch.no_grad():
+            c = done["8"]
+            rows = torch.log_softmax(policy(torch.tensor([[*prompt, *c.token_ids]])).logits[0, 3:-1, :n], -1)
+        np.testing.assert_allclose(c.logprobs, rows.gather(1, torch.tensor(c.token_ids)[:, None])[:, 0], atol=2e-5)
+        assert verify_weights(engine, policy) < 1e-4
+    values, entropy = score(loaded, row_batch([np.array([*prompt, *c.token_ids])]), temperature=1.0, entropy=True)
+    np.testing.assert_allclose(values[3:], c.logprobs, atol=2e-5)
+    assert np.isfinite(entropy).all()
+    np.testing.assert_allclose(entropy[3:], -(rows.exp() * rows).sum(-1), atol=2e-5)
+
+
+def test_holes_in_a_vocabulary_are_shut_too():
+    model = small("Qwen3")
+    limit_vocabulary(model, [i for i in range(97) if i % 3])
+    engine = TransformersEngine(model, slots=16)
+    done = run(engine, [(str(i), [1, 2, 4], SamplingParams(30, seed=i)) for i in range(16)])
+    assert not any(token % 3 == 0 for c in done.values() for token in c.token_ids)
+
+
+def test_the_smaller_vocabulary_is_the_support_of_both(tokenizer):
+    n = len(tokenizer)
+    student, teacher = small("Qwen3", vocab_size=n + 5), small("Qwen3", vocab_size=n - 7)
+    for model in (student, teacher):
+        accept(model, tokenizer, "model")
+    assert share_vocabulary([student, teacher], tokenizer) == n - 7
+    done = run(
+        TransformersEngine(student, slots=16), [(str(i), [1, 2, 4], SamplingParams(30, seed=i)) for i in range(16)]
+    )
+    rows = [np.array([1, 2, 4, *c.token_ids]) for c in done.values()]
+    assert max(row.max() for row in rows) < n - 7
+    found = compare(student, teacher, row_batch(rows), temperature=1.0, support=10**6)
+    assert found.vocabulary == n - 7 and found.support_MS.shape[1] == n - 7 and np.isfinite(found.reverse_kl_M).all()
+    np.testing.assert_allclose(found.teacher_M, score(teacher, row_batch(rows), temperature=1.0)[0], atol=1e-5)
+    with pytest.raises(AtodError, match=rf"embeddings for {n - 7:,} ids, but a prompt holds id {n - 1}"):
+        score(teacher, row_batch([np.array([1, n - 1, 2])]), temperature=1.0)
+    tiny = small("Qwen3", vocab_size=1, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    with pytest.raises(AtodError, match="end of a response is id 1"):
+        share_vocabulary([student, tiny], tokenizer)
+
+
+def test_ids_that_are_masked_have_no_entropy_and_no_divergence():
+    logits = torch.tensor([[0.0, 1.0, float("-inf")], [2.0, float("-inf"), float("-inf")]], requires_grad=True)
+    rows = torch.log_softmax(logits, -1)
+    p = torch.tensor([1.0, np.e]) / (1 + np.e)
+    found = entropies(rows)
+    np.testing.assert_allclose(found.detach(), [float(-(p * p.log()).sum()), 0.0], atol=1e-6)
+    found.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_a_multimodal_checkpoint_is_its_text_model(saved, tokenizer):
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
+
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": len(tokenizer) + 3,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "max_position_embeddings": 256,
+    }
+    sight = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Gemma3Config(text_config=text, vision_config=sight.to_dict(), mm_tokens_per_image=4)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    loaded = load_model(saved("sees", model), "student")
+    assert text_config(loaded.model).hidden_size == 32
+    engine = TransformersEngine(loaded.model, slots=2, max_context=128)
+    assert verify_weights(engine, loaded.model) < 1e-4
+    ids = probe_ids(loaded.model, 30, 3)
+    own = torch.log_softmax(own_logits(loaded.model, ids)[:, : len(tokenizer)], -1).detach()
+    expected = own[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    np.testing.assert_allclose(score(loaded.model, row_batch([np.array(ids)]), temperature=1.0)[0], expected, atol=1e-3)
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------
+
+EXPERTS = [
+    ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    (
+        "Qwen2Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    ("GraniteMoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), EXPERTS)
+def test_adapters_leave_routers_alone_and_their_sums_reach_the_engine(kind, options):
+    pytest.importorskip("peft", reason="needs the lora extra")
+    model = small(kind, **options)
+    policy = copy.deepcopy(model)
+    engine = TransformersEngine(policy, slots=2)
+    names = {name for name, _ in policy.named_parameters()}
+    add_adapters(model, rank=2, alpha=4, seed=0)
+    adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert adapted and not any(
+        name.rsplit(".", 1)[-1] in ("gate", "router", "shared_expert_gate", "layer") for name in adapted
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_B" in name:
+                weight.normal_(0, 0.3)
+    merged = dict(merged_weights(model))
+    assert set(merged) == names
+    engine.load_weights(merged.items())
+    assert verify_weights(engine, model) < 1e-4
+
+
+def test_adapters_find_their_model_from_any_folder_and_never_ask_a_hub(saved, tokenizer, tmp_path, monkeypatch):
+    pytest.importorskip("peft", reason="needs the lora extra")
+    model = small("Qwen3", vocab_size=len(tokenizer))
+    saved("models/base", model)
+    wrapper = add_adapters(model, rank=2, alpha=4, seed=0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if ".lora_B" in name:
+                weight.normal_(0, 0.3)
+    folder = tmp_path / "run" / "checkpoints" / "step_1"
+    wrapper.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = folder / "adapter_config.json"
+
+    def no_network(*_, **__):
+        raise AssertionError("a hub was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    ids = probe_ids(model, 12, 1)
+    for base in ("../../../models/base", "models/base", str(tmp_path / "models" / "base")):
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": base}))
+        loaded = load_model(str(folder), "student")
+        assert isinstance(loaded, LoadedModel)
+        np.testing.assert_allclose(own_logits(loaded.model, ids).detach(), own_logits(model, ids).detach(), atol=1e-4)
+    for base in ("models/gone", "base", "./gone"):
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model_name_or_path": base}))
+        with pytest.raises(AtodError, match="neither a folder in or above"):
+            load_model(str(folder), "student")
+    settings.write_text("[]")
+    with pytest.raises(AtodError, match="names no base model"):
+        load_model(str(folder), "student")
