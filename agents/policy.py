@@ -1,82 +1,90 @@
-"""A language-model policy as an agent: one episode at a time, on an inference engine.
+"""Who answers the prompts of an episode: a language model on an engine, or an agent whose actions are put into words.
 
-Rollouts drive an engine with many episodes at once; this is the same policy for a single one: to watch it, to play it against
-another, or to let it act inside somebody else's loop.
+An ``Agent`` (``agents.base``) plays one episode. A ``Policy`` answers the turns of many episodes at once, because an engine is
+fastest when it runs many requests together. The one loop that plays either is ``atod_algos.rollout.episodes``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from agents.base import Decision
+from agents.base import Agent, Decision
 from agents.chat import ChatFormat
-from agents.engines.base import Completion, Engine, SamplingParams
-from atod_envs.errors import AtodError
-from atod_envs.styles import History, Layout, PromptStyle, read_response
+from agents.engines.base import Engine, SamplingParams
+from atod_envs.prompting import Prompted
+from atod_envs.styles import Layout, phrase_response
 
 
-class PolicyAgent:
-    """Answers observations with a language model's responses.
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A language model that answers prompts.
 
-    Args:
-        engine: samples the responses; must be idle otherwise.
-        chat: renders messages to ids for the engine's model.
-        style: how the environment is put to the model.
-        max_tokens: longest response.
+    Attributes:
+        engine: samples the responses.
+        chat: renders messages to ids; the engine's model must share its tokenizer.
+        max_tokens: longest response, in tokens.
         temperature: of the sampling; 0 is greedy.
-        seed: of the sampling.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        chat: ChatFormat,
-        style: PromptStyle,
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        self._engine, self._chat, self._style = engine, chat, style
-        self._max_tokens, self._temperature, self._seed = max_tokens, temperature, seed
-        self._history = History("")
-        self._ids: list[int] = []
-        self._turns = 0
-        self.response = ""
+    engine: Engine
+    chat: ChatFormat
+    max_tokens: int
+    temperature: float = 1.0
+
+    def fits(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt and the longest response fit the engine's context."""
+        return len(prompt) + self.max_tokens <= self.engine.max_context
+
+    def submit(self, request_id: str, prompt: Sequence[int], seed: int) -> None:
+        """Ask for a response; the engine's ``step`` returns it.
+
+        Args:
+            request_id: names the request; unique among those that run.
+            prompt: its ids.
+            seed: of the sampling.
+        """
+        params = SamplingParams(
+            max_tokens=self.max_tokens, temperature=self.temperature, seed=seed, stop_ids=self.chat.stop_ids
+        )
+        self.engine.submit(request_id, prompt, params)
+
+
+def next_prompt(chat: ChatFormat, layout: Layout, conversation: Sequence[int], message: str) -> list[int]:
+    """Ids of the prompt that ends with a message.
+
+    Args:
+        chat: renders messages to ids.
+        layout: whether the prompt stands alone or continues the conversation.
+        conversation: ids of the episode so far, the last response included; empty at the first turn.
+        message: the environment's next message.
+    """
+    if layout is Layout.WINDOW or not conversation:
+        return chat.opening(message)
+    return [*conversation, *chat.continuation(message, conversation[-1] in chat.stop_ids)]
+
+
+class Phrased:
+    """An agent of the raw environment as one that answers prompts: its actions are phrased as the style asks for.
+
+    Args:
+        agent: plays the raw environment.
+        env: the prompted environment that is played.
+    """
+
+    def __init__(self, agent: Agent, env: Prompted) -> None:
+        self._agent, self._env = agent, env
 
     def reset(self, observation: str, info: Mapping[str, Any]) -> None:
         """Begin an episode."""
-        self._history = History(info["task"], [observation], [], info["admissible"])
-        self._ids = []
+        self._agent.reset(info["observation"], info)
 
     def act(self) -> Decision:
-        """Sample a response; the whole of it stands in ``response`` afterwards.
-
-        Raises:
-            AtodError: the conversation no longer fits the model's context.
-        """
-        message = self._style.prompt(self._history)
-        if self._style.layout is Layout.WINDOW or not self._ids:
-            prompt = self._chat.opening(message)
-        else:
-            prompt = self._ids + self._chat.continuation(message, self._ids[-1] in self._chat.stop_ids)
-        if len(prompt) + self._max_tokens > self._engine.max_context:
-            raise AtodError(
-                f"the conversation has {len(prompt)} tokens and no longer fits the context of {self._engine.max_context}"
-            )
-        self._turns += 1
-        params = SamplingParams(self._max_tokens, self._temperature, self._seed + self._turns, self._chat.stop_ids)
-        self._engine.submit(f"turn {self._turns}", prompt, params)
-        done: list[Completion] = []
-        while not done:
-            done = self._engine.step()
-        self._ids = [*prompt, *done[0].token_ids]
-        self.response = self._chat.decode(done[0].token_ids)
-        return Decision(read_response(self._style, self.response, self._history).action, self.response)
+        """Decide, and put it into words."""
+        decision = self._agent.act()
+        return Decision(phrase_response(self._env.style, decision.action, decision.thought, self._env.history))
 
     def observe(self, action: str, observation: str, info: Mapping[str, Any]) -> None:
-        """Note what an action led to."""
-        self._history.actions.append(action)
-        self._history.observations.append(observation)
-        self._history.admissible = info["admissible"]
+        """Tell the agent what was executed and what the environment said."""
+        self._agent.observe(info["action"], info["observation"], info)

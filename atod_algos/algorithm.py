@@ -19,6 +19,7 @@ import numpy as np
 
 from atod_algos.advantages import GroupOptions, reward_advantage, task_reward
 from atod_algos.batch import Scores, TokenBatch
+from atod_algos.turn_plans import TurnPlan
 from atod_envs.errors import AtodError, UnknownName
 from atod_envs.trajectory import Group, Trajectory
 
@@ -64,14 +65,12 @@ class RolloutLimits:
         max_turns: turns before an episode is cut; ``None`` leaves the environment's own limit.
         rounds: how often a step may play further tasks until it has enough groups that the algorithm learns from; 1 plays once and
             takes every group.
-        expert_leaves: the scripted expert plays all but this many of the last turns of its own solution, and the policy goes on
-            from there; ``None`` lets the policy play alone. A task that the expert does not solve has no such turns. What the
-            expert plays depends on the task and the episode's seed only.
+        who: who plays which turn; ``None`` lets the student play them all.
     """
 
     max_turns: int | None = None
     rounds: int = 1
-    expert_leaves: int | None = None
+    who: TurnPlan | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

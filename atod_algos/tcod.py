@@ -41,6 +41,7 @@ import numpy as np
 
 from atod_algos.algorithm import RELEASED, Advantages, Algorithm, RolloutLimits
 from atod_algos.batch import Scores, TokenBatch
+from atod_algos.turn_plans import ExpertFirst
 from atod_envs.errors import AtodError
 
 
@@ -80,7 +81,7 @@ class TCOD(Algorithm):
     def limits(self, step: int) -> RolloutLimits:
         """The first k turns, or all but the expert's first L - k."""
         k = self.turns(step)
-        return RolloutLimits(max_turns=k) if self.curriculum == "front_to_back" else RolloutLimits(expert_leaves=k)
+        return RolloutLimits(max_turns=k) if self.curriculum == "front_to_back" else RolloutLimits(who=ExpertFirst(k))
 
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """A_t = c (log pi_T - log pi_old) on the student's own turns."""

@@ -20,12 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
+from agents.chat import ChatFormat
 from agents.models import load_model
 from atod_algos.pipeline import Rates, Workload, simulate
 from atod_algos.plan import fit_engine
-from atod_algos.rollout.episodes import EpisodeSpec, Plays, derive_seed
-from atod_algos.rollout.pools import local_players, worker_players
-from atod_algos.rollout.ray_pool import Fleet, RayPlayers
+from atod_algos.rollout.environments import describe
+from atod_algos.rollout.episodes import EpisodeSpec, derive_seed
+from atod_algos.rollout.pools import RolloutPool, local_pool, worker_pool
+from atod_algos.rollout.ray_pool import RayPool
 from atod_algos.training.config import TrainConfig, resolve
 from atod_envs.trajectory import Trajectory
 
@@ -39,15 +41,15 @@ def cpu_seconds(pid: int) -> float:
 
 
 def timed(
-    rollout: Plays, specs: Sequence[EpisodeSpec], rounds: int, workers: Sequence[int] = ()
+    pool: RolloutPool, specs: Sequence[EpisodeSpec], rounds: int, workers: Sequence[int] = ()
 ) -> tuple[float, float, list[Trajectory]]:
     """Least wall and CPU seconds of a rollout, and its episodes; the first rollout, which fills caches, does not count."""
-    played = rollout.play(specs)
+    played = pool.play(specs, "train", temperature=1.0)
     wall = cpu = float("inf")
     for _ in range(rounds):
         before = [cpu_seconds(pid) for pid in workers]
         started, driver = time.perf_counter(), time.process_time()
-        played = rollout.play(specs)
+        played = pool.play(specs, "train", temperature=1.0)
         wall = min(wall, time.perf_counter() - started)
         used = [cpu_seconds(pid) - old for pid, old in zip(workers, before, strict=True)]
         cpu = min(cpu, time.process_time() - driver + max(used, default=0.0))
@@ -61,21 +63,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rollouts timed for each (%(default)s)")
     given = parser.parse_args()
     config = resolve(TrainConfig(env="atod/ALFWorld-v0", data="builtin"))
-    student = load_model(config.student, "student", world="alfworld")
-    here = local_players(config, student.model, student.tokenizer)
+    facts = describe(config)
+    student = load_model(config.student, "student", world=facts.env_key)
+    here = local_pool(config, facts.style, student.model, ChatFormat(student.tokenizer))
     here.load_weights(student.model.named_parameters(), 0)
-    probe = here.on("train", 1.0)._make_env()
-    order = probe.unwrapped.tasks.order(0)
+    order = facts.tasks("train").order(0)
     specs = [
         EpisodeSpec(order[group], str(group), derive_seed(0, group, member))
         for group in range(given.tasks)
         for member in range(8)
     ]
-    wall, seconds, episodes = timed(here.on("train", 1.0), specs, given.rounds)
+    wall, seconds, episodes = timed(here, specs, given.rounds)
     turns = [turn for episode in episodes for turn in episode.turns]
     # Environments are timed by the clock, which other programs on the machine hold up as much as they hold up the rollout.
     env = float(np.mean([turn.seconds_env for turn in turns])) * seconds / wall
-    _, group, few = timed(here.on("train", 1.0), specs[:8], 3 * given.rounds)
+    _, group, few = timed(here, specs[:8], 3 * given.rounds)
     turn = group / max(len(episode.turns) for episode in few)
     print(
         f"{len(specs)} episodes, {len(turns) / len(episodes):.1f} turns, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
@@ -89,10 +91,10 @@ def main() -> None:
     )  # fmt: skip
     rates = fit_engine(work, Rates(1, config.slots, 1.0, 1.0, 1.0, env, 1.0, 1.0, 0.0, 0.0, 1.0), seconds, (8, turn))
     for count in given.workers:
-        players = RayPlayers(partial(worker_players, config, "alfworld"), Fleet(count, cpus=0.4))
-        players.load_weights(student.model.named_parameters(), 1)
-        wall, used, same = timed(players.on("train", 1.0), specs, given.rounds, players.pids)
-        players.close()
+        pool = RayPool(partial(worker_pool, config, facts.env_key, facts.style), workers=count, cpus=0.4)
+        pool.load_weights(student.model.named_parameters(), 1)
+        wall, used, same = timed(pool, specs, given.rounds, pool.pids)
+        pool.close()
         assert [e.success for e in same] == [e.success for e in episodes], "another number of workers, another result"
         if count == 1:
             rates = replace(rates, dispatch=max(0.0, used - seconds))

@@ -229,8 +229,8 @@ def packing(args: argparse.Namespace) -> None:
     from atod_algos.learner import packing as module
     from atod_algos.learner.learner import Learner
     from atod_algos.learner.logprobs import score, split_rows, stream_tokens
+    from atod_algos.rollout.environments import make_env
     from atod_algos.rollout.episodes import Rollout
-    from atod_algos.rollout.pools import make_env
     from atod_algos.rollout.task_sampler import StepSampler
     from atod_algos.training.config import TrainConfig, optimizer_options, resolve
 

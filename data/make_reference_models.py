@@ -93,7 +93,7 @@ def household_tokenizer() -> Any:
     tasks = household().unwrapped.tasks  # type: ignore[attr-defined]
     shown = demonstrate(tasks[:600], household, ChatFormat(bare), style="compact", seed=0)
     texts = []
-    for trajectory in shown.trajectories:
+    for trajectory in shown:
         texts += [trajectory.task, trajectory.final_observation]
         texts += [text for turn in trajectory.turns for text in (turn.observation, turn.response)]
     return train_tokenizer(texts, tags=["<think>", "</think><action>", "</action>"], extra=household_words())

@@ -23,7 +23,7 @@ from atod_envs.errors import AtodError
 from atod_envs.trajectory import Trajectory
 
 if TYPE_CHECKING:
-    from atod_algos.rollout.episodes import Plays
+    from atod_algos.rollout.episodes import Play
 
 __all__ = ["Comparison", "Evaluation", "compare", "evaluate", "wilson"]
 
@@ -113,20 +113,25 @@ class Evaluation:
 
 
 def evaluate(
-    rollout: Plays, tasks: Sequence[str], *, seed: int = 0, on_finish: Callable[[int], None] | None = None
+    play: Play, tasks: Sequence[str], *, seed: int = 0, on_finish: Callable[[int], None] | None = None
 ) -> Evaluation:
-    """Play every task of a panel once with a rollout's policy, without any algorithm's limits.
+    """Play every task of a panel once, without any algorithm's limits.
 
     Args:
-        rollout: engine, environment and sampling.
+        play: plays episodes: ``Rollout.play``, or a pool's with split and temperature chosen.
         tasks: the panel.
         seed: of episodes and sampling.
         on_finish: called with the number of finished episodes.
+
+    Raises:
+        AtodError: not one prompt fitted the context.
     """
-    from atod_algos.rollout.episodes import EpisodeSpec
+    from atod_algos.rollout.episodes import EpisodeSpec, collect_groups, require_turns
 
     specs = [EpisodeSpec(task, task, episode_seed(seed, task)) for task in tasks]
-    return Evaluation(tuple(rollout.play(specs, on_finish=on_finish)))
+    trajectories = tuple(play(specs, on_finish=on_finish))
+    require_turns(collect_groups(trajectories))
+    return Evaluation(trajectories)
 
 
 def episode_seed(seed: int, task: str) -> int:

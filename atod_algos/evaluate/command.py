@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from atod_algos.evaluate import Evaluation
+from atod_algos.evaluate.journal import EpisodeJournal
 from atod_algos.evaluate.paired_command import show_comparison
-from atod_algos.evaluate.play import EpisodeJournal
-from atod_algos.evaluate.players import Player
 from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, sampling_of, settings_of
+from atod_algos.evaluate.worker import EvaluationWorker
 from atod_algos.training.console import result_table
 from atod_algos.training.run_dir import replace_text, versions
 from atod_envs.errors import AtodError
@@ -61,7 +61,7 @@ def run(config: EvaluateConfig, *, show: bool = True) -> dict[str, Any]:
     out = config.out or Path("evaluations") / f"{_file_name(config.agent)}-{config.env.split('/')[-1]}"
     _open(out, settings)
     rows: dict[str, Any] = {}
-    player = Player(config, sampling, panels[0].split)
+    worker = EvaluationWorker(config, sampling, panels[0].env_key)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
@@ -71,7 +71,7 @@ def run(config: EvaluateConfig, *, show: bool = True) -> dict[str, Any]:
                     done = bar.add_task(f"{panel.name}, seed {seed}", total=len(panel.tasks))
                     path = episodes_path(out, panel.name, seed)
                     if not path.exists():
-                        played = player.play(panel, seed, _journal(path), _counter(bar, done))
+                        played = worker.play(panel, seed, _journal(path), _counter(bar, done))
                         part = path.with_name(path.name + ".part.gz")
                         write_jsonl(part, played)
                         part.replace(path)
@@ -81,8 +81,8 @@ def run(config: EvaluateConfig, *, show: bool = True) -> dict[str, Any]:
                 whole = Evaluation(tuple(t for part in seeds.values() for t in part.trajectories))
                 rows[panel.name] = whole.summary() | {"by_seed": {str(s): e.success for s, e in seeds.items()}}
     finally:
-        player.close()
-    result = {"panels": rows} | ({"usage": player.usage} if player.usage else {})
+        worker.close()
+    result = {"panels": rows} | ({"usage": worker.usage} if worker.usage else {})
     replace_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     title = f"{config.agent} on {config.env}, seeds {', '.join(map(str, config.seeds))}; " + ", ".join(
         f"{name} {value}" for name, value in dataclasses.asdict(sampling).items() if value not in (None, ())

@@ -80,12 +80,14 @@ class Panel:
         split: the split.
         tasks: task ids in the panel's order.
         data_version: what the tasks are made of, as the environment says.
+        env_key: the environment's key.
     """
 
     name: str
     split: str
     tasks: tuple[str, ...] = field(repr=False)
     data_version: str = ""
+    env_key: str = ""
 
     @property
     def digest(self) -> str:
@@ -128,7 +130,8 @@ def read_panels(make: Callable[[str], TextEnv], names: Sequence[str]) -> list[Pa
             count = int(size)
         else:
             raise AtodError(f"panel {name!r}: expected a size from 1 to {len(tasks)}, or all")
-        panels.append(Panel(f"{split}/{count}", split, tasks.panel(count), env.data_version))
+        panels.append(Panel(f"{split}/{count}", split, tasks.panel(count), env.data_version, env.env_key))
+        env.close()
     return panels
 
 

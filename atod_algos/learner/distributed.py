@@ -1,8 +1,8 @@
-"""Several processes, one run: who computes what, and how the parts come together (``torchrun``, PyTorch FSDP2).
+"""Several processes, one run: who computes what, and how the parts are gathered (``torchrun``, PyTorch FSDP2).
 
 Every rank holds the whole batch of a step, which is small, and a shard of the weights, gradients and optimizer state, which are not.
-Groups are played, rows scored and micro-batches learned in shares; what comes of them (trajectories, log-probs, gradients) is
-put together again, so everything between is computed alike on all ranks. The invariant: with any number of ranks the run is the one
+Groups are played, rows scored and micro-batches learned in shares. Their trajectories, log-probs and gradients are gathered or reduced,
+so everything between is computed alike on all ranks. The invariant: with any number of ranks the run is the one
 that a single process makes, up to the order in which numbers are added.
 
 Without ``torchrun`` there is one rank, and every function here does nothing.
@@ -89,14 +89,14 @@ def from_first(value: Result) -> Result:
     return gather(value)[0] if size() > 1 else value
 
 
-def together(arrays: Sequence[np.ndarray]) -> None:
+def all_reduce(arrays: Sequence[np.ndarray]) -> None:
     """Add arrays up over the ranks, in place. Where each entry was filled by one rank, all have all of them afterwards."""
     if size() > 1:
         for array in arrays:
             dist.all_reduce(torch.from_numpy(array))
 
 
-def shared(parts: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
+def iter_shard(parts: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
     """This rank's share of some parts.
 
     A forward pass of a sharded model is made by all ranks at once, so all of them get equally many parts: where they do not come
@@ -114,7 +114,7 @@ def shared(parts: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
         yield (every[place], True) if place < len(every) else (every[0], False)
 
 
-def fair(budget: int, total: int) -> int:
+def per_rank_budget(budget: int, total: int) -> int:
     """Tokens of a micro-batch, few enough that every rank gets work.
 
     Args:
@@ -146,17 +146,17 @@ def shard(model: Any) -> None:
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
     for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    # The head may share the embedding's weight, so both are whole together: see ``whole``.
+    # The head may share the embedding's weight, so both are whole together: see ``unsharded``.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    model.run_whole = MethodType(_run_whole, model)
-    register_fsdp_forward_method(model, "run_whole")
+    model.run_unsharded = MethodType(_run_unsharded, model)
+    register_fsdp_forward_method(model, "run_unsharded")
 
 
-def _run_whole(_: Any, work: Callable[..., Result], *arguments: Any) -> Result:
+def _run_unsharded(_: Any, work: Callable[..., Result], *arguments: Any) -> Result:
     return work(*arguments)
 
 
-def whole(model: Any, work: Callable[..., Result], *arguments: Any) -> Result:
+def unsharded(model: Any, work: Callable[..., Result], *arguments: Any) -> Result:
     """Run some work in which the model's embeddings and head are whole; its layers see to themselves.
 
     Args:
@@ -164,7 +164,7 @@ def whole(model: Any, work: Callable[..., Result], *arguments: Any) -> Result:
         work: uses the model; returns a tensor or a tuple, so that the backward pass finds its way.
         arguments: for ``work``.
     """
-    run = getattr(model, "run_whole", None)
+    run = getattr(model, "run_unsharded", None)
     return work(*arguments) if run is None else run(work, *arguments)
 
 

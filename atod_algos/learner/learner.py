@@ -174,8 +174,8 @@ class Learner:
         """Add up the gradient of a mini-batch, a micro-batch at a time; old log-probs that were not known go into ``found_M``."""
         sums = _Sums()
         chosen = [loss.batch.rows[row] for row in rows]
-        budget = distributed.fair(budget, sum(len(row) for row in chosen))
-        for micro, counts in distributed.shared(split_rows(self.model, chosen, budget)):
+        budget = distributed.per_rank_budget(budget, sum(len(row) for row in chosen))
+        for micro, counts in distributed.iter_shard(split_rows(self.model, chosen, budget)):
             found = _Sums()
             with fast_products(self._device):
                 part = loss.of(self.model, rows[micro], found, found_M)

@@ -193,7 +193,7 @@ def predict(
         return *head_logprobs(states, targets, head, temperature, entropy, support), index_M
 
     with fast_products(next(model.parameters()).device):
-        logprobs, spread, others, index_M = distributed.whole(model, work)
+        logprobs, spread, others, index_M = distributed.unsharded(model, work)
     return Predictions(index_M, logprobs, spread, None if support_MS is None else others)
 
 
@@ -234,14 +234,14 @@ def score(
 
     @torch.no_grad()
     def attempt(tokens: int) -> None:
-        for rows, counts in distributed.shared(split_rows(model, batch.rows, tokens)):
+        for rows, counts in distributed.iter_shard(split_rows(model, batch.rows, tokens)):
             index_M, logprobs, spread = row_logprobs(model, batch, rows, temperature=temperature, entropy=entropy)
             if counts:
                 logprobs_M[index_M] = _numbers(logprobs)
                 entropy_M[index_M] = _numbers(spread)
 
     _in_memory(attempt, batch, budget)
-    distributed.together([logprobs_M, entropy_M])
+    distributed.all_reduce([logprobs_M, entropy_M])
     model.train(was_training)
     return logprobs_M, entropy_M
 
@@ -288,9 +288,9 @@ def compare(
 
     @torch.no_grad()
     def attempt(tokens: int) -> None:
-        for rows, counts in distributed.shared(split_rows(student, batch.rows, tokens)):
+        for rows, counts in distributed.iter_shard(split_rows(student, batch.rows, tokens)):
             with fast_products(next(student.parameters()).device):
-                distributed.whole(student, distributed.whole, teacher, some, rows, counts)
+                distributed.unsharded(student, distributed.unsharded, teacher, some, rows, counts)
 
     def some(rows: np.ndarray, counts: bool) -> None:
         index_M, own_states, targets = _states(student, batch, rows)
@@ -315,9 +315,9 @@ def compare(
             kl_M[at] = _numbers(_divergence(own, theirs))
 
     _in_memory(attempt, batch, budget)
-    distributed.together([student_M, teacher_M, entropy_M, teacher_entropy_M, kl_M])
+    distributed.all_reduce([student_M, teacher_M, entropy_M, teacher_entropy_M, kl_M])
     if ids_MS is not None and logprobs_MS is not None:
-        distributed.together([ids_MS, logprobs_MS])
+        distributed.all_reduce([ids_MS, logprobs_MS])
     student.train(modes[0]), teacher.train(modes[1])
     return Scores(
         student_M,
@@ -333,7 +333,7 @@ def compare(
 
 def _in_memory(attempt: Callable[[int], None], batch: TokenBatch, budget: int) -> None:
     """Score with so many tokens at once, or with fewer where memory runs out; what was written is written again."""
-    budget = distributed.fair(budget, sum(len(row) for row in batch.rows))
+    budget = distributed.per_rank_budget(budget, sum(len(row) for row in batch.rows))
     Budget(budget).run("scoring", attempt, least=max(len(row) for row in batch.rows), undo=lambda: None)
 
 

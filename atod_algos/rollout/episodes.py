@@ -1,11 +1,13 @@
-"""Free-running episodes over one engine.
+"""The turn loop: plays many episodes at once, whoever answers their turns.
 
-Every episode submits its next turn as soon as its own environment has answered; nothing waits for the slowest, and a
-finished episode costs nothing more. The invariant: what an episode samples depends on its task, its seed and the weights,
-not on which other episodes run beside it, because each request draws from its own random stream.
+Every episode asks for its next turn as soon as its own environment has answered. Nothing waits for the slowest, and a finished
+episode costs nothing more. The invariant: what an episode samples depends on its task, its seed and the weights, not on which other
+episodes run at the same time, because each request draws from its own random stream.
 
-An algorithm may let the environment's scripted expert play an episode's first turns. They are executed and recorded, but
-they have no token ids: to the policy they are part of its prompt, and nothing is learned from them.
+A turn is answered by the student (a language model on an engine, many turns in one forward pass), by an agent (a scripted expert, a
+random player, a model behind a server), or by a decision that was made before (a stored episode). An algorithm's ``TurnPlan`` says
+which. Turns of others than the one who is learned from are executed and recorded, but they have no token ids: they are part of the
+prompt that follows them, and nothing is learned from them.
 """
 
 from __future__ import annotations
@@ -18,117 +20,102 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import gymnasium as gym
 
-from agents.base import Decision
+from agents.base import Agent, Decision
 from agents.chat import ChatFormat
-from agents.engines.base import Completion, Engine, SamplingParams
-from agents.expert import expert_solution
+from agents.engines.base import Engine
+from agents.expert import expert_for, expert_solution
+from agents.policy import Phrased, Policy, next_prompt
 from atod_algos.algorithm import RolloutLimits
+from atod_algos.turn_plans import EpisodeSpec as EpisodeSpec
+from atod_algos.turn_plans import Role, TurnPlayer
 from atod_envs.errors import AtodError
 from atod_envs.prompting import Prompted
 from atod_envs.recording import RecordTurns
-from atod_envs.styles import Layout, PromptStyle, phrase_response
+from atod_envs.styles import PromptStyle, phrase_response
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Group, StopReason, Trajectory
 
 log = logging.getLogger(__name__)
 
-_Answer = tuple[str, float, bool, bool, dict[str, Any]]
-"""What an environment's step returns."""
-
-
-@dataclass(frozen=True, slots=True)
-class EpisodeSpec:
-    """One episode to be played.
-
-    Attributes:
-        task_id: the task.
-        group_id: attempts with the same group id are compared with each other.
-        seed: of the environment's episode and of the sampling.
-    """
-
-    task_id: str
-    group_id: str
-    seed: int
+_THREADS = 64
+"""Environments that wait for something at the same time."""
 
 
 OnFinish = Callable[[int], None]
 """Told the number of finished episodes."""
 
+Play = Callable[..., Sequence[Trajectory]]
+"""(specs, limits=..., on_finish=...) -> one trajectory each: ``Rollout.play``, or a pool's with split and temperature chosen."""
+
 MoreEpisodes = Callable[[int, int], "Sequence[EpisodeSpec] | None"]
 """(places free, episodes finished) -> episodes to go on with: none of them for the moment, or None for never again."""
 
-
-class Plays(Protocol):
-    """Plays episodes of one split: a ``Rollout``, or something that has others play."""
-
-    def play(
-        self, specs: Sequence[EpisodeSpec], limits: RolloutLimits | None = None, on_finish: OnFinish | None = None
-    ) -> list[Trajectory]:
-        """Play all episodes; one trajectory each, in the order of ``specs``."""
-
-    def play_groups(
-        self, specs: Sequence[EpisodeSpec], limits: RolloutLimits | None = None, on_finish: OnFinish | None = None
-    ) -> list[Group]:
-        """Play all episodes and collect them by group, in order of first appearance."""
+MakeAgent = Callable[[gym.Env[str, str], int], Agent]
+"""(environment, seed of the episode) -> the agent that plays it."""
 
 
-@dataclass(slots=True)
-class _Episode:
-    index: int
-    spec: EpisodeSpec
-    env: RecordTurns
-    conversation: list[int] = field(default_factory=list)
-    turn: int = 0
-    prompt: list[int] = field(default_factory=list)
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on all parts: the one way in which seeds are made from other seeds."""
+    text = "\x00".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """Seed of the sampling of one turn (from 0) of an episode."""
+    return derive_seed(seed, "turn", turn)
 
 
 class Rollout:
-    """Plays episodes of one environment with one engine.
+    """Plays episodes of one environment.
 
     Args:
-        engine: samples the responses.
-        chat: renders messages to ids; the engine's model must share its tokenizer.
+        engine: samples the student's responses; None where the student plays no turn.
+        chat: renders messages to ids; the engine's model must share its tokenizer. None where nobody works on tokens.
         make_env: makes a raw environment; called once for each episode that runs at the same time.
-        style: the prompt style, by name or as an object.
+        style: the prompt style, by name or as an object; None leaves the environment raw (for agents).
         max_tokens: longest response, in tokens.
         temperature: of the sampling; 0 is greedy.
         concurrency: episodes that run at the same time.
         tolerated: share of the episodes whose environment may raise; they end as aborted, and nothing is learned from them.
+        agent: makes the agent that plays every turn, instead of the student.
+        agent_waits: that agent waits for something (a server), so it is asked in a thread.
+        seed_of_turn: (episode's seed, turn) -> seed of the sampling.
     """
 
     def __init__(
         self,
-        engine: Engine,
-        chat: ChatFormat,
+        engine: Engine | None,
+        chat: ChatFormat | None,
         make_env: Callable[[], gym.Env[str, str]],
         *,
-        style: str | PromptStyle,
-        max_tokens: int,
+        style: str | PromptStyle | None,
+        max_tokens: int = 1,
         temperature: float = 1.0,
         concurrency: int = 128,
         tolerated: float = 0.0,
+        agent: MakeAgent | None = None,
+        agent_waits: bool = False,
+        seed_of_turn: Callable[[int, int], int] = turn_seed,
     ) -> None:
-        self.engine = engine
-        self.chat = chat
-        self.max_tokens = max_tokens
-        self.temperature = temperature
-        self.concurrency = concurrency
-        self.tolerated = tolerated
-        self._make_env = make_env
-        self._style = style
-        self._pool: list[RecordTurns] = []
-        self._threads: ThreadPoolExecutor | None = None
+        self.engine, self.chat = engine, chat
+        self.policy = None if engine is None or chat is None else Policy(engine, chat, max_tokens, temperature)
+        self.concurrency, self.tolerated = concurrency, tolerated
+        self.agent, self.agent_waits, self.seed_of_turn = agent, agent_waits, seed_of_turn
+        self.threads = ThreadPoolExecutor(concurrency if agent_waits else _THREADS, thread_name_prefix="env")
+        self._make_env, self._style = make_env, style
+        self._idle: list[RecordTurns] = []
 
     def play(
         self,
         specs: Sequence[EpisodeSpec],
         limits: RolloutLimits | None = None,
-        on_finish: Callable[[int], None] | None = None,
+        on_finish: OnFinish | None = None,
         more: MoreEpisodes | None = None,
+        on_trajectory: Callable[[Trajectory], None] | None = None,
     ) -> list[Trajectory]:
         """Play all episodes.
 
@@ -137,182 +124,262 @@ class Rollout:
             limits: an algorithm's limits.
             on_finish: called with the number of finished episodes whenever one ends.
             more: asked for further episodes whenever there is room.
+            on_trajectory: called with every episode when it ends.
 
         Returns:
             One trajectory an episode, in the order of ``specs`` and of what ``more`` gave.
 
         Raises:
             AtodError: more environments raised than are tolerated, or one could not even begin; names the task.
+            Exception: whatever an agent raised first.
         """
-        finished: dict[int, Trajectory] = {}
-        running: dict[str, _Episode] = {}
-        stepping: dict[Future[_Answer], tuple[_Episode, str]] = {}
-        waiting = deque(enumerate(specs))
-        total = len(waiting)
-
-        def end(episode: _Episode, trajectory: Trajectory) -> None:
-            finished[episode.index] = trajectory
-            self._pool.append(episode.env)
-            if on_finish is not None:
-                on_finish(len(finished))
-
-        failed: list[int] = []
-
-        def step(episode: _Episode, response: str, call: Callable[[], _Answer]) -> _Answer | None:
-            """The environment's answer; None where it raised and the episode is given up."""
-            try:
-                return call()
-            except AtodError:
-                raise
-            except Exception as error:
-                failed.append(episode.index)
-                place = f"turn {episode.turn} of task {episode.spec.task_id!r} (seed {episode.spec.seed})"
-                what = f"the environment raised {type(error).__name__}: {error} at {place}, answering {response!r}"
-                if len(failed) > self.tolerated * total:
-                    raise AtodError(
-                        f"{what}; {len(failed)} of {total} episodes have failed so. Mend the environment and run the same "
-                        "command to go on from the last checkpoint"
-                    ) from error
-                log.warning("%s; the episode is left out", what)
-                finished[episode.index] = episode.env.close_episode(StopReason.ABORTED)
-                with contextlib.suppress(Exception):  # it is broken: whether it can still be closed does not matter
-                    episode.env.close()
-                if on_finish is not None:
-                    on_finish(len(finished))
-                return None
-
-        def ask(episode: _Episode, message: str, stopped: bool) -> None:
-            """Submit the next turn, or end the episode where it no longer fits the context."""
-            style = cast("Prompted", episode.env.env).style
-            if style.layout is Layout.WINDOW or not episode.conversation:
-                episode.prompt = self.chat.opening(message)
-            else:
-                episode.prompt = episode.conversation + self.chat.continuation(message, stopped)
-            if len(episode.prompt) + self.max_tokens > self.engine.max_context:
-                end(episode, episode.env.close_episode(StopReason.CONTEXT_LIMIT))
-                return
-            request = f"{episode.index}/{episode.turn}"
-            running[request] = episode
-            self.engine.submit(request, episode.prompt, self._params(episode))
-
-        def settle(episode: _Episode, answer: _Answer | None, stopped: bool) -> None:
-            if answer is None:
-                return
-            message, _, terminated, truncated, info = answer
-            episode.turn += 1
-            if terminated or truncated:
-                end(episode, info["trajectory"])
-            else:
-                ask(episode, message, stopped)
-
-        while waiting or running or stepping or more is not None:
-            room = self.concurrency - len(running) - len(stepping)
-            if more is not None and not waiting and room > 0:
-                further = more(room, len(finished))
-                if further is None:
-                    more = None
-                else:
-                    waiting.extend(enumerate(further, total))
-                    total += len(further)
-            while waiting and len(running) + len(stepping) < self.concurrency:
-                index, spec = waiting.popleft()
-                episode = _Episode(index, spec, self._environment(limits))
-                message, trajectory = self._begin_or_say(episode, limits)
-                if trajectory is None:
-                    ask(episode, message, True)
-                else:
-                    end(episode, trajectory)
-            for completion in self.engine.step():
-                episode = running.pop(completion.request_id)
-                self._note(episode, completion)
-                response = self.chat.decode(completion.token_ids)
-                if cast("TextEnv", episode.env.unwrapped).blocking:
-                    self._threads = self._threads or ThreadPoolExecutor(max_workers=64, thread_name_prefix="env")
-                    stepping[self._threads.submit(episode.env.step, response)] = episode, response
-                else:
-                    answer = step(episode, response, partial(episode.env.step, response))
-                    settle(episode, answer, completion.stopped)
-            if stepping:
-                done, _ = wait(stepping, timeout=None if not running else 0, return_when=FIRST_COMPLETED)
-                for future in done:
-                    episode, response = stepping.pop(future)
-                    answer = step(episode, response, future.result)
-                    settle(episode, answer, episode.conversation[-1] in self.chat.stop_ids)
-        return [finished[index] for index in range(total)]
+        return _Play(self, specs, limits or RolloutLimits(), on_finish, more, on_trajectory).run()
 
     def play_groups(
-        self,
-        specs: Sequence[EpisodeSpec],
-        limits: RolloutLimits | None = None,
-        on_finish: Callable[[int], None] | None = None,
+        self, specs: Sequence[EpisodeSpec], limits: RolloutLimits | None = None, on_finish: OnFinish | None = None
     ) -> list[Group]:
         """Play all episodes and collect them by ``group_id``, in order of first appearance."""
         return collect_groups(self.play(specs, limits, on_finish))
 
     def close(self) -> None:
         """Close the environments; the engine stays."""
-        for env in self._pool:
+        self.threads.shutdown(wait=self.agent_waits, cancel_futures=True)
+        for env in self._idle:
             env.close()
-        self._pool.clear()
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
+        self._idle.clear()
 
-    def _environment(self, limits: RolloutLimits | None) -> RecordTurns:
-        env = self._pool.pop() if self._pool else RecordTurns(Prompted(self._make_env(), self._style))
+    def take_env(self, limits: RolloutLimits) -> RecordTurns:
+        """An environment that plays no episode at present, under these limits."""
+        if self._idle:
+            env = self._idle.pop()
+        else:
+            raw = self._make_env()
+            env = RecordTurns(raw if self._style is None else Prompted(raw, self._style))
         text_env = cast("TextEnv", env.unwrapped)
         own = text_env.configured_max_turns
-        text_env.max_turns = own if limits is None or limits.max_turns is None else min(own, limits.max_turns)
+        text_env.max_turns = own if limits.max_turns is None else min(own, limits.max_turns)
         return env
 
-    def _begin_or_say(self, episode: _Episode, limits: RolloutLimits | None) -> tuple[str, Trajectory | None]:
+    def give_env_back(self, env: RecordTurns) -> None:
+        """Its episode has ended."""
+        self._idle.append(env)
+
+
+@dataclass(slots=True)
+class _Episode:
+    index: int
+    spec: EpisodeSpec
+    env: RecordTurns
+    player: TurnPlayer
+    learned: Role = "student"
+    agent: Agent | None = None
+    conversation: list[int] = field(default_factory=list)
+    turn: int = 0
+    prompt: list[int] = field(default_factory=list)
+
+
+_Answer = tuple[str, float, bool, bool, dict[str, Any]]
+"""What an environment's step returns."""
+
+
+class _Play:
+    """The episodes of one call of ``Rollout.play``."""
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        specs: Sequence[EpisodeSpec],
+        limits: RolloutLimits,
+        on_finish: OnFinish | None,
+        more: MoreEpisodes | None,
+        on_trajectory: Callable[[Trajectory], None] | None,
+    ) -> None:
+        self.rollout, self.limits = rollout, limits
+        self.on_finish, self.more, self.on_trajectory = on_finish, more, on_trajectory
+        self.waiting = deque(enumerate(specs))
+        self.total = len(self.waiting)
+        self.finished: dict[int, Trajectory] = {}
+        self.asked: dict[str, _Episode] = {}
+        self.pending: dict[Future[Any], Callable[[Callable[[], Any]], str | None]] = {}
+        self.episode_of: dict[Future[Any], _Episode] = {}
+        self.failed = 0
+
+    def run(self) -> list[Trajectory]:
+        rollout = self.rollout
+        while self.waiting or self.asked or self.pending or self.more is not None:
+            self._refill()
+            while self.waiting and len(self.asked) + len(self.pending) < rollout.concurrency:
+                self._start(*self.waiting.popleft())
+            for completion in rollout.engine.step() if rollout.engine is not None else ():
+                episode = self.asked.pop(completion.request_id)
+                assert rollout.chat is not None
+                response = rollout.chat.decode(completion.token_ids)
+                self._go_on(
+                    episode,
+                    self._say(
+                        episode, "student", response, completion.token_ids, completion.logprobs, completion.seconds
+                    ),
+                )
+            if self.pending:
+                done, _ = wait(self.pending, timeout=0 if self.asked else None, return_when=FIRST_COMPLETED)
+                for future in done:
+                    then, episode = self.pending.pop(future), self.episode_of.pop(future)
+                    self._go_on(episode, then(future.result))
+        return [self.finished[index] for index in range(self.total)]
+
+    def _refill(self) -> None:
+        room = self.rollout.concurrency - len(self.asked) - len(self.pending)
+        if self.more is not None and not self.waiting and room > 0:
+            further = self.more(room, len(self.finished))
+            if further is None:
+                self.more = None
+            else:
+                self.waiting.extend(enumerate(further, self.total))
+                self.total += len(further)
+
+    def _start(self, index: int, spec: EpisodeSpec) -> None:
+        env = self.rollout.take_env(self.limits)
+        plan, agent = self.limits.who, None
+        env.group_id = spec.group_id
+        if self.rollout.engine is not None:
+            env.policy_version = self.rollout.engine.version
         try:
-            return self._begin(episode, limits)
+            if self.rollout.agent is not None:
+                agent = self.rollout.agent(env, spec.seed)
+                episode = _Episode(index, spec, env, lambda turn: "expert", agent=agent)
+            elif plan is None:
+                episode = _Episode(index, spec, env, lambda turn: "student")
+            else:
+                player = plan.begin(spec, partial(expert_solution, env, spec.task_id, spec.seed))
+                if plan.expert_watches:
+                    agent = Phrased(expert_for(env, brief=True), cast("Prompted", env.env))
+                episode = _Episode(index, spec, env, player, plan.learned, agent)
+            message, info = env.reset(seed=spec.seed, options={"task_id": spec.task_id})
+            if agent is not None:
+                agent.reset(message, info)
         except AtodError:
             raise
         except Exception as error:
             raise AtodError(
-                f"the environment raised {type(error).__name__}: {error} at the beginning of task {episode.spec.task_id!r} "
-                f"(seed {episode.spec.seed}). Mend it and run the same command to go on from the last checkpoint"
+                f"the environment raised {type(error).__name__}: {error} at the beginning of task {spec.task_id!r} "
+                f"(seed {spec.seed}). Mend it and run the same command to go on from the last checkpoint"
             ) from error
+        self._go_on(episode, message)
 
-    def _begin(self, episode: _Episode, limits: RolloutLimits | None) -> tuple[str, Trajectory | None]:
-        """Start an episode and play the expert's turns of it; the first message to the policy, or the end."""
-        spec, env = episode.spec, episode.env
-        ahead: Sequence[Decision] = ()
-        if limits is not None and limits.expert_leaves is not None:
-            solution = expert_solution(env, spec.task_id, spec.seed)
-            ahead = solution[: max(0, len(solution) - limits.expert_leaves)]
-        env.group_id, env.policy_version = spec.group_id, self.engine.version
-        message, _ = env.reset(seed=spec.seed, options={"task_id": spec.task_id})
-        for decision in ahead:
-            prompted = cast("Prompted", env.env)
-            response = phrase_response(prompted.style, decision.action, decision.thought, prompted.history)
-            before = (
-                episode.conversation + self.chat.continuation(message) if episode.turn else self.chat.opening(message)
-            )
-            episode.conversation = before + self.chat.encode_response(response)
-            episode.turn += 1
-            message, _, terminated, truncated, info = env.step(response)
-            if terminated or truncated:
-                return message, info["trajectory"]
-        return message, None
+    def _go_on(self, episode: _Episode, message: str | None) -> None:
+        """Play turns until somebody has to be waited for, or the episode ends (then there is no message)."""
+        rollout = self.rollout
+        while message is not None:
+            player = episode.player(episode.turn)
+            if rollout.chat is not None:
+                layout = cast("Prompted", episode.env.env).style.layout
+                episode.prompt = next_prompt(rollout.chat, layout, episode.conversation, message)
+                if (
+                    player in ("student", episode.learned)
+                    and rollout.policy
+                    and not rollout.policy.fits(episode.prompt)
+                ):
+                    self._end(episode, episode.env.close_episode(StopReason.CONTEXT_LIMIT))
+                    if not episode.turn:
+                        log.warning(
+                            "task %r: the first prompt has %d tokens; with %d for the response it does not fit a context of %d",
+                            episode.spec.task_id,
+                            len(episode.prompt),
+                            rollout.policy.max_tokens,
+                            rollout.policy.engine.max_context,
+                        )
+                    return
+            if player == "student":
+                if rollout.policy is None:
+                    raise ValueError("the student is to play a turn, and the rollout has no engine to ask")
+                request = f"{episode.index}/{episode.turn}"
+                self.asked[request] = episode
+                rollout.policy.submit(request, episode.prompt, rollout.seed_of_turn(episode.spec.seed, episode.turn))
+                return
+            if isinstance(player, Decision):
+                prompted = cast("Prompted", episode.env.env)
+                response = phrase_response(prompted.style, player.action, player.thought, prompted.history)
+                message = self._say(episode, None, response)
+                continue
+            if episode.agent is None:
+                raise ValueError("the expert is to play a turn, but the plan does not let it watch the episode")
+            if rollout.agent_waits:
+                self._later(episode, episode.agent.act, lambda get: self._say(episode, "expert", get().action))
+                return
+            message = self._say(episode, "expert", episode.agent.act().action)
 
-    def _params(self, episode: _Episode) -> SamplingParams:
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            seed=derive_seed(episode.spec.seed, "turn", episode.turn),
-            stop_ids=self.chat.stop_ids,
-        )
+    def _say(
+        self,
+        episode: _Episode,
+        role: Role | None,
+        response: str,
+        ids: Sequence[int] = (),
+        logprobs: Sequence[float] = (),
+        seconds: float | None = None,
+    ) -> str | None:
+        """Execute a response; the environment's next message, or None where it has ended or is waited for."""
+        chat, env = self.rollout.chat, episode.env
+        if chat is not None:
+            if role != "student":
+                ids = chat.encode_response(response)
+                logprobs = (0.0,) * len(ids)
+            if role == episode.learned:
+                env.annotate(prompt_ids=episode.prompt, response_ids=ids, logprobs=logprobs, seconds_policy=seconds)
+            episode.conversation = [*episode.prompt, *ids]
+        then = partial(self._said, episode, response)
+        if cast("TextEnv", env.unwrapped).blocking:
+            self._later(episode, partial(env.step, response), then)
+            return None
+        return then(partial(env.step, response))
 
-    def _note(self, episode: _Episode, completion: Completion) -> None:
-        episode.conversation = [*episode.prompt, *completion.token_ids]
-        episode.env.annotate(
-            prompt_ids=episode.prompt,
-            response_ids=completion.token_ids,
-            logprobs=completion.logprobs,
-            seconds_policy=completion.seconds,
-        )
+    def _said(self, episode: _Episode, response: str, call: Callable[[], _Answer]) -> str | None:
+        try:
+            message, _, terminated, truncated, info = call()
+        except AtodError:
+            raise
+        except Exception as error:
+            self._give_up(episode, response, error)
+            return None
+        episode.turn += 1
+        if terminated or truncated:
+            self._end(episode, info["trajectory"])
+            return None
+        if episode.agent is not None:
+            episode.agent.observe(response, message, info)
+        return message
+
+    def _later(
+        self, episode: _Episode, work: Callable[[], Any], then: Callable[[Callable[[], Any]], str | None]
+    ) -> None:
+        future = self.rollout.threads.submit(work)
+        self.pending[future], self.episode_of[future] = then, episode
+
+    def _end(self, episode: _Episode, trajectory: Trajectory) -> None:
+        self.finished[episode.index] = trajectory
+        self.rollout.give_env_back(episode.env)
+        self._tell(trajectory)
+
+    def _give_up(self, episode: _Episode, response: str, error: Exception) -> None:
+        """Leave an episode out whose environment raised, if so many may be left out."""
+        self.failed += 1
+        place = f"turn {episode.turn} of task {episode.spec.task_id!r} (seed {episode.spec.seed})"
+        what = f"the environment raised {type(error).__name__}: {error} at {place}, answering {response!r}"
+        if self.failed > self.rollout.tolerated * self.total:
+            raise AtodError(
+                f"{what}; {self.failed} of {self.total} episodes have failed so. Mend the environment and run the same "
+                "command to go on from the last checkpoint"
+            ) from error
+        log.warning("%s; the episode is left out", what)
+        trajectory = self.finished[episode.index] = episode.env.close_episode(StopReason.ABORTED)
+        with contextlib.suppress(Exception):  # it is broken: whether it can still be closed does not matter
+            episode.env.close()
+        self._tell(trajectory)
+
+    def _tell(self, trajectory: Trajectory) -> None:
+        if self.on_trajectory is not None:
+            self.on_trajectory(trajectory)
+        if self.on_finish is not None:
+            self.on_finish(len(self.finished))
 
 
 def collect_groups(trajectories: Iterable[Trajectory]) -> list[Group]:
@@ -323,7 +390,15 @@ def collect_groups(trajectories: Iterable[Trajectory]) -> list[Group]:
     return [Group(members[0].task_id, tuple(members)) for members in groups.values()]
 
 
-def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on all parts: the one way in which seeds are made from other seeds."""
-    text = "\x00".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+def require_turns(groups: Iterable[Group]) -> None:
+    """Refuse episodes of which not one has a turn, because no prompt fitted the context.
+
+    Raises:
+        AtodError: says which settings to change.
+    """
+    episodes = [trajectory for group in groups for trajectory in group.trajectories]
+    if episodes and all(not t.turns and t.stop_reason is StopReason.CONTEXT_LIMIT for t in episodes):
+        raise AtodError(
+            f"not one of {len(episodes)} episodes could begin: every first prompt and a response are longer than the context; raise "
+            "--max-context (as far as the model's own limit), lower --max-response, or choose a shorter prompt --style"
+        )

@@ -1,71 +1,81 @@
-"""Who plays a run's episodes: this process, all ranks in shares, or the workers of a cluster.
+"""Pools of rollout workers: this process, all ranks in shares, or the workers of a Ray cluster.
 
-The invariant: what an episode is follows from its ``EpisodeSpec`` and the weights alone, so every player gives the same trajectories (up to
-rounding where other episodes share a forward pass), in the order of the specs.
+The invariant: what an episode is follows from its ``EpisodeSpec`` and the weights alone. So every pool gives the same trajectories (up
+to rounding where other episodes share a forward pass), in the order of the specs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, cast
+from functools import partial
+from typing import Any, Protocol
 
-import gymnasium as gym
 import torch
 
-import atod_envs
 from agents.chat import ChatFormat
 from agents.engines import make_engine
 from agents.engines.base import Engine
 from agents.engines.weight_check import verify_weights
-from agents.logits import limit_vocabulary, longest_context
+from agents.logits import limit_vocabulary, longest_context, usable_ids
 from agents.models import load_model
 from atod_algos.algorithm import RolloutLimits
 from atod_algos.learner import distributed
-from atod_algos.rollout.episodes import EpisodeSpec, OnFinish, Plays, Rollout, collect_groups
-from atod_algos.rollout.layouts import choose_layout
+from atod_algos.rollout.environments import make_env
+from atod_algos.rollout.episodes import MoreEpisodes, OnFinish, Rollout
 from atod_algos.training.config import TrainConfig, given
+from atod_algos.turn_plans import EpisodeSpec
 from atod_envs.errors import AtodError
-from atod_envs.options import read_options
-from atod_envs.prompting import named_style
-from atod_envs.text_env import TextEnv
-from atod_envs.trajectory import Group, Trajectory
+from atod_envs.styles import PromptStyle
+from atod_envs.trajectory import Trajectory
 
 
-class Players(Protocol):
-    """Everything that plays with one set of weights."""
+class RolloutPool(Protocol):
+    """Rollout workers that play with one set of weights."""
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int, truth: Any | None = None) -> None:
         """Play with these weights from now on.
 
         Args:
-            weights: by the model's own names; must be gone through, for making them whole may take all ranks.
+            weights: by the model's own names; must be gone through, for gathering them may take all ranks.
             version: recorded in the trajectories.
             truth: the model whose log-probs the engine is then checked against; by default the one that got the weights.
         """
 
-    def on(self, split: str, temperature: float, tolerated: float = 0.0) -> Plays:
-        """What plays a split.
+    def play(
+        self,
+        specs: Sequence[EpisodeSpec],
+        split: str,
+        *,
+        temperature: float,
+        tolerated: float = 0.0,
+        limits: RolloutLimits | None = None,
+        on_finish: OnFinish | None = None,
+    ) -> list[Trajectory]:
+        """Play all episodes; one trajectory each, in the order of ``specs``.
 
         Args:
-            split: the split.
+            specs: what to play.
+            split: the split of the tasks.
             temperature: of the sampling.
             tolerated: share of the episodes that may be lost to an environment that raises.
+            limits: an algorithm's limits.
+            on_finish: called with the number of finished episodes.
         """
 
     def rest(self) -> None:
         """Give memory back until the next ``load_weights``."""
 
     def close(self) -> None:
-        """End whatever plays."""
+        """End all workers."""
 
 
-class LocalPlayers:
-    """Plays in this process, with one engine.
+class LocalPool:
+    """One rollout worker, in this process.
 
     Args:
         engine: samples.
         policy: the plain model that the engine was made from.
-        make_rollout: split, temperature, tolerated -> a rollout with the engine.
+        make_rollout: (split, temperature, tolerated) -> a rollout with the engine.
     """
 
     def __init__(self, engine: Engine, policy: Any, make_rollout: Callable[[str, float, float], Rollout]) -> None:
@@ -85,12 +95,22 @@ class LocalPlayers:
         self.engine.version = version
         verify_weights(self.engine, self.policy if truth is None else truth)
 
-    def on(self, split: str, temperature: float, tolerated: float = 0.0) -> Rollout:
-        """The rollout of a split; its environments stay open."""
+    def play(
+        self,
+        specs: Sequence[EpisodeSpec],
+        split: str,
+        *,
+        temperature: float,
+        tolerated: float = 0.0,
+        limits: RolloutLimits | None = None,
+        on_finish: OnFinish | None = None,
+        more: MoreEpisodes | None = None,
+    ) -> list[Trajectory]:
+        """See :class:`RolloutPool`. The environments of a split stay open; ``more`` is asked for further episodes."""
         key = (split, temperature, tolerated)
         if key not in self._rollouts:
             self._rollouts[key] = self._make(*key)
-        return self._rollouts[key]
+        return self._rollouts[key].play(specs, limits, on_finish, more)
 
     def rest(self) -> None:
         """Let the engine sleep."""
@@ -103,92 +123,95 @@ class LocalPlayers:
         self.engine.close()
 
 
-class SharedPlayers:
-    """Plays on all ranks: each its share of the groups, or the first one everything; afterwards all have all trajectories.
+class RankPool:
+    """The ranks of a ``torchrun``: each plays its share of the groups, and all have all trajectories afterwards.
 
     Args:
-        own: this rank's players; None for a rank that only listens to the first.
+        own: this rank's pool; None for a rank that only listens to the first.
         divided: every rank plays; otherwise the first one does (it speaks to a cluster).
     """
 
-    def __init__(self, own: Players | None, *, divided: bool) -> None:
+    def __init__(self, own: RolloutPool | None, *, divided: bool) -> None:
         self._own, self._divided = own, divided
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int, truth: Any | None = None) -> None:
-        """Load the weights where there is an engine; making them whole takes all ranks."""
+        """Load the weights where there is a pool; gathering them takes all ranks."""
         if self._own is not None:
             self._own.load_weights(weights, version, truth)
         else:
             for _ in weights:
                 pass
 
-    def on(self, split: str, temperature: float, tolerated: float = 0.0) -> Plays:
-        """What plays a split."""
-        own = None if self._own is None else self._own.on(split, temperature, tolerated)
-        return _SharedRollout(own, self._divided)
+    def play(
+        self,
+        specs: Sequence[EpisodeSpec],
+        split: str,
+        *,
+        temperature: float,
+        tolerated: float = 0.0,
+        limits: RolloutLimits | None = None,
+        on_finish: OnFinish | None = None,
+    ) -> list[Trajectory]:
+        """See :class:`RolloutPool`."""
+        groups = {name: number for number, name in enumerate(dict.fromkeys(spec.group_id for spec in specs))}
+        owner = [groups[spec.group_id] % distributed.size() if self._divided else 0 for spec in specs]
+        mine = [spec for spec, rank in zip(specs, owner, strict=True) if rank == distributed.rank()]
+        played: list[Trajectory] = []
+        if self._own is not None and mine:
+            played = self._own.play(
+                mine, split, temperature=temperature, tolerated=tolerated, limits=limits, on_finish=on_finish
+            )
+        everything = [iter(part) for part in distributed.gather(played)]
+        return [next(everything[rank]) for rank in owner]
 
     def rest(self) -> None:
-        """Let this rank's engine sleep."""
+        """Let this rank's pool rest."""
         if self._own is not None:
             self._own.rest()
 
     def close(self) -> None:
-        """Close this rank's players."""
+        """Close this rank's pool."""
         if self._own is not None:
             self._own.close()
 
 
-class _SharedRollout:
-    def __init__(self, own: Plays | None, divided: bool) -> None:
-        self._own, self._divided = own, divided
+def make_pool(config: TrainConfig, env_key: str, style: PromptStyle, model: Any, chat: ChatFormat) -> RolloutPool:
+    """The pool that a run's settings ask for.
 
-    def play(
-        self, specs: Sequence[EpisodeSpec], limits: RolloutLimits | None = None, on_finish: OnFinish | None = None
-    ) -> list[Trajectory]:
-        """Play this rank's share; give and get the rest."""
-        groups = {name: number for number, name in enumerate(dict.fromkeys(spec.group_id for spec in specs))}
-        owner = [groups[spec.group_id] % distributed.size() if self._divided else 0 for spec in specs]
-        mine = [place for place, rank in enumerate(owner) if rank == distributed.rank()]
-        played = self._own.play([specs[place] for place in mine], limits, on_finish) if self._own and mine else []
-        everything = [iter(part) for part in distributed.gather(played)]
-        return [next(everything[rank]) for rank in owner]
-
-    def play_groups(
-        self, specs: Sequence[EpisodeSpec], limits: RolloutLimits | None = None, on_finish: OnFinish | None = None
-    ) -> list[Group]:
-        """Play all episodes and collect them by group."""
-        return collect_groups(self.play(specs, limits, on_finish))
-
-
-# --- of a run ----------------------------------------------------------------------------------------------------
-
-
-def make_env(config: TrainConfig, split: str | None = None) -> gym.Env[str, str]:
-    """Make the raw environment of a run.
-
-    Raises:
-        UnknownName: no environment of that id is registered.
+    Args:
+        config: resolved settings.
+        env_key: the environment's key.
+        style: the prompt style in the run's layout.
+        model: what a local engine samples from.
+        chat: renders messages to ids.
     """
-    options = read_options(config.option, split) | {"data": config.data, "max_turns": config.max_turns}
-    if split is not None:
-        options["split"] = split
-    return atod_envs.make(config.env, **options)
+    if config.cluster == "none":
+        own: RolloutPool | None = local_pool(config, style, model, chat)
+    elif distributed.rank() == 0:
+        from atod_algos.rollout.ray_pool import RayPool
+
+        own = RayPool(
+            partial(worker_pool, config, env_key, style, usable_ids(model).tolist()),
+            workers=config.workers,
+            cpus=config.worker_cpus,
+            gpus=config.worker_gpus,
+        )
+    else:
+        own = None
+    return own if own and distributed.size() == 1 else RankPool(own, divided=config.cluster == "none")
 
 
-def local_players(config: TrainConfig, model: Any, tokenizer: Any) -> LocalPlayers:
+def local_pool(config: TrainConfig, style: PromptStyle, model: Any, chat: ChatFormat) -> LocalPool:
     """Engine and environments of a run, in this process.
 
     Args:
         config: resolved settings.
+        style: the prompt style in the run's layout.
         model: what the engine samples from.
-        tokenizer: its tokenizer.
+        chat: renders messages to ids.
     """
-    chat = ChatFormat(tokenizer)
     context = min(given(config, "max_context"), longest_context(model))
     engine = make_engine(config.engine, model, slots=config.slots, max_context=context, memory=config.engine_memory)
-    probe = make_env(config)
-    style, _ = choose_layout(config.layout, named_style(cast("TextEnv", probe.unwrapped), given(config, "style")), chat)
-    probe.close()
 
     def rollout(split: str, temperature: float, tolerated: float) -> Rollout:
         return Rollout(
@@ -202,18 +225,18 @@ def local_players(config: TrainConfig, model: Any, tokenizer: Any) -> LocalPlaye
             tolerated=tolerated,
         )
 
-    return LocalPlayers(engine, model, rollout)
+    return LocalPool(engine, model, rollout)
 
 
-def worker_players(config: TrainConfig, world: str, ids: Iterable[int] | None = None) -> LocalPlayers:
+def worker_pool(config: TrainConfig, env_key: str, style: PromptStyle, ids: Iterable[int] | None = None) -> LocalPool:
     """What a worker of a cluster plays with; its weights come from the learner, and it says these ids alone, if given."""
     device = device_of(config.device)
     if device == "cpu":
         torch.set_num_threads(1)
-    loaded = load_model(config.student, "student", world=world, device=device, dtype=dtype_of(config, device))
+    loaded = load_model(config.student, "student", world=env_key, device=device, dtype=dtype_of(config, device))
     if ids is not None:
         limit_vocabulary(loaded.model, ids)
-    return local_players(config, loaded.model, loaded.tokenizer)
+    return local_pool(config, style, loaded.model, ChatFormat(loaded.tokenizer))
 
 
 def device_of(name: str) -> str:
@@ -230,6 +253,7 @@ def device_of(name: str) -> str:
 
 
 def dtype_of(config: TrainConfig, device: str) -> torch.dtype:
-    """The type of the weights that compute."""
-    name = ("bfloat16" if device == "cuda" else "float32") if config.dtype == "auto" else config.dtype
+    """The type of the weights that compute on a device, such as ``"cpu"`` or ``"cuda:1"``."""
+    on_gpu = torch.device(device).type == "cuda"
+    name = ("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype
     return torch.bfloat16 if name == "bfloat16" else torch.float32

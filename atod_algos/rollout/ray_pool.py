@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from atod_algos.algorithm import RolloutLimits
-from atod_algos.rollout.episodes import EpisodeSpec, OnFinish, collect_groups
-from atod_algos.rollout.pools import LocalPlayers
-from atod_algos.rollout.work_queue import Work
+from atod_algos.rollout.episodes import OnFinish
+from atod_algos.rollout.pools import LocalPool
+from atod_algos.rollout.work_queue import WorkQueue
+from atod_algos.turn_plans import EpisodeSpec
 from atod_envs.errors import AtodError
-from atod_envs.trajectory import Group, Trajectory
+from atod_envs.trajectory import Trajectory
 
 if TYPE_CHECKING:
     import torch
@@ -33,28 +34,12 @@ _START_SECONDS = 300.0
 """A worker that has not loaded its model by then will not."""
 
 
-@dataclass(frozen=True)
-class Fleet:
-    """How many workers there are, and what each takes of the cluster."""
-
-    workers: int
-    """Rollout workers."""
-    cpus: float = 1.0
-    """CPU cores that Ray sets aside for each."""
-    gpus: float = 0.0
-    """GPUs for each."""
-    patience: float = 1800.0
-    """Seconds after which a worker that has not come to the end of a step's episodes counts as lost."""
-    losses: int = 8
-    """Workers that may be lost in one step before the run stops."""
-
-
 class _Worker:
     """Runs in a process of the cluster."""
 
-    def __init__(self, make_players: Callable[[], LocalPlayers]) -> None:
+    def __init__(self, make_pool: Callable[[], LocalPool]) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        self._players = make_players()
+        self._pool = make_pool()
         self._version: int | None = None
 
     def ready(self) -> int:
@@ -76,7 +61,7 @@ class _Worker:
         try:
             if self._version != version:
                 # The reference comes inside a list, so that Ray does not fetch the weights for workers that have them.
-                self._players.load_weights(ray.get(weights[0]).items(), version)
+                self._pool.load_weights(ray.get(weights[0]).items(), version)
                 self._version = version
             places: list[int] = []
             refused_at = -1
@@ -92,50 +77,63 @@ class _Worker:
                 places.extend(taken)
                 return [specs[place] for place in taken]
 
-            return places, self._players.on(*how).play((), limits, more=more)
+            split, temperature, tolerated = how
+            return places, self._pool.play(
+                (), split, temperature=temperature, tolerated=tolerated, limits=limits, more=more
+            )
         except Exception as error:  # not every exception survives the way to the driver; its words do
             raise AtodError(f"{type(error).__name__}: {error}") from None
 
 
-class RayPlayers:
+class RayPool:
     """Plays on a Ray cluster: the one that $RAY_ADDRESS names, or one that is started on this machine.
 
     Args:
-        make_players: builds a worker's engine and environments; sent to the workers.
-        fleet: the workers.
+        make_pool: builds a worker's engine and environments; sent to the workers.
+        workers: how many rollout workers there are.
+        cpus: CPU cores that Ray sets aside for each.
+        gpus: GPUs for each.
+        patience: seconds after which a worker that has not come to the end of a step's episodes counts as lost.
+        losses: workers that may be lost in one step before the run stops.
 
     Raises:
         AtodError: Ray is not installed, cannot be reached, or the cluster is too small.
     """
 
-    def __init__(self, make_players: Callable[[], LocalPlayers], fleet: Fleet) -> None:
+    def __init__(
+        self,
+        make_pool: Callable[[], LocalPool],
+        *,
+        workers: int,
+        cpus: float = 1.0,
+        gpus: float = 0.0,
+        patience: float = 1800.0,
+        losses: int = 8,
+    ) -> None:
         self._ray = ray = _ray()
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self._fleet, self._make = fleet, make_players
+        self._make, self._wanted = make_pool, (workers, cpus, gpus)
+        self.patience, self.losses = patience, losses
         self._own = not ray.is_initialized()
         if self._own:
             _connect(ray)
-        _require_resources(ray, fleet)
-        self._actor = ray.remote(num_cpus=fleet.cpus, num_gpus=fleet.gpus, max_restarts=0)(_Worker)
-        # Beside the driver: a node that is lost must not take the list of what is to be done with it.
+        _require_resources(ray, *self._wanted)
+        self._actor = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(_Worker)
+        # Next to the driver: a node that is lost must not take the list of what is to be done with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._work = ray.remote(num_cpus=0)(Work).options(scheduling_strategy=here).remote()
+        self._work = ray.remote(num_cpus=0)(WorkQueue).options(scheduling_strategy=here).remote()
         self._calls = 0
         self._weights: Any = None
         self._version = -1
         self._workers: list[Any] = []
         self.pids: list[int] = []
-        self._start(fleet.workers)
+        self._start(workers)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int, truth: Any | None = None) -> None:
         """Put the weights into the object store; workers fetch them with their next groups, and check their engines then."""
         self._weights = self._ray.put({name: tensor.detach().cpu() for name, tensor in weights})
         self._version = version
-
-    def on(self, split: str, temperature: float, tolerated: float = 0.0) -> RayRollout:
-        """What plays a split."""
-        return RayRollout(self, (split, temperature, tolerated))
 
     def rest(self) -> None:
         """Nothing: the workers have machines, or shares of them, of their own."""
@@ -152,14 +150,18 @@ class RayPlayers:
 
     def play(
         self,
-        how: tuple[str, float, float],
         specs: Sequence[EpisodeSpec],
-        limits: RolloutLimits | None,
-        on_finish: OnFinish | None,
+        split: str,
+        *,
+        temperature: float,
+        tolerated: float = 0.0,
+        limits: RolloutLimits | None = None,
+        on_finish: OnFinish | None = None,
     ) -> list[Trajectory]:
-        """Play all episodes on whichever workers are free; ``how`` is what ``on`` was asked for, the rest as in ``Plays.play``."""
+        """Play all episodes on whichever workers are free; see ``RolloutPool.play``."""
         if self._weights is None:
             raise AtodError("the workers have no weights yet; call load_weights before play")
+        how = split, temperature, tolerated
         work, everything = self._work, self._ray.put(list(specs))
         self._ray.get(work.begin.remote([spec.group_id for spec in specs], len(self._workers), self._calls))
         finished: dict[int, Trajectory] = {}
@@ -174,7 +176,7 @@ class RayPlayers:
             give(worker)
         losses = shown = 0
         while running:
-            done, _ = self._ray.wait(list(running), num_returns=1, timeout=min(1.0, self._fleet.patience))
+            done, _ = self._ray.wait(list(running), num_returns=1, timeout=min(1.0, self.patience))
             for future in [*done, *self._silent(running, done)]:
                 call = running.pop(future)
                 answer = self._answer(future) if future in done else None
@@ -182,7 +184,7 @@ class RayPlayers:
                     finished.update(zip(*answer, strict=True))
                     continue
                 losses += 1
-                if losses > self._fleet.losses:
+                if losses > self.losses:
                     raise AtodError(
                         f"{losses} rollout workers were lost in one step; look at the nodes' memory and at Ray's logs. The same "
                         "command goes on from the last checkpoint"
@@ -214,7 +216,7 @@ class RayPlayers:
             raise AtodError(f"a rollout worker failed: {error.cause}") from error
 
     def _silent(self, running: dict[Any, _Call], done: Sequence[Any]) -> list[Any]:
-        late = time.monotonic() - self._fleet.patience
+        late = time.monotonic() - self.patience
         return [future for future, call in running.items() if call.since < late and future not in done]
 
     def _replace(self, lost: Any) -> Any:
@@ -232,33 +234,15 @@ class RayPlayers:
         try:
             self.pids += self._ray.get([worker.ready.remote() for worker in fresh], timeout=_START_SECONDS)
         except GetTimeoutError as error:
+            workers, cpus, gpus = self._wanted
             raise AtodError(
                 f"a rollout worker did not start within {_START_SECONDS:.0f} s; the cluster has {_resources(self._ray)}, each of "
-                f"{self._fleet.workers} workers takes {self._fleet.cpus:g} CPUs and {self._fleet.gpus:g} GPUs"
+                f"{workers} workers takes {cpus:g} CPUs and {gpus:g} GPUs"
             ) from error
         except (RayActorError, RayTaskError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise AtodError(f"a rollout worker could not start: {reason}") from error
         self._workers += fresh
-
-
-class RayRollout:
-    """One split, played by the workers of a cluster."""
-
-    def __init__(self, players: RayPlayers, how: tuple[str, float, float]) -> None:
-        self._players, self._how = players, how
-
-    def play(
-        self, specs: Sequence[EpisodeSpec], limits: RolloutLimits | None = None, on_finish: OnFinish | None = None
-    ) -> list[Trajectory]:
-        """Play all episodes; one trajectory each, in the order of ``specs``."""
-        return self._players.play(self._how, specs, limits, on_finish)
-
-    def play_groups(
-        self, specs: Sequence[EpisodeSpec], limits: RolloutLimits | None = None, on_finish: OnFinish | None = None
-    ) -> list[Group]:
-        """Play all episodes and collect them by group."""
-        return collect_groups(self.play(specs, limits, on_finish))
 
 
 @dataclass(slots=True)
@@ -291,12 +275,12 @@ def _connect(ray: Any) -> None:
         ) from error
 
 
-def _require_resources(ray: Any, fleet: Fleet) -> None:
+def _require_resources(ray: Any, workers: int, cpus: float, gpus: float) -> None:
     held = ray.cluster_resources()
-    for kind, each in (("CPU", fleet.cpus), ("GPU", fleet.gpus)):
-        if each * fleet.workers > held.get(kind, 0.0) + 1e-6:
+    for kind, each in (("CPU", cpus), ("GPU", gpus)):
+        if each * workers > held.get(kind, 0.0) + 1e-6:
             raise AtodError(
-                f"{fleet.workers} rollout workers of {each:g} {kind} each do not fit: the cluster has {_resources(ray)}; lower --workers "
+                f"{workers} rollout workers of {each:g} {kind} each do not fit: the cluster has {_resources(ray)}; lower --workers "
                 f"or --worker-{kind.lower()}s"
             )
 

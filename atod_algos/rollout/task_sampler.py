@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from atod_algos.algorithm import Algorithm
 from atod_algos.batch import make_batch
-from atod_algos.rollout.episodes import EpisodeSpec, Plays, derive_seed
+from atod_algos.rollout.episodes import EpisodeSpec, Play, collect_groups, derive_seed, require_turns
 from atod_envs.tasks import TaskSet
 from atod_envs.trajectory import Group
 
@@ -43,7 +43,7 @@ class StepSampler:
         return specs
 
     def further_specs(self, step: int, attempt: int) -> list[EpisodeSpec]:
-        """The episodes of a step's further round (from 1), of tasks drawn beside the epoch's order."""
+        """The episodes of a step's further round (from 1), of tasks drawn independently of the epoch's order."""
         seed = derive_seed(self._seed, step, "round", attempt)
         order = self._tasks.order(seed)
         return [
@@ -53,7 +53,7 @@ class StepSampler:
         ]
 
     def play(
-        self, step: int, algorithm: Algorithm, rollout: Plays, on_progress: Callable[[str], None]
+        self, step: int, algorithm: Algorithm, play: Play, on_progress: Callable[[str], None]
     ) -> tuple[list[Group], dict[str, float]]:
         """Play the groups that a step learns from.
 
@@ -63,11 +63,14 @@ class StepSampler:
         Args:
             step: training step, from 1.
             algorithm: says which limits hold and which groups are informative.
-            rollout: plays.
+            play: plays episodes: a pool's ``play`` with split and temperature chosen.
             on_progress: told what is going on.
 
         Returns:
             The groups, and metrics under ``sampling/``, over all that was played; none where every group counts anyway.
+
+        Raises:
+            AtodError: not one prompt fitted the context.
         """
         limits = algorithm.limits(step)
         played: list[Group] = []
@@ -76,7 +79,8 @@ class StepSampler:
         while rounds < max(1, limits.rounds) and len(kept) < self._per_step:
             specs = self.specs(step) if rounds == 0 else self.further_specs(step, rounds)
             head = f"rollout, round {rounds + 1}:" if limits.rounds > 1 else "rollout"
-            groups = rollout.play_groups(specs, limits, _counter(on_progress, head, len(specs)))
+            groups = collect_groups(play(specs, limits=limits, on_finish=_counter(on_progress, head, len(specs))))
+            require_turns(groups)
             rounds += 1
             if limits.rounds <= 1:
                 return groups, {}

@@ -1,6 +1,6 @@
 """What is left of a step's episodes, and who has taken which: the list that a cluster's workers take from.
 
-It runs in a process of its own beside the driver, so that workers need not wait for either; it imports nothing, so that this process is
+It runs in a process of its own next to the driver, so that workers need not wait for either; it imports nothing, so that this process is
 small. The invariant: an episode is with one call at most, whole groups at a time, until that call is given up.
 """
 
@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Sequence
 
 
-class Work:
+class WorkQueue:
     """The groups of a step that nobody has taken yet.
 
-    Takers are known by the number of their call, which is never used again: one that was given up, or that still plays an earlier
+    A consumer is known by the number of its call, which is never used again: one that was given up, or that still plays an earlier
     step, gets nothing.
     """
 

@@ -21,43 +21,38 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+from agents.base import Decision
 from agents.chat import ChatFormat
-from agents.engines.base import Engine, SamplingParams
+from agents.engines.base import Engine
 from agents.engines.transformers import TransformersEngine
-from agents.expert import ExpertAgent, expert_for
+from atod_algos.algorithm import RolloutLimits
 from atod_algos.batch import TokenBatch, make_batch
 from atod_algos.learner.logprobs import micro_batches, row_logprobs
-from atod_algos.rollout.episodes import derive_seed
+from atod_algos.rollout.environments import make_env as make_run_env
+from atod_algos.rollout.episodes import Rollout, collect_groups, derive_seed
+from atod_algos.turn_plans import EpisodeSpec, Role, TurnPlayer
 from atod_envs.options import program
-from atod_envs.prompting import Prompted
-from atod_envs.recording import RecordTurns
-from atod_envs.styles import Layout, PromptStyle, phrase_response
+from atod_envs.styles import PromptStyle
 from atod_envs.text_env import TextEnv
-from atod_envs.trajectory import Group, StopReason, Trajectory
+from atod_envs.trajectory import Trajectory
 
 
-@dataclass(frozen=True)
-class Demonstrations:
-    """Episodes with the expert's responses, and which turns were the expert's.
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """The expert answers every turn, but the student plays a share of them, from wherever that leads.
 
     Attributes:
-        trajectories: episodes; every turn carries the ids of the response that was executed.
-        supervised: for each trajectory, for each turn, whether the response was the expert's.
+        coin_NT: whether the student plays turn t of episode n, whose group id is n; the last column holds for all later turns.
     """
 
-    trajectories: tuple[Trajectory, ...]
-    supervised: tuple[tuple[bool, ...], ...]
+    coin_NT: np.ndarray
+    learned: Role = "expert"
+    expert_watches: bool = True
 
-
-@dataclass(slots=True)
-class _Episode:
-    index: int
-    task: str
-    env: RecordTurns
-    expert: ExpertAgent
-    ids: list[int]
-    supervised: list[bool]
-    seed: int
+    def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnPlayer:
+        """See :class:`TurnPlan`."""
+        coin_T = self.coin_NT[int(spec.group_id)]
+        return lambda turn: "student" if coin_T[min(turn, len(coin_T) - 1)] else "expert"
 
 
 def demonstrate(
@@ -71,8 +66,8 @@ def demonstrate(
     engine: Engine | None = None,
     max_tokens: int = 24,
     concurrency: int = 256,
-) -> Demonstrations:
-    """Play tasks with the expert, letting the learner act in some turns.
+) -> list[Trajectory]:
+    """Play tasks with the expert, letting the student act in some turns.
 
     Args:
         tasks: what to play, one episode each.
@@ -80,97 +75,25 @@ def demonstrate(
         chat: renders messages to ids.
         style: prompt style; the conversation layout shows earlier turns, the window layout does not.
         seed: of the coins and the sampling.
-        beta: probability that a turn is the learner's own.
-        engine: samples the learner's turns; needed where ``beta`` is above 0.
-        max_tokens: longest response of the learner.
+        beta: probability that a turn is the student's own.
+        engine: samples the student's turns; needed where ``beta`` is above 0.
+        max_tokens: longest response of the student.
         concurrency: episodes that run at the same time.
+
+    Returns:
+        One episode a task. The expert's turns carry token ids, the student's have none: they are context.
     """
     if beta > 0 and engine is None:
-        raise ValueError("beta > 0 needs an engine that samples the learner's turns")
-    coins = np.random.default_rng(seed)
-    coin_NT = coins.random((len(tasks), 256)) < beta
-    done: dict[int, _Episode] = {}
-    running: dict[str, _Episode] = {}
-    finished: dict[int, Trajectory] = {}
-    waiting = list(enumerate(tasks))[::-1]
-    pool: list[RecordTurns] = []
-
-    def advance(episode: _Episode, message: str) -> None:
-        """Play expert turns until the learner is asked or the episode ends."""
-        while True:
-            prompt = _extend(chat, episode, message)
-            turn = len(episode.supervised)
-            if engine is not None and len(prompt) + max_tokens > engine.max_context:
-                finish(episode, episode.env.close_episode(StopReason.CONTEXT_LIMIT))
-                return
-            if engine is not None and coin_NT[episode.index, min(turn, 255)]:
-                running[f"{episode.index}/{turn}"] = episode
-                episode.ids = prompt
-                params = SamplingParams(max_tokens, 1.0, derive_seed(episode.seed, turn), chat.stop_ids)
-                engine.submit(f"{episode.index}/{turn}", prompt, params)
-                return
-            decision = episode.expert.act()
-            prompted = cast("Prompted", episode.env.env)
-            response = phrase_response(prompted.style, decision.action, decision.thought, prompted.history)
-            ids = chat.encode_response(response)
-            message_or_none = execute(episode, prompt, ids, (0.0,) * len(ids), response, expert=True)
-            if message_or_none is None:
-                return
-            message = message_or_none
-
-    def execute(
-        episode: _Episode,
-        prompt: list[int],
-        ids: Sequence[int],
-        logprobs: Sequence[float],
-        response: str,
-        *,
-        expert: bool,
-    ) -> str | None:
-        episode.env.annotate(prompt_ids=prompt, response_ids=ids, logprobs=logprobs)
-        message, _, terminated, truncated, info = episode.env.step(response)
-        episode.ids = [*prompt, *ids]
-        episode.supervised.append(expert)
-        episode.expert.observe(info["action"], info["observation"], info)
-        if terminated or truncated:
-            finish(episode, info["trajectory"])
-            return None
-        return message
-
-    def finish(episode: _Episode, trajectory: Trajectory) -> None:
-        finished[episode.index], done[episode.index] = trajectory, episode
-        pool.append(episode.env)
-
-    while waiting or running:
-        while waiting and len(running) < concurrency:
-            index, task = waiting.pop()
-            env = pool.pop() if pool else RecordTurns(Prompted(make_env(), style))
-            episode_seed = derive_seed(seed, index)
-            message, info = env.reset(seed=episode_seed, options={"task_id": task})
-            episode = _Episode(index, task, env, expert_for(env, brief=True), [], [], episode_seed)
-            episode.expert.reset(info["observation"], info)
-            advance(episode, message)
-        if engine is not None:
-            for completion in engine.step():
-                episode = running.pop(completion.request_id)
-                response = chat.decode(completion.token_ids)
-                message_or_none = execute(
-                    episode, episode.ids, completion.token_ids, completion.logprobs, response, expert=False
-                )
-                if message_or_none is not None:
-                    advance(episode, message_or_none)
-    for env in pool:
-        env.close()
-    return Demonstrations(
-        tuple(finished[i] for i in range(len(tasks))), tuple(tuple(done[i].supervised) for i in range(len(tasks)))
+        raise ValueError("beta > 0 needs an engine that samples the student's turns")
+    specs = [EpisodeSpec(task, str(n), derive_seed(seed, n)) for n, task in enumerate(tasks)]
+    plan = Mixture(np.random.default_rng(seed).random((len(tasks), 256)) < beta)
+    rollout = Rollout(
+        engine, chat, make_env, style=style, max_tokens=max_tokens, concurrency=concurrency, seed_of_turn=derive_seed
     )
-
-
-def _extend(chat: ChatFormat, episode: _Episode, message: str) -> list[int]:
-    layout = cast("Prompted", episode.env.env).style.layout
-    if layout is Layout.WINDOW or not episode.ids:
-        return chat.opening(message)
-    return episode.ids + chat.continuation(message, episode.ids[-1] in chat.stop_ids)
+    try:
+        return rollout.play(specs, RolloutLimits(who=plan))
+    finally:
+        rollout.close()
 
 
 @dataclass(frozen=True)
@@ -220,9 +143,9 @@ class Imitator:
         groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": kept, "weight_decay": 0.0}]
         self._optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98))
 
-    def fit(self, demonstrations: Demonstrations, seed: int) -> float:
+    def fit(self, demonstrations: Sequence[Trajectory], seed: int) -> float:
         """Run one round's epochs; return the mean loss of the last one, nats a token."""
-        batch, supervised_M = _supervised(demonstrations)
+        batch = make_batch(collect_groups(demonstrations))
         lengths = [len(row) for row in batch.rows]
         options, start = self.options, self.done
         loss = 0.0
@@ -232,7 +155,7 @@ class Imitator:
             for number, rows in enumerate(parts):
                 within = (epoch + number / len(parts)) / options.epochs
                 self.done = start + within / options.rounds
-                part_loss, part_count = self._update(batch, supervised_M, rows)
+                part_loss, part_count = self._update(batch, rows)
                 total, count = total + part_loss, count + part_count
             loss = total / max(1, count)
         self.done = start + 1 / options.rounds
@@ -245,16 +168,13 @@ class Imitator:
         fall = (self.done - warmup) / (1 - warmup)
         return self.options.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, fall))))
 
-    def _update(self, batch: TokenBatch, supervised_M: np.ndarray, rows: np.ndarray) -> tuple[float, int]:
+    def _update(self, batch: TokenBatch, rows: np.ndarray) -> tuple[float, int]:
         self.model.train()
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate()
-        index_M, logprobs, _ = row_logprobs(self.model, batch, rows, temperature=1.0)
-        mask = torch.from_numpy(supervised_M[index_M]).to(logprobs)
-        n = int(mask.sum())
-        if not n:
-            return 0.0, 0
-        loss = -(logprobs * mask).sum() / n
+        _, logprobs, _ = row_logprobs(self.model, batch, rows, temperature=1.0)
+        n = len(logprobs)
+        loss = -logprobs.sum() / n
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self._optimizer.step()
@@ -312,13 +232,6 @@ def _tasks_of(make_env: Callable[[], gym.Env[str, str]]) -> Sequence[str]:
     return cast("TextEnv", env.unwrapped).tasks
 
 
-def _supervised(demonstrations: Demonstrations) -> tuple[TokenBatch, np.ndarray]:
-    groups = [Group(t.task_id, (t,)) for t in demonstrations.trajectories]
-    batch = make_batch(groups)
-    flags = [flag for turns in demonstrations.supervised for flag in turns]
-    return batch, np.array(flags, dtype=bool)[batch.turn_M]
-
-
 def _shuffled(lengths: Sequence[int], budget: int, seed: int) -> list[np.ndarray]:
     """Mini-batches of rows of similar length, in random order."""
     rng = np.random.default_rng(seed)
@@ -355,7 +268,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import tyro
 
     from agents.models import load_model
-    from atod_algos.rollout.pools import make_env
     from atod_algos.training.cli import guarded
     from atod_algos.training.config import TrainConfig
 
@@ -373,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         imitate(
             loaded.model,
             ChatFormat(loaded.tokenizer),
-            lambda: make_env(config),
+            lambda: make_run_env(config),
             command.options,
             style=command.style,
             max_tokens=command.max_response,

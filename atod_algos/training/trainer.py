@@ -30,18 +30,10 @@ from atod_algos.learner.lora import add_adapters, merged_weights
 from atod_algos.learner.memory import bytes_per_token
 from atod_algos.metrics import sampler_metrics, step_metrics, turn_table
 from atod_algos.rollout.async_rollout import Ahead, correction_metrics, importance_weights, version_of
-from atod_algos.rollout.episodes import Plays, derive_seed
+from atod_algos.rollout.environments import describe
+from atod_algos.rollout.episodes import Play, derive_seed
 from atod_algos.rollout.layouts import choose_layout
-from atod_algos.rollout.pools import (
-    Players,
-    SharedPlayers,
-    device_of,
-    dtype_of,
-    local_players,
-    make_env,
-    worker_players,
-)
-from atod_algos.rollout.ray_pool import Fleet, RayPlayers
+from atod_algos.rollout.pools import RankPool, RolloutPool, device_of, dtype_of, local_pool, make_pool
 from atod_algos.rollout.task_sampler import StepSampler
 from atod_algos.teachers.local import LocalScorer, StepScorer
 from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint
@@ -49,8 +41,6 @@ from atod_algos.training.config import TrainConfig, given, optimizer_options
 from atod_algos.training.console import Progress
 from atod_algos.training.run_dir import RunFolder
 from atod_envs.errors import AtodError
-from atod_envs.prompting import named_style
-from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Group, StopReason
 
 _TOLERATED = 0.25
@@ -80,11 +70,8 @@ class Trainer:
                 "--staleness plays in a second thread, and ranks must speak to each other in one order; use --staleness 0 under "
                 "torchrun, or --cluster ray with a single learner"
             )
-        probe = make_env(config)
-        text_env = cast("TextEnv", probe.unwrapped)
-        self.world, self.splits, self.tasks = text_env.env_key, text_env.splits, text_env.tasks
-        self.data_version = text_env.data_version
-        probe.close()
+        self.facts = describe(config)
+        self.world, self.splits = self.facts.env_key, self.facts.splits
         self.student = self._load(config.student, "student")
         self.adapters = None
         policy = self.student.model
@@ -102,32 +89,22 @@ class Trainer:
         if distributed.size() > 1:
             distributed.shard(self.student.model)
         self.learner = Learner(self.student.model, optimizer_options(config), per_token)
-        self.players = self._players(policy)
-        style = named_style(text_env, given(config, "style"))
-        self.rows = choose_layout(config.layout, style, ChatFormat(self.student.tokenizer))[1]
+        self.chat = ChatFormat(self.student.tokenizer)
+        self.style, self.rows = choose_layout(config.layout, self.facts.style, self.chat)
+        self.pool = make_pool(config, self.world, self.style, policy, self.chat)
         self.ahead: Ahead[tuple[list[Group], dict[str, float]]] | None = None
         self._stale: dict[int, Any] = {}
         self.step = 0
         self.best: dict[str, float] = {"success": -1.0, "step": 0}
         self.sampler = StepSampler(
-            self.tasks, seed=config.seed, tasks_per_step=config.tasks_per_step, group_size=config.group_size
+            self.facts.tasks(self.splits[0]),
+            seed=config.seed,
+            tasks_per_step=config.tasks_per_step,
+            group_size=config.group_size,
         )
 
-    def _players(self, policy: Any) -> Players:
-        """Who plays: this process, the ranks in shares, or a Ray cluster (which the first rank speaks to)."""
-        config = self.config
-        if config.cluster == "none":
-            own: Players | None = local_players(config, policy, self.student.tokenizer)
-        elif distributed.rank() == 0:
-            fleet = Fleet(config.workers, config.worker_cpus, config.worker_gpus)
-            ids = usable_ids(self.student.model).tolist()
-            own = RayPlayers(partial(worker_players, config, self.world, ids), fleet)
-        else:
-            own = None
-        return own if own and distributed.size() == 1 else SharedPlayers(own, divided=config.cluster == "none")
-
-    def _training(self) -> Plays:
-        return self.players.on(self.splits[0], self.config.temperature, _TOLERATED)
+    def _training(self) -> Play:
+        return partial(self.pool.play, split=self.splits[0], temperature=self.config.temperature, tolerated=_TOLERATED)
 
     def _load(self, name: str, role: str) -> LoadedModel:
         return load_model(name, role, world=self.world, device=self.device, dtype=dtype_of(self.config, self.device))
@@ -174,7 +151,7 @@ class Trainer:
         else:
             self._sync(step - 1)
             groups, sampling = self.sampler.play(step, algorithm, self._training(), progress.phase)
-            self.players.rest()
+            self.pool.rest()
         batch = make_batch(groups, self.rows)
         clock.lap("rollout")
         progress.phase("scoring")
@@ -213,10 +190,10 @@ class Trainer:
     def _sync(self, version: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         """Hand weights, by default the student's present ones, to the engine; their version is the step that made them."""
         if weights is not None:
-            self.players.load_weights(weights.items(), version)
+            self.pool.load_weights(weights.items(), version)
             return
         present = ((name, distributed.full(weight)) for name, weight in merged_weights(self.student.model))
-        self.players.load_weights(present, version, self.student.model if distributed.size() == 1 else None)
+        self.pool.load_weights(present, version, self.student.model if distributed.size() == 1 else None)
 
     def _play(
         self, step: int, version: int, weights: Mapping[str, torch.Tensor], ask: Callable[[], None]
@@ -249,8 +226,7 @@ class Trainer:
 
         def work() -> Evaluation:
             self._sync(self.step)
-            rollout = self.players.on(self.splits[1], given(self.config, "eval_temperature"))
-            return self.evaluate_on(rollout, self.splits[1], self.config.eval_tasks, progress)
+            return self.evaluate_on(self.pool, self.splits[1], self.config.eval_tasks, progress)
 
         result = work() if self.ahead is None else self.ahead.call(work)
         if result.success > self.best["success"]:
@@ -262,13 +238,12 @@ class Trainer:
         metrics[f"val/{self.world}_task_score"] = result.score
         return metrics | {f"val/{label}_success_rate": part.success for label, part in result.by_label().items()}
 
-    def evaluate_on(self, rollout: Plays, split: str, n_tasks: int, progress: Progress) -> Evaluation:
-        """Play the fixed panel of a split with whatever weights the engine holds."""
-        env = make_env(self.config, split)
-        tasks = cast("TextEnv", env.unwrapped).tasks
-        env.close()
+    def evaluate_on(self, pool: RolloutPool, split: str, n_tasks: int, progress: Progress) -> Evaluation:
+        """Play the fixed panel of a split with whatever weights the pool holds."""
+        tasks = self.facts.tasks(split)
         panel = tasks.panel(min(n_tasks, len(tasks)))
-        return evaluate(rollout, panel, on_finish=lambda n: progress.phase(f"evaluation {n}/{len(panel)}"))
+        play = partial(pool.play, split=split, temperature=given(self.config, "eval_temperature"))
+        return evaluate(play, panel, on_finish=lambda n: progress.phase(f"evaluation {n}/{len(panel)}"))
 
     def report(self, progress: Progress) -> dict[str, Any]:
         """Evaluate vanilla, last, best and teacher on the report panel, on which no choice was made."""
@@ -292,22 +267,25 @@ class Trainer:
         for name, weights in policies:
             progress.phase(f"final evaluation: {name}")
             with weights() as model:
-                players = self.players
+                pool = self.pool
                 if model is not None:
-                    own = local_players(
-                        dataclasses.replace(self.config, engine="transformers"), model, self.student.tokenizer
-                    )
-                    players = own if distributed.size() == 1 else SharedPlayers(own, divided=True)
-                rollout = players.on(self.splits[2], given(self.config, "eval_temperature"))
-                rows[name] = self.evaluate_on(rollout, self.splits[2], self.config.report_tasks, progress).summary()
-                if players is not self.players:
-                    players.close()
+                    plain = dataclasses.replace(self.config, engine="transformers")
+                    own = local_pool(plain, self.style, model, self.chat)
+                    pool = own if distributed.size() == 1 else RankPool(own, divided=True)
+                rows[name] = self.evaluate_on(pool, self.splits[2], self.config.report_tasks, progress).summary()
+                if pool is not self.pool:
+                    pool.close()
         return rows
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save(self, name: str) -> Path:
-        extra = {"step": self.step, "best": self.best, "algorithm": self.algorithm.name, "data": self.data_version}
+        extra = {
+            "step": self.step,
+            "best": self.best,
+            "algorithm": self.algorithm.name,
+            "data": self.facts.data_version,
+        }
         stale = {} if self.ahead is None else self.ahead.kept_weights(self.step)
         return save_checkpoint(
             self.run.checkpoints,
@@ -332,9 +310,9 @@ class Trainer:
         path = latest_checkpoint(self.run.checkpoints)
         if path is not None:
             state, extra = load_checkpoint(path, self.student.model, self.learner.updater, self.adapters)
-            if extra["data"] != self.data_version:
+            if extra["data"] != self.facts.data_version:
                 raise AtodError(
-                    f"{path} was trained on the data {extra['data']!r}, but {self.config.env} now plays {self.data_version!r}; "
+                    f"{path} was trained on the data {extra['data']!r}, but {self.config.env} now plays {self.facts.data_version!r}; "
                     "give the old data back (--data, or the environment's variable), or start another run with --run"
                 )
             self.learner.load_state(state)
@@ -346,7 +324,7 @@ class Trainer:
         """Close environments and files."""
         if self.ahead is not None:
             self.ahead.close()
-        self.players.close()
+        self.pool.close()
         self.run.close()
 
 

@@ -7,13 +7,12 @@ import gymnasium as gym
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("envs", "algos")]
-from toy import ToyEnv, ToyStyle
+from toy import ToyEnv
 
 from agents.base import Agent
 from agents.expert import expert_for
 from agents.random import RandomAgent
 from atod_envs.errors import UnknownName
-from atod_envs.styles import Layout
 
 
 def play(agent: Agent, env, **reset):
@@ -54,23 +53,3 @@ def test_expert_agent_wins_the_built_in_world():
 def test_a_world_without_an_expert_says_so():
     with pytest.raises(UnknownName, match="scripted expert 'toy'"):
         expert_for(ToyEnv())
-
-
-@pytest.mark.parametrize("layout", list(Layout))
-def test_policy_agent_says_what_a_rollout_says(layout):
-    from toyworld import small_model
-
-    from agents.chat import ChatFormat
-    from agents.engines.transformers import TransformersEngine
-    from agents.policy import PolicyAgent
-    from agents.reference.tokenizer import train_tokenizer
-    from atod_algos.rollout.episodes import EpisodeSpec, Rollout
-
-    texts = ["say fig: Speak. You say fig. Nothing happens. <think>x</think><action>fig</action>"] * 30
-    tokenizer = train_tokenizer(texts, tags=["<think>", "</think><action>", "</action>"])
-    model, chat, style = small_model(tokenizer, 4), ChatFormat(tokenizer), ToyStyle(layout)
-    rollout = Rollout(TransformersEngine(model, slots=2), chat, ToyEnv, style=style, max_tokens=6, temperature=0.0)
-    (trajectory,) = rollout.play([EpisodeSpec("say-fig-train", "g", 7)])
-    agent = PolicyAgent(TransformersEngine(model, slots=2), chat, style, max_tokens=6)
-    actions, _ = play(agent, ToyEnv(), seed=7, options={"task_id": "say-fig-train"})
-    assert actions == [turn.action for turn in trajectory.turns]

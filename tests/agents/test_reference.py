@@ -33,7 +33,7 @@ def success(loaded, n):
         engine, ChatFormat(loaded.tokenizer), world, style=PROFILE["style"], max_tokens=PROFILE["max_response"]
     )
     env = world()
-    return evaluate(rollout, env.unwrapped.tasks.panel(n)).success
+    return evaluate(rollout.play, env.unwrapped.tasks.panel(n)).success
 
 
 def test_the_teacher_is_larger_and_much_better(student, teacher):

@@ -43,7 +43,7 @@ def exact_match(loaded, data, n):
         style=PROFILE["style"],
         max_tokens=PROFILE["max_response"],
     )
-    return evaluate(rollout, gym.make(ENV, data=data, split="test").unwrapped.tasks.panel(n)).success
+    return evaluate(rollout.play, gym.make(ENV, data=data, split="test").unwrapped.tasks.panel(n)).success
 
 
 def test_both_can_be_improved_on(student, teacher):

@@ -24,7 +24,7 @@ from atod_algos.learner import learner, optimizer  # noqa: F401
 from atod_algos.training import checkpoint, cli, console, trainer  # noqa: F401
 
 PLACES = {
-    "rollout": "atod_algos.rollout.episodes.Rollout._note",
+    "rollout": "agents.policy.Policy.submit",
     "scoring": "atod_algos.teachers.local.score",
     "update": "atod_algos.learner.optimizer.Updater.update",
     "log": "atod_algos.training.run_dir.RunFolder.log",

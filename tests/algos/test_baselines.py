@@ -17,6 +17,7 @@ from atod_algos.sdar import SDAR
 from atod_algos.sod import SOD
 from atod_algos.tcod import TCOD
 from atod_algos.training.cli import with_rules
+from atod_algos.turn_plans import ExpertFirst
 from atod_envs.errors import AtodError
 
 RULES = pytest.mark.parametrize("rules", ["paper", "released"])
@@ -79,8 +80,8 @@ def test_tcod_expert_prefix(golden):
     algorithm = TCOD(curriculum="back_to_front", turns_every=case["eta"])
     for row in case["values"]:
         limits = algorithm.limits(row["n"] + 1)
-        assert limits == RolloutLimits(expert_leaves=limits.expert_leaves)
-        assert max(0, case["L"] - limits.expert_leaves) == row["prefix"]
+        assert limits == RolloutLimits(who=ExpertFirst(limits.who.leaves))
+        assert max(0, case["L"] - limits.who.leaves) == row["prefix"]
 
 
 def test_tcod_refuses_a_curriculum_that_does_not_grow():

@@ -12,23 +12,36 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from toy import ToyStyle
 from toyworld import TOY
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
 
+from agents.chat import ChatFormat
 from agents.models import load_model
 from atod_algos.algorithm import RolloutLimits
 from atod_algos.atod import ATOD
 from atod_algos.grpo import GRPO
-from atod_algos.rollout.episodes import EpisodeSpec, derive_seed
-from atod_algos.rollout.pools import local_players, worker_players
-from atod_algos.rollout.ray_pool import Fleet, RayPlayers
-from atod_algos.rollout.work_queue import Work
+from atod_algos.rollout.episodes import EpisodeSpec, collect_groups, derive_seed
+from atod_algos.rollout.pools import local_pool, worker_pool
+from atod_algos.rollout.ray_pool import RayPool
+from atod_algos.rollout.work_queue import WorkQueue
 from atod_algos.training.cli import main
 from atod_algos.training.config import TrainConfig, resolve
 from atod_envs.errors import AtodError
+from atod_envs.styles import Layout
 
 HERE = Path(__file__).parent
+STYLE = ToyStyle(Layout.CONVERSATION)
+
+
+def worker(config):
+    """Builds a worker's pool."""
+    return partial(worker_pool, config, "toy", STYLE)
+
+
+def play(pool, specs, **options):
+    return pool.play(specs, "train", temperature=1.0, **options)
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +83,13 @@ def specs(config, groups=12, size=4):
 
 
 @pytest.fixture(scope="module")
-def players(cluster, config):
+def pool(cluster, config):
     """Two workers with the student's weights; tests may kill them."""
-    players = RayPlayers(partial(worker_players, config, "toy"), Fleet(2, patience=600.0))
+    pool = RayPool(worker(config), workers=2, patience=600.0)
     student = load_model(config.student, "student", world="toy")
-    players.load_weights(student.model.named_parameters(), 7)
-    yield players
-    players.close()
-
-
-def is_asked(players, **options):
-    """The same workers under other terms."""
-    players._fleet = dataclasses.replace(players._fleet, **options)
+    pool.load_weights(student.model.named_parameters(), 7)
+    yield pool
+    pool.close()
 
 
 def played(trajectories):
@@ -102,35 +110,35 @@ def played(trajectories):
 def expected(config):
     """What a single process plays."""
     student = load_model(config.student, "student", world="toy")
-    players = local_players(config, student.model, student.tokenizer)
-    players.load_weights(student.model.named_parameters(), 7)
-    return players.on("train", 1.0).play(specs(config))
+    pool = local_pool(config, STYLE, student.model, ChatFormat(student.tokenizer))
+    pool.load_weights(student.model.named_parameters(), 7)
+    return play(pool, specs(config))
 
 
-def test_workers_play_what_a_single_process_plays(players, config, expected):
+def test_workers_play_what_a_single_process_plays(pool, config, expected):
     seen = []
-    got = players.on("train", 1.0).play(specs(config), None, seen.append)
+    got = play(pool, specs(config), on_finish=seen.append)
     assert played(got) == played(expected)
     for one, other in zip(got, expected, strict=True):
         for a, b in zip(one.turns, other.turns, strict=True):
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
     assert seen[-1] == len(expected) and seen == sorted(seen)
-    groups = players.on("train", 1.0).play_groups(specs(config, groups=2), RolloutLimits(max_turns=1))
+    groups = collect_groups(play(pool, specs(config, groups=2), limits=RolloutLimits(max_turns=1)))
     assert [len(g.trajectories) for g in groups] == [4, 4]
     assert all(len(t.turns) == 1 for g in groups for t in g.trajectories), "an algorithm's limits reach the workers"
 
 
-def test_what_fails_on_a_worker_is_said_here(players, config):
+def test_what_fails_on_a_worker_is_said_here(pool, config):
     broken = [EpisodeSpec("say-nothing-train", "g", 0)]
     with pytest.raises(AtodError, match="a rollout worker failed: UnknownName: unknown task id"):
-        players.on("train", 1.0).play(broken)
-    assert len(players.on("train", 1.0).play(specs(config, groups=1))) == 4, "the worker lives"
+        play(pool, broken)
+    assert len(play(pool, specs(config, groups=1))) == 4, "the worker lives"
 
 
-def test_a_killed_worker_is_replaced_and_its_groups_are_played_once(players, config, expected, monkeypatch):
-    victim, number = players.pids[0], players._calls
+def test_a_killed_worker_is_replaced_and_its_groups_are_played_once(pool, config, expected, monkeypatch):
+    victim, number = pool.pids[0], pool._calls
 
-    class Deadly(Work):
+    class Deadly(WorkQueue):
         """Kills the victim when it takes groups for the second time: with groups in its hands."""
 
         taken = 0
@@ -143,46 +151,45 @@ def test_a_killed_worker_is_replaced_and_its_groups_are_played_once(players, con
                 os.kill(victim, signal.SIGKILL)
             return groups
 
-    rollout = players.on("train", 1.0)
     with monkeypatch.context() as patch:
-        patch.setattr(players, "_work", ray.remote(num_cpus=0)(Deadly).remote())
-        got = rollout.play(specs(config))
+        patch.setattr(pool, "_work", ray.remote(num_cpus=0)(Deadly).remote())
+        got = play(pool, specs(config))
     assert played(got) == played(expected)
-    assert victim not in players.pids and len(players.pids) == 2
-    assert played(rollout.play(specs(config))) == played(expected), "the replacement has the weights"
+    assert victim not in pool.pids and len(pool.pids) == 2
+    assert played(play(pool, specs(config))) == played(expected), "the replacement has the weights"
 
 
-def test_a_silent_worker_counts_as_lost(players, config, expected):
-    is_asked(players, patience=30.0)
-    stopped = players.pids[1]
+def test_a_silent_worker_counts_as_lost(pool, config, expected):
+    pool.patience = 30.0
+    stopped = pool.pids[1]
     os.kill(stopped, signal.SIGSTOP)
     try:
-        assert played(players.on("train", 1.0).play(specs(config))) == played(expected)
-        assert stopped not in players.pids
+        assert played(play(pool, specs(config))) == played(expected)
+        assert stopped not in pool.pids
     finally:
-        is_asked(players, patience=600.0)
+        pool.patience = 600.0
         with contextlib.suppress(ProcessLookupError):
             os.kill(stopped, signal.SIGCONT)
 
 
-def test_too_many_losses_end_the_run_with_advice(players, config):
-    is_asked(players, losses=0)
-    os.kill(players.pids[0], signal.SIGKILL)
+def test_too_many_losses_end_the_run_with_advice(pool, config, monkeypatch):
+    monkeypatch.setattr(pool, "losses", 0)
+    os.kill(pool.pids[0], signal.SIGKILL)
     time.sleep(0.2)
     with pytest.raises(AtodError, match=r"1 rollout workers were lost in one step.*goes on from the last checkpoint"):
-        players.on("train", 1.0).play(specs(config))
+        play(pool, specs(config))
 
 
 def test_a_cluster_that_is_too_small_is_refused(cluster, config):
     with pytest.raises(AtodError, match="9 rollout workers of 1 CPU each do not fit: the cluster has 8 CPUs"):
-        RayPlayers(partial(worker_players, config, "toy"), Fleet(9))
+        RayPool(worker(config), workers=9)
     with pytest.raises(AtodError, match="of 1 GPU each do not fit"):
-        RayPlayers(partial(worker_players, config, "toy"), Fleet(1, gpus=1.0))
+        RayPool(worker(config), workers=1, gpus=1.0)
 
 
 def test_a_model_that_is_missing_on_the_workers_is_said(cluster, config):
     with pytest.raises(AtodError, match=r"a rollout worker could not start: .*nowhere"):
-        RayPlayers(partial(worker_players, dataclasses.replace(config, student="./nowhere"), "toy"), Fleet(1))
+        RayPool(worker(dataclasses.replace(config, student="./nowhere")), workers=1)
 
 
 def rows(run):
@@ -249,7 +256,7 @@ def test_a_retriever_that_is_lost_ends_the_run_which_goes_on_when_it_is_back(clu
 
 def test_work_is_shared_in_whole_groups_and_given_back_once():
     wanted = [f"g{i // 3}" for i in range(30)]
-    work = Work()
+    work = WorkQueue()
     work.begin(wanted, workers=3, first=1)
     first = work.take(1, 128, 0)
     assert len(first) == 9, "its share of 10, in whole groups"

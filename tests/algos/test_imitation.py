@@ -20,36 +20,37 @@ def chat():
     tasks = world().unwrapped.tasks
     bare = ChatFormat(train_tokenizer(["a b"], tags=["<think>"]))
     shown = demonstrate(tasks[:24], world, bare, style="compact", seed=0)
-    texts = [text for t in shown.trajectories for turn in t.turns for text in (turn.observation, turn.response)]
-    texts += [t.task for t in shown.trajectories]
+    texts = [text for t in shown for turn in t.turns for text in (turn.observation, turn.response)]
+    texts += [t.task for t in shown]
     return ChatFormat(train_tokenizer(texts, tags=["<think>", "</think><action>", "</action>"]))
 
 
 def test_expert_episodes_win_and_are_supervised_throughout(chat):
     shown = demonstrate(world().unwrapped.tasks[:12], world, chat, style="compact", seed=0)
-    assert all(t.success for t in shown.trajectories)
-    assert all(
-        all(flags) and len(flags) == len(t.turns) for flags, t in zip(shown.supervised, shown.trajectories, strict=True)
-    )
-    for trajectory in shown.trajectories:
+    assert all(t.success for t in shown)
+    for trajectory in shown:
         for turn in trajectory.turns:
-            assert chat.decode(turn.response_ids) == turn.response and turn.format_ok
+            assert chat.decode(turn.response_ids) == turn.response and turn.format_ok and turn.prompt_ids
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0])
-def test_turns_of_the_learner_are_executed_and_not_supervised(chat, beta):
+def test_turns_of_the_student_are_executed_and_not_learned(chat, beta):
     model = small_model(chat.tokenizer, 1)
     engine = TransformersEngine(model, slots=16, max_context=256)
     shown = demonstrate(world().unwrapped.tasks[:8], world, chat, style="compact", seed=3, beta=beta, engine=engine)
-    flags = np.concatenate([np.array(f) for f in shown.supervised])
-    assert (not flags.any()) if beta == 1.0 else 0.25 < flags.mean() < 0.75
-    for trajectory, marks in zip(shown.trajectories, shown.supervised, strict=True):
-        for turn, expert in zip(trajectory.turns, marks, strict=True):
-            assert any(turn.logprobs) != expert  # only the learner's own tokens have log-probs
+    experts = np.array([bool(turn.prompt_ids) for t in shown for turn in t.turns])
+    assert (not experts.any()) if beta == 1.0 else 0.25 < experts.mean() < 0.75
+    for trajectory in shown:
+        told: list[str] = []
+        for turn in trajectory.turns:
+            if turn.prompt_ids:
+                assert chat.decode(turn.response_ids) == turn.response and turn.format_ok
+                assert all(response in chat.decode(turn.prompt_ids) for response in told), (
+                    "the student's turns are context"
+                )
+            told.append(turn.response)
     again = demonstrate(world().unwrapped.tasks[:8], world, chat, style="compact", seed=3, beta=beta, engine=engine)
-    assert [[t.action for t in e.turns] for e in again.trajectories] == [
-        [t.action for t in e.turns] for e in shown.trajectories
-    ]
+    assert [[t.action for t in e.turns] for e in again] == [[t.action for t in e.turns] for e in shown]
 
 
 def test_the_learner_needs_an_engine(chat):

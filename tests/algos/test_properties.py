@@ -225,7 +225,10 @@ def test_schedules_stay_between_their_ends(step, length, start, end):
 
 @holds(step=st.integers(1, 2000), start=st.integers(1, 5), every=st.integers(1, 9), origin=st.integers(0, 1))
 def test_the_students_part_starts_small_and_only_grows(step, start, every, origin):
-    for curriculum, attribute in (("front_to_back", "max_turns"), ("back_to_front", "expert_leaves")):
+    for curriculum, part in (
+        ("front_to_back", lambda own: own.max_turns),
+        ("back_to_front", lambda own: own.who.leaves),
+    ):
         algorithm = TCOD(curriculum=curriculum, turns_start=start, turns_every=every, count_from=origin)
-        now, then = (getattr(algorithm.limits(s), attribute) for s in (step, step + 1))
+        now, then = (part(algorithm.limits(s)) for s in (step, step + 1))
         assert start <= now <= then <= now + 1

@@ -171,7 +171,7 @@ def test_shares_cover_everything_once(monkeypatch):
         lengths = set()
         for rank in range(size):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            share = list(distributed.shared(parts))
+            share = list(distributed.iter_shard(parts))
             lengths.add(len(share))
             got += [part for part, counts in share if counts]
         assert sorted(got) == parts and len(lengths) == 1

@@ -140,12 +140,12 @@ def test_clip_higher_lets_a_good_token_grow_further():
 
 
 class Cases:
-    """A rollout that answers each group with the successes that a script has for it."""
+    """Answers each group with the successes that a script has for it."""
 
     def __init__(self, successes):
         self.successes, self.asked = list(successes), []
 
-    def play_groups(self, specs, limits=None, on_finish=None):
+    def __call__(self, specs, limits=None, on_finish=None):
         self.asked.append([(spec.task_id, spec.group_id, spec.seed) for spec in specs])
         groups = {}
         for spec in specs:
@@ -154,7 +154,7 @@ class Cases:
         for (group, task), members in groups.items():
             won = self.successes.pop(0)
             out.append(Group(task, tuple(episode(["o"], i < won, group, task) for i in range(len(members)))))
-        return out
+        return [trajectory for group in out for trajectory in group.trajectories]
 
 
 def sampler(per_step=2):

@@ -16,6 +16,7 @@ from atod_algos.evaluate import evaluate
 from atod_algos.learner.logprobs import score
 from atod_algos.metrics import turn_table
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
+from atod_algos.turn_plans import ExpertFirst
 from atod_envs.trajectory import StopReason
 
 
@@ -63,7 +64,7 @@ def stubborn(monkeypatch):
 def test_an_expert_plays_the_beginning_and_leaves_no_tokens(rollout, stubborn, style, tokenizer):
     specs = [EpisodeSpec(f"say-{word}-train", word, 7 + i) for i, word in enumerate(WORDS)]
     played = rollout(style)
-    trajectories = played.play(specs, RolloutLimits(expert_leaves=2))
+    trajectories = played.play(specs, RolloutLimits(who=ExpertFirst(2)))
     for spec, trajectory in zip(specs, trajectories, strict=True):
         solution = expert_solution(gym.make(TOY), spec.task_id, spec.seed)
         assert len(solution) == 4
@@ -73,7 +74,7 @@ def test_an_expert_plays_the_beginning_and_leaves_no_tokens(rollout, stubborn, s
         assert policy and all(turn.prompt_ids and turn.response_ids for turn in policy)
         told = tokenizer.decode(policy[0].prompt_ids)
         assert all(turn.response in told for turn in expert) == (style == "compact")
-    batch = make_batch(played.play_groups(specs, RolloutLimits(expert_leaves=2)))
+    batch = make_batch(played.play_groups(specs, RolloutLimits(who=ExpertFirst(2))))
     assert batch.index_K.min() == 2 and batch.turns_N.max() == 2
     sampled = [i for t in trajectories for turn in t.turns for i in turn.response_ids]
     assert [batch.rows[r][c] for r, c in zip(batch.row_M, batch.column_M, strict=True)] == sampled
@@ -83,18 +84,18 @@ def test_an_expert_plays_the_beginning_and_leaves_no_tokens(rollout, stubborn, s
 def test_an_expert_that_leaves_everything_or_fails_plays_nothing(rollout, stubborn):
     specs = [EpisodeSpec("say-fig-train", "g", 3)]
     alone = rollout().play(specs)[0]
-    for limits, options in ((RolloutLimits(expert_leaves=4), {}), (RolloutLimits(expert_leaves=9), {})):
+    for limits, options in ((RolloutLimits(who=ExpertFirst(4)), {}), (RolloutLimits(who=ExpertFirst(9)), {})):
         same = rollout(**options).play(specs, limits)[0]
         assert [turn.response_ids for turn in same.turns] == [turn.response_ids for turn in alone.turns]
     short = rollout(max_turns=3)  # the expert needs four turns, so it has no solution to begin
-    assert all(turn.prompt_ids for turn in short.play(specs, RolloutLimits(expert_leaves=1))[0].turns)
+    assert all(turn.prompt_ids for turn in short.play(specs, RolloutLimits(who=ExpertFirst(1)))[0].turns)
 
 
 def test_limits_bind_training_and_never_evaluation(rollout):
     played = rollout()
     cut = played.play([EpisodeSpec("say-fig-train", "g", 3)], RolloutLimits(max_turns=1))[0]
     assert len(cut.turns) == 1 and cut.stop_reason is StopReason.TURN_LIMIT
-    result = evaluate(played, ["say-fig-train", "say-plum-train"])
+    result = evaluate(played.play, ["say-fig-train", "say-plum-train"])
     assert all(len(t.turns) == 4 or t.success for t in result.trajectories)
 
 
@@ -138,7 +139,7 @@ def test_privileged_text_changes_what_is_read_and_nothing_else(rollout, model, l
 
 def test_the_turn_table_holds_what_the_figures_need(rollout, stubborn, model):
     specs = [EpisodeSpec("say-fig-train", "1/0", seed) for seed in (1, 2)]
-    batch = make_batch(rollout().play_groups(specs, RolloutLimits(expert_leaves=3)))
+    batch = make_batch(rollout().play_groups(specs, RolloutLimits(who=ExpertFirst(3))))
     student, _ = score(model, batch, temperature=1.0)
     scores = Scores(student, student - 0.5, privileged_M=student + 0.25)
     table = turn_table(9, batch, scores, np.array([10.0, 0.0]), np.full(len(batch.index_K), 0.5), tokens=True)
@@ -162,7 +163,7 @@ def test_the_turn_table_holds_what_the_figures_need(rollout, stubborn, model):
 @pytest.mark.parametrize("style", ["compact", "atod"])
 def test_what_follows_an_experts_beginning_depends_on_task_and_seed_alone(rollout, stubborn, style):
     specs = [EpisodeSpec(f"say-{word}-train", word, 7 + i) for i, word in enumerate(WORDS)]
-    limits = RolloutLimits(expert_leaves=2)
+    limits = RolloutLimits(who=ExpertFirst(2))
     together = rollout(style).play(specs, limits)
     for spec, trajectory in zip(specs, together, strict=True):
         alone = rollout(style).play([spec], limits)[0]

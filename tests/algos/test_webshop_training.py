@@ -41,7 +41,7 @@ def outcome(role, n):
     rollout = Rollout(
         engine, ChatFormat(loaded.tokenizer), shop, style=PROFILE["style"], max_tokens=PROFILE["max_response"]
     )
-    return evaluate(rollout, shop().unwrapped.tasks.panel(n))
+    return evaluate(rollout.play, shop().unwrapped.tasks.panel(n))
 
 
 def test_the_reference_models_are_a_student_and_a_teacher():
@@ -58,13 +58,13 @@ def test_a_shopping_trip_costs_few_tokens():
     """Attributes, kinds, options, thoughts and stock phrases are single tokens; nothing falls back to bytes."""
     tokenizer = load_model("builtin", "student", world="webshop").tokenizer
     shown = demonstrate(shop().unwrapped.tasks.panel(40), shop, ChatFormat(tokenizer), style="compact", seed=0)
-    lengths = [len(t.turns[-1].prompt_ids) + len(t.turns[-1].response_ids) for t in shown.trajectories]
+    lengths = [len(t.turns[-1].prompt_ids) + len(t.turns[-1].response_ids) for t in shown]
     assert max(lengths) < 400 and sum(lengths) / 40 < 280
-    said = {i for t in shown.trajectories for turn in t.turns for i in (*turn.prompt_ids, *turn.response_ids)}
+    said = {i for t in shown for turn in t.turns for i in (*turn.prompt_ids, *turn.response_ids)}
     assert not [token for token in tokenizer.convert_ids_to_tokens(sorted(said)) if token.startswith("<0x")]
-    assert all(len(turn.response_ids) <= PROFILE["max_response"] for t in shown.trajectories for turn in t.turns)
-    assert sum(t.success for t in shown.trajectories) >= 38
-    for trajectory in shown.trajectories[:5]:
+    assert all(len(turn.response_ids) <= PROFILE["max_response"] for t in shown for turn in t.turns)
+    assert sum(t.success for t in shown) >= 38
+    for trajectory in shown[:5]:
         env = prompted(shop(), "compact")
         env.reset(seed=trajectory.seed, options={"task_id": trajectory.task_id})
         for turn in trajectory.turns:

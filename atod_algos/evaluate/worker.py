@@ -1,4 +1,4 @@
-"""Who plays: an agent in threads, a model behind a server, or a language model on an engine of our own, batched."""
+"""The rollout worker of an evaluation: a scripted agent, a model behind a server, or a language model on an engine."""
 
 from __future__ import annotations
 
@@ -10,28 +10,26 @@ from typing import TYPE_CHECKING, Any, cast
 import gymnasium as gym
 
 from atod_algos.evaluate import episode_seed, evaluate
-from atod_algos.evaluate.play import EpisodeJournal, play_agents
+from atod_algos.evaluate.journal import EpisodeJournal
 from atod_algos.evaluate.settings import EvaluateConfig, Panel, Sampling, make_env
-from atod_algos.rollout.episodes import EpisodeSpec
+from atod_algos.rollout.episodes import EpisodeSpec, Rollout
 from atod_envs.errors import AtodError
-from atod_envs.prompting import prompted
-from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from agents.base import Agent
 
 
-class Player:
-    """Plays a panel with whomever ``--agent`` names.
+class EvaluationWorker:
+    """Plays panels with the agent that ``--agent`` names.
 
     Args:
         config: what was asked for.
         sampling: the resolved sampling.
-        split: one whose data is there.
+        env_key: the environment's key.
     """
 
-    def __init__(self, config: EvaluateConfig, sampling: Sampling, split: str) -> None:
+    def __init__(self, config: EvaluateConfig, sampling: Sampling, env_key: str) -> None:
         self._config, self._sampling = config, sampling
         self._client: Any = None
         self._engine: Any = None
@@ -52,9 +50,9 @@ class Player:
                 max_tokens=cast("int", sampling.max_response),
             )
         elif config.agent not in ("random", "expert"):
-            self._load(config.agent, split)
+            self._load(config.agent, env_key)
 
-    def _load(self, agent: str, split: str) -> None:
+    def _load(self, agent: str, env_key: str) -> None:
         import torch
 
         from agents.chat import ChatFormat
@@ -76,8 +74,7 @@ class Player:
             raise AtodError("--device cuda was asked for, but torch sees no GPU; use --device cpu")
         if name == "builtin" and device == "cpu":
             torch.set_num_threads(1)  # models this small only lose with more
-        world = cast("TextEnv", make_env(self._config, self._sampling, split).unwrapped).env_key
-        model = load_model(name, role or "student", world=world, device=device)
+        model = load_model(name, role or "student", world=env_key, device=device)
         limit = longest_context(model.model)
         self._engine = TransformersEngine(
             model.model, slots=self._config.concurrency, max_context=min(cast("int", self._sampling.max_context), limit)
@@ -92,49 +89,42 @@ class Player:
         return {"prompt_tokens": self._client.prompt_tokens, "completion_tokens": self._client.completion_tokens}
 
     def play(self, panel: Panel, seed: int, journal: Path, on_finish: Callable[[int], None]) -> Sequence[Trajectory]:
-        """Play every task of a panel once."""
-        if self._engine is not None:
-            from atod_algos.rollout.episodes import Rollout
+        """Play every task of a panel once.
 
-            rollout = Rollout(
-                self._engine,
-                self._chat,
-                lambda: make_env(self._config, self._sampling, panel.split),
-                style=cast("str", self._sampling.style),
-                max_tokens=cast("int", self._sampling.max_response),
-                temperature=cast("float", self._sampling.temperature),
-                concurrency=self._config.concurrency,
-            )
-            try:
-                return evaluate(rollout, panel.tasks, seed=seed, on_finish=on_finish).trajectories
-            finally:
-                rollout.close()
-        kept = EpisodeJournal(journal)
-        before = {trajectory.task_id: trajectory for trajectory in kept.read()}
-        specs = [EpisodeSpec(task, task, episode_seed(seed, task)) for task in panel.tasks if task not in before]
-        counted = len(before)
-
-        def finished(trajectory: Trajectory) -> None:
-            nonlocal counted
-            counted += 1
-            kept.add(trajectory)
-            on_finish(counted)
-
-        probe = cast("TextEnv", make_env(self._config, self._sampling, panel.split).unwrapped)
-        waits = self._client is not None or probe.blocking
-        played = play_agents(
-            self._agent,
-            lambda: self._env(panel.split),
-            specs,
-            concurrency=self._config.concurrency if waits else 1,
-            on_finish=finished,
+        Args:
+            panel: the panel.
+            seed: of episodes and sampling.
+            journal: where the episodes of a slow or costly agent are written down as they end; they are not played again.
+            on_finish: called with the number of finished episodes.
+        """
+        config, sampling = self._config, self._sampling
+        rollout = Rollout(
+            self._engine,
+            self._chat,
+            lambda: make_env(config, sampling, panel.split),
+            style=sampling.style,
+            max_tokens=sampling.max_response or 1,
+            temperature=1.0 if sampling.temperature is None else sampling.temperature,
+            concurrency=config.concurrency,
+            agent=None if self._engine is not None else self._agent,
+            agent_waits=self._client is not None,
         )
-        found = before | {trajectory.task_id: trajectory for trajectory in played}
-        return [found[task] for task in panel.tasks]
+        try:
+            if self._engine is not None:
+                return evaluate(rollout.play, panel.tasks, seed=seed, on_finish=on_finish).trajectories
+            kept = EpisodeJournal(journal)
+            found = {trajectory.task_id: trajectory for trajectory in kept.read()}
 
-    def _env(self, split: str) -> gym.Env[str, str]:
-        env = make_env(self._config, self._sampling, split)
-        return env if self._client is None else prompted(env, cast("str", self._sampling.style))
+            def finished(trajectory: Trajectory) -> None:
+                found[trajectory.task_id] = trajectory
+                kept.add(trajectory)
+                on_finish(len(found))
+
+            specs = [EpisodeSpec(task, task, episode_seed(seed, task)) for task in panel.tasks if task not in found]
+            rollout.play(specs, on_trajectory=finished)
+            return [found[task] for task in panel.tasks]
+        finally:
+            rollout.close()
 
     def _agent(self, env: gym.Env[str, str], seed: int) -> Agent:
         if self._client is not None:

@@ -1,0 +1,51 @@
+"""The journal of an evaluation: episodes are written down as they end.
+
+The invariant: an agent that fails to answer ends the whole evaluation with its error; episodes that had ended are kept, and nothing
+is counted that was not played.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from atod_envs.errors import DataError
+from atod_envs.trajectory import Trajectory, from_record, to_record
+
+
+class EpisodeJournal:
+    """Episodes written down as they end, so that a broken evaluation goes on where it stopped.
+
+    Args:
+        path: of the journal; one JSON record a line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[Trajectory]:
+        """What was played before; a line that was cut off is dropped."""
+        kept: list[Trajectory] = []
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    kept.append(from_record(json.loads(line), str(self.path)))
+                except (json.JSONDecodeError, DataError):
+                    break
+            self.path.write_text("".join(_line(trajectory) for trajectory in kept), encoding="utf-8")
+        return kept
+
+    def add(self, trajectory: Trajectory) -> None:
+        """Append an episode."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(_line(trajectory))
+
+    def drop(self) -> None:
+        """Delete the journal: its episodes are stored elsewhere."""
+        self.path.unlink(missing_ok=True)
+
+
+def _line(trajectory: Trajectory) -> str:
+    record: dict[str, Any] = to_record(trajectory)
+    return json.dumps(record, ensure_ascii=True, separators=(",", ":")) + "\n"

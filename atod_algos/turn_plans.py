@@ -1,0 +1,74 @@
+"""Who plays a turn: the seam next to ``RolloutLimits`` through which an algorithm lets others play parts of a training episode.
+
+A turn is played by the student, by the environment's scripted expert, or by a decision that was made before (a stored episode). The
+invariant: a plan depends on the episode's spec alone, so that every worker and every resumed run plans alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from agents.base import Decision
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeSpec:
+    """One episode to be played.
+
+    Attributes:
+        task_id: the task.
+        group_id: attempts with the same group id are compared with each other.
+        seed: of the environment's episode and of the sampling.
+    """
+
+    task_id: str
+    group_id: str
+    seed: int
+
+
+Role = Literal["student", "expert"]
+"""Who can be asked for a turn: the model that is trained, or the environment's scripted expert."""
+
+TurnPlayer = Callable[[int], Role | Decision]
+"""Number of a turn (from 0) -> who plays it, or the decision that is played there."""
+
+
+class TurnPlan(Protocol):
+    """Who plays which turns of an episode. A value that can be pickled: workers of a cluster get it."""
+
+    @property
+    def learned(self) -> Role:
+        """Whose turns are learned from: those alone carry token ids."""
+
+    @property
+    def expert_watches(self) -> bool:
+        """Whether the expert follows the whole episode, so that it can answer at any turn."""
+
+    def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnPlayer:
+        """Plan one episode.
+
+        Args:
+            spec: the episode.
+            solution: gives the decisions by which the expert solves this episode alone, none where it does not; ask it here or
+                never, because it plays the episode.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertFirst:
+    """The expert plays all but ``leaves`` of the last turns of its own solution; the student goes on from there.
+
+    A task that the expert does not solve has no such turns. What the expert plays depends on the task and the seed only.
+    """
+
+    leaves: int
+    learned: Role = "student"
+    expert_watches: bool = False
+
+    def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnPlayer:
+        """See :class:`TurnPlan`."""
+        decisions = solution()
+        ahead = decisions[: max(0, len(decisions) - self.leaves)]
+        return lambda turn: ahead[turn] if turn < len(ahead) else "student"
