@@ -20,6 +20,7 @@ EXPERTS = {
     "alfworld": "atod_envs.alfworld.expert:ALFWorldExpert",
     "webshop": "atod_envs.webshop.expert:WebShopExpert",
     "searchqa": "atod_envs.searchqa.expert:SearchQAExpert",
+    "textcraft": "atod_envs.textcraft.expert:TextCraftExpert",
 }
 """Environment key -> scripted expert."""
 

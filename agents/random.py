@@ -11,7 +11,7 @@ from agents.base import Decision
 
 
 class RandomAgent:
-    """Chooses uniformly; fills a pattern such as ``search[<your query>]`` with words of the task.
+    """Chooses uniformly; fills a pattern such as ``search[<your query>]`` with words of the task, and ``<number>`` with 1 to 9.
 
     Args:
         seed: of its own random numbers.
@@ -37,6 +37,8 @@ class RandomAgent:
             words = str(self._info["task"]).split() or ["something"]
             start = int(self._rng.integers(len(words)))
             action = before + " ".join(words[start : start + 4]) + after
+        elif rest.startswith("number>"):
+            action = f"{before}{int(self._rng.integers(1, 10))}{after}"
         return Decision(action)
 
     def observe(self, action: str, observation: str, info: Mapping[str, Any]) -> None:

@@ -64,11 +64,12 @@ def commands() -> dict[str, Command]:
             },
         ),
         "make": Command(
-            "write fresh data: atod make games|catalogue|encyclopedia|index",
+            "write fresh data: atod make games|catalogue|encyclopedia|recipes|index",
             {
                 "games": "atod_envs.alfworld.generate",
                 "catalogue": "atod_envs.webshop.generate",
                 "encyclopedia": "atod_envs.searchqa.builtin",
+                "recipes": "atod_envs.textcraft.generate",
                 "index": "atod_envs.retrieval.build",
             },
         ),

@@ -1,7 +1,6 @@
 """Text environments for language-model agents, registered with Gymnasium.
 
-Importing this package registers ``atod/ALFWorld-v0``, ``atod/WebShop-v0`` and ``atod/SearchQA-v0``; the engines behind them
-load on first use, so the import stays light.
+Importing this package registers ``ENVIRONMENTS``; the engines behind them load on first use, so the import stays light.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ ENVIRONMENTS = {
     "atod/ALFWorld-v0": "atod_envs.alfworld.env:ALFWorldEnv",
     "atod/WebShop-v0": "atod_envs.webshop.env:WebShopEnv",
     "atod/SearchQA-v0": "atod_envs.searchqa.env:SearchQAEnv",
+    "atod/TextCraft-v0": "atod_envs.textcraft.env:TextCraftEnv",
 }
 """Registered id -> entry point."""
 

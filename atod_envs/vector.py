@@ -350,3 +350,8 @@ def make_webshop(num_envs: int = 1, **kwargs: Any) -> TextVectorEnv:
 def make_searchqa(num_envs: int = 1, **kwargs: Any) -> TextVectorEnv:
     """Entry point of ``gym.make_vec("atod/SearchQA-v0", ...)``."""
     return TextVectorEnv("atod/SearchQA-v0", num_envs, **kwargs)
+
+
+def make_textcraft(num_envs: int = 1, **kwargs: Any) -> TextVectorEnv:
+    """Entry point of ``gym.make_vec("atod/TextCraft-v0", ...)``."""
+    return TextVectorEnv("atod/TextCraft-v0", num_envs, **kwargs)

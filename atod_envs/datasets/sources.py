@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from atod_envs.errors import UnknownName
+from atod_envs.errors import DataError, UnknownName
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,16 @@ class Dataset:
     Attributes:
         env_id: registered id of the environment.
         variable: environment variable that names the data folder.
-        bundles: what can be downloaded, by name; the first is the default.
+        bundles: what can be downloaded, by name; the first is the default. None where a Python package brings the data.
         builtin: what is played where there is no data.
+        extra: the extra of this project whose package brings the official data.
     """
 
     env_id: str
     variable: str
     bundles: Mapping[str, Bundle]
     builtin: str
+    extra: str = ""
 
 
 _ALFWORLD = "https://github.com/alfworld/alfworld/releases/download"
@@ -140,6 +142,7 @@ DATASETS: Mapping[str, Dataset] = MappingProxyType(
             },
             "a generated encyclopedia of 3,300 passages",
         ),
+        "textcraft": Dataset("atod/TextCraft-v0", "TEXTCRAFT_DATA", {}, "1,128 generated recipes", extra="textcraft"),
     }
 )
 """By the environments' own prefix. Sizes are rounded from the publishers' pages."""
@@ -170,8 +173,11 @@ def bundle(name: str, part: str | None) -> Bundle:
 
     Raises:
         UnknownName: the environment has no such bundle.
+        DataError: a Python package brings the environment's data.
     """
     bundles = dataset(name).bundles
+    if not bundles:
+        raise DataError(f"{name}: a Python package brings the data; pip install 'atod[{dataset(name).extra}]'")
     chosen = next(iter(bundles)) if part is None else part
     if chosen not in bundles:
         raise UnknownName(f"{name} bundle", chosen, bundles)

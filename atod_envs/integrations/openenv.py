@@ -1,6 +1,6 @@
 """OpenEnv: a server and a client for each environment.
 
-    uvicorn --factory atod_envs.integrations.openenv:alfworld          # or webshop, searchqa
+    uvicorn --factory atod_envs.integrations.openenv:alfworld          # or webshop, searchqa, textcraft
 
 One WebSocket is one session is one environment. The invariant: observations are the environment's own, and nothing but an action,
 a task id and a seed comes from the client.
@@ -181,3 +181,8 @@ def webshop() -> Any:
 def searchqa() -> Any:
     """Search-QA's server, for ``uvicorn --factory``."""
     return make_app("atod/SearchQA-v0")
+
+
+def textcraft() -> Any:
+    """TextCraft's server, for ``uvicorn --factory``."""
+    return make_app("atod/TextCraft-v0")

@@ -270,7 +270,47 @@ class SearchQATools(ToolEnv):
         return self._act(f"<answer>{text}</answer>")
 
 
-TOOLS: dict[str, type[ToolEnv]] = {kind._env_id: kind for kind in (ALFWorldTools, WebShopTools, SearchQATools)}
+class TextCraftTools(ToolEnv):
+    """Crafting: fetch what no command makes, craft the rest."""
+
+    _env_id = "atod/TextCraft-v0"
+
+    def get(self, count: int, item: str) -> str:
+        """Fetch things that cannot be crafted.
+
+        Args:
+            count: how many.
+            item: of what, e.g. "oak logs".
+
+        Returns:
+            What happened.
+        """
+        return self._act(f"get {count} {item}")
+
+    def craft(self, item: str, ingredients: str) -> str:
+        """Craft an item from things that you hold.
+
+        Args:
+            item: how many of what, as its command says, e.g. "4 oak planks".
+            ingredients: with their counts and commas between them, e.g. "1 oak logs".
+
+        Returns:
+            What happened.
+        """
+        return self._act(f"craft {item} using {ingredients}")
+
+    def inventory(self) -> str:
+        """Say what you hold.
+
+        Returns:
+            What you hold.
+        """
+        return self._act("inventory")
+
+
+TOOLS: dict[str, type[ToolEnv]] = {
+    kind._env_id: kind for kind in (ALFWorldTools, WebShopTools, SearchQATools, TextCraftTools)
+}
 """Registered id -> tool set."""
 
 

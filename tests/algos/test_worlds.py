@@ -1,4 +1,4 @@
-"""The algorithms that need something from an environment (skills, an expert) run on all three, through the one trainer."""
+"""The algorithms that need something from an environment (skills, an expert) run everywhere, through the one trainer."""
 
 import gzip
 import json
@@ -23,9 +23,12 @@ KINDS_OF_TASK = {
     "alfworld": TASK_TYPES,
     "webshop": ("beauty", "electronics", "fashion", "garden", "grocery"),
     "searchqa": (*DATASETS, *KINDS),
+    "textcraft": ("depth_2", "depth_3", "depth_4"),
 }
 ALONE = Group("t", ())
-WORLDS = pytest.mark.parametrize("env", ["atod/ALFWorld-v0", "atod/WebShop-v0", "atod/SearchQA-v0"])
+WORLDS = pytest.mark.parametrize(
+    "env", ["atod/ALFWorld-v0", "atod/WebShop-v0", "atod/SearchQA-v0", "atod/TextCraft-v0"]
+)
 
 
 def of_kind(label, kind):
@@ -83,7 +86,7 @@ def test_the_expert_can_begin_episodes_everywhere(env):
 @WORLDS
 @pytest.mark.parametrize("algorithm, extra", [(SDAR, []), (TCOD, ["--curriculum", "back_to_front"])])
 def test_one_step_in_every_world(algorithm, extra, env, tmp_path, monkeypatch):
-    student = REFERENCE / "alfworld" / "student"  # a stranger in the other two: only the plumbing is looked at
+    student = REFERENCE / "alfworld" / "student"  # a stranger in the others: only the plumbing is looked at
     if not student.is_dir():
         pytest.skip("no reference models")
     options = [

@@ -63,7 +63,7 @@ def test_searchqa_version_follows_questions_and_corpus(tmp_path):
     assert changed != first and changed.split("/")[1] == first.split("/")[1], "the questions are the same"
 
 
-@pytest.mark.parametrize("env_id", ["atod/ALFWorld-v0", "atod/WebShop-v0", "atod/SearchQA-v0"])
+@pytest.mark.parametrize("env_id", ["atod/ALFWorld-v0", "atod/WebShop-v0", "atod/SearchQA-v0", "atod/TextCraft-v0"])
 def test_trajectory_carries_the_version(env_id):
     env = RecordTurns(gym.make(env_id, data="builtin"))
     env.reset(seed=0)

@@ -23,6 +23,7 @@ ENVIRONMENTS = {
     "alfworld": ("atod/ALFWorld-v0", {"data": "builtin", "split": "valid_unseen"}),
     "webshop": ("atod/WebShop-v0", {"data": "builtin", "split": "dev", "nouns": "rules"}),
     "searchqa": ("atod/SearchQA-v0", {"data": "builtin", "split": "dev", "max_turns": 6}),
+    "textcraft": ("atod/TextCraft-v0", {"data": "builtin", "split": "test"}),
 }
 
 
@@ -40,6 +41,8 @@ def an_action(name, rng, info):
         return f"<answer>{query}</answer>" if rng.random() < 0.1 else f"<search>{query}</search>"
     if name == "webshop" and (rng.random() < 0.3 or len(info["admissible"]) < 2):
         return rng.choice([f"search[{' '.join(rng.sample(words, 3))}]", "search[<r>]"])
+    if name == "textcraft":
+        return rng.choice(info["admissible"]).replace("<number>", str(rng.randint(1, 9)))
     actions = [action for action in info["admissible"] if "<" not in action or action.startswith("click")]
     return rng.choice(actions) if actions and rng.random() < 0.9 else "dance"
 

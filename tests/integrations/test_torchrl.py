@@ -12,7 +12,7 @@ from atod_envs.integrations.torchrl import torchrl_env
 def test_torchrl_plays_the_experts_episode(env_id, options):
     episode = tiny.expert_trajectory(env_id, options)
     env = torchrl_env(env_id, **options)
-    first = env.reset(task_id=episode.task_id)
+    first = env.reset(task_id=episode.task_id, seed=episode.seed)
     assert first["observation"] == episode.turns[0].observation and first["task"] == episode.task
     assert tuple(first["admissible"]) == episode.turns[0].admissible
     actions = iter(episode.turns)

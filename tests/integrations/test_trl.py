@@ -172,6 +172,7 @@ CALLS = {
     "atod/ALFWorld-v0": ('{"name": "look", "arguments": {}}', "look"),
     "atod/WebShop-v0": ('{"name": "search", "arguments": {"words": "red"}}', "search[red]"),
     "atod/SearchQA-v0": ('{"name": "search", "arguments": {"query": "red"}}', "<search>red</search>"),
+    "atod/TextCraft-v0": ('{"name": "inventory", "arguments": {}}', "inventory"),
 }
 END = "<|im_end|>"
 
@@ -272,6 +273,8 @@ def test_tools_play_what_the_expert_plays(env_id):
         (r"<search>(.*)</search>", "search"),
         (r"<answer>(.*)</answer>", "answer"),
         (r"(look|inventory)", None),
+        (r"get (\d+) (.+)", "get"),
+        (r"craft (.+) using (.+)", "craft"),
     ]
     said = ""
     for turn in episode.turns:

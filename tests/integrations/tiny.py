@@ -6,7 +6,8 @@ import numpy as np
 
 from atod_envs.trajectory import Group
 
-BUILTIN = {"atod/ALFWorld-v0": {"data": "builtin"}, "atod/WebShop-v0": {}, "atod/SearchQA-v0": {"data": "builtin"}}
+BUILTIN = {"atod/ALFWorld-v0": {"data": "builtin"}, "atod/WebShop-v0": {}, "atod/SearchQA-v0": {"data": "builtin"},
+           "atod/TextCraft-v0": {"data": "builtin"}}  # fmt: skip
 """Each environment with arguments that need no files; the variables that name data folders are taken away."""
 
 

@@ -18,7 +18,8 @@ from atod_envs.serve.codec import dumps, loads
 from atod_envs.serve.sessions import Offer
 from atod_envs.vector import TextVectorEnv
 
-OPTIONS = {"atod/ALFWorld-v0": {"data": "builtin"}, "atod/WebShop-v0": {}, "atod/SearchQA-v0": {"data": "builtin"}}
+OPTIONS = {"atod/ALFWorld-v0": {"data": "builtin"}, "atod/WebShop-v0": {}, "atod/SearchQA-v0": {"data": "builtin"},
+           "atod/TextCraft-v0": {"data": "builtin"}}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,1 @@
+"""TextCraft: an item is crafted from recipes, as in ADaPT and AgentGym."""

