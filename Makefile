@@ -68,7 +68,7 @@ $(VENV)-vllm/ready: pyproject.toml
 	@touch $@
 
 vllm: $(VENV)-vllm/ready
-	$(VENV)-vllm/bin/python -m pytest tests/agents/test_vllm.py tests/algos/test_vllm_run.py
+	$(VENV)-vllm/bin/python -m pytest tests/agents/test_vllm.py tests/algos/training/test_vllm_run.py
 
 lint: $(VENV)/all
 	$(BIN)/ruff check .

@@ -138,6 +138,11 @@ class Algorithm(ABC):
         """How many of the teacher's top-k tokens are kept at each sampled token; read where ``scores`` name "support"."""
         return 0
 
+    @property
+    def base_model(self) -> str | None:
+        """The third model, read where ``scores`` name "base": a folder or a hub id; ``None`` for the initial student."""
+        return None
+
     def limits(self, step: int) -> RolloutLimits:
         """Limits of the training rollouts at a step (from 1); none by default."""
         return RolloutLimits()

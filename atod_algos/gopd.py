@@ -38,6 +38,13 @@ class GOPD(Algorithm):
 
     extrapolation: float = 1.25
     """lambda: 1 is OPD, 1.25 the released scripts' extrapolation."""
+    base: str | None = None
+    """The teacher before its own training: a folder or a hub id; by default the initial student."""
+
+    @property
+    def base_model(self) -> str | None:
+        """What ``--base`` names."""
+        return self.base
 
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """Lambda times the teacher's gain over the base, less the student's."""

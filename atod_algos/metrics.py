@@ -191,7 +191,7 @@ def turn_table(
     ======================  ====================================================================================
 
     Columns of a teacher, of privileged text and of weights are there where the algorithm has them; those of tokens where they
-    are asked for (``--keep-tokens``).
+    are asked for (``--store tokens``).
 
     Args:
         step: training step.

@@ -20,7 +20,7 @@ def shares(args: argparse.Namespace) -> None:
     from atod_algos.batch import make_batch
     from atod_algos.learner.learner import Learner
     from atod_algos.learner.logprobs import score
-    from atod_algos.training.config import TrainConfig, optimizer_options, resolve
+    from atod_algos.training.config import TrainConfig, resolve
     from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 
     gpu = torch.cuda.is_available()
@@ -82,7 +82,7 @@ def shares(args: argparse.Namespace) -> None:
         lone.append(Trajectory("e", "t", "s", "", "g", 0, (turn,), "", False, 0.0, StopReason.FAILURE))
     batch = make_batch([Group("t", tuple(lone))])
     config = resolve(TrainConfig(student="x", lr=1e-6, minibatches=1, steps=10))
-    learner = Learner(model, optimizer_options(config))
+    learner = Learner(model, config)
     old_M = score(model, batch, temperature=1.0)[0]
     advantage_M = rng.normal(size=batch.n_tokens)
     step = iter(range(1, 100))

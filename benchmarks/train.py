@@ -106,7 +106,7 @@ def run_ours(folder: Path, args: argparse.Namespace, phases: Phases) -> None:
         TrainConfig(
             env="atod/ALFWorld-v0", data="builtin", student=str(folder), style="compact", max_turns=args.turns,
             max_response=args.response, max_context=args.context, tasks_per_step=args.tasks, group_size=args.group,
-            minibatches=1, lr=1e-6, eval_every=0, keep_trajectories=0, slots=args.tasks * args.group, device="cpu",
+            minibatches=1, lr=1e-6, eval_every=0, store="nothing", slots=args.tasks * args.group, device="cpu",
             steps=args.steps + 1,
         )
     )  # fmt: skip
@@ -232,7 +232,7 @@ def packing(args: argparse.Namespace) -> None:
     from atod_algos.rollout.environments import make_env
     from atod_algos.rollout.episodes import Rollout
     from atod_algos.rollout.task_sampler import StepSampler
-    from atod_algos.training.config import TrainConfig, optimizer_options, resolve
+    from atod_algos.training.config import TrainConfig, resolve
 
     config = resolve(TrainConfig(data="builtin"))
     loaded = load_model("builtin", "student", world="alfworld")
@@ -260,7 +260,7 @@ def packing(args: argparse.Namespace) -> None:
                     module._PACKABLE[model] = False
                 parts = split_rows(model, batch.rows, budget)
                 counted[how, budget] = sum(stream_tokens(model, [batch.rows[i] for i in part]) for part in parts)
-                learner = Learner(model, optimizer_options(resolve(TrainConfig(data="builtin", token_budget=budget))))
+                learner = Learner(model, resolve(TrainConfig(data="builtin", token_budget=budget)))
                 began = time.process_time()
                 old_M = score(model, batch, temperature=1.0, budget=budget)[0]
                 scored = time.process_time()

@@ -18,8 +18,7 @@ for name in ("no_proxy", "NO_PROXY"):  # the tests' servers are on this machine
     os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
 
 import pytest
-
-REPOSITORY = Path(__file__).resolve().parents[1]
+from paths import REPOSITORY
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from atod_algos.atod import ATOD
 from atod_algos.batch import Scores, make_batch
 from atod_algos.learner.learner import Learner
 from atod_algos.learner.logprobs import score
-from atod_algos.training.config import TrainConfig, optimizer_options, resolve
+from atod_algos.training.config import TrainConfig, resolve
 from atod_envs.prompting import prompted
 from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 
@@ -89,7 +89,7 @@ def test_first_step_equals_the_trainers(example, style):
     assert np.abs(result.reward_M).max() > 0.5 and np.abs(result.distillation_M).max() > 0.1
 
     config = resolve(TrainConfig(minibatches=1, grad_clip=1e9))
-    learner = Learner(student, optimizer_options(config))
+    learner = Learner(student, config)
     found = []
     learner.updater.update = lambda lr: found.extend(weight.grad.clone() for weight in student.parameters()) or 1.0
     learner.update(batch, np.concatenate(A), np.concatenate(old), Objective(), step=1, temperature=1.0, seed=0)

@@ -8,8 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from paths import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("atod_envs", "agents", "atod_algos")
 PYTHONS = ("3.11", "3.12", "3.13")
 

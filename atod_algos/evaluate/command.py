@@ -34,7 +34,7 @@ from atod_envs.trajectory import read_jsonl, write_jsonl
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    from atod_algos.training.cli import guarded
+    from atod_algos.guard import guarded
 
     config = tyro.cli(EvaluateConfig, args=arguments, prog=program("atod_algos.evaluate"), description=__doc__)
     logging.basicConfig(level=logging.INFO if config.verbose else logging.WARNING, format="%(levelname)s %(message)s")

@@ -24,7 +24,7 @@ from atod_algos.learner.logprobs import CHUNK_LOGITS, predict, split_rows, strea
 from atod_algos.learner.loss import aggregation_weights, importance_ratio, surrogate
 from atod_algos.learner.onednn import fast_products, same_products
 from atod_algos.learner.optimizer import Updater, learning_rate
-from atod_algos.training.config import OptimizerOptions
+from atod_algos.learner.options import OptimizerOptions
 from atod_envs.errors import AtodError
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from atod_algos.batch import Scores, TokenBatch
 from atod_algos.learner import distributed
 from atod_algos.learner.memory import Budget
 from atod_algos.learner.onednn import even_filling, fast_products, same_products
+from atod_algos.learner.options import UpdateOptions
 from atod_algos.learner.packing import pack, packable, packed_states, packs
-from atod_algos.training.config import TrainConfig
 
 CHUNK_LOGITS = 1 << 24
 """Most logits alive at once (64 MiB in float32)."""
@@ -212,7 +212,12 @@ def drops_out(model: Any) -> bool:
 
 
 def score(
-    model: Any, batch: TokenBatch, *, temperature: float, budget: int = TrainConfig.token_budget, entropy: bool = False
+    model: Any,
+    batch: TokenBatch,
+    *,
+    temperature: float,
+    budget: int = UpdateOptions.token_budget,
+    entropy: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log-probs of all sampled tokens of a batch, without gradients.
 
@@ -252,7 +257,7 @@ def compare(
     batch: TokenBatch,
     *,
     temperature: float,
-    budget: int = TrainConfig.token_budget,
+    budget: int = UpdateOptions.token_budget,
     support: int = 0,
 ) -> Scores:
     """Compare two models' whole distributions at every sampled token, without gradients and in bounded memory.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from atod_algos.learner import distributed
-from atod_algos.training.config import OptimizerOptions
+from atod_algos.learner.options import OptimizerOptions
 from atod_envs.errors import AtodError
 
 
@@ -143,7 +143,7 @@ def _collector(original: torch.Tensor) -> Any:
 
 
 def _adamw(groups: list[dict[str, Any]], options: OptimizerOptions) -> Any:
-    betas = (0.9, options.beta2)
+    betas = (0.9, options.adam_beta2)
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)
     if not all(p.is_cuda for group in groups for p in group["params"]):

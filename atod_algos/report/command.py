@@ -12,10 +12,10 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from atod_algos.guard import guarded
 from atod_algos.report.data import Run, read_run
 from atod_algos.report.page import TURNS, write_page
 from atod_algos.report.tokens import Scorer
-from atod_algos.training.cli import guarded
 from atod_envs.errors import AtodError
 from atod_envs.options import program
 

@@ -26,6 +26,10 @@ Answer = TypeVar("Answer")
 Weights = Mapping[str, torch.Tensor]
 
 
+IMPORTANCE_CAP = 2.0
+"""Largest importance weight of a token that older weights sampled."""
+
+
 def importance_weights(old_M: np.ndarray, sampler_M: np.ndarray, cap: float) -> np.ndarray:
     """Truncated importance weight of each sampled token: min(cap, pi_old / mu).
 

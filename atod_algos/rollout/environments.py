@@ -9,7 +9,7 @@ from typing import cast
 import gymnasium as gym
 
 import atod_envs
-from atod_algos.training.config import TrainConfig, given
+from atod_algos.training.config import RunConfig, TrainConfig
 from atod_envs.options import read_options
 from atod_envs.prompting import named_style
 from atod_envs.styles import PromptStyle
@@ -58,7 +58,7 @@ class EnvironmentFacts:
         return self._tasks[split]
 
 
-def describe(config: TrainConfig) -> EnvironmentFacts:
+def describe(config: RunConfig) -> EnvironmentFacts:
     """Open the training environment once and note what is to be known about it.
 
     Raises:
@@ -70,7 +70,7 @@ def describe(config: TrainConfig) -> EnvironmentFacts:
         world.env_key,
         world.splits,
         world.data_version,
-        named_style(world, given(config, "style")),
+        named_style(world, config.style),
         lambda split: make_env(config, split),
         {world.splits[0]: world.tasks},
     )

@@ -22,7 +22,7 @@ from atod_algos.algorithm import RolloutLimits
 from atod_algos.learner import distributed
 from atod_algos.rollout.environments import make_env
 from atod_algos.rollout.episodes import MoreEpisodes, OnFinish, Rollout
-from atod_algos.training.config import TrainConfig, given
+from atod_algos.training.config import RunConfig, worker_resources
 from atod_algos.turn_plans import EpisodeSpec
 from atod_envs.errors import AtodError
 from atod_envs.styles import PromptStyle
@@ -175,7 +175,7 @@ class RankPool:
             self._own.close()
 
 
-def make_pool(config: TrainConfig, env_key: str, style: PromptStyle, model: Any, chat: ChatFormat) -> RolloutPool:
+def make_pool(config: RunConfig, env_key: str, style: PromptStyle, model: Any, chat: ChatFormat) -> RolloutPool:
     """The pool that a run's settings ask for.
 
     Args:
@@ -190,18 +190,19 @@ def make_pool(config: TrainConfig, env_key: str, style: PromptStyle, model: Any,
     elif distributed.rank() == 0:
         from atod_algos.rollout.ray_pool import RayPool
 
+        cpus, gpus = worker_resources(config)
         own = RayPool(
             partial(worker_pool, config, env_key, style, usable_ids(model).tolist()),
             workers=config.workers,
-            cpus=config.worker_cpus,
-            gpus=config.worker_gpus,
+            cpus=cpus,
+            gpus=gpus,
         )
     else:
         own = None
     return own if own and distributed.size() == 1 else RankPool(own, divided=config.cluster == "none")
 
 
-def local_pool(config: TrainConfig, style: PromptStyle, model: Any, chat: ChatFormat) -> LocalPool:
+def local_pool(config: RunConfig, style: PromptStyle, model: Any, chat: ChatFormat) -> LocalPool:
     """Engine and environments of a run, in this process.
 
     Args:
@@ -210,7 +211,7 @@ def local_pool(config: TrainConfig, style: PromptStyle, model: Any, chat: ChatFo
         model: what the engine samples from.
         chat: renders messages to ids.
     """
-    context = min(given(config, "max_context"), longest_context(model))
+    context = min(config.max_context, longest_context(model))
     engine = make_engine(config.engine, model, slots=config.slots, max_context=context, memory=config.engine_memory)
 
     def rollout(split: str, temperature: float, tolerated: float) -> Rollout:
@@ -219,7 +220,7 @@ def local_pool(config: TrainConfig, style: PromptStyle, model: Any, chat: ChatFo
             chat,
             lambda: make_env(config, split),
             style=style,
-            max_tokens=given(config, "max_response"),
+            max_tokens=config.max_response,
             temperature=temperature,
             concurrency=config.slots,
             tolerated=tolerated,
@@ -228,7 +229,7 @@ def local_pool(config: TrainConfig, style: PromptStyle, model: Any, chat: ChatFo
     return LocalPool(engine, model, rollout)
 
 
-def worker_pool(config: TrainConfig, env_key: str, style: PromptStyle, ids: Iterable[int] | None = None) -> LocalPool:
+def worker_pool(config: RunConfig, env_key: str, style: PromptStyle, ids: Iterable[int] | None = None) -> LocalPool:
     """What a worker of a cluster plays with; its weights come from the learner, and it says these ids alone, if given."""
     device = device_of(config.device)
     if device == "cpu":
@@ -252,7 +253,7 @@ def device_of(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def dtype_of(config: TrainConfig, device: str) -> torch.dtype:
+def dtype_of(config: RunConfig, device: str) -> torch.dtype:
     """The type of the weights that compute on a device, such as ``"cpu"`` or ``"cuda:1"``."""
     on_gpu = torch.device(device).type == "cuda"
     name = ("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype

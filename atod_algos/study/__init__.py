@@ -124,7 +124,7 @@ def _laptop() -> Preset:
         "eval_every": 10,
         "eval_tasks": 128,
         "checkpoint_every": 5,
-        "keep_trajectories": 10,
+        "store": "trajectories/10",
     }
     return Preset(
         worlds=(

@@ -23,7 +23,7 @@ from typing import Any
 from atod_algos.evaluate.settings import EvaluateConfig
 from atod_algos.study import METHODS, Method, World
 from atod_algos.training.cli import with_rules
-from atod_algos.training.config import TrainConfig, resolve
+from atod_algos.training.config import RunConfig, TrainConfig, resolve
 from atod_algos.training.presets import fit_algorithm, preset_config, require_teacher
 from atod_algos.training.run_dir import replace_text, versions
 from atod_envs.errors import AtodError, DataError
@@ -52,7 +52,7 @@ def algorithm_of(method: Method, world: World, rules: str) -> Any:
     return dataclasses.replace(algorithm, **options)
 
 
-def config_of(world: World, seed: int, lr: float, run: Path) -> TrainConfig:
+def config_of(world: World, seed: int, lr: float, run: Path) -> RunConfig:
     """Settings of a run."""
     base = preset_config(world.preset, world.train["env"]) if world.preset else TrainConfig()
     return resolve(dataclasses.replace(base, **{**world.train, "seed": seed, "lr": lr, "run": str(run)}))
@@ -75,11 +75,11 @@ def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int
     trainer = Trainer(config, algorithm, run)
     try:
         done = trainer.resume()
-        progress = Progress(config.steps or 0, f"{method.label} on {world.name}, seed {seed}, lr {lr:g}", done + 1)
+        progress = Progress(config.steps, f"{method.label} on {world.name}, seed {seed}, lr {lr:g}", done + 1)
         # Through a pipe a study says a line a cell; a terminal shows the panel.
         progress.console.quiet = not progress.console.is_terminal
         with progress:
-            if done < (config.steps or 0):
+            if done < (config.steps):
                 trainer.fit(progress)
     finally:
         trainer.close()

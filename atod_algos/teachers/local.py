@@ -24,7 +24,7 @@ from atod_algos.learner import distributed
 from atod_algos.learner.logprobs import compare, drops_out, score
 from atod_algos.learner.lora import without_adapters
 from atod_algos.teachers.remote import RemoteJudge, is_address
-from atod_algos.training.config import TrainConfig
+from atod_algos.training.config import RunConfig
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, Trajectory
 
@@ -113,7 +113,7 @@ class EngineScorer:
         AtodError: vLLM is missing or cannot run the model, or the temperature is not 1.
     """
 
-    def __init__(self, loaded: LoadedModel, config: TrainConfig, device: str) -> None:
+    def __init__(self, loaded: LoadedModel, config: RunConfig, device: str) -> None:
         if config.temperature != 1.0:
             raise AtodError(
                 f"vLLM gives prompt log-probs at temperature 1 only, but episodes are sampled at {config.temperature}; "
@@ -154,7 +154,7 @@ class StepScorer:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: RunConfig,
         algorithm: Algorithm,
         student: LoadedModel,
         adapters: Any,
@@ -174,15 +174,10 @@ class StepScorer:
             and not algorithm.scores & {"teacher", "divergence", "support"}
             and not drops_out(student.model)
         )
-        if config.old_logprobs == "sampler" and config.staleness:
-            raise AtodError(
-                f"--old-logprobs sampler with --staleness {config.staleness}: the weights that sampled are not those that learn; "
-                "use --old-logprobs learner"
-            )
         wanted = algorithm.scores
         self.teacher = self._scorer_for(config.teacher, "teacher") if "teacher" in wanted else None
         self.reference = self._scorer_for(config.student, "student") if "reference" in wanted else None
-        self.base = self._scorer_for(config.base or config.student, "student") if "base" in wanted else None
+        self.base = self._scorer_for(algorithm.base_model or config.student, "student") if "base" in wanted else None
         others = [scorer.loaded.model for scorer in self._held.values() if isinstance(scorer, LocalScorer)]
         share_vocabulary([student.model, *others], student.tokenizer)
 

@@ -24,9 +24,9 @@ import tyro
 from agents.logits import longest_context
 from agents.models import LoadedModel, load_model
 from atod_algos.batch import TokenBatch
+from atod_algos.guard import guarded
 from atod_algos.learner.logprobs import score
-from atod_algos.training.cli import guarded
-from atod_algos.training.config import TrainConfig
+from atod_algos.learner.options import UpdateOptions
 from atod_envs.http.messages import Refused, parse_object
 from atod_envs.options import needed_imports, program
 
@@ -60,7 +60,7 @@ class ServeOptions:
     """Environment key of the 'builtin' teacher."""
     device: str = "cpu"
     """Where the model runs: cpu or cuda."""
-    token_budget: int = TrainConfig.token_budget
+    token_budget: int = UpdateOptions.token_budget
     """Most tokens in one forward pass."""
 
 

@@ -1,24 +1,27 @@
 """The command line of every algorithm: ``python -m atod_algos.<name> [options]``.
 
-Options are the fields of ``TrainConfig`` and of the algorithm's own dataclass; their help is the text under each field. Errors that a
-user can mend are answered in one line; a traceback means a bug.
+Options are the fields of ``TrainConfig``, in groups, and of the algorithm's own dataclass; their help is the text under each field.
+Errors that a user can fix are answered in one line; a traceback means a bug. Only training itself loads torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, cast
 
 import tyro
 
-from atod_algos.training.config import TrainConfig, resolve
+from atod_algos.guard import fail, guarded
+from atod_algos.training.config import GROUPS, RunConfig, RunOptions, TrainConfig, resolve
 from atod_algos.training.presets import fit_algorithm, preset_config, require_teacher
 from atod_envs.errors import AtodError, UnknownName
 from atod_envs.options import program
@@ -28,9 +31,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+GONE: Mapping[str, str] = MappingProxyType(
+    {
+        "--keep-trajectories": "use --store trajectories/N, or --store nothing",
+        "--keep-tokens": "use --store tokens",
+        "--worker-cpus": "use --cluster ray:cpus=N",
+        "--worker-gpus": "use --cluster ray:gpus=N",
+        "--importance-cap": "importance weights are cut at 2",
+    }
+)
+"""Options of earlier versions, and what to do instead."""
+
 
 @dataclass(frozen=True)
-class _Common:
+class _RunOptions(RunOptions):
     rules: str = "paper"
     """Presets where sources differ: 'paper' follows the equations, 'released' the authors' code; some algorithms know more."""
     preset: str | None = None
@@ -74,24 +88,6 @@ def main_by_name(name: str, arguments: Sequence[str]) -> None:
     guarded(lambda: _run(find_algorithm(name), list(arguments)))
 
 
-def guarded(command: Callable[[], object]) -> None:
-    """Run a command; answer what a user can mend in one line and exit with 1."""
-    try:
-        command()
-    except AtodError as error:
-        _fail(str(error))
-    except MemoryError:
-        _fail("out of memory; lower --token-budget, --slots or --tasks-per-step")
-    except RuntimeError as error:
-        if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            _fail(
-                "out of memory; lower --token-budget, --slots or --tasks-per-step, then run the same command to go on"
-            )
-        raise
-    except ImportError as error:
-        _fail(str(error))
-
-
 def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
     # Rules and preset must be known before the other defaults are: they are part of the defaults.
     rules = _ahead(arguments, "--rules") or "paper"
@@ -104,26 +100,57 @@ def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
         config_default = preset_config(preset, env)
         options_default = fit_algorithm(options_default, preset, env)
 
-    flat = tyro.conf.arg(name="")
-    common_type: Any = Annotated[_Common, flat]
-    config_type: Any = Annotated[TrainConfig, flat]
-    algorithm_type: Any = Annotated[algorithm, flat]
+    _refuse_gone(arguments)
+    run, config, options = _parse(algorithm, arguments, config_default, options_default)
+    logging.basicConfig(level=logging.INFO if run.verbose else logging.WARNING, format="%(levelname)s %(message)s")
+    train(resolve(config), options, run.rules, dry_run=run.dry_run)
 
-    def entry(common: common_type, config: config_type, options: algorithm_type) -> tuple[Any, Any, Any]:
-        return common, config, options
 
-    entry.__annotations__ = {"common": common_type, "config": config_type, "options": algorithm_type}
-    entry.__defaults__ = (_Common(), config_default, options_default)
-    module = sys.modules[algorithm.__module__]
-    common, config, options = tyro.cli(
+def _refuse_gone(arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        name = argument.partition("=")[0].replace("_", "-")
+        if name in GONE:
+            raise AtodError(f"{name} is no option any more: {GONE[name]}")
+
+
+def _parse(
+    algorithm: type[Algorithm], arguments: Sequence[str], config: TrainConfig, options: Any
+) -> tuple[_RunOptions, TrainConfig, Algorithm]:
+    """Parse the command line; the help shows one box a group, the algorithm's under its own name."""
+    groups: dict[str, type] = {**GROUPS, "run": _RunOptions}
+    own = algorithm.name if algorithm.name.isidentifier() and algorithm.name not in groups else "method"
+    defaults = {name: _part(kind, config) for name, kind in groups.items()} | {own: options}
+    kinds = {**groups, own: algorithm}
+
+    def entry(**parts: Any) -> dict[str, Any]:
+        return parts
+
+    entry.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=kind)
+            for name, kind in kinds.items()
+        ]
+    )
+    entry.__annotations__ = dict(kinds)
+    parsed = tyro.cli(
         entry,
         args=arguments,
         prog=program(f"atod_algos.{algorithm.name}"),
-        description=(module.__doc__ or "").strip(),
+        description=(sys.modules[algorithm.__module__].__doc__ or "").strip(),
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    logging.basicConfig(level=logging.INFO if common.verbose else logging.WARNING, format="%(levelname)s %(message)s")
-    train(resolve(config), cast("Algorithm", options), common.rules, dry_run=common.dry_run)
+    values = {
+        field.name: getattr(parsed[name], field.name) for name in GROUPS for field in dataclasses.fields(GROUPS[name])
+    }
+    return parsed["run"], TrainConfig(**values), cast("Algorithm", parsed[own])
+
+
+def _part(kind: type[Any], config: TrainConfig) -> Any:
+    """A group of options with a configuration's values."""
+    values = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(kind) if hasattr(config, field.name)
+    }
+    return kind(**values)
 
 
 def _ahead(arguments: Sequence[str], option: str) -> str | None:
@@ -137,7 +164,7 @@ def _ahead(arguments: Sequence[str], option: str) -> str | None:
     return value
 
 
-def train(config: TrainConfig, algorithm: Algorithm, rules: str, *, dry_run: bool = False) -> dict[str, Any] | None:
+def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool = False) -> dict[str, Any] | None:
     """Train with resolved settings; return the final table (None for a dry run).
 
     The run folder's unfinished run is resumed; a finished one is shown again.
@@ -158,7 +185,7 @@ def train(config: TrainConfig, algorithm: Algorithm, rules: str, *, dry_run: boo
     if not dry_run:
         distributed.start(config.device)
     quiet = distributed.rank() > 0
-    progress = Progress(config.steps or 0, f"{algorithm.name} on {config.env}", quiet=quiet)
+    progress = Progress(config.steps, f"{algorithm.name} on {config.env}", quiet=quiet)
     progress.console.print(f"rules: {rules}   " + _effective(settings["algorithm"]), highlight=False, soft_wrap=True)
     if dry_run:
         from atod_algos.training.memory_estimate import report
@@ -172,13 +199,13 @@ def train(config: TrainConfig, algorithm: Algorithm, rules: str, *, dry_run: boo
     result: dict[str, Any] | None = distributed.from_first(run.result() if not quiet else None)
     trainer = None
     try:
-        if result is None or result["step"] < (config.steps or 0):
+        if result is None or result["step"] < config.steps:
             trainer = Trainer(config, algorithm, run)
             done = trainer.resume()
             if done:
                 progress.console.print(f"resuming {folder} after step {done}", highlight=False)
             progress = Progress(
-                config.steps or 0, f"{algorithm.name} on {config.env}, run folder {folder}", done + 1, quiet=quiet
+                config.steps, f"{algorithm.name} on {config.env}, run folder {folder}", done + 1, quiet=quiet
             )
             with progress:
                 trainer.fit(progress)
@@ -187,7 +214,7 @@ def train(config: TrainConfig, algorithm: Algorithm, rules: str, *, dry_run: boo
             run.finish(result)
     except KeyboardInterrupt:
         step = trainer.step if trainer is not None else 0
-        _fail(
+        fail(
             f"interrupted after step {step}; run the same command again to go on from the last checkpoint in {folder}",
             130,
         )
@@ -203,7 +230,7 @@ def train(config: TrainConfig, algorithm: Algorithm, rules: str, *, dry_run: boo
     return result
 
 
-def _report(folder: Path, config: TrainConfig) -> Path:
+def _report(folder: Path, config: RunConfig) -> Path:
     """Write the run's page; it scores single tokens where that costs seconds, and else takes what is stored."""
     from atod_algos.report.command import report
 
@@ -223,8 +250,3 @@ def _effective(options: Mapping[str, Any]) -> str:
     for name, value in options.items():
         flat.update(value if isinstance(value, Mapping) else {name: value})
     return "  ".join(f"{name}={value}" for name, value in flat.items() if name != "name")
-
-
-def _fail(message: str, code: int = 1) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)

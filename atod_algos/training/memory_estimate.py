@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from atod_algos.learner.logprobs import CHUNK_LOGITS
 from atod_algos.teachers.remote import is_address
-from atod_algos.training.config import TrainConfig, given
+from atod_algos.training.config import RunConfig
 from atod_algos.training.presets import TRAINED, WORLDS
 
 if TYPE_CHECKING:
@@ -201,17 +201,17 @@ class Part:
     phase: str = "always"
 
 
-def number_bytes(config: TrainConfig) -> int:
+def number_bytes(config: RunConfig) -> int:
     """Bytes of the type that computes. Where it is left to the device, real checkpoints are taken to run on a GPU."""
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and _on_gpu(config))
     return 2 if half else _FLOAT
 
 
-def _on_gpu(config: TrainConfig) -> bool:
+def _on_gpu(config: RunConfig) -> bool:
     return config.device == "cuda" or (config.device == "auto" and config.student != "builtin")
 
 
-def memory(config: TrainConfig, algorithm: Algorithm) -> list[Part]:
+def memory(config: RunConfig, algorithm: Algorithm) -> list[Part]:
     """Memory of a run by part, with resolved settings."""
     world, number = _key(config.env), number_bytes(config)
     student = shape_of(config.student, world, "student")
@@ -231,7 +231,7 @@ def memory(config: TrainConfig, algorithm: Algorithm) -> list[Part]:
     elif number != _FLOAT:
         add("student: originals", student, lambda s: _FLOAT * s.parameters, "float32, which the updates move")
     add("student: AdamW", student, lambda s: 2 * moment * learned(s), "two moments of each weight that learns")
-    slots, context = config.slots, given(config, "max_context")
+    slots, context = config.slots, config.max_context
     how = f"{slots} slots (--slots) of {context:,} tokens (--max-context)"
     add("engine: keys, values", student, lambda s: cache_bytes(s, slots, context, number), how)
 
@@ -260,16 +260,16 @@ def memory(config: TrainConfig, algorithm: Algorithm) -> list[Part]:
     return parts
 
 
-def _frozen_phase(config: TrainConfig) -> str:
+def _frozen_phase(config: RunConfig) -> str:
     return "scoring" if _on_gpu(config) else "always"
 
 
-def _frozen(config: TrainConfig, algorithm: Algorithm, world: str) -> list[tuple[str, str, Shape | None]]:
+def _frozen(config: RunConfig, algorithm: Algorithm, world: str) -> list[tuple[str, str, Shape | None]]:
     """The models that are held beside the student, each once: the roles that ask for it, its name, its shape."""
     asked = {
         "teacher": (config.teacher, "teacher"),
         "reference": (config.student, "student"),
-        "base": (config.base or config.student, "student"),
+        "base": (algorithm.base_model or config.student, "student"),
     }
     held: dict[tuple[str, str], list[str]] = {}
     for role, (name, kind) in asked.items():
@@ -291,13 +291,13 @@ def peak(parts: Sequence[Part]) -> int:
     return sum(of("always")) + max(sum(of("update")), max(of("scoring"), default=0))
 
 
-def tokens(config: TrainConfig, algorithm: Algorithm) -> dict[str, int | None]:
+def tokens(config: RunConfig, algorithm: Algorithm) -> dict[str, int | None]:
     """Sizes of one training step, with resolved settings; lengths at their limits, ``None`` where a limit is not known."""
-    limits = algorithm.limits(given(config, "steps"))
+    limits = algorithm.limits(config.steps)
     own = WORLDS[config.env].settings["max_turns"] if config.env in WORLDS else None
     bounds = [bound for bound in (config.max_turns or own, limits.max_turns) if bound]
     turns = min(bounds) if bounds else None
-    context, response = given(config, "max_context"), given(config, "max_response")
+    context, response = config.max_context, config.max_response
     episodes = config.tasks_per_step * config.group_size
     one_row_a_turn = config.style == "atod"
     rows = (None if turns is None else episodes * turns) if one_row_a_turn else episodes
@@ -316,7 +316,7 @@ def tokens(config: TrainConfig, algorithm: Algorithm) -> dict[str, int | None]:
     }
 
 
-def report(config: TrainConfig, algorithm: Algorithm) -> str:
+def report(config: RunConfig, algorithm: Algorithm) -> str:
     """The estimate as text, with resolved settings."""
     parts = memory(config, algorithm)
     unknown = sorted({part.name.partition(":")[0] for part in parts if part.size is None})

@@ -16,6 +16,7 @@ the process are dropped before they are written again.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import logging
@@ -27,6 +28,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from atod_algos.training.config import TrainConfig
 from atod_envs.errors import AtodError, DataError
 from atod_envs.trajectory import Trajectory, write_jsonl
 
@@ -38,17 +40,21 @@ _FREE = (
     "device",
     "threads",
     "checkpoint_every",
-    "keep_trajectories",
+    "store",
     "slots",
     "token_budget",
     "gradient_checkpointing",
     "wandb",
     "cluster",
     "workers",
-    "worker_cpus",
-    "worker_gpus",
 )
 """Settings that a resumed run may change: they do not alter what is computed, only how long or where."""
+
+_GONE = ("keep_trajectories", "keep_tokens", "worker_cpus", "worker_gpus")
+"""Settings of earlier versions that altered nothing that is computed."""
+
+_FIXED = {"importance_cap": 2.0}
+"""Settings of earlier versions that have one value now."""
 
 
 class RunFolder:
@@ -77,7 +83,7 @@ class RunFolder:
         # A run that ended before its first step (a slip in an option) binds nobody.
         begun = (path / "metrics.jsonl").exists() or any(self.checkpoints.iterdir())
         if known is not None and begun:
-            changed = _difference(known["settings"], plain)
+            changed = _difference(_of_this_version(known["settings"]), plain)
             if changed:
                 name, old, new = changed
                 raise AtodError(
@@ -236,6 +242,24 @@ def written(path: Path) -> Iterator[Path]:
             f"{path} could not be written: {error.strerror or error}. Make room and run the same command to go on from the last "
             "checkpoint"
         ) from error
+
+
+def _of_this_version(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run that an earlier version began, in the words of this one; what it did not know yet stands at its default.
+
+    A setting that has one value now, but had another in that run, stays, so that the run is refused by its name.
+    """
+    train = {
+        name: value
+        for name, value in settings["train"].items()
+        if name not in _GONE and not (name in _FIXED and value == _FIXED[name])
+    }
+    algorithm = dict(settings["algorithm"])
+    if "base" in train:
+        base = train.pop("base")
+        if algorithm["name"] == "gopd":
+            algorithm["base"] = base
+    return {**settings, "train": dataclasses.asdict(TrainConfig()) | train, "algorithm": algorithm}
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:

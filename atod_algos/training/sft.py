@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import tyro
 
     from agents.models import load_model
-    from atod_algos.training.cli import guarded
+    from atod_algos.guard import guarded
     from atod_algos.training.config import TrainConfig
 
     command = tyro.cli(

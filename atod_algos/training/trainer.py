@@ -29,7 +29,7 @@ from atod_algos.learner.learner import Learner, SupportTerm, recompute_layers
 from atod_algos.learner.lora import add_adapters, merged_weights
 from atod_algos.learner.memory import bytes_per_token
 from atod_algos.metrics import sampler_metrics, step_metrics, turn_table
-from atod_algos.rollout.async_rollout import Ahead, correction_metrics, importance_weights, version_of
+from atod_algos.rollout.async_rollout import IMPORTANCE_CAP, Ahead, correction_metrics, importance_weights, version_of
 from atod_algos.rollout.environments import describe
 from atod_algos.rollout.episodes import Play, derive_seed
 from atod_algos.rollout.layouts import choose_layout
@@ -37,7 +37,7 @@ from atod_algos.rollout.pools import RankPool, RolloutPool, device_of, dtype_of,
 from atod_algos.rollout.task_sampler import StepSampler
 from atod_algos.teachers.local import LocalScorer, StepScorer
 from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint
-from atod_algos.training.config import TrainConfig, given, optimizer_options
+from atod_algos.training.config import RunConfig, storage_of
 from atod_algos.training.console import Progress
 from atod_algos.training.run_dir import RunFolder
 from atod_envs.errors import AtodError
@@ -62,7 +62,7 @@ class Trainer:
         AtodError: models, tokenizers or data do not fit; says what to do.
     """
 
-    def __init__(self, config: TrainConfig, algorithm: Algorithm, run: RunFolder) -> None:
+    def __init__(self, config: RunConfig, algorithm: Algorithm, run: RunFolder) -> None:
         self.config, self.algorithm, self.run = config, algorithm, run
         self.device = distributed.start(device_of(config.device))
         if config.staleness and distributed.size() > 1:
@@ -88,7 +88,7 @@ class Trainer:
         per_token = bytes_per_token(self.student.model)
         if distributed.size() > 1:
             distributed.shard(self.student.model)
-        self.learner = Learner(self.student.model, optimizer_options(config), per_token)
+        self.learner = Learner(self.student.model, config, per_token)
         self.chat = ChatFormat(self.student.tokenizer)
         self.style, self.rows = choose_layout(config.layout, self.facts.style, self.chat)
         self.pool = make_pool(config, self.world, self.style, policy, self.chat)
@@ -118,7 +118,7 @@ class Trainer:
     def fit(self, progress: Progress) -> None:
         """Train up to ``config.steps``, from the last checkpoint if there is one."""
         config = self.config
-        steps = given(config, "steps")
+        steps = config.steps
         self.run.begin(self.step)
         if config.staleness:
             self.ahead = Ahead(config.staleness, steps, self._play, torch.get_num_threads())
@@ -176,8 +176,9 @@ class Trainer:
         metrics = update.metrics
         clock.lap("update")
         reward_N = algorithm.reward(batch)
-        if config.keep_trajectories and step % config.keep_trajectories == 0:
-            table = turn_table(step, batch, scores, reward_N, advantages.turn_weight_K, tokens=config.keep_tokens)
+        every, tokens = storage_of(config)
+        if every and step % every == 0:
+            table = turn_table(step, batch, scores, reward_N, advantages.turn_weight_K, tokens=tokens)
             self.run.store(step, batch.trajectories, table)
         clock.lap("store")
         aborted = [t.stop_reason is StopReason.ABORTED for group in groups for t in group.trajectories]
@@ -209,9 +210,9 @@ class Trainer:
         config = self.config
         if not config.staleness:
             return advantage_M, {}
-        weight_M = importance_weights(scores.student_M, batch.sampler_logprobs_M, config.importance_cap)
+        weight_M = importance_weights(scores.student_M, batch.sampler_logprobs_M, IMPORTANCE_CAP)
         lag = step - 1 - version_of(step, config.staleness)
-        return advantage_M * weight_M, correction_metrics(weight_M, config.importance_cap, lag)
+        return advantage_M * weight_M, correction_metrics(weight_M, IMPORTANCE_CAP, lag)
 
     def _support_term(self, scores: Scores) -> SupportTerm | None:
         if scores.support_MS is None:
@@ -242,7 +243,7 @@ class Trainer:
         """Play the fixed panel of a split with whatever weights the pool holds."""
         tasks = self.facts.tasks(split)
         panel = tasks.panel(min(n_tasks, len(tasks)))
-        play = partial(pool.play, split=split, temperature=given(self.config, "eval_temperature"))
+        play = partial(pool.play, split=split, temperature=self.config.eval_temperature)
         return evaluate(play, panel, on_finish=lambda n: progress.phase(f"evaluation {n}/{len(panel)}"))
 
     def report(self, progress: Progress) -> dict[str, Any]:
@@ -358,7 +359,7 @@ class _Clock:
         )
 
 
-def settings_of(config: TrainConfig, algorithm: Algorithm, rules: str) -> dict[str, Any]:
+def settings_of(config: RunConfig, algorithm: Algorithm, rules: str) -> dict[str, Any]:
     """Everything that defines a run, JSON-compatible."""
     options = dataclasses.asdict(cast("Any", algorithm))
     # A run may be prolonged, but not one whose learning rate falls towards its last step.

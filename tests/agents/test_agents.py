@@ -1,12 +1,7 @@
 """Agents act by what they have seen, and the same policy acts the same by hand and in a rollout."""
 
-import sys
-from pathlib import Path
-
 import gymnasium as gym
 import pytest
-
-sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("envs", "algos")]
 from toy import ToyEnv
 
 from agents.base import Agent

@@ -9,17 +9,16 @@ import subprocess
 import sys
 import termios
 import time
-from pathlib import Path
 
 import gymnasium as gym
 import pytest
+from paths import REPOSITORY
 
 import atod_envs  # noqa: F401  (registers the environments)
 from agents.expert import expert_for
 from agents.human import HumanAgent, main, play
 from atod_envs.alfworld.generator import builtin
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TASK = builtin.task_ids("valid_seen")[2]
 PLAN = builtin.game(TASK)["walkthrough"]
 COMMAND = [sys.executable, "-m", "agents.human", "--option", "data=builtin", "--split", "valid_seen", "--task-id", TASK]

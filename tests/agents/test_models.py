@@ -7,7 +7,7 @@ import socket
 import numpy as np
 import pytest
 import torch
-from test_inference import plain_logprobs, prompts, run, small
+from requests_to_engines import plain_logprobs, prompts, run, small
 
 from agents.engines.base import SamplingParams
 from agents.engines.transformers import TransformersEngine

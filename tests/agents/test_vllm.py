@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from test_inference import plain_logprobs, prompts, run
+from requests_to_engines import plain_logprobs, prompts, run
 
 from agents.engines.base import EngineDied, SamplingParams
 from agents.engines.transformers import TransformersEngine

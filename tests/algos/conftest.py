@@ -1,24 +1,15 @@
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "envs")]
 from toy import WORDS
 from toyworld import fit, small_model
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
 def golden():
     """Recorded numbers of the equations."""
-    path = Path(os.environ.get("ATOD_GOLDEN", REPOSITORY.parent / "shared" / "paper" / "golden_atod.json"))
-    if not path.is_file():
-        pytest.skip(f"no golden numbers at {path}; set ATOD_GOLDEN")
-    return json.loads(path.read_text())
+    return json.loads(Path(__file__).with_name("golden_atod.json").read_text())
 
 
 @pytest.fixture(scope="session")

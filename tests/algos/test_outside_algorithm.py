@@ -5,14 +5,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from paths import REPOSITORY, SUPPORT
 from toyworld import TOY
 
 from atod_algos import command
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "add_algorithm.md"
 
 
@@ -44,7 +43,7 @@ def installed(tmp_path_factory):
 
 
 def atod(installed, *words):
-    here = [str(installed), str(REPOSITORY), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    here = [str(installed), str(REPOSITORY), str(SUPPORT), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
         [sys.executable, "-m", "atod_algos.command", *words],
         capture_output=True,
@@ -97,7 +96,7 @@ def test_presets_and_estimates_hold_for_it_too(here, capsys):
 
 def test_its_advantages_by_hand():
     import numpy as np
-    from test_relatives import batch_from, episode
+    from episodes import batch_from, episode
 
     from atod_algos.batch import Scores
 

@@ -87,7 +87,7 @@ def learn(tmp_path):
             minibatches=2,
             warmup_steps=2,
             eval_tasks=1,
-            keep_trajectories=0,
+            store="nothing",
             checkpoint_every=10**6,
             **settings,
         )

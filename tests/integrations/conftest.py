@@ -1,14 +1,4 @@
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path[:0] = [
-    str(Path(__file__).parent),
-    str(Path(__file__).parents[1] / "envs"),
-    str(Path(__file__).parents[1] / "algos"),
-]
-
 from tiny import BUILTIN
 
 

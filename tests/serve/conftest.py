@@ -1,12 +1,4 @@
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path[:0] = [
-    str(Path(__file__).parent),
-    *(str(Path(__file__).parents[1] / name) for name in ("envs", "algos", "integrations")),
-]
 from servers import TOY_OFFERS, Gate, OddEnv, running
 
 

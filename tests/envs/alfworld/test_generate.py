@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import REPOSITORY
 
 from atod_envs.alfworld.engine.game import Game
 from atod_envs.alfworld.engine.session import GameSession
@@ -17,8 +18,6 @@ from atod_envs.alfworld.generate import Made, generate, main, write_split
 from atod_envs.alfworld.generator.rendering import domain, grammar
 from atod_envs.alfworld.generator.scenes import display_names
 from atod_envs.alfworld.household import SIZES, TASK_TYPES
-
-REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def tokens(pddl: str) -> list[str]:

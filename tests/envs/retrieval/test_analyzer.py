@@ -4,11 +4,10 @@ import random
 import time
 
 import pytest
+from lucene_child import ask
 
 from atod_envs.retrieval.analyzer import MAX_TOKEN_UNITS, _unicode_rules, analyze, tokenize
 from atod_envs.retrieval.porter import stem
-
-from .lucene_child import ask
 
 
 def test_the_whole_chain():

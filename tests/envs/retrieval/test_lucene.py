@@ -4,10 +4,9 @@ import gzip
 import json
 
 import numpy as np
+from lucene_child import ask
 
 from atod_envs.retrieval import BM25Index
-
-from .lucene_child import ask
 
 QUERIES = 2000
 

@@ -12,9 +12,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
+from paths import REPOSITORY
 
 pytest.importorskip("uvicorn", reason="the server's packages are not installed (extra 'serve')")
 
@@ -382,7 +382,7 @@ def test_shards_behind_http_are_one_search_until_one_is_down():
 
 
 def test_the_command_serves_the_built_in_world(capsys):
-    root = str(Path(__file__).parents[3])
+    root = str(REPOSITORY)
     command = [sys.executable, "-m", "atod_envs.searchqa.serve", "--port", "0"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, cwd=root, env={**os.environ, "PYTHONPATH": root}

@@ -8,6 +8,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shops import item, options, write_shop
 
 from atod_envs.errors import DataError
 from atod_envs.webshop.catalogue.cache import open_store
@@ -15,8 +16,6 @@ from atod_envs.webshop.catalogue.files import find_files, stream_array, stream_o
 from atod_envs.webshop.catalogue.product import BrokenProduct, clean_product, read_pricing
 from atod_envs.webshop.catalogue.records import pack, unpack
 from atod_envs.webshop.catalogue.store import Store
-
-from .conftest import item, options, write_shop
 
 
 def test_every_product_equals_the_recorded_one(real_store, read_golden):

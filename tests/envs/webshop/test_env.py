@@ -7,6 +7,8 @@ import gymnasium as gym
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from paths import REPOSITORY, SUPPORT
+from shops import item, options, write_shop
 
 import atod_envs
 from atod_envs.checker import check_text_env
@@ -17,8 +19,6 @@ from atod_envs.styles import phrase_response
 from atod_envs.trajectory import StopReason
 from atod_envs.webshop.catalogue.store import FOLDS, digest
 from atod_envs.webshop.env import WebShopEnv
-
-from .conftest import item, options, write_shop
 
 atod_envs.register()
 
@@ -242,7 +242,6 @@ def test_lucene_itself_gives_the_same_pages(webshop_data, tmp_path):
     import os
     import subprocess
     import sys
-    from pathlib import Path
 
     from atod_envs.errors import DataError
     from atod_envs.retrieval.lucene import find_jar, find_java
@@ -253,8 +252,8 @@ def test_lucene_itself_gives_the_same_pages(webshop_data, tmp_path):
     except DataError as error:
         pytest.skip(str(error))
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("lucene_pages.py")), str(webshop_data)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "ATOD_CACHE": str(tmp_path)},
+        [sys.executable, str(SUPPORT / "lucene_pages.py"), str(webshop_data)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "ATOD_CACHE": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,

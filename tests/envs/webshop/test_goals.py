@@ -4,13 +4,12 @@ import warnings
 from collections import Counter
 
 import pytest
+from shops import item, options, write_shop
 
 from atod_envs.errors import DataError, UnknownName
 from atod_envs.webshop.catalogue.cache import open_store
 from atod_envs.webshop.goals import Goals, combination
 from atod_envs.webshop.splits import GoalIds, read_task_id, split_goals
-
-from .conftest import item, options, write_shop
 
 
 def test_numbers_of_goals(real_store):

@@ -3,13 +3,12 @@
 import random
 
 import pytest
+from shops import item, options, write_shop
 
 from atod_envs.webshop.catalogue.cache import open_store
 from atod_envs.webshop.goals import Goals
 from atod_envs.webshop.pages import Role, _nodes
 from atod_envs.webshop.shop import Shop, ShopSession, parse_action
-
-from .conftest import item, options, write_shop
 
 
 def session_of(folder, records, annotations=None, reviews=None, **keywords):

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
+from paths import REPOSITORY, SUPPORT
 from toy import ToyStyle
 from toyworld import TOY
 
@@ -31,7 +31,6 @@ from atod_algos.training.config import TrainConfig, resolve
 from atod_envs.errors import AtodError
 from atod_envs.styles import Layout
 
-HERE = Path(__file__).parent
 STYLE = ToyStyle(Layout.CONVERSATION)
 
 
@@ -49,7 +48,7 @@ def cluster():
     """A cluster on this machine with room for more workers than it has cores."""
     environment = {
         "env_vars": {
-            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1]), str(HERE.parent / "envs")]),
+            "PYTHONPATH": os.pathsep.join([str(SUPPORT), str(REPOSITORY)]),
             "OMP_NUM_THREADS": "1",
             "IMPATIENT": "1",
         }
@@ -214,7 +213,7 @@ def test_training_on_a_cluster_is_training(cluster, config, models, tmp_path):
 @contextlib.contextmanager
 def retriever(port, *last):
     """A retriever in a process of its own; its process and its address."""
-    command = [sys.executable, str(HERE / "impatient.py"), str(port), *map(str, last)]
+    command = [sys.executable, str(SUPPORT / "impatient.py"), str(port), *map(str, last)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process, process.stdout.readline().strip()

@@ -44,7 +44,7 @@ def options_of(models, run, *more):
 def folders(models, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     train(ATOD, options_of(models, root / "atod"))
-    train(ATOD, options_of(models, root / "kept", "--keep-tokens"))
+    train(ATOD, options_of(models, root / "kept", "--store", "tokens"))
     train(GRPO, options_of(models, root / "grpo"))
     return root
 

@@ -5,12 +5,12 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from paths import SUPPORT
 from safetensors.torch import load_file
 
 from atod_algos.atod import ATOD
@@ -22,7 +22,6 @@ from atod_algos.training.shards import load_shards
 from atod_algos.training.trainer import Trainer
 from atod_envs.errors import AtodError
 
-HERE = Path(__file__).parent
 COMMAND = "import sys; sys.path.insert(0, sys.argv.pop(1)); import toyworld; from atod_algos.training.cli import main; "
 
 
@@ -50,7 +49,7 @@ def torchrun(count, options, tmp_path, algorithm="atod:ATOD", wait=True):
         "--rdzv-backend",
         "c10d",
     ]
-    words += ["--rdzv-endpoint", "localhost:0", str(script), str(HERE), "--", *options]
+    words += ["--rdzv-endpoint", "localhost:0", str(script), str(SUPPORT), "--", *options]
     process = subprocess.Popen(
         [sys.executable, *words],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -86,13 +85,13 @@ def weights(run):
     from toyworld import small_model
     from transformers import AutoTokenizer
 
+    from atod_algos.learner.options import OptimizerOptions
     from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint
-    from atod_algos.training.config import OptimizerOptions
 
     path = latest_checkpoint(run / "checkpoints")
     model = small_model(AutoTokenizer.from_pretrained(path), seed=99)
     plain = OptimizerOptions(
-        lr=1e-3, lr_floor=1.0, warmup_steps=0, steps=1, weight_decay=0.0, beta2=0.999, grad_clip=1.0, optimizer="adamw",
+        lr=1e-3, lr_floor=1.0, warmup_steps=0, steps=1, weight_decay=0.0, adam_beta2=0.999, grad_clip=1.0, optimizer="adamw",
         minibatches=1, token_budget=100,
     )  # fmt: skip
     load_checkpoint(path, model, Learner(model, plain).updater)

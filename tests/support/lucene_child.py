@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import REPOSITORY
 
 from atod_envs.errors import DataError
 from atod_envs.retrieval.lucene import LuceneIndex, find_jar, find_java, lucene_terms
@@ -24,7 +25,7 @@ def ask(scratch: Path, **request) -> object:
         pytest.skip(str(error))
     answer = scratch / "answer.json"
     body = json.dumps({**request, "answer": str(answer)})
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [sys.executable, __file__], input=body, text=True, capture_output=True, env=environment, check=False
     )

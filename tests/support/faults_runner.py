@@ -10,9 +10,6 @@ import signal
 import sys
 import threading
 import traceback
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "envs")]
 
 import torch
 import torch.utils.tensorboard

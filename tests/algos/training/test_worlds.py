@@ -93,7 +93,8 @@ def test_one_step_in_every_world(algorithm, extra, env, tmp_path, monkeypatch):
         "--env", env, "--student", str(student), "--teacher", str(student), "--style", "compact", "--max-response", "8",
         "--max-context", "3000", "--max-turns", "4" if "Search" in env else "15", "--tasks-per-step", "2", "--group-size", "2",
         "--minibatches", "1", "--steps", "1", "--eval-every", "0", "--eval-tasks", "1", "--report-tasks", "1", "--threads", "1",
-        "--keep-tokens",
+        "--store",
+        "tokens",
     ]  # fmt: skip
     monkeypatch.delenv("ALFWORLD_DATA", raising=False)
     run = tmp_path / "r"

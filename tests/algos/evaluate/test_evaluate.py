@@ -6,6 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from episodes import outcome
 from toyworld import TOY
 
 from agents.api import ChatClient
@@ -15,22 +16,13 @@ from atod_algos.evaluate.paired_command import load_evaluation
 from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, make_env, sampling_of
 from atod_algos.training.config import TrainConfig, resolve
 from atod_envs.errors import AtodError
-from atod_envs.trajectory import StopReason, Trajectory, Turn, read_jsonl
-
-
-def episode(task, solved, seed=0, turns=1, label="x"):
-    turn = Turn(0, "o", (), (), (), (), "r", "a", True, True, float(solved))
-    reason = StopReason.SUCCESS if solved else StopReason.TURN_LIMIT
-    return Trajectory(
-        "e", task, "s", "t", task, seed, (turn,) * turns, "", solved, float(solved), reason, labels={"k": label}
-    )
-
+from atod_envs.trajectory import read_jsonl
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
 def test_summary_counts_by_label_and_reason():
-    e = Evaluation(tuple(episode(f"t{i}", i < 3, turns=i + 1, label="a" if i < 2 else "b") for i in range(4)))
+    e = Evaluation(tuple(outcome(f"t{i}", i < 3, turns=i + 1, label="a" if i < 2 else "b") for i in range(4)))
     s = e.summary()
     assert s["success"] == 0.75 and s["n"] == s["tasks"] == 4 and s["length"] == 2.5
     assert s["by_label"]["a"]["success"] == 1.0 and s["by_label"]["b"]["success"] == 0.5
@@ -39,15 +31,15 @@ def test_summary_counts_by_label_and_reason():
 
 def test_interval_of_several_seeds_is_over_tasks():
     outcomes = [i % 3 == 0 for i in range(60)]
-    once = Evaluation(tuple(episode(f"t{i}", won) for i, won in enumerate(outcomes)))
-    often = Evaluation(tuple(episode(f"t{i}", won, seed=s) for s in range(9) for i, won in enumerate(outcomes)))
+    once = Evaluation(tuple(outcome(f"t{i}", won) for i, won in enumerate(outcomes)))
+    often = Evaluation(tuple(outcome(f"t{i}", won, seed=s) for s in range(9) for i, won in enumerate(outcomes)))
     width = once.bootstrap_interval[1] - once.bootstrap_interval[0]
     assert often.interval[1] - often.interval[0] == pytest.approx(width)
 
 
 def test_comparison_pairs_tasks_and_refuses_other_panels():
-    a = Evaluation(tuple(episode(f"t{i}", i < 30, label="x" if i < 20 else "y") for i in range(40)))
-    b = Evaluation(tuple(episode(f"t{i}", i < 15, turns=2, label="x" if i < 20 else "y") for i in range(40)))
+    a = Evaluation(tuple(outcome(f"t{i}", i < 30, label="x" if i < 20 else "y") for i in range(40)))
+    b = Evaluation(tuple(outcome(f"t{i}", i < 15, turns=2, label="x" if i < 20 else "y") for i in range(40)))
     result = compare(a, b)
     assert (result.only_a, result.only_b) == (15, 0) and result.mcnemar == pytest.approx(2 * 0.5**15)
     assert result.success.difference == pytest.approx(0.375) and result.length.difference == -1

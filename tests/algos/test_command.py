@@ -8,11 +8,10 @@ import sys
 from importlib.metadata import entry_points
 
 import pytest
+from paths import REPOSITORY
 
 from atod_algos import command
 from atod_algos.command import commands, main
-
-REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def shell(*words, **environment):
@@ -21,7 +20,7 @@ def shell(*words, **environment):
         capture_output=True,
         text=True,
         cwd=environment.pop("cwd", REPOSITORY),
-        env={**os.environ, "PYTHONPATH": REPOSITORY, **environment},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
     )
 
 
@@ -133,6 +132,6 @@ def test_a_reader_that_stops_early_is_no_error():
         shell=True,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": REPOSITORY},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
     assert "Traceback" not in done.stderr and done.stdout.startswith("usage: atod train atod")

@@ -11,11 +11,11 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import gymnasium as gym
 import pytest
 import torch
+from paths import SUPPORT
 from toyworld import TOY, learner_options, small_model
 
 from agents.chat import ChatFormat
@@ -34,7 +34,7 @@ def runner(models):
     if not hasattr(__import__("os"), "fork"):
         pytest.skip("runs are forked")
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "faults_runner.py"), str(models["student"])],
+        [sys.executable, str(SUPPORT / "faults_runner.py"), str(models["student"])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

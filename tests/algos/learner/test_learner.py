@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import SUPPORT
 from toyworld import learner_options, small_model
 
 from atod_algos.algorithm import Objective
@@ -114,7 +115,7 @@ LIMITED = """
 import logging, resource, sys, numpy as np, torch
 torch.set_num_threads(1)
 logging.basicConfig(level=logging.WARNING)
-sys.path[:0] = [{here!r}]
+sys.path[:0] = [{support!r}]
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from toyworld import learner_options
 from atod_algos.learner import memory
@@ -140,7 +141,7 @@ print(learner.budget.tokens, np.isfinite(metrics["actor/grad_norm"]))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address space is limited on Linux only")
 def test_a_real_failed_allocation_is_survived():
-    code = LIMITED.format(here=str(Path(__file__).parent))
+    code = LIMITED.format(support=str(SUPPORT))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     tokens, finite = done.stdout.split()
@@ -187,8 +188,8 @@ def predicted_and_used():
 
 def test_predicted_memory_is_near_what_a_large_update_uses():
     """In a process of its own: one that has run other tests holds memory that it uses again."""
-    here = str(Path(__file__).parent)
-    code = f"import sys; sys.path[:0] = [{here!r}]; import test_learner; print(*test_learner.predicted_and_used())"
+    paths = [str(Path(__file__).parent), str(SUPPORT)]
+    code = f"import sys; sys.path[:0] = {paths!r}; import test_learner; print(*test_learner.predicted_and_used())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     needed, used = map(float, done.stdout.split()[-2:])

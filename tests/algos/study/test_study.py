@@ -119,13 +119,13 @@ def test_a_cell_that_another_process_holds_is_left_to_it(preset, tmp_path):
 
 def write_cell(root, method, seed, solved):
     """A finished cell whose evaluation solved some tasks."""
-    from test_evaluate import episode
+    from episodes import outcome
 
     from atod_envs.trajectory import write_jsonl
 
     folder = root / method / f"seed{seed}"
     (folder / "evaluation-last" / "episodes").mkdir(parents=True)
-    tasks = [episode(f"t{i}", won, seed=seed, label="x" if i % 2 else "y") for i, won in enumerate(solved)]
+    tasks = [outcome(f"t{i}", won, seed=seed, label="x" if i % 2 else "y") for i, won in enumerate(solved)]
     write_jsonl(folder / "evaluation-last" / "episodes" / f"test-{len(solved)}-seed{seed}.jsonl.gz", tasks)
     panel = {"name": f"test/{len(solved)}"}
     (folder / "evaluation-last" / "config.json").write_text(

@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from paths import SUPPORT
 from safetensors.torch import load_file
 from toy import WORDS
 from toyworld import TOY, learner_options, small_model
@@ -22,8 +22,6 @@ from atod_algos.sod import SOD
 from atod_algos.tcod import TCOD
 from atod_algos.training.cli import main, with_rules
 from atod_algos.training.config import TrainConfig, resolve
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture
@@ -123,7 +121,7 @@ def test_a_slip_in_an_option_costs_nothing(options, tmp_path, capsys):
 
 
 def spawn(options, run, steps):
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import toyworld\n"
+    code = f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); import toyworld\n"
     code += "from atod_algos.training.cli import main; from atod_algos.atod import ATOD; main(ATOD, sys.argv[1:])"
     arguments = [*options, "--steps", str(steps), "--run", str(run)]
     return subprocess.Popen(

@@ -1,11 +1,6 @@
-"""The toy world under a registered id, and random models for it; shared by the tests of this folder."""
-
-import sys
-from pathlib import Path
+"""The toy world under a registered id, and random models for it; shared by all tests that train."""
 
 import gymnasium as gym
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "envs")]
 from tinymodel import tiny_qwen3
 from toy import ToyEnv
 
@@ -44,6 +39,6 @@ def fit(model, prompts, responses, updates: int, lr: float = 5e-3):
 
 def learner_options(**changes):
     """The learner's settings as a real checkpoint's run has them, with changes."""
-    from atod_algos.training.config import TrainConfig, optimizer_options, resolve
+    from atod_algos.training.config import TrainConfig, resolve
 
-    return optimizer_options(resolve(TrainConfig(student="folder", **changes)))
+    return resolve(TrainConfig(student="folder", **changes))
