@@ -29,9 +29,10 @@ NOT_TRAINING = ("evaluate", "report", "study", "imitation", "--help", "--dry-run
 def shortened(line: str) -> str:
     """A shell line as it is tested."""
     command, _, _comment = line.partition("  #")
+    command = command.replace("python benchmarks/", f"python {ROOT}/benchmarks/")
     if command.startswith(TRAINING) and not any(word in command for word in NOT_TRAINING):
         return f"{command.rstrip()} {SHORT} --run runs/{abs(hash(line)):x}"
-    return line
+    return command
 
 
 def run_shell(example: "Example") -> str | None:

@@ -49,7 +49,6 @@ def commands() -> dict[str, Command]:
         "eval": Command("play fixed panels of tasks, or compare two results", {"": "atod_algos.evaluate.command"}),
         "report": Command("show every turn of a run, and why it was weighted", {"": "atod_algos.report.command"}),
         "study": Command("compare methods over environments and seeds", {"": "atod_algos.study.command"}),
-        "plan": Command("how long a training step takes on a given cluster", {"": "atod_algos.plan"}),
         "data": Command(
             "what data is there, and where it comes from: atod data status|get|verify|build",
             {word: f"atod_envs.datasets.command {word}" for word in ("status", "get", "verify", "build")},
@@ -78,6 +77,9 @@ def commands() -> dict[str, Command]:
 
 ALIASES: Mapping[str, str] = MappingProxyType({"evaluate": "eval"})
 """Other names of commands."""
+
+MOVED: Mapping[str, str] = MappingProxyType({"plan": "python benchmarks/cluster_plan.py, in a clone of the repository"})
+"""Commands of earlier versions, and where they are now."""
 
 ALGORITHM = "algorithm:"
 """Before the name of an algorithm, which is run by its entry point rather than by its module."""
@@ -118,6 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, rest = ALIASES.get(words[0], words[0]), words[1:]
     if name == "completion":
         return _completion(rest)
+    if name in MOVED:
+        print(f"error: atod {name} is {MOVED[name]}", file=sys.stderr)
+        return 2
     if name not in known:
         return _wrong(f"unknown command {name!r}", name, [*known, "completion"])
     modules = known[name].modules

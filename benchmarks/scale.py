@@ -19,11 +19,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from cluster_plan import fit_engine
+from cluster_simulator import Rates, Workload, simulate
 
 from agents.chat import ChatFormat
 from agents.models import load_model
-from atod_algos.pipeline import Rates, Workload, simulate
-from atod_algos.plan import fit_engine
 from atod_algos.rollout.environments import describe
 from atod_algos.rollout.episodes import EpisodeSpec, derive_seed
 from atod_algos.rollout.pools import RolloutPool, local_pool, worker_pool

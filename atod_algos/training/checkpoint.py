@@ -20,11 +20,11 @@ import torch
 from atod_algos.learner import distributed
 from atod_algos.learner.lora import base_model, load_adapters
 from atod_algos.learner.optimizer import Updater
-from atod_algos.training.shards import FOLDER, load_shards, save_shards
 from atod_envs.errors import AtodError, DataError
 
 _STATE = "trainer_state.pt"
 _DONE = "complete.json"
+_SHARDS = "shards"
 
 
 def save_checkpoint(
@@ -130,7 +130,7 @@ def load_checkpoint(
             if _checksum(path / name) != checksum:
                 raise ValueError(f"{name} is not as it was written")
         state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
-        if (path / FOLDER).is_dir():
+        if (path / _SHARDS).is_dir():
             load_shards(path, model, updater)
             return state, extra
         if adapters is not None:
@@ -152,6 +152,61 @@ def load_checkpoint(
             f"{path} holds another model: parameter {[*unexpected, *(set(missing) - tied)][0]!r} does not fit"
         )
     return state, extra
+
+
+# --- of a model that is divided among ranks ----------------------------------------------------------------------
+#
+# Each rank writes its own part (torch.distributed.checkpoint), by the weights' names, whole tensors in any number of pieces, so that
+# another number of ranks, or a single process, reads them as well. What is kept is what is moved: float32 weights, AdamW's two
+# moments, its count of steps.
+
+
+def save_shards(folder: Path, model: Any, updater: Updater) -> None:
+    """Write this rank's part; called by all ranks at once.
+
+    Raises:
+        OSError: some rank could not write.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    try:
+        save(_tensors_by_name(model, updater), checkpoint_id=str(folder / _SHARDS), no_dist=distributed.size() == 1)
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise OSError(str(first)) from error
+
+
+def load_shards(folder: Path, model: Any, updater: Updater) -> None:
+    """Read what this rank holds, however many wrote it; called by all ranks at once.
+
+    Raises:
+        DataError: a part is missing or broken, or the checkpoint is another model's.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    tensors = _tensors_by_name(model, updater)
+    try:
+        load(tensors, checkpoint_id=str(folder / _SHARDS), no_dist=distributed.size() == 1)
+    except (CheckpointException, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise DataError(
+            f"{folder} cannot be read ({str(error).splitlines()[0]}); delete it to go back to an earlier one"
+        ) from error
+    updater.copy_to_model()
+
+
+def _tensors_by_name(model: Any, updater: Updater) -> dict[str, torch.Tensor]:
+    """Everything by name; writing into these tensors changes the model and its optimizer."""
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    found: dict[str, torch.Tensor] = {}
+    for name, original, moments in zip(names, updater.master_weights, updater.moments(), strict=True):
+        found[f"weight/{name}"] = original.detach()
+        found |= {f"{kind}/{name}": tensor for kind, tensor in moments.items()}
+    return found
+
+
+# --- a run's checkpoints ------------------------------------------------------------------------------------------------
 
 
 def recover(folder: Path) -> None:

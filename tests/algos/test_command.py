@@ -126,6 +126,12 @@ def test_completion_of_an_unknown_shell_is_refused(capsys):
     assert "usage: atod completion bash|zsh" in capsys.readouterr().err
 
 
+def test_a_command_that_moved_says_where_it_is(capsys):
+    assert main(["plan", "--preset", "paper-4b"]) == 2
+    said = capsys.readouterr().err
+    assert "atod plan is python benchmarks/cluster_plan.py" in said and said.count("\n") == 1
+
+
 def test_a_reader_that_stops_early_is_no_error():
     done = subprocess.run(
         f"{sys.executable} -m atod_algos.command train atod --help | head -1",

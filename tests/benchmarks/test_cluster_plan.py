@@ -2,14 +2,18 @@
 
 import itertools
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from paths import REPOSITORY
 
-from atod_algos.pipeline import Rates, Workload, episode_lengths, simulate
-from atod_algos.plan import fit_engine, from_run, main
 from atod_envs.errors import DataError
+
+sys.path.append(str(REPOSITORY / "benchmarks"))  # at the end: a file there is called alfworld
+from cluster_plan import fit_engine, from_run, main
+from cluster_simulator import Rates, Workload, episode_lengths, simulate
 
 WORK = Workload(groups=16, group_size=8, turns=6.0, longest=14, prefill=50.0, response=10.0, rows=50_000.0)
 RATES = Rates(

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from atod_algos.atod import ATOD
 from atod_algos.learner import distributed
 from atod_algos.learner.learner import Learner
+from atod_algos.training.checkpoint import load_shards
 from atod_algos.training.cli import main
 from atod_algos.training.config import TrainConfig
-from atod_algos.training.shards import load_shards
 from atod_algos.training.trainer import Trainer
 from atod_envs.errors import AtodError
 

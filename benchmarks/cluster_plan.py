@@ -1,7 +1,7 @@
-"""How long a training step would take on other machines: ``atod plan``.
+"""How long a training step would take on other machines: arithmetic and a small simulator.
 
-    python -m atod_algos.plan --run runs/atod-ALFWorld-v0-seed0            # rates from a stored run: what would more workers bring?
-    python -m atod_algos.plan --preset paper-4b --env atod/ALFWorld-v0     # rates from a GPU's data sheet, for clusters of several sizes
+    python benchmarks/cluster_plan.py --run runs/atod-ALFWorld-v0-seed0            # rates from a stored run: what would more workers bring?
+    python benchmarks/cluster_plan.py --preset paper-4b --env atod/ALFWorld-v0     # rates from a GPU's data sheet, for clusters of several sizes
 
 The second is arithmetic on published peaks and the utilisation given, not a measurement.
 """
@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from cluster_simulator import Rates, Workload, simulate
 
-from atod_algos.pipeline import Rates, Workload, simulate
 from atod_envs.errors import AtodError, DataError
-from atod_envs.options import program
 
 
 def from_run(folder: Path) -> tuple[Workload, Rates]:
@@ -40,7 +39,7 @@ def from_run(folder: Path) -> tuple[Workload, Rates]:
         raise DataError(f"{folder} is not a run with steps to learn rates from ({error})") from error
     turns = [turn for episode in episodes for turn in episode.turns]
     if not turns or not steps:
-        raise DataError(f"{folder} holds no stored episodes; run with --keep-trajectories 1")
+        raise DataError(f"{folder} holds no stored episodes; run with --store trajectories")
 
     def mean(name: str) -> float:
         return float(np.mean([step.get(name, 0.0) for step in steps]))
@@ -178,7 +177,7 @@ _ACTIVE = {"Qwen/Qwen3-30B-A3B": 3_300_000_000}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table of steps; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog=program("atod_algos.plan"), description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python benchmarks/cluster_plan.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--run", type=Path, help="run folder to take workload and rates from")
     parser.add_argument("--preset", help="paper-0.6b, paper-1.7b or paper-4b, on GPUs")
