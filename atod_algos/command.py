@@ -91,6 +91,7 @@ EXTRAS: Mapping[str, str] = MappingProxyType(
         "safetensors": "train",
         "tyro": "train",
         "rich": "train",
+        "scipy": "evaluate",
         "matplotlib": "report",
         "starlette": "serve",
         "uvicorn": "serve",

@@ -1,7 +1,8 @@
-"""Intervals and tests for success rates: pure functions on arrays, no dependency but numpy.
+"""Intervals and tests for success rates: pure functions on arrays.
 
-The invariant: whatever is random here is drawn from a fixed seed, so the same results give the same interval everywhere. The unit
-that is resampled is the *task*: several episodes of one task are not independent, and treating them so makes intervals too narrow.
+Classical tests are scipy's (extra ``evaluate``), loaded where two policies are compared. The invariant: whatever is random here is drawn
+from a fixed seed, so the same results give the same interval everywhere. The unit that is resampled is the *task*: several episodes of
+one task are not independent, and treating them so makes intervals too narrow.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -63,10 +65,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     Returns:
         The p-value: the chance of a split at least as uneven if neither were better.
     """
-    n, least = only_a + only_b, min(only_a, only_b)
-    log_tail = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(least + 1)]
-    tail = sum(math.exp(value - n * math.log(2)) for value in log_tail)
-    return min(1.0, 2 * tail)
+    return float(_stats().binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,30 +115,12 @@ def paired(a_N: np.ndarray, b_N: np.ndarray) -> Paired:
 # --- over training seeds: few values, so Student's t ----------------------------------------------------------------------
 
 
-def t_tail(t: float, degrees: float) -> float:
-    """Chance that Student's t with ``degrees`` degrees of freedom exceeds ``t`` in absolute value.
-
-    With t = sqrt(degrees) tan(a) the density becomes cos(a) ** (degrees - 1), smooth and on a bounded interval.
-    """
-    angle = math.atan(abs(t) / math.sqrt(degrees))
-
-    def integral(low: float) -> float:
-        grid = np.linspace(low, math.pi / 2, 20_001)
-        return float(np.trapezoid(np.cos(grid).clip(0) ** (degrees - 1), grid))
-
-    return integral(angle) / integral(0.0)
-
-
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """Interval of the mean of a few independent values (one a training seed); the whole line for fewer than two."""
     n = len(values)
     if n < 2:
         return -math.inf, math.inf
-    low, high = 0.0, 1e4
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, n - 1) > 1 - level else (low, middle)
-    half = high * float(np.std(values, ddof=1)) / math.sqrt(n)
+    half = float(_stats().t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1)) / math.sqrt(n)
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
@@ -151,9 +132,14 @@ def welch(a: Sequence[float], b: Sequence[float]) -> float:
     """
     if min(len(a), len(b)) < 2:
         return 1.0
-    parts = [float(np.var(side, ddof=1)) / len(side) for side in (a, b)]
-    gap, total = float(np.mean(a) - np.mean(b)), sum(parts)
-    if total == 0:
-        return 1.0 if gap == 0 else 0.0
-    degrees = total**2 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, (a, b), strict=True))
-    return t_tail(gap / math.sqrt(total), degrees)
+    if np.ptp(a) == 0 and np.ptp(b) == 0:
+        return 1.0 if a[0] == b[0] else 0.0
+    return float(_stats().ttest_ind(a, b, equal_var=False).pvalue)
+
+
+def _stats() -> Any:
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise ImportError("comparing needs scipy: pip install 'atod[evaluate]'") from error
+    return stats
