@@ -184,7 +184,7 @@ def test_broken_shards_are_refused(tmp_path, models):
 
     class Nothing:
         @property
-        def originals(self):
+        def master_weights(self):
             return list(model.parameters())
 
         def moments(self):
