@@ -282,7 +282,7 @@ class ChatFormat:
 def _opened(prompt: str) -> tuple[str, str]:
     """The thought that the end of a prompt leaves open, and what closes it; what closes one anyhow where none is open."""
     for opens, closes in _THOUGHTS:
-        before, found, after = prompt.rpartition(opens)
+        _, found, after = prompt.rpartition(opens)
         if found and closes not in after:
             return found + after, closes
     return "", next((closes for opens, closes in _THOUGHTS if opens in prompt), "</think>")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from agents.chat import first_difference
+from agents.chat import CHAT_DATE, ChatFormat, ThinkingMode, first_difference
 from agents.logits import limit_vocabulary, logit_head, require_finite, usable_ids, vocabulary_rows
 from atod_envs.errors import AtodError
 
@@ -38,6 +38,21 @@ class LoadedModel:
     name: str
     model: Any
     tokenizer: Any
+
+    def chat(self, thinking: ThinkingMode = "off", date: str = CHAT_DATE) -> ChatFormat:
+        """How this model is spoken to.
+
+        Args:
+            thinking: what its template is asked for, and what stays of earlier turns' thoughts.
+            date: what its template is told, if it tells the date.
+
+        Raises:
+            AtodError: its tokenizer has no chat template that can be used.
+        """
+        try:
+            return ChatFormat(self.tokenizer, model=self.model, thinking=thinking, date=date)
+        except ValueError as error:
+            raise AtodError(f"model {self.name!r}: {error}") from error
 
     @property
     def n_parameters(self) -> int:

@@ -62,7 +62,7 @@ def next_prompt(chat: ChatFormat, layout: Layout, conversation: Sequence[int], m
     """
     if layout is Layout.WINDOW or not conversation:
         return chat.opening(message)
-    return [*conversation, *chat.continuation(message, conversation[-1] in chat.stop_ids)]
+    return chat.extend(conversation, message)
 
 
 class Phrased:

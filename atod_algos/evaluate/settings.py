@@ -17,10 +17,13 @@ import gymnasium as gym
 from gymnasium.envs.registration import load_env_creator
 
 import atod_envs
+from agents.chat import CHAT_DATE, ThinkingMode
 from atod_envs.errors import AtodError
 from atod_envs.options import put_before, read_options
 from atod_envs.text_env import TextEnv
 
+_USUAL: dict[str, Any] = {"thinking": ("off", None), "chat_date": (CHAT_DATE, None)}
+"""Left out of the settings where it is as ever, so that evaluations from before there was a choice can be compared."""
 PANEL_SIZE = 512
 """Tasks of a panel that names no size; all of a smaller split (the official ALFWorld's 140 and 134)."""
 
@@ -51,6 +54,10 @@ class EvaluateConfig:
     """Longest prompt plus response, in tokens (models run here)."""
     temperature: float | None = None
     """Sampling temperature; 0 is greedy."""
+    thinking: ThinkingMode | None = None
+    """Thoughts of the chat template: off, on or keep; like --chat-date by default that of the run, else off."""
+    chat_date: str | None = None
+    """Date that chat templates are told."""
     concurrency: int = 64
     """Episodes at the same time; for a server: requests."""
     option: tuple[str, ...] = ()
@@ -105,6 +112,8 @@ class Sampling:
     max_response: int | None = None
     max_context: int | None = None
     temperature: float | None = None
+    thinking: ThinkingMode | None = None
+    chat_date: str | None = None
 
 
 def read_panels(make: Callable[[str], TextEnv], names: Sequence[str]) -> list[Panel]:
@@ -152,10 +161,10 @@ def sampling_of(config: EvaluateConfig) -> Sampling:
     student = "builtin" if config.agent.startswith("builtin") else config.agent
     profile = dataclasses.asdict(resolve(TrainConfig(env=config.env, student=student)))
     if source.is_file() and source.parent.joinpath("metrics.jsonl").exists():
-        profile = json.loads(source.read_text())["settings"]["train"]
+        profile |= json.loads(source.read_text())["settings"]["train"]
     profile = {**profile, "temperature": profile["eval_temperature"]}
     if config.agent.startswith("api:"):
-        profile["max_context"] = None  # the server knows its own
+        profile |= dict.fromkeys(("max_context", "thinking", "chat_date"))  # the server knows its own
     first = profile["option"] if profile["env"] == config.env else ()
     option = put_before(first, config.option)
     names = [f.name for f in dataclasses.fields(Sampling) if f.name != "option"]
@@ -204,7 +213,11 @@ def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, A
         "agent": config.agent,
         "weights": _weights(config.agent),
         "api_extra": config.api_extra,
-        "sampling": {name: value for name, value in dataclasses.asdict(sampling).items() if name != "option"},
+        "sampling": {
+            name: value
+            for name, value in dataclasses.asdict(sampling).items()
+            if name != "option" and value not in _USUAL.get(name, ())
+        },
         "seeds": list(config.seeds),
         "panels": [
             {"name": p.name, "tasks": len(p.tasks), "digest": p.digest, "data_version": p.data_version} for p in panels

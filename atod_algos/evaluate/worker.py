@@ -55,7 +55,7 @@ class EvaluationWorker:
     def _load(self, agent: str, env_key: str) -> None:
         import torch
 
-        from agents.chat import ChatFormat
+        from agents.chat import ThinkingMode
         from agents.engines.transformers import TransformersEngine
         from agents.logits import longest_context
         from agents.models import load_model
@@ -79,7 +79,8 @@ class EvaluationWorker:
         self._engine = TransformersEngine(
             model.model, slots=self._config.concurrency, max_context=min(cast("int", self._sampling.max_context), limit)
         )
-        self._chat = ChatFormat(model.tokenizer)
+        sampling = self._sampling
+        self._chat = model.chat(cast("ThinkingMode", sampling.thinking), cast("str", sampling.chat_date))
 
     @property
     def usage(self) -> dict[str, int]:

@@ -325,7 +325,7 @@ class _Play:
                 logprobs = (0.0,) * len(ids)
             if role == episode.learned:
                 env.annotate(prompt_ids=episode.prompt, response_ids=ids, logprobs=logprobs, seconds_policy=seconds)
-            episode.conversation = [*episode.prompt, *ids]
+            episode.conversation = chat.remember(episode.prompt, ids)
         then = partial(self._said, episode, response)
         if cast("TextEnv", env.unwrapped).blocking:
             self._later(episode, partial(env.step, response), then)

@@ -237,7 +237,7 @@ def worker_pool(config: RunConfig, env_key: str, style: PromptStyle, ids: Iterab
     loaded = load_model(config.student, "student", world=env_key, device=device, dtype=dtype_of(config, device))
     if ids is not None:
         limit_vocabulary(loaded.model, ids)
-    return local_pool(config, style, loaded.model, ChatFormat(loaded.tokenizer))
+    return local_pool(config, style, loaded.model, loaded.chat(config.thinking, config.chat_date))
 
 
 def device_of(name: str) -> str:

@@ -90,12 +90,13 @@ class TRLRollout:
             EpisodeSpec(task_id, f"{step}/{call}/{i // copies}", derive_seed(*parts, i))
             for i, task_id in enumerate(task_ids)
         ]
-        chat = ChatFormat(getattr(trainer.processing_class, "tokenizer", trainer.processing_class))
         with unwrap_model_for_generation(
             trainer.model_wrapped,
             trainer.accelerator,
             gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
         ) as model:
+            tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+            chat = ChatFormat(tokenizer, model=model)
             engine = TransformersEngine(model, slots=min(self.concurrency, len(specs)), max_context=self.max_context)
             engine.version = step
             rollout = Rollout(

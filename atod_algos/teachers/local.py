@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from agents.chat import ChatFormat
 from agents.logits import longest_context
 from agents.models import LoadedModel, require_same_tokenizer, share_vocabulary
 from atod_algos.algorithm import Algorithm
@@ -163,7 +162,7 @@ class StepScorer:
     ) -> None:
         self.config, self.algorithm, self.student = config, algorithm, student
         self._adapters, self._load, self._device = adapters, load, device
-        self._chat = ChatFormat(student.tokenizer)
+        self._chat = student.chat(config.thinking, config.chat_date)
         self._held: dict[tuple[str, str], LogprobScorer] = {}
         self.late = (
             config.old_logprobs == "learner"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from agents.chat import CHAT_DATE, ThinkingMode
 from atod_algos.learner.options import OptimizerOptions, UpdateOptions
 from atod_envs.errors import AtodError
 from atod_envs.options import put_before
@@ -82,6 +83,11 @@ class RolloutOptions:
     """Longest prompt plus response, in tokens."""
     temperature: float = 1.0
     """Sampling temperature of training; student, teacher and reference are scored at the same."""
+    thinking: ThinkingMode = "off"
+    """Thoughts that the chat template knows: 'off' asks for none (prompts ask in their own words); 'on' asks for them and drops a turn's when
+    the next begins; 'keep' asks for them and leaves them in the conversation. What the template opens counts as said."""
+    chat_date: str = CHAT_DATE
+    """Date that chat templates are told, so that prompts are the same tomorrow and on every worker."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What samples the responses; 'vllm' needs the package (docs/engines.md)."""
     engine_memory: float = 0.45

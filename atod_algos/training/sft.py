@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from agents.base import Decision
-from agents.chat import ChatFormat
+from agents.chat import CHAT_DATE, ChatFormat, ThinkingMode
 from agents.engines.base import Engine
 from agents.engines.transformers import TransformersEngine
 from atod_algos.algorithm import RolloutLimits
@@ -260,6 +260,10 @@ class _Command:
     """Longest response of the learner, in tokens."""
     max_context: int = 2048
     """Longest prompt plus response, in tokens."""
+    thinking: ThinkingMode = "off"
+    """Thoughts of the chat template: off, on (an earlier turn's is dropped), keep."""
+    chat_date: str = CHAT_DATE
+    """Date that chat templates are told."""
     options: ImitationOptions = field(default_factory=ImitationOptions)
 
 
@@ -284,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = TrainConfig(env=command.env, data=command.data, option=command.option, max_turns=command.max_turns)
         imitate(
             loaded.model,
-            ChatFormat(loaded.tokenizer),
+            loaded.chat(command.thinking, command.chat_date),
             lambda: make_run_env(config),
             command.options,
             style=command.style,

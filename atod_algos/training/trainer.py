@@ -18,7 +18,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from agents.chat import ChatFormat
 from agents.logits import limit_vocabulary, usable_ids
 from agents.models import LoadedModel, load_model
 from atod_algos.algorithm import Algorithm
@@ -89,7 +88,7 @@ class Trainer:
         if distributed.size() > 1:
             distributed.shard(self.student.model)
         self.learner = Learner(self.student.model, config, per_token)
-        self.chat = ChatFormat(self.student.tokenizer)
+        self.chat = self.student.chat(config.thinking, config.chat_date)
         self.style, self.rows = choose_layout(config.layout, self.facts.style, self.chat)
         self.pool = make_pool(config, self.world, self.style, policy, self.chat)
         self.ahead: Ahead[tuple[list[Group], dict[str, float]]] | None = None
