@@ -74,6 +74,13 @@ def leave(namespace: dict) -> None:
     namespace["_scratch"].cleanup()
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    """Code blocks of pages count as slow: many of them train."""
+    for item in items:
+        if item.path.suffix == ".md":
+            item.add_marker("slow")
+
+
 if Sybil is not None:
     pytest_collect_file = Sybil(
         parsers=[SkipParser(), PythonCodeBlockParser(), CodeBlockParser(language="bash", evaluator=run_shell)],

@@ -20,6 +20,8 @@ from atod_algos.training.config import TrainConfig, resolve
 from atod_envs.prompting import prompted
 from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 
+pytestmark = pytest.mark.slow
+
 FILE = Path(__file__).resolve().parents[1] / "examples" / "one_file_atod.py"
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from paths import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 PACKAGES = ("atod_envs", "agents", "atod_algos")
 PYTHONS = ("3.11", "3.12", "3.13")
 

@@ -11,6 +11,8 @@ from atod_algos.rollout.episodes import Rollout
 from atod_algos.training.config import builtin_profile
 from atod_envs.errors import AtodError
 
+pytestmark = pytest.mark.slow
+
 PROFILE = builtin_profile("atod/ALFWorld-v0")
 
 

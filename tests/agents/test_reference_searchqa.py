@@ -19,6 +19,8 @@ from atod_envs.options import read_options
 from atod_envs.prompting import prompted
 from atod_envs.searchqa.builtin import make_encyclopedia
 
+pytestmark = pytest.mark.slow
+
 ENV = "atod/SearchQA-v0"
 PROFILE = builtin_profile(ENV)
 OPTIONS = read_options(PROFILE["option"])

@@ -17,6 +17,8 @@ from agents.engines import make_engine
 from agents.engines import vllm as module
 from atod_envs.errors import AtodError
 
+pytestmark = pytest.mark.slow
+
 
 def random_model(**changes):
     from transformers import Qwen3Config, Qwen3ForCausalLM

@@ -12,6 +12,8 @@ from toyworld import TOY
 
 from atod_algos import command
 
+pytestmark = pytest.mark.slow
+
 PAGE = REPOSITORY / "docs" / "add_algorithm.md"
 
 

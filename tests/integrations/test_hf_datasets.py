@@ -11,6 +11,8 @@ from datasets import load_from_disk
 from atod_envs.integrations.hf_datasets import IGNORED, episodes, preferences, supervised, tokens, trajectories
 from atod_envs.trajectory import Group, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 WORLD = ("atod/ALFWorld-v0", {"data": "builtin"})
 
 

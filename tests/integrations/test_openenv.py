@@ -19,6 +19,8 @@ from websockets.exceptions import ConnectionClosed
 from atod_envs.errors import DataError
 from atod_envs.integrations.openenv import TextAction, TextEnvClient, make_app
 
+pytestmark = pytest.mark.slow
+
 
 @contextlib.contextmanager
 def serving(app):

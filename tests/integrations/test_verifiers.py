@@ -13,6 +13,8 @@ from verifiers.v1.cli.eval.main import main as vf_eval
 from verifiers.v1.cli.eval.runner import run_eval
 from verifiers.v1.configs.cli.eval import EvalConfig
 
+pytestmark = pytest.mark.slow
+
 
 class Script(BaseHTTPRequestHandler):
     """Answers each conversation with the expert's next response; the turn is told by the number of answers so far."""

@@ -28,6 +28,8 @@ from atod_algos.training.cli import main as train
 from atod_envs.errors import AtodError, DataError
 from atod_envs.trajectory import StopReason, Trajectory, Turn, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">&amp;'
 
 

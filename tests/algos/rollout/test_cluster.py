@@ -31,6 +31,8 @@ from atod_algos.training.config import TrainConfig, resolve
 from atod_envs.errors import AtodError
 from atod_envs.styles import Layout
 
+pytestmark = pytest.mark.slow
+
 STYLE = ToyStyle(Layout.CONVERSATION)
 
 

@@ -18,6 +18,8 @@ from atod_algos.rollout.async_rollout import Ahead, correction_metrics, importan
 from atod_algos.training.cli import main
 from atod_envs.trajectory import read_jsonl
 
+pytestmark = pytest.mark.slow
+
 
 def weights_of(number):
     return {"w": torch.tensor(float(number))}

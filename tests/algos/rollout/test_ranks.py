@@ -22,6 +22,8 @@ from atod_algos.training.config import TrainConfig
 from atod_algos.training.trainer import Trainer
 from atod_envs.errors import AtodError
 
+pytestmark = pytest.mark.slow
+
 COMMAND = "import sys; sys.path.insert(0, sys.argv.pop(1)); import toyworld; from atod_algos.training.cli import main; "
 
 

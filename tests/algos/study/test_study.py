@@ -14,6 +14,8 @@ from atod_algos.study.tables import decide
 from atod_algos.training.trainer import Trainer
 from atod_envs.errors import AtodError
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("vanilla", "teacher", "grpo", "atod", "atod-uniform")
 
 

@@ -24,6 +24,8 @@ from atod_algos.training.cli import main
 from atod_envs.errors import AtodError
 from atod_envs.http.messages import Refused
 
+pytestmark = pytest.mark.slow
+
 QUICK = ApiOptions(timeout=60.0, retries=2)
 
 

@@ -26,6 +26,8 @@ from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, r
 from atod_envs.errors import AtodError, DataError
 from atod_envs.trajectory import StopReason, read_jsonl
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 
 

@@ -10,6 +10,8 @@ from agents.engines.transformers import TransformersEngine
 from agents.reference.tokenizer import train_tokenizer
 from atod_algos.training.sft import ImitationOptions, Imitator, demonstrate, imitate
 
+pytestmark = pytest.mark.slow
+
 
 def world():
     return gym.make("atod/ALFWorld-v0", data="builtin", split="train", max_turns=20)

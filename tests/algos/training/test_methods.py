@@ -15,6 +15,8 @@ from atod_algos.grpo import GRPO
 from atod_algos.tip import TIP
 from atod_algos.training.cli import main
 
+pytestmark = pytest.mark.slow
+
 # --- in training --------------------------------------------------------------------------------------------------
 
 

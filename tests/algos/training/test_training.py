@@ -23,6 +23,8 @@ from atod_algos.tcod import TCOD
 from atod_algos.training.cli import main, with_rules
 from atod_algos.training.config import TrainConfig, resolve
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def options(models):

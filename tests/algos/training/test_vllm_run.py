@@ -11,6 +11,8 @@ from agents.engines.vllm import VllmEngine
 from atod_algos.opd import OPD
 from atod_algos.training.cli import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):

@@ -17,6 +17,8 @@ from atod_algos.training.config import builtin_profile
 from atod_algos.training.sft import demonstrate
 from atod_envs.prompting import prompted
 
+pytestmark = pytest.mark.slow
+
 ENV = "atod/WebShop-v0"
 PROFILE = builtin_profile(ENV)
 atod_envs.register()

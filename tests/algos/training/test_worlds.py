@@ -19,6 +19,8 @@ from atod_envs.searchqa.questions import DATASETS
 from atod_envs.skills import read_skills, skills_of
 from atod_envs.trajectory import Group, StopReason, Trajectory, read_jsonl
 
+pytestmark = pytest.mark.slow
+
 KINDS_OF_TASK = {
     "alfworld": TASK_TYPES,
     "webshop": ("beauty", "electronics", "fashion", "garden", "grocery"),

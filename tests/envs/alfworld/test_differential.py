@@ -10,6 +10,8 @@ import pytest
 from atod_envs.alfworld.engine.game import TASK_TYPES
 from atod_envs.alfworld.generator import builtin
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("alfworld", reason="the published engine is not installed")
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"

@@ -4,9 +4,12 @@ import gzip
 import json
 
 import numpy as np
+import pytest
 from lucene_child import ask
 
 from atod_envs.retrieval import BM25Index
+
+pytestmark = pytest.mark.slow
 
 QUERIES = 2000
 
