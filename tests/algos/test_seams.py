@@ -27,8 +27,8 @@ def model(tokenizer):
 
 @pytest.fixture
 def rollout(tokenizer, model):
-    def make(style="compact", env=TOY, **options):
-        engine = TransformersEngine(model, slots=8, max_context=256)
+    def make(style="compact", env=TOY, context=256, **options):
+        engine = TransformersEngine(model, slots=8, max_context=context)
         return Rollout(
             engine, ChatFormat(tokenizer), lambda: gym.make(env, **options), style=style, max_tokens=6, temperature=1.0
         )
@@ -99,15 +99,18 @@ def test_limits_bind_training_and_never_evaluation(rollout):
     assert all(len(t.turns) == 4 or t.success for t in result.trajectories)
 
 
-def test_the_real_experts_beginnings_are_replayed(tokenizer, model):
+def test_the_real_experts_beginnings_are_replayed(rollout):
     env = gym.make("atod/ALFWorld-v0", data="builtin", split="train")
     task = env.unwrapped.tasks[0]
-    solution = expert_solution(env, task, 0)
-    observation, info = env.reset(seed=0, options={"task_id": task})
-    for decision in solution:
-        observation, _, terminated, _, info = env.step(decision.action)
-    assert terminated and info["success"] and observation
+    solution = expert_solution(env, task, 5)
     env.close()
+    played = rollout(env="atod/ALFWorld-v0", context=4096, data="builtin", split="train")
+    turns = played.play([EpisodeSpec(task, "g", 5)], RolloutLimits(who=ExpertFirst(1)))[0].turns
+    assert len(solution) > 2 and len(turns) >= len(solution)
+    assert [turn.action for turn in turns[: len(solution) - 1]] == [decision.action for decision in solution[:-1]]
+    assert all(turn.valid and not turn.response_ids for turn in turns[: len(solution) - 1])
+    assert turns[len(solution) - 1].response_ids  # the last step is left to the policy
+    played.close()
 
 
 @pytest.mark.parametrize("layout", list(RowLayout))

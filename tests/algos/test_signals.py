@@ -29,7 +29,10 @@ from atod_envs.alfworld.env import ALFWorldEnv
 from atod_envs.skills import read_skills
 from atod_envs.tasks import TaskSet
 
-pytestmark = pytest.mark.skipif(not (REFERENCE / "alfworld" / "student").is_dir(), reason="no reference models")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (REFERENCE / "alfworld" / "student").is_dir(), reason="no reference models"),
+]
 
 EASY = (
     "pick_and_place_simple-Spoon-None-Drawer-515",

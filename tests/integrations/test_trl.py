@@ -14,7 +14,7 @@ from atod_algos.rollout.trl import TRLRollout, environment_reward, trl_rows
 from atod_envs.integrations.tools import OVER, TOOLS, tool_factory
 from atod_envs.styles import as_conversation
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 def settings(folder, **changed):

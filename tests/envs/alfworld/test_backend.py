@@ -10,7 +10,10 @@ import atod_envs  # noqa: F401
 from atod_envs.alfworld.textworld import backend as textworld_backend
 from atod_envs.errors import DataError
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("alfworld") is None, reason="alfworld is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("alfworld") is None, reason="alfworld is not installed"),
+]
 
 
 @pytest.fixture
