@@ -13,14 +13,18 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import MethodType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from atod_envs.errors import AtodError
+
+if TYPE_CHECKING:
+    from atod_algos.training.config import TrainConfig
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -59,14 +63,62 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+def refuse_settings(config: TrainConfig) -> None:
+    """Refuse, before anything is loaded, what several ranks cannot do.
+
+    Raises:
+        AtodError: names the setting and what to use instead.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and size() == 1:
+        return
+    reasons = {
+        "--engine vllm": (
+            config.engine == "vllm" and config.cluster == "none",
+            "every rank's engine would start on the first GPU; use --engine transformers, or --cluster ray, whose workers have GPUs of "
+            "their own",
+        ),
+        "--teacher-engine vllm": (
+            config.teacher_engine == "vllm",
+            "every rank's engine would start on the first GPU; use --teacher-engine transformers (divided among the ranks), or a "
+            "server: --teacher http://HOST:PORT/v1#MODEL",
+        ),
+        "--optimizer adamw8bit": (
+            config.optimizer == "adamw8bit",
+            "eight-bit moments are not divided among ranks and cannot be loaded again; use --optimizer adamw",
+        ),
+        f"--staleness {config.staleness}": (
+            config.staleness > 0,
+            "it plays in a second thread, and ranks must speak to each other in one order; use --staleness 0 under torchrun, or "
+            "--cluster ray with a single learner",
+        ),
+    }
+    for setting, (asked, reason) in reasons.items():
+        if asked:
+            raise AtodError(f"{setting} cannot be used under torchrun: {reason}")
+
+
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process is the only one: it waits for no other rank, and none waits for it."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def rank() -> int:
     """This process's number."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def size() -> int:
     """How many processes share the run."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def barrier() -> None:
@@ -127,11 +179,12 @@ def per_rank_budget(budget: int, total: int) -> int:
 # --- the model ----------------------------------------------------------------------------------------------------
 
 
-def shard(model: Any) -> None:
+def shard(model: Any, compute: torch.dtype | None = None) -> None:
     """Divide a model among the ranks (FSDP2): each holds its share, and a layer is whole only while it computes.
 
     Args:
         model: a causal language model, equal on all ranks, on this rank's device; changed in place.
+        compute: type in which its layers compute; by default that of its weights. Gradients are added up in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -141,8 +194,7 @@ def shard(model: Any) -> None:
     packable(model)  # found out, and remembered, while the model is whole
     kind = next(model.parameters()).device.type
     mesh = init_device_mesh(kind, (size(),))
-    # Shards are float32 and updated in float32; on a GPU layers compute in bfloat16 and gradients are added up in float32.
-    half = torch.bfloat16 if kind == "cuda" else None
+    half = compute if compute is not None and compute != next(model.parameters()).dtype else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
     for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)

@@ -109,11 +109,13 @@ class Updater:
         return {"optimizer": self._optimizer.state_dict(), "originals": kept}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state` gave."""
+        """Restore what :meth:`state` gave, of half-precision weights to float32 shards of them as well."""
         halves = [original for weight, original in self._pairs if original is not weight]
+        if state["originals"] and not halves:
+            halves = self.master_weights
         with torch.no_grad():
             for original, saved in zip(halves, state["originals"], strict=True):
-                original.copy_(saved)
+                original.copy_(distributed.divided_like(saved, original))
         given = dict(state["optimizer"])
         order = [weight for group in self._optimizer.param_groups for weight in group["params"]]
         given["state"] = {

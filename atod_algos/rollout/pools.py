@@ -85,15 +85,17 @@ class LocalPool:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int, truth: Any | None = None) -> None:
         """Hand the weights to the engine, and check that it samples with them."""
-        own = dict(self.policy.named_parameters())
-        with torch.no_grad():
-            for name, weight in weights:
-                if own[name] is not weight:
-                    own[name].copy_(weight)
+        if truth is None:
+            own = dict(self.policy.named_parameters())
+            with torch.no_grad():
+                for name, weight in weights:
+                    if own[name] is not weight:
+                        own[name].copy_(weight)
+            weights, truth = self.policy.named_parameters(), self.policy
         self.engine.wake()
-        self.engine.load_weights(self.policy.named_parameters())
+        self.engine.load_weights(weights)
         self.engine.version = version
-        verify_weights(self.engine, self.policy if truth is None else truth)
+        verify_weights(self.engine, truth)
 
     def play(
         self,

@@ -183,6 +183,7 @@ def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool 
         torch.set_num_threads(config.threads or 1)
     settings = settings_of(config, algorithm, rules)
     if not dry_run:
+        distributed.refuse_settings(config)
         distributed.start(config.device)
     quiet = distributed.rank() > 0
     progress = Progress(config.steps, f"{algorithm.name} on {config.env}", quiet=quiet)
@@ -224,7 +225,8 @@ def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool 
     if result is None or quiet:
         return result
     progress.console.print(result_table(list(result["table"].items()), result["panel"]))
-    page = _report(folder, config)
+    with distributed.alone():  # the other ranks have nothing more to do
+        page = _report(folder, config)
     progress.console.print(f"run folder: {folder}", highlight=False)
     progress.console.print(f"every turn and why it was weighted: {page}", highlight=False, soft_wrap=True)
     return result

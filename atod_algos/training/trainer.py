@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -63,20 +63,19 @@ class Trainer:
 
     def __init__(self, config: RunConfig, algorithm: Algorithm, run: RunFolder) -> None:
         self.config, self.algorithm, self.run = config, algorithm, run
+        distributed.refuse_settings(config)
         self.device = distributed.start(device_of(config.device))
-        if config.staleness and distributed.size() > 1:
-            raise AtodError(
-                "--staleness plays in a second thread, and ranks must speak to each other in one order; use --staleness 0 under "
-                "torchrun, or --cluster ray with a single learner"
-            )
         self.facts = describe(config)
         self.world, self.splits = self.facts.env_key, self.facts.splits
-        self.student = self._load(config.student, "student")
+        compute = dtype_of(config, self.device)
+        # Ranks hold shards of the master weights themselves, in float32; their layers compute in the run's type.
+        weights = torch.float32 if distributed.size() > 1 else compute
+        self.student = self._load(config.student, "student", weights)
         self.adapters = None
         policy = self.student.model
         if config.lora_rank or config.staleness or distributed.size() > 1:
             # The engine samples from weights that the learner does not have: sums with adapters, older ones, or all of them.
-            policy = copy.deepcopy(self.student.model)
+            policy = copy.deepcopy(self.student.model).to(compute)
         if config.lora_rank:
             seed = derive_seed(config.seed, "adapters")
             self.adapters = add_adapters(self.student.model, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed)
@@ -86,7 +85,7 @@ class Trainer:
         limit_vocabulary(policy, usable_ids(self.student.model).tolist())
         per_token = bytes_per_token(self.student.model)
         if distributed.size() > 1:
-            distributed.shard(self.student.model)
+            distributed.shard(self.student.model, compute)
         self.learner = Learner(self.student.model, config, per_token)
         self.chat = self.student.chat(config.thinking, config.chat_date)
         self.style, self.rows = choose_layout(config.layout, self.facts.style, self.chat)
@@ -105,8 +104,9 @@ class Trainer:
     def _training(self) -> Play:
         return partial(self.pool.play, split=self.splits[0], temperature=self.config.temperature, tolerated=_TOLERATED)
 
-    def _load(self, name: str, role: str) -> LoadedModel:
-        return load_model(name, role, world=self.world, device=self.device, dtype=dtype_of(self.config, self.device))
+    def _load(self, name: str, role: str, dtype: torch.dtype | None = None) -> LoadedModel:
+        dtype = dtype or dtype_of(self.config, self.device)
+        return load_model(name, role, world=self.world, device=self.device, dtype=dtype)
 
     def _load_frozen(self, name: str, role: str) -> LoadedModel:
         """A model that stays in the computer's own memory and visits the device."""
@@ -247,7 +247,6 @@ class Trainer:
 
     def report(self, progress: Progress) -> dict[str, Any]:
         """Evaluate vanilla, last, best and teacher on the report panel, on which no choice was made."""
-        self._sync(self.step)
         rows: dict[str, Any] = {}
         policies: list[tuple[str, Callable[[], AbstractContextManager[Any]]]] = [
             ("before", lambda: nullcontext(self._load(self.config.student, "student").model)),
@@ -266,16 +265,26 @@ class Trainer:
                 policies.append(("teacher", lambda: nullcontext(self._load(teacher, "teacher").model)))
         for name, weights in policies:
             progress.phase(f"final evaluation: {name}")
-            with weights() as model:
-                pool = self.pool
-                if model is not None:
-                    plain = dataclasses.replace(self.config, engine="transformers")
-                    own = local_pool(plain, self.style, model, self.chat)
-                    pool = own if distributed.size() == 1 else RankPool(own, divided=True)
+            with weights() as model, self._playing(model) as pool:
                 rows[name] = self.evaluate_on(pool, self.splits[2], self.config.report_tasks, progress).summary()
-                if pool is not self.pool:
-                    pool.close()
         return rows
+
+    @contextmanager
+    def _playing(self, model: Any | None) -> Iterator[RolloutPool]:
+        """A pool that plays with a model, or the run's own for the student as it is."""
+        if model is None:
+            self._sync(self.step)
+            yield self.pool
+        elif self.config.engine == "vllm" and type(model) is type(self.student.model):
+            # The model may run on that engine alone. It gets the weights, and the student keeps its own.
+            self.pool.load_weights(model.named_parameters(), self.step, model)
+            yield self.pool
+        else:
+            plain = dataclasses.replace(self.config, engine="transformers")
+            own = local_pool(plain, self.style, model, self.chat)
+            pool = own if distributed.size() == 1 else RankPool(own, divided=True)
+            yield pool
+            pool.close()
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -15,12 +15,13 @@ from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
 from atod_algos.algorithm import Objective, RolloutLimits
 from atod_algos.batch import RowLayout, make_batch
-from atod_algos.evaluate import wilson
-from atod_algos.grpo import k3
+from atod_algos.evaluate import evaluate, wilson
+from atod_algos.grpo import GRPO, k3
 from atod_algos.learner import logprobs as scoring
 from atod_algos.learner.learner import Learner
 from atod_algos.learner.loss import aggregation_weights, importance_ratio, surrogate
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
+from atod_algos.rollout.task_sampler import StepSampler
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, StopReason
 
@@ -216,6 +217,17 @@ def test_limits_cut_training_episodes_and_leave_no_trace(tokenizer, chat):
     whole = rollout.play(specs(4))
     assert max(len(t.turns) for t in cut) == 2 and max(len(t.turns) for t in whole) == 4
     assert {t.stop_reason for t in cut} <= {StopReason.TURN_LIMIT, StopReason.SUCCESS}
+
+
+def test_prompts_that_never_fit_name_the_setting(tokenizer, chat):
+    engine = TransformersEngine(small_model(tokenizer, 5), slots=4, max_context=12)
+    rollout = Rollout(engine, chat, lambda: gym.make(TOY), style="compact", max_tokens=8)
+    sampler = StepSampler(gym.make(TOY).unwrapped.tasks, seed=0, tasks_per_step=2, group_size=2)
+    with pytest.raises(AtodError, match=r"not one of 4 episodes could begin: .* raise --max-context"):
+        sampler.play(1, GRPO(), rollout.play, lambda text: None)
+    with pytest.raises(AtodError, match=r"not one of 1 episodes could begin: .* raise --max-context"):
+        evaluate(rollout.play, ["say-fig-train"])
+    rollout.close()
 
 
 def test_an_episode_that_outgrows_the_context_ends_by_itself(tokenizer, chat):

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from atod_algos.atod import ATOD
 from atod_algos.learner import distributed
 from atod_algos.learner.learner import Learner
+from atod_algos.rollout.pools import dtype_of
 from atod_algos.training.checkpoint import load_shards
-from atod_algos.training.cli import main
-from atod_algos.training.config import TrainConfig
+from atod_algos.training.cli import main, train
+from atod_algos.training.config import TrainConfig, resolve
 from atod_algos.training.trainer import Trainer
 from atod_envs.errors import AtodError
 
@@ -41,6 +42,10 @@ def torchrun(count, options, tmp_path, algorithm="atod:ATOD", wait=True):
     module, name = algorithm.split(":")
     script = tmp_path / "run.py"
     script.write_text(COMMAND + f"from atod_algos.{module} import {name}; main({name}, sys.argv[1:])\n")
+    return torchrun_script(count, script, [str(SUPPORT), "--", *options], wait)
+
+
+def torchrun_script(count, script, arguments, wait=True):
     words = [
         "-m",
         "torch.distributed.run",
@@ -51,7 +56,7 @@ def torchrun(count, options, tmp_path, algorithm="atod:ATOD", wait=True):
         "--rdzv-backend",
         "c10d",
     ]
-    words += ["--rdzv-endpoint", "localhost:0", str(script), str(SUPPORT), "--", *options]
+    words += ["--rdzv-endpoint", "localhost:0", str(script), *arguments]
     process = subprocess.Popen(
         [sys.executable, *words],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -157,11 +162,73 @@ def test_a_lost_rank_ends_the_run_which_then_goes_on(options, tmp_path):
     assert [row["step"] for row in metrics(tmp_path / "r")] == list(range(1, reached + 2))
 
 
-def test_playing_ahead_is_refused_on_several_ranks(monkeypatch):
-    monkeypatch.setattr(distributed, "start", lambda device: device)
-    monkeypatch.setattr(distributed, "size", lambda: 2)
-    with pytest.raises(AtodError, match="use --staleness 0 under torchrun, or --cluster ray with a single learner"):
-        Trainer(TrainConfig(env="toy/Say-v0", device="cpu", staleness=1), ATOD(), None)
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        (
+            {"staleness": 1},
+            r"--staleness 1 .* use --staleness 0 under torchrun, or --cluster ray with a single learner",
+        ),
+        ({"engine": "vllm"}, r"--engine vllm cannot be used under torchrun: .* first GPU; use --engine transformers"),
+        ({"teacher_engine": "vllm"}, r"--teacher-engine vllm .* \(divided among the ranks"),
+        ({"optimizer": "adamw8bit"}, r"--optimizer adamw8bit .* cannot be loaded again; use --optimizer adamw"),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused_before_anything_is_loaded(setting, words, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "start", lambda device: pytest.fail("too late"))
+    config = resolve(TrainConfig(env="toy/Say-v0", device="cpu", **setting))
+    with pytest.raises(AtodError, match=words):
+        train(config, ATOD(), "paper")
+    with pytest.raises(AtodError, match=words):
+        Trainer(config, ATOD(), None)
+
+
+def test_on_a_gpu_every_rank_computes_in_bfloat16():
+    auto = TrainConfig()
+    assert dtype_of(auto, "cuda:1") is dtype_of(auto, "cuda") is torch.bfloat16
+    assert dtype_of(auto, "cpu") is torch.float32
+    assert dtype_of(TrainConfig(dtype="float32"), "cuda:0") is torch.float32
+
+
+ENDS = """
+import sys
+from atod_algos.algorithm import find_algorithm
+from atod_algos.training.cli import main
+
+folder, names, *options = sys.argv[1:]
+for name in names.split(","):
+    main(find_algorithm(name), [*options, "--run", f"{folder}/{name}"])
+"""
+SHORT = [
+    "--data", "builtin", "--steps", "1", "--tasks-per-step", "2", "--group-size", "2", "--max-turns", "2", "--eval-every", "0",
+    "--report-tasks", "2",
+]  # fmt: skip
+EVERY = "entropy_aware,gigpo,gopd,grpo,opd,sdar,sod,tcod,tip"
+
+
+@pytest.mark.parametrize(
+    "names, extra",
+    [
+        # Each a second time: a finished run is shown again. The built-in student's run ends with a page that scores tokens.
+        pytest.param("atod,atod", [], id="builtin"),
+        pytest.param(EVERY, ["--dtype", "bfloat16"], id="every algorithm in bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_runs_on_ranks_end_with_exit_0(names, extra, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(ENDS)
+    out = torchrun_script(2, script, [str(tmp_path), names, *SHORT, *extra])
+    for name in set(names.split(",")):
+        assert (tmp_path / name / "result.json").is_file() and (tmp_path / name / "report.html").is_file(), out[-3000:]
+
+
+def test_half_precision_frozen_models_and_master_weights_on_ranks(options, tmp_path):
+    run = ["--run", str(tmp_path / "r"), "--dtype", "bfloat16"]
+    main(ATOD, [*options, *run, "--steps", "1", "--checkpoint-every", "1"])
+    torchrun(2, [*options, *run, "--steps", "2", "--checkpoint-every", "1"], tmp_path)
+    rows = metrics(tmp_path / "r")
+    assert [row["step"] for row in rows] == [1, 2] and all(np.isfinite(row["actor/pg_loss"]) for row in rows)
 
 
 def test_shares_cover_everything_once(monkeypatch):

@@ -1,5 +1,6 @@
 """Whole runs on the toy world: they learn, resume bit for bit, and answer a user's mistakes in one line."""
 
+import copy
 import json
 import os
 import signal
@@ -311,3 +312,23 @@ def test_trajectories_and_turn_tables_are_kept(options, tmp_path):
     assert len(table["weight"]) == sum(len(t.turns) for t in stored) == len(table["sum_abs_gap"])
     d = [a / n for a, n in zip(table["sum_abs_gap"], table["n"], strict=True)]
     assert all(x >= 0 for x in d) and all(0 <= w <= 1 for w in table["weight"])
+
+
+def test_the_final_report_of_a_model_that_one_engine_alone_runs(options, tmp_path, monkeypatch):
+    from agents.engines.transformers import TransformersEngine
+    from agents.logits import UnsupportedModel
+    from atod_algos.rollout import pools
+
+    def only_vllm(name, model, *, slots, max_context, memory):
+        if name == "transformers":
+            raise UnsupportedModel("this engine does not run the model; use --engine vllm")
+        return TransformersEngine(copy.deepcopy(model), slots=slots, max_context=max_context)
+
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    command = [*options, "--steps", "2", "--eval-every", "2"]
+    main(ATOD, [*command, "--run", str(plain)])
+    monkeypatch.setattr(pools, "make_engine", only_vllm)
+    main(ATOD, [*command, "--run", str(other), "--engine", "vllm"])
+    tables = [json.loads((run / "result.json").read_text())["table"] for run in (plain, other)]
+    assert list(tables[0]) == ["before", "last (step 2)", next(name for name in tables[0] if "best" in name), "teacher"]
+    assert tables[0] == tables[1], "the same policies, whoever plays them"
