@@ -44,7 +44,11 @@ def commands() -> dict[str, Command]:
         "play": Command("play an episode in the terminal", {"": "agents.human"}),
         "train": Command(
             "train an agent: atod train ALGORITHM [options]",
-            {**dict(sorted(algorithms.items())), "imitation": "atod_algos.training.sft"},
+            {
+                **dict(sorted(algorithms.items())),
+                "sft": "atod_algos.training.sft",
+                "imitation": "atod_algos.training.sft",
+            },
         ),
         "eval": Command("play fixed panels of tasks, or compare two results", {"": "atod_algos.evaluate.command"}),
         "report": Command("show every turn of a run, and why it was weighted", {"": "atod_algos.report.command"}),

@@ -33,7 +33,8 @@ from agents.reference.tokenizer import train_tokenizer
 from atod_algos.grpo import GRPO
 from atod_algos.training.cli import train
 from atod_algos.training.config import TrainConfig, builtin_profile, resolve
-from atod_algos.training.sft import ImitationOptions, demonstrate, imitate
+from atod_algos.training.demonstrations import demonstrate
+from atod_algos.training.sft import ImitationOptions, imitate
 from atod_envs.alfworld.household import tables
 from atod_envs.options import read_options
 from atod_envs.searchqa.generate import name_parts

@@ -1,185 +1,138 @@
-"""Imitation of a scripted expert, with the learner rolled in context: how a model is warm-started.
+"""Supervised training on demonstrations: how a model is cold-started (``atod train sft``, also called ``imitation``).
 
 Objective
-    L = -mean over supervised tokens of log pi_theta(expert's response | conversation so far)
+    L = -mean over learned tokens of log pi_theta(response | conversation so far)
 
-The conversation is not always the expert's. Each turn, with probability ``beta``, the learner's own sample is executed instead (and is
-not trained on), and the expert, who has watched, answers from wherever that led (Ross et al. 2011, dataset aggregation). Without
+Demonstrations come from the environment's scripted expert, or from recorded episodes: a run's, an evaluation's, an API model's. The
+conversation is not always the expert's. Each turn, with probability ``beta``, the student's own sample is executed instead (and is not
+learned from), and the expert, who has watched, answers from wherever that led (Ross et al. 2011, dataset aggregation). Without
 this a small model never learns to recover: it repeats itself after "Nothing happens.".
 
     python -m atod_algos.training.sft --student PATH --out FOLDER --env atod/ALFWorld-v0
+    python -m atod_algos.training.sft --student PATH --out FOLDER --source evaluations/gpt-ALFWorld-v0 --only success --best-of 2
+
+OUT is a folder that ``from_pretrained`` loads. OUT/training holds settings, metrics and checkpoints, one a round: the same command goes
+on where an earlier one ended, to the same weights.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 
-from agents.base import Decision
 from agents.chat import CHAT_DATE, ChatFormat, ThinkingMode
-from agents.engines.base import Engine
-from agents.engines.transformers import TransformersEngine
-from atod_algos.algorithm import RolloutLimits
-from atod_algos.batch import TokenBatch, make_batch
-from atod_algos.learner.logprobs import micro_batches, row_logprobs
-from atod_algos.rollout.environments import make_env as make_run_env
-from atod_algos.rollout.episodes import Rollout, collect_groups, derive_seed
-from atod_algos.turn_plans import EpisodeSpec, Role, TurnPlayer
+from atod_algos.algorithm import Objective
+from atod_algos.batch import RowLayout, make_batch
+from atod_algos.learner.learner import Learner
+from atod_algos.learner.logprobs import micro_batches
+from atod_algos.learner.lora import add_adapters
+from atod_algos.learner.options import OptimizerOptions
+from atod_algos.rollout.episodes import derive_seed
+from atod_algos.rollout.layouts import LayoutName, choose_layout
+from atod_algos.training.demonstrations import Expert, ImitationOptions, Recorded, read_recorded, tokenized
+from atod_envs.errors import AtodError
 from atod_envs.options import program
 from atod_envs.styles import PromptStyle
-from atod_envs.text_env import TextEnv
-from atod_envs.trajectory import Trajectory
+from atod_envs.trajectory import Group, Trajectory
 
+if TYPE_CHECKING:
+    from atod_algos.training.config import TrainConfig
 
-@dataclass(frozen=True, slots=True)
-class Mixture:
-    """The expert answers every turn, but the student plays a share of them, from wherever that leads.
-
-    Attributes:
-        coin_NT: whether the student plays turn t of episode n, whose group id is n; the last column holds for all later turns.
-    """
-
-    coin_NT: np.ndarray
-    learned: Role = "expert"
-    expert_watches: bool = True
-
-    def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnPlayer:
-        """See :class:`TurnPlan`."""
-        coin_T = self.coin_NT[int(spec.group_id)]
-        return lambda turn: "student" if coin_T[min(turn, len(coin_T) - 1)] else "expert"
-
-
-def demonstrate(
-    tasks: Sequence[str],
-    make_env: Callable[[], gym.Env[str, str]],
-    chat: ChatFormat,
-    *,
-    style: str | PromptStyle,
-    seed: int,
-    beta: float = 0.0,
-    engine: Engine | None = None,
-    max_tokens: int = 24,
-    concurrency: int = 256,
-) -> list[Trajectory]:
-    """Play tasks with the expert, letting the student act in some turns.
-
-    Args:
-        tasks: what to play, one episode each.
-        make_env: makes a raw environment.
-        chat: renders messages to ids.
-        style: prompt style; the conversation layout shows earlier turns, the window layout does not.
-        seed: of the coins and the sampling.
-        beta: probability that a turn is the student's own.
-        engine: samples the student's turns; needed where ``beta`` is above 0.
-        max_tokens: longest response of the student.
-        concurrency: episodes that run at the same time.
-
-    Returns:
-        One episode a task. The expert's turns carry token ids, the student's have none: they are context.
-    """
-    if beta > 0 and engine is None:
-        raise ValueError("beta > 0 needs an engine that samples the student's turns")
-    specs = [EpisodeSpec(task, str(n), derive_seed(seed, n)) for n, task in enumerate(tasks)]
-    plan = Mixture(np.random.default_rng(seed).random((len(tasks), 256)) < beta)
-    rollout = Rollout(
-        engine, chat, make_env, style=style, max_tokens=max_tokens, concurrency=concurrency, seed_of_turn=derive_seed
-    )
-    try:
-        return rollout.play(specs, RolloutLimits(who=plan))
-    finally:
-        rollout.close()
-
-
-@dataclass(frozen=True)
-class ImitationOptions:
-    """How a model is fitted to an expert."""
-
-    rounds: int = 40
-    """Rounds; each plays fresh episodes with the current model and fits it to the expert's turns."""
-    episodes: int = 256
-    """Episodes a round."""
-    epochs: int = 2
-    """Passes over a round's episodes."""
-    first_beta: float = 0.1
-    """Share of turns that the learner acts in itself in the second round (in the first it never does)."""
-    last_beta: float = 0.7
-    """The same in the last round; in between the share rises linearly."""
-    lr: float = 3e-3
-    """Peak learning rate; it falls to a tenth along a cosine."""
-    batch_tokens: int = 4096
-    """Tokens of a mini-batch."""
-    weight_decay: float = 0.01
-    """AdamW's weight decay."""
-    warmup: float = 0.05
-    """Share of the training over which the rate rises."""
-    stop: int | None = None
-    """Rounds after which it stops early, on the schedule of all of them; by default it plays them all."""
-    seed: int = 0
-    """Seed of tasks, coins, sampling and mini-batches."""
+EpisodesOf = Callable[[int], "Sequence[Trajectory]"]
+"""Number of a round (from 0) -> its episodes, whose learned turns carry token ids."""
 
 
 class Imitator:
-    """Fits a model to demonstrations; the learning rate follows one schedule over all rounds.
+    """Fits a model to demonstrations, round by round; the learning rate follows one schedule over all rounds.
 
     Args:
-        model: the model.
+        model: the model; what of it requires a gradient is trained.
         options: how it is fitted.
-
-    Attributes:
-        done: share of the schedule that lies behind.
+        rows: how episodes become training rows.
     """
 
-    def __init__(self, model: Any, options: ImitationOptions) -> None:
-        self.model, self.options = model, options
-        self.done = 0.0
-        decayed = [p for p in model.parameters() if p.ndim >= 2]
-        kept = [p for p in model.parameters() if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-        self._optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98))
+    def __init__(self, model: Any, options: ImitationOptions, rows: RowLayout = RowLayout.MERGED) -> None:
+        self.options, self.rows = options, rows
+        plain = OptimizerOptions(
+            lr=options.lr,
+            lr_floor=1.0,
+            adam_beta2=0.98,
+            steps=options.rounds,
+            weight_decay=options.weight_decay,
+            minibatches=1,
+            token_budget=options.batch_tokens,
+        )
+        self.learner = Learner(model, plain)
 
-    def fit(self, demonstrations: Sequence[Trajectory], seed: int) -> float:
-        """Run one round's epochs; return the mean loss of the last one, nats a token."""
-        batch = make_batch(collect_groups(demonstrations))
-        lengths = [len(row) for row in batch.rows]
-        options, start = self.options, self.done
-        loss = 0.0
+    def fit(self, demonstrations: Sequence[Trajectory], number: int, seed: int) -> float:
+        """Run the epochs of a round (from 0); return the mean loss of the last one, nats a token.
+
+        Raises:
+            AtodError: there is nothing to learn from.
+        """
+        units = [unit for trajectory in demonstrations for unit in self._units(trajectory)]
+        if not units:
+            raise AtodError(
+                "no demonstrated turn fits the context; raise --max-context, lower --max-response, or choose a shorter prompt --style"
+            )
+        lengths = [len(unit.turns[-1].prompt_ids) + len(unit.turns[-1].response_ids) for unit in units]
+        options, loss = self.options, 0.0
         for epoch in range(options.epochs):
-            total, count = 0.0, 0
+            total = count = 0.0
             parts = _shuffled(lengths, options.batch_tokens, derive_seed(seed, epoch))
-            for number, rows in enumerate(parts):
-                within = (epoch + number / len(parts)) / options.epochs
-                self.done = start + within / options.rounds
-                part_loss, part_count = self._update(batch, rows)
-                total, count = total + part_loss, count + part_count
-            loss = total / max(1, count)
-        self.done = start + 1 / options.rounds
+            for place, part in enumerate(parts):
+                done = (number + (epoch + place / len(parts)) / options.epochs) / options.rounds
+                found, tokens = self._update([units[i] for i in part], done)
+                total, count = total + found * tokens, count + tokens
+            loss = total / count
         return loss
 
-    def _rate(self) -> float:
-        warmup = self.options.warmup
-        if self.done < warmup:
-            return self.options.lr * (self.done / warmup + 1e-2)
-        fall = (self.done - warmup) / (1 - warmup)
-        return self.options.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, fall))))
+    def _units(self, trajectory: Trajectory) -> list[Trajectory]:
+        """What becomes a row of its own: a conversation up to its last learned turn, or one turn."""
+        learned = [turn for turn in trajectory.turns if turn.response_ids]
+        groups = [learned[:1]] if learned else []
+        for before, turn in itertools.pairwise(learned):
+            ids = before.prompt_ids + before.response_ids
+            if self.rows is RowLayout.MERGED and turn.prompt_ids[: len(ids)] == ids:
+                groups[-1].append(turn)
+            else:
+                groups.append([turn])
+        return [dataclasses.replace(trajectory, turns=tuple(turns)) for turns in groups]
 
-    def _update(self, batch: TokenBatch, rows: np.ndarray) -> tuple[float, int]:
-        self.model.train()
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate()
-        _, logprobs, _ = row_logprobs(self.model, batch, rows, temperature=1.0)
-        n = len(logprobs)
-        loss = -logprobs.sum() / n
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach()) * n, n
+    def _update(self, units: Sequence[Trajectory], done: float) -> tuple[float, int]:
+        """One optimizer update; its mean loss, and the tokens that it is over."""
+        batch = make_batch([Group(unit.task_id, (unit,)) for unit in units])
+        self.learner.options = dataclasses.replace(self.learner.options, lr=self._rate(done))
+        nothing_M = np.zeros(batch.n_tokens)
+        update = self.learner.update(
+            batch,
+            nothing_M,
+            nothing_M,
+            Objective(loss_agg="token_mean"),
+            step=1,
+            temperature=1.0,
+            seed=0,
+            auxiliary=lambda logprobs, _: -logprobs,
+        )
+        return update.metrics["actor/auxiliary_loss"], batch.n_tokens
+
+    def _rate(self, done: float) -> float:
+        """Learning rate after a share of the whole schedule: linear warm-up, then a cosine down to a tenth."""
+        warmup = self.options.warmup
+        if done < warmup:
+            return self.options.lr * (done / warmup + 1e-2)
+        fall = (done - warmup) / (1 - warmup)
+        return self.options.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, fall))))
 
 
 def imitate(
@@ -199,37 +152,27 @@ def imitate(
     Args:
         model: the model.
         chat: renders messages to ids.
-        make_env: makes a raw environment; asked anew each round, so what it makes may change from one to the next.
+        make_env: see :class:`Expert`.
         options: how.
         style: prompt style.
-        max_tokens: longest response of the learner.
+        max_tokens: longest response of the student.
         max_context: longest prompt plus response.
-        tasks: what episodes are drawn from; by default all tasks of the environment's split.
+        tasks: see :class:`Expert`.
         on_round: called after each round (from 1) with its loss in nats a token.
     """
-    engine = TransformersEngine(model, slots=256, max_context=max_context)
+    expert = Expert(
+        model, chat, make_env, options, style=style, max_tokens=max_tokens, max_context=max_context, tasks=tasks
+    )
     imitator = Imitator(model, options)
-    for number in range(options.rounds if options.stop is None else min(options.stop, options.rounds)):
-        seed = derive_seed(options.seed, "round", number)
-        rng = np.random.default_rng(seed)
-        drawn_from = _tasks_of(make_env) if tasks is None else tasks
-        chosen = [drawn_from[int(i)] for i in rng.integers(len(drawn_from), size=options.episodes)]
-        rise = (number - 1) / max(1, options.rounds - 2)
-        beta = 0.0 if number == 0 else options.first_beta + (options.last_beta - options.first_beta) * rise
-        demonstrations = demonstrate(
-            chosen, make_env, chat, style=style, seed=seed, beta=beta, engine=engine, max_tokens=max_tokens
-        )
-        loss = imitator.fit(demonstrations, seed)
-        engine.load_weights(model.named_parameters())
+    for number in range(_last_round(options)):
+        loss = imitator.fit(expert(number), number, derive_seed(options.seed, "round", number))
         if on_round is not None:
             on_round(number + 1, loss)
     model.eval()
 
 
-def _tasks_of(make_env: Callable[[], gym.Env[str, str]]) -> Sequence[str]:
-    env = make_env()
-    env.close()
-    return cast("TextEnv", env.unwrapped).tasks
+def _last_round(options: ImitationOptions) -> int:
+    return options.rounds if options.stop is None else min(options.stop, options.rounds)
 
 
 def _shuffled(lengths: Sequence[int], budget: int, seed: int) -> list[np.ndarray]:
@@ -240,66 +183,161 @@ def _shuffled(lengths: Sequence[int], budget: int, seed: int) -> list[np.ndarray
     return [parts[i] for i in rng.permutation(len(parts))]
 
 
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class _Command:
+class SftCommand:
+    """What ``atod train sft`` is asked for."""
+
     student: str
-    """Model to warm-start: a folder or a hub id."""
+    """Model to train: a folder or a hub id."""
     out: str
     """Folder for the result, as ``from_pretrained`` loads it."""
+    source: tuple[str, ...] = ("expert",)
+    """Where demonstrations come from: 'expert', or recorded episodes: files, or folders of runs and evaluations."""
+    only: Literal["all", "success"] = "success"
+    """Recorded episodes to take: solved ones, or all. The expert's are taken as they are."""
+    best_of: int = 0
+    """Recorded episodes to take of each task, the best and then the shortest first; 0 takes all."""
     env: str = "atod/ALFWorld-v0"
-    """Registered id of the environment; it must have a scripted expert."""
+    """Registered id of the environment; for --source expert it must have a scripted expert."""
     data: str | None = None
     """Data folder of the environment."""
     option: tuple[str, ...] = ()
     """Further arguments of the environment, KEY=VALUE, e.g. dataset=single."""
     style: str = "compact"
     """Prompt style."""
+    layout: LayoutName = "auto"
+    """How episodes become prompts and rows, as in training: window, turns, trajectory, or what the style is made for."""
     max_turns: int | None = None
     """Turn limit of the episodes."""
     max_response: int = 64
-    """Longest response of the learner, in tokens."""
+    """Longest response of the student, in tokens."""
     max_context: int = 2048
     """Longest prompt plus response, in tokens."""
     thinking: ThinkingMode = "off"
     """Thoughts of the chat template: off, on (an earlier turn's is dropped), keep."""
     chat_date: str = CHAT_DATE
     """Date that chat templates are told."""
+    lora_rank: int = 0
+    """Rank of low-rank adapters (needs peft); 0 trains all weights. OUT gets the sum of both."""
+    run: str | None = None
+    """Folder of settings, metrics and checkpoints; by default OUT/training."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model is trained."""
     options: ImitationOptions = field(default_factory=ImitationOptions)
 
 
+def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
+    """Train as asked, from the last checkpoint if there is one, and write the result.
+
+    Args:
+        command: what was asked for.
+        say: gets a line after every round.
+
+    Raises:
+        AtodError: model, data, sources or settings do not fit; says what to do.
+    """
+    from agents.logits import longest_context
+    from agents.models import load_model
+    from atod_algos.rollout.environments import describe, make_env
+    from atod_algos.rollout.pools import device_of
+    from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint
+    from atod_algos.training.config import TrainConfig, resolve
+    from atod_algos.training.run_dir import RunFolder
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise AtodError("sft trains in one process; start it without torchrun")
+    options = command.options
+    config = resolve(_train_config(command, TrainConfig))
+    run = RunFolder(Path(command.run or Path(command.out) / "training"), _settings(command, config))
+    recover(run.checkpoints)
+    facts = describe(config)
+    loaded = load_model(command.student, "student", world=facts.env_key, device=device_of(command.device))
+    model, chat = loaded.model, loaded.chat(command.thinking, command.chat_date)
+    context = min(command.max_context, longest_context(model))
+    style, rows = choose_layout(command.layout, facts.style, chat)
+    adapters = None
+    if command.lora_rank:
+        seed = derive_seed(options.seed, "adapters")
+        adapters = add_adapters(model, rank=command.lora_rank, alpha=config.lora_alpha, seed=seed)
+    imitator = Imitator(model, options, rows)
+    done = 0
+    path = latest_checkpoint(run.checkpoints)
+    if path is not None:
+        state, extra = load_checkpoint(path, model, imitator.learner.updater, adapters)
+        imitator.learner.load_state(state)
+        done = int(extra["step"])
+        say(f"going on after round {done}")
+    source: EpisodesOf
+    if command.source == ("expert",):
+        source = Expert(
+            model,
+            chat,
+            lambda: make_env(config),
+            options,
+            style=style,
+            max_tokens=command.max_response,
+            max_context=context,
+            tasks=facts.tasks(facts.splits[0]),
+        )
+    else:
+        recorded = read_recorded(command.source, only=command.only, best_of=command.best_of)
+        source = Recorded(tokenized(recorded, style, chat, context), options)
+        say(f"{len(recorded)} recorded episodes of {len({t.task_id for t in recorded})} tasks")
+    run.begin(done)
+    try:
+        for number in range(done, _last_round(options)):
+            torch.manual_seed(derive_seed(options.seed, "round", number))
+            episodes = source(number)
+            loss = imitator.fit(episodes, number, derive_seed(options.seed, "round", number))
+            solved = sum(t.success for t in episodes) / len(episodes)
+            run.log(number + 1, {"sft/loss": loss, "sft/episodes": float(len(episodes)), "sft/success": solved})
+            save_checkpoint(
+                run.checkpoints,
+                f"step_{number + 1:06d}",
+                model=adapters or model,
+                tokenizer=loaded.tokenizer,
+                state=imitator.learner.state(),
+                extra={"step": number + 1, "algorithm": "sft", "data": facts.data_version},
+            )
+            prune(run.checkpoints, 2)
+            say(f"round {number + 1}: loss {loss:.4f} nats a token")
+    finally:
+        run.close()
+    result = model if adapters is None else adapters.merge_and_unload()
+    result.save_pretrained(command.out)
+    loaded.tokenizer.save_pretrained(command.out)
+
+
+def _train_config(command: SftCommand, make: type[TrainConfig]) -> TrainConfig:
+    """The part of the settings that training has as well, so that an evaluation of a checkpoint finds it."""
+    names = {part.name for part in dataclasses.fields(make)} & {part.name for part in dataclasses.fields(command)}
+    return make(seed=command.options.seed, **{name: getattr(command, name) for name in names})
+
+
+def _settings(command: SftCommand, config: Any) -> dict[str, Any]:
+    options = dataclasses.asdict(command.options)
+    options.pop("stop")  # a training that stopped early may go on
+    own = {"source": list(command.source), "only": command.only, "best_of": command.best_of}
+    return {"train": dataclasses.asdict(config), "algorithm": {"name": "sft", **own, **options}}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Warm-start a model from the command line."""
+    """Train a model on demonstrations from the command line."""
     import tyro
 
-    from agents.models import load_model
     from atod_algos.guard import guarded
-    from atod_algos.training.config import TrainConfig
 
     command = tyro.cli(
-        _Command,
+        SftCommand,
         args=arguments,
         prog=program("atod_algos.training.sft"),
         description=__doc__,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-
-    def run() -> None:
-        loaded = load_model(command.student, "student")
-        config = TrainConfig(env=command.env, data=command.data, option=command.option, max_turns=command.max_turns)
-        imitate(
-            loaded.model,
-            loaded.chat(command.thinking, command.chat_date),
-            lambda: make_run_env(config),
-            command.options,
-            style=command.style,
-            max_tokens=command.max_response,
-            max_context=command.max_context,
-            on_round=lambda number, loss: print(f"round {number}: loss {loss:.4f} nats a token", flush=True),
-        )
-        loaded.model.save_pretrained(command.out)
-        loaded.tokenizer.save_pretrained(command.out)
-
-    guarded(run)
+    guarded(lambda: train_sft(command, lambda line: print(line, flush=True)))
 
 
 if __name__ == "__main__":
