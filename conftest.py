@@ -23,7 +23,7 @@ except ImportError:  # without it the pages are not tested, everything else is
 ROOT = Path(__file__).parent
 SHORT = "--steps 1 --tasks-per-step 1 --group-size 2 --max-turns 2 --eval-every 0 --report-tasks 2 --minibatches 1"
 TRAINING = ("python -m atod_algos.", "atod train ")
-NOT_TRAINING = ("evaluate", "report", "study", "imitation", "--help", "--dry-run")
+NOT_TRAINING = ("evaluate", "report", "study", "sft", "imitation", "--help", "--dry-run")
 
 
 def shortened(line: str) -> str:
