@@ -1,4 +1,4 @@
-"""Loading language models and tokenizers: from a folder, from the hub, or the small ones that come with the project.
+"""Loading language models and tokenizers: from a folder, a GGUF file, a package, the hub, or the small ones that come with the project.
 
 The invariant: a model is returned with the tokenizer that belongs to it, in evaluation mode, its log-probs checked against its own
 forward pass and its vocabulary limited to ids that have a token; or an error says in one line what was looked for and where.
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from agents.chat import CHAT_DATE, ChatFormat, ThinkingMode, first_difference
+from agents.gguf import converted, gguf_file
 from agents.logits import limit_vocabulary, logit_head, require_finite, usable_ids, vocabulary_rows
 from atod_envs.errors import AtodError
 
@@ -66,7 +67,8 @@ def load_model(
     """Load a model.
 
     Args:
-        name: a folder, a hub id, or ``"builtin"`` for the reference model of the role.
+        name: a folder, a hub id, a GGUF file, a model in a package (``"smollm2-135m"``), or ``"builtin"`` for the reference model of
+            the role.
         role: ``"student"`` or ``"teacher"``.
         world: the environment's key (``"alfworld"``), for ``"builtin"``.
         device: where it goes.
@@ -88,6 +90,12 @@ def load_model(
                 f"no reference {role} comes with the project for {world or 'this environment'!r} (there is one for: {offered}); "
                 f"give --{role} PATH_OR_HUB_ID"
             )
+    packed = gguf_file(source)
+    if packed is not None:
+        try:
+            source = str(converted(packed))
+        except AtodError as error:
+            raise AtodError(f"{role} model {name!r}: {error}") from error
     looks_local = source.startswith((".", "/", "~")) or Path(source).exists()
     if looks_local:
         path = Path(source).expanduser()

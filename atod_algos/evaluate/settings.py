@@ -18,6 +18,7 @@ from gymnasium.envs.registration import load_env_creator
 
 import atod_envs
 from agents.chat import CHAT_DATE, ThinkingMode
+from agents.gguf import gguf_file
 from atod_envs.errors import AtodError
 from atod_envs.options import put_before, read_options
 from atod_envs.text_env import TextEnv
@@ -227,8 +228,11 @@ def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, A
 
 
 def _weights(agent: str) -> str | None:
-    """Digest of a model folder's weights: a checkpoint that changed is another policy."""
-    files = sorted(Path(agent).expanduser().glob("*.safetensors")) if Path(agent).is_dir() else []
+    """Digest of a model's weights in a folder or file: a checkpoint that changed is another policy."""
+    packed = gguf_file(agent)
+    files = (
+        [packed] if packed else sorted(Path(agent).expanduser().glob("*.safetensors")) if Path(agent).is_dir() else []
+    )
     whole = hashlib.blake2b(digest_size=8)
     for path in files:
         with open(path, "rb") as file:

