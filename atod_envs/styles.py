@@ -6,10 +6,17 @@ the agent has seen, and parsing never raises.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from typing import Any, Protocol, cast, runtime_checkable
+
+LONGEST_ACTION = 1 << 16
+"""Characters that an action may have; a longer one is answered with a sentence that says so, and does nothing."""
+
+_LONGEST_TOLD = 200
+_IDEOGRAPH = re.compile("[\u4e00-\u9fff]")
 
 
 class Layout(StrEnum):
@@ -127,6 +134,11 @@ def as_conversation(style: PromptStyle) -> PromptStyle:
     return _AsConversation(style)
 
 
+def retold(action: str) -> str:
+    """An executed action as a history tells it: whole, or the beginning of one that was too long to be read."""
+    return action if len(action) <= LONGEST_ACTION else f"{action[:_LONGEST_TOLD]} ..."
+
+
 def parse_tagged(response: str, tail: int) -> Parsed:
     """Read ``<action> ... </action>`` as the published code does.
 
@@ -140,8 +152,7 @@ def parse_tagged(response: str, tail: int) -> Parsed:
     if start < 0 or end < 0:
         return Parsed(lowered[-tail:], False)
     thinks = "<think>" in response and "</think>" in response
-    foreign = any("\u4e00" <= character <= "\u9fff" for character in response)
-    return Parsed(lowered[start + len("<action>") : end].strip(), thinks and not foreign)
+    return Parsed(lowered[start + len("<action>") : end].strip(), thinks and not _IDEOGRAPH.search(response))
 
 
 def history_lines(history: History, length: int) -> tuple[str, int]:

@@ -17,15 +17,12 @@ import gymnasium as gym
 from atod_envs.errors import EpisodeError
 from atod_envs.snapshots import Snapshot
 from atod_envs.spaces import UnicodeText
-from atod_envs.styles import PromptStyle
+from atod_envs.styles import LONGEST_ACTION, PromptStyle
 from atod_envs.tasks import TaskSet
 from atod_envs.trajectory import StopReason
 
 INFO_KEYS = ("task_id", "task", "split", "turn", "admissible", "valid", "success", "score")
 """Keys of ``info`` after every reset and step; ``stop_reason`` is added at the end of an episode."""
-
-LONGEST_ACTION = 1 << 16
-"""Characters that an action may have; a longer one is answered with a sentence that says so, and does nothing."""
 
 
 @dataclass(frozen=True, slots=True)

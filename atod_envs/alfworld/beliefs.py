@@ -127,7 +127,8 @@ class Beliefs:
             states = self.states.setdefault(match[2], set())
             states -= {"heat": {"cool"}, "cool": {"heat"}}.get(match[1], set())
             states.add(match[1])
-        for match in _CONTENTS.finditer(observation):
+        # Up to the last full stop, which every list needs: an endless list is not looked for an end at every start.
+        for match in _CONTENTS.finditer(observation, 0, observation.rfind(".") + 1):
             place = match[1] or match[2]
             if place in self.receptacles:
                 self._note(place, _LISTED.findall(match[3]))

@@ -14,7 +14,7 @@ from typing import TypeAlias, cast
 import gymnasium as gym
 
 from atod_envs.errors import UnknownName
-from atod_envs.styles import History, Layout, PromptStyle
+from atod_envs.styles import History, Layout, PromptStyle, retold
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Trajectory
 
@@ -71,7 +71,7 @@ def turn_prompts(trajectory: Trajectory, style: PromptStyle) -> list[str]:
         history.observations.append(turn.observation)
         history.admissible = turn.admissible
         prompts.append(style.prompt(history))
-        history.actions.append(turn.action)
+        history.actions.append(retold(turn.action))
     return prompts
 
 

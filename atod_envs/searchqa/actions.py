@@ -22,10 +22,10 @@ SEARCH_PATTERN: Final = "<search>...</search>"
 ANSWER_PATTERN: Final = "<answer>...</answer>"
 NO_RESULTS: Final = "No search results found."
 
-_SEARCH: Final = re.compile(r"<search>(.*?)</search>", re.IGNORECASE | re.DOTALL)
-_ANSWER: Final = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 _SEARCH_TAG: Final = re.compile(r"<search>", re.IGNORECASE)
+_SEARCH_END: Final = re.compile(r"</search>", re.IGNORECASE)
 _ANSWER_TAG: Final = re.compile(r"<answer>", re.IGNORECASE)
+_ANSWER_END: Final = re.compile(r"</answer>", re.IGNORECASE)
 
 # Our tags and those of tool calls, sentence marks of tokenizers, <|...|> tokens of chat templates, Llama's brackets.
 _LIVE: Final = re.compile(
@@ -66,16 +66,26 @@ def project(response: str) -> Action:
             break
     searches, answers = len(_SEARCH_TAG.findall(response)), len(_ANSWER_TAG.findall(response))
     format_ok = searches + answers == 1
-    if block := _SEARCH.search(trimmed):
-        query = block[1].strip()
+    query = _block(trimmed, _SEARCH_TAG, _SEARCH_END)
+    if query is not None:
         text = f"<search>{query}</search>"
         if "<answer>" in query and "</answer>" in query:
             return Action(text, None, last_answer(text), format_ok)
         return Action(text, query, None, format_ok)
-    if block := _ANSWER.search(trimmed):
-        answer = block[1].strip()
+    answer = _block(trimmed, _ANSWER_TAG, _ANSWER_END)
+    if answer is not None:
         return Action(f"<answer>{answer}</answer>", None, answer, format_ok)
     return Action("", None, None, False)
+
+
+def _block(text: str, opening: re.Pattern[str], closing: re.Pattern[str]) -> str | None:
+    """What stands between the first opening tag and the first closing tag after it, stripped.
+
+    If that opening tag is never closed, no later one is: two searches do, and the time is linear.
+    """
+    begun = opening.search(text)
+    ended = closing.search(text, begun.end()) if begun else None
+    return text[begun.end() : ended.start()].strip() if begun and ended else None
 
 
 def defuse(text: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .actions import project, read_information
-from .language import POINTS_TO, QuestionForm, question_readers, read_facts
+from .language import LONGEST_SENTENCE, POINTS_TO, QuestionForm, question_readers, read_facts
 
 UNKNOWN = "unknown"
 """What it answers when it does not find out."""
@@ -54,7 +54,7 @@ class SearchQAExpert:
         """
         self._form, self._named = None, ()
         self._shown, self._searched, self._advised = {}, set(), ""
-        for pattern, form in question_readers():
+        for pattern, form in question_readers() if len(task) <= LONGEST_SENTENCE else ():
             if found := pattern.fullmatch(task.strip()):
                 self._form, self._named = form, tuple(found.groupdict().values())
                 return

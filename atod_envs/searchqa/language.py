@@ -15,6 +15,9 @@ from typing import Final
 YEAR_SLOTS: Final = frozenset({"born_in", "released", "founded", "held_in", "settled"})
 """Slots that hold a year; all others hold names or words."""
 
+LONGEST_SENTENCE: Final = 400
+"""Characters that a sentence or question of ours may have (the longest has 110); what is longer is not of ours, and not tried."""
+
 POINTS_TO: Final[Mapping[str, str]] = {
     "birthplace": "city",
     "teacher": "person",
@@ -184,9 +187,11 @@ def _readers(kind: str) -> tuple[re.Pattern[str], ...]:
 def read_facts(kind: str, text: str) -> dict[str, str]:
     """The facts that a passage about an entity of this kind states; a sentence that fits no template is passed over."""
     facts: dict[str, str] = {}
-    for sentence in re.findall(r"[^.]+\.", text):
+    for sentence in text.split(".")[:-1]:
+        if len(sentence) > LONGEST_SENTENCE:
+            continue
         for pattern in _readers(kind):
-            if found := pattern.fullmatch(sentence.strip()):
+            if found := pattern.fullmatch(f"{sentence}.".strip()):
                 facts |= {slot: value for slot, value in found.groupdict().items() if slot not in facts}
                 break
     return facts

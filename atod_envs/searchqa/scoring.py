@@ -15,7 +15,6 @@ from typing import Final
 
 _PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
 _ARTICLES: Final = re.compile(r"\b(a|an|the)\b")
-_ANSWER: Final = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 # Answers for which a partial overlap means nothing.
 _CLOSED: Final = frozenset({"yes", "no", "noanswer"})
 
@@ -73,5 +72,8 @@ def score_answer(answer: str, golds: Sequence[str]) -> AnswerScores:
 
 def last_answer(text: str) -> str:
     """The stripped content of the last `<answer>` block of a whole rollout; empty where there is none."""
-    blocks = _ANSWER.findall(text)
-    return blocks[-1].strip() if blocks else ""
+    opening, closing = "<answer>", "</answer>"
+    found, at = "", 0
+    while (start := text.find(opening, at)) >= 0 and (end := text.find(closing, start)) >= 0:
+        found, at = text[start + len(opening) : end], end + len(closing)
+    return found.strip()

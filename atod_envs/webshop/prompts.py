@@ -6,7 +6,6 @@ the byte (see NOTICE for their origin); the compact style is ours, for small mod
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -144,7 +143,7 @@ class CompactStyle:
     def parse(self, response: str) -> Parsed:
         """Read the action; the same rules as the paper's prompt, blanks inside the brackets aside."""
         parsed = parse_tagged(response, FALLBACK_TAIL)
-        return Parsed(_PADDED.sub(r"\1[\2]", parsed.action), parsed.format_ok)
+        return Parsed(_unpadded(parsed.action), parsed.format_ok)
 
     def respond(self, action: str, thought: str) -> str:
         """Phrase a demonstration."""
@@ -152,7 +151,13 @@ class CompactStyle:
 
 
 UNCHANGED = "same page"
-_PADDED = re.compile(r"^(search|click)\[\s*(.*?)\s*\]$", re.DOTALL)
+
+
+def _unpadded(action: str) -> str:
+    name, opened, rest = action.partition("[")
+    if not opened or name not in ("search", "click") or not rest.endswith("]"):
+        return action
+    return f"{name}[{rest[:-1].strip()}]"
 
 
 def _body(history: History) -> list[str]:

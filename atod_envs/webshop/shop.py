@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,7 +31,6 @@ LONGEST_QUERY = 10_000
 BASE_URL = "http://127.0.0.1:3000"
 SEARCH_ENGINES = ("bm25", "lucene")
 
-_ACTION = re.compile(r"(.+)\[(.+)\]")
 _PAGE_NAMES = ("search_results", "item_page", "item_sub_page", "done")
 
 ObservationMode = Literal["text", "text_rich"]
@@ -51,9 +49,15 @@ class SearchEngine(Protocol):
 
 
 def parse_action(action: str) -> tuple[str, str | None]:
-    """Split ``name[argument]``; text of another form is a name without argument (greedy, one line, as originally)."""
-    found = _ACTION.match(action)
-    return (found.group(1), found.group(2)) if found else (action, None)
+    r"""Split ``name[argument]``; text of another form is a name without argument.
+
+    As the original's greedy ``(.+)\[(.+)\]`` on the first line, in linear time: the argument ends at the last ``]`` and begins at the
+    last ``[`` that leaves it a character.
+    """
+    line = action.partition("\n")[0]
+    end = line.rfind("]")
+    start = line.rfind("[", 1, end - 1) if end > 2 else -1
+    return (line[:start], line[start + 1 : end]) if start > 0 else (action, None)
 
 
 class Shop:

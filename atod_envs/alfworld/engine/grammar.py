@@ -93,10 +93,11 @@ _BLOCK = re.compile(r'"""((?:.|\n)*?)"""')
 _STRING = re.compile(r'"([^"]*)"')
 _START = re.compile(r"^(?://.*|\s*)\n?", re.MULTILINE)
 _TABS = re.compile(r"\t*")
-_REFERENCE = re.compile(r"#\t*+([\w()/!<>\-\s,.]+)\t*#")
+# Possessive throughout: what follows a run is never part of it, and a broken grammar is refused in linear time.
+_REFERENCE = re.compile(r"#\t*+([\w()/!<>\-\s,.]++)#")
 _ITEM = re.compile(
-    r"\{\t*+(?:#\t*(?P<rule>[\w()/!<>\-\s,.]+)\t*#|(?P<expression>[^|\[\]{}\n<>]+))"
-    r"(?:\t*\s*\|\s*(?P<query>[^;|{}\n\[\]#]+))?\t*\}"
+    r"\{\t*+(?:#\t*+(?P<rule>[\w()/!<>\-\s,.]++)#|(?P<expression>[^|\[\]{}\n<>]++))"
+    r"(?:\s*+\|\s*+(?P<query>[^;|{}\n\[\]#]++))?\t*+\}"
 )
 _LITERAL = re.compile(r'[^;|"<>\[\]#{}]+')
 _QUOTED = re.compile(r'"([^;|"<>\[\]#{}]*)"')
