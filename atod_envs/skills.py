@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from atod_envs.errors import DataError, UnknownName
+from atod_envs.files import read_text
 
 _GENERAL = "General"
 
@@ -55,10 +56,9 @@ def read_skills(path: Path) -> SkillBook:
     Raises:
         DataError: the file is missing, lacks the general section, or has an empty or a doubled one.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"no skills at {path} ({error.strerror}); expected a Markdown file of skills") from error
+    if not path.is_file():
+        raise DataError(f"no skills at {path}; expected a Markdown file of skills")
+    text = read_text(path, "expected a Markdown file of skills")
     parts = re.split(r"^#{1,2} +(.+?) *$", text, flags=re.MULTILINE)[1:]
     sections: dict[str, str] = {}
     for heading, body in zip(parts[::2], parts[1::2], strict=True):

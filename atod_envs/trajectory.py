@@ -13,10 +13,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from math import isfinite
 from pathlib import Path
 from typing import IO, Any, cast
 
 from atod_envs.errors import DataError
+from atod_envs.files import json_lines, parquet_rows
 
 SCHEMA = 1
 """Version of the schema below; raised whenever a field changes its meaning."""
@@ -174,26 +176,78 @@ def from_record(record: Mapping[str, Any], source: str = "record") -> Trajectory
     Raises:
         DataError: another schema version, or a missing or unexpected field.
     """
+    if not isinstance(record, Mapping):
+        raise DataError(f"{source}: expected an object with a trajectory's fields, found {type(record).__name__}")
     version = record.get("schema")
-    if version != SCHEMA:
+    if version != SCHEMA or isinstance(version, bool):
         raise DataError(f"{source}: trajectory schema {version!r}; this version reads schema {SCHEMA}")
     try:
-        values = dict(record)
+        values = _checked(record, _TRAJECTORY_KINDS)
         turns: list[Turn] = []
         before: tuple[int, ...] = ()
-        for row in values.pop("turns"):
-            row = dict(row)
+        for place, row in enumerate(values.pop("turns")):
+            if not isinstance(row, Mapping):
+                raise ValueError(f"turn {place} is {row!r:.40}; expected an object")
+            row = _checked(row, _TURN_KINDS)
             shared = row.pop("prompt_shared")
-            row["prompt_ids"] = before[:shared] + tuple(row["prompt_ids"])
-            for name in ("admissible", "response_ids", "logprobs"):
-                row[name] = tuple(row[name])
+            if row["index"] != place or not 0 <= shared <= len(before):
+                raise ValueError(f"turn {place} has index {row['index']} and prompt_shared {shared} of {len(before)}")
+            row["prompt_ids"] = before[:shared] + row["prompt_ids"]
             turn = Turn(**row)
             turns.append(turn)
             before = turn.prompt_ids + turn.response_ids
         values["stop_reason"] = StopReason(values["stop_reason"])
         return Trajectory(turns=tuple(turns), **values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{source}: not a trajectory of schema {SCHEMA}: {error}") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{source}: not a trajectory of schema {SCHEMA}: {error}; is the file damaged?") from error
+
+
+_TURN_KINDS = {
+    **dict.fromkeys(("index", "prompt_shared"), "whole number"),
+    **dict.fromkeys(("observation", "response", "action"), "text"),
+    **dict.fromkeys(("format_ok", "valid"), "true or false"),
+    **dict.fromkeys(("reward", "seconds_policy", "seconds_env"), "number"),
+    **dict.fromkeys(("prompt_ids", "response_ids"), "list of whole numbers"),
+    **{"admissible": "list of texts", "logprobs": "list of numbers"},
+}
+_TRAJECTORY_KINDS = {
+    **dict.fromkeys(("env_id", "task_id", "split", "task", "group_id", "final_observation"), "text"),
+    **dict.fromkeys(("stop_reason", "data_version"), "text"),
+    **dict.fromkeys(("seed", "policy_version", "schema"), "whole number"),
+    **{"turns": "list", "success": "true or false", "score": "number", "labels": "texts by name"},
+}
+_SINGLE: dict[str, frozenset[type]] = {
+    "whole number": frozenset({int}),
+    "text": frozenset({str}),
+    "true or false": frozenset({bool}),
+    "number": frozenset({int, float}),
+    "list": frozenset({list, tuple}),
+    "texts by name": frozenset({dict}),
+}
+
+
+def _checked(record: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
+    """The values of known fields, lists as tuples; whatever is not of its kind is refused, not converted."""
+    values = dict(record)
+    for name, kind in kinds.items():
+        if name not in values:
+            if name in ("data_version", "labels", "policy_version", "seconds_policy", "seconds_env"):
+                continue  # fields with a default, which files of older versions may lack
+            raise ValueError(f"the field {name!r} is missing")
+        value = values[name]
+        single = kind.removeprefix("list of ").removesuffix("s") if kind.startswith("list of ") else kind
+        if single is not kind:
+            good = type(value) in _SINGLE["list"] and set(map(type, value)) <= _SINGLE[single]
+            values[name] = tuple(value) if good else ()
+        else:
+            good = type(value) in _SINGLE[kind]
+        if good and kind == "texts by name":
+            good = all(type(text) is str for pair in value.items() for text in pair)
+        if good and kind == "number":
+            good = isfinite(value)
+        if not good:
+            raise ValueError(f"the field {name!r} is {value!r:.60}; expected {kind}")
+    return values
 
 
 def _shared_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
@@ -227,13 +281,8 @@ def read_jsonl(path: str | Path) -> Iterator[Trajectory]:
         DataError: a line is not a trajectory; names the file and the line.
     """
     path = Path(path)
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error.msg}); is the file cut off?") from error
-            yield from_record(record, f"{path}, line {number}")
+    for number, record in json_lines(path):
+        yield from_record(record, f"{path}, line {number}")
 
 
 # --- Parquet ------------------------------------------------------------------------------------------------------
@@ -306,16 +355,16 @@ def read_parquet(path: str | Path) -> Iterator[Trajectory]:
     Raises:
         DataError: the file is not Parquet, or holds another schema.
     """
-    pa = _arrow()
-    try:
-        file = pa.parquet.ParquetFile(str(path))
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not a Parquet file ({error})") from error
-    for batch in file.iter_batches(batch_size=64):
-        for row in batch.to_pylist():
+    _arrow()
+    path = Path(path)
+    for number, row in parquet_rows(path, batch=64):
+        where = f"{path}, row {number}"
+        try:
             record = _map_text(row, lambda blob: blob.decode("utf-8", "surrogatepass"), bytes)
-            record["labels"] = dict(record["labels"])
-            yield from_record(record, str(path))
+            record["labels"] = dict(record.get("labels") or ())
+        except (UnicodeDecodeError, TypeError, ValueError) as error:
+            raise DataError(f"{where}: not a trajectory of schema {SCHEMA}: {error}; is the file damaged?") from error
+        yield from_record(record, where)
 
 
 def _map_text(value: Any, change: Any, kind: type = str) -> Any:

@@ -89,7 +89,7 @@ def find_data(data: str | os.PathLike[str] | None) -> Path | None:
 
 
 def open_source(
-    data: str | os.PathLike[str] | None, split: str, *, task_types: Collection[str] | None = None, strict: bool = False
+    data: str | os.PathLike[str] | None, split: str, *, task_types: Collection[str] | None = None, strict: bool = True
 ) -> GameSource:
     """Open a split.
 
@@ -97,7 +97,7 @@ def open_source(
         data: see `find_data`.
         split: `train`, `valid_seen`, `valid_unseen`, or another folder that the data holds.
         task_types: play only these; None plays all six.
-        strict: refuse a split with broken files instead of leaving them out.
+        strict: refuse a split with broken files; otherwise they are left out, with a warning that counts them.
 
     Raises:
         DataError: no data, no playable game, or a broken file under `strict`.
@@ -125,7 +125,7 @@ class FolderSource:
         strict: refuse broken files.
     """
 
-    def __init__(self, root: Path, split: str, task_types: frozenset[str], *, strict: bool = False) -> None:
+    def __init__(self, root: Path, split: str, task_types: frozenset[str], *, strict: bool = True) -> None:
         self.root = root
         self.split = split
         folders = sorted(item.name for item in (root / RELEASE).iterdir() if item.is_dir())
@@ -135,7 +135,10 @@ class FolderSource:
         entries = open_index(root, split)
         broken = [entry for entry in entries if entry.broken]
         if broken and strict:
-            raise DataError(f"{len(broken)} of {len(entries)} trial folders are broken; the first: {broken[0].broken}")
+            raise DataError(
+                f"{len(broken)} of {len(entries)} trial folders are broken; the first: {broken[0].broken}; "
+                "unpack the games again, or leave broken ones out with strict=False"
+            )
         if broken:
             logger.warning("left out %d broken of %d trial folders: %s", len(broken), len(entries), broken[0].broken)
         self.skipped = len(broken)
@@ -151,15 +154,31 @@ class FolderSource:
             )
         self.task_ids = tuple(self._entries)
         self.data_version = f"{RELEASE}/{split}/{version_of(entry for entry in entries if entry.playable)}"
-        self._games = GameCache(lambda task_id: Game.load(self.content(task_id)))
+        self._games = GameCache(self._load)
 
     def game(self, task_id: str) -> Game:
         """The compiled game of a task."""
         return self._games.get(task_id)
 
     def content(self, task_id: str) -> Path:
-        """The game's file."""
-        return self.root / task_id / GAME_FILE
+        """The game's file.
+
+        Raises:
+            DataError: it is not the file that was indexed.
+        """
+        path = self.root / task_id / GAME_FILE
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); it was there when the games were listed"
+            ) from None
+        if (status.st_mtime_ns, status.st_size) != self._entries[task_id].game:
+            raise DataError(f"{path} has changed since the games were listed; make the environment again")
+        return path
+
+    def _load(self, task_id: str) -> Game:
+        return Game.load(self.content(task_id))
 
     def trajectory(self, task_id: str) -> Mapping[str, object]:
         """The content of the task's `traj_data.json`."""

@@ -76,7 +76,7 @@ class ALFWorldEnv(TextEnv):
         backend: str = "native",
         max_turns: int | None = None,
         task_types: Collection[str] | None = None,
-        strict: bool = False,
+        strict: bool = True,
         human_goals: bool = False,
         put_alias: bool = True,
         render_mode: str | None = None,

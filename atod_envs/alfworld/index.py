@@ -22,12 +22,13 @@ from pathlib import Path
 
 from atod_envs.alfworld.engine.game import TASK_TYPES, Game
 from atod_envs.errors import DataError
+from atod_envs.files import read_object
 
 logger = logging.getLogger(__name__)
 
 GAME_FILE, TRAJECTORY_FILE = "game.tw-pddl", "traj_data.json"
 
-FORMAT = 2
+FORMAT = 3
 """Changes whenever an older cache file would say other things than a fresh look: new fields, filters, engine rules."""
 
 Stamp = tuple[int, int]
@@ -134,16 +135,7 @@ def read_trajectory(folder: Path) -> Mapping[str, object]:
     Raises:
         DataError: the file is missing or not a JSON object.
     """
-    path = folder / TRAJECTORY_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}); is the file truncated?") from None
-    if not isinstance(data, dict):
-        raise DataError(f"{path} is not a JSON object")
-    return data
+    return read_object(folder / TRAJECTORY_FILE, "is the file truncated? Unpack the games again")
 
 
 def _task_type(folder: Path, task_id: str, trajectory: Stamp) -> str:
@@ -178,13 +170,17 @@ def _folders(root: Path, split: str) -> Iterator[tuple[str, Stamp, Stamp]]:
 
 def _read(cache: Path) -> dict[str, Entry]:
     try:
-        data = json.loads(cache.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
+        data = read_object(cache)
+        if data["format"] != FORMAT or data["digest"] != _digest(data["entries"]):
             return {}
         rows = [Entry(row[0], (row[1], row[2]), (row[3], row[4]), *row[5:]) for row in data["entries"]]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return {}  # No cache, or not one of ours: look afresh.
+    except (DataError, KeyError, TypeError, IndexError):
+        return {}  # No cache, a damaged one, or not one of ours: look afresh.
     return {entry.task_id: entry for entry in rows}
+
+
+def _digest(rows: list[list[object]]) -> str:
+    return blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
 
 
 def _write(cache: Path, entries: list[Entry]) -> None:
@@ -195,7 +191,7 @@ def _write(cache: Path, entries: list[Entry]) -> None:
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_name(f"{cache.name}.{os.getpid()}")
-        partial.write_text(json.dumps({"format": FORMAT, "entries": rows}), encoding="utf-8")
+        partial.write_text(json.dumps({"format": FORMAT, "digest": _digest(rows), "entries": rows}), encoding="utf-8")
         partial.replace(cache)  # In one move: another process never reads half a file.
     except OSError as error:
         logger.warning("the list of ALFWorld games cannot be kept in %s: %s", cache, error)

@@ -23,6 +23,7 @@ from typing import Any
 
 from atod_envs.datasets.sources import Source
 from atod_envs.errors import DataError
+from atod_envs.files import read_object
 
 RECORD = "atod-data.json"
 """Name of the record of a data folder: path -> url, sha256, bytes."""
@@ -30,6 +31,7 @@ RECORD = "atod-data.json"
 _CHUNK = 1 << 20
 _ATTEMPTS = 5
 _TIMEOUT = 60.0
+_ANEW = "delete it and run `atod data get` again"
 _log = logging.getLogger(__name__)
 
 Report = Callable[[str, int, int | None], None]
@@ -63,9 +65,17 @@ def read_record(folder: Path) -> dict[str, Downloaded]:
     if not path.is_file():
         return {}
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return {name: Downloaded(**row) for name, row in rows.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        found = {name: Downloaded(**row) for name, row in read_object(path, _ANEW).items()}
+        if not all(
+            isinstance(one.url, str)
+            and isinstance(one.sha256, str)
+            and type(one.size) is int
+            and isinstance(one.files, dict)
+            for one in found.values()
+        ):
+            raise TypeError("a field is of another kind")
+        return found
+    except (TypeError, AttributeError) as error:
         raise DataError(
             f"{path} is not a record of downloads ({error}); delete it and run `atod data get` again"
         ) from None

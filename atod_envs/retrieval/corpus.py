@@ -7,16 +7,16 @@ the checksum of the whole, by which an index recognises its corpus.
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from atod_envs.errors import DataError, UnknownName
+from atod_envs.files import json_lines, parquet_rows
 
 from .storage import load_array, read_description
 from .strings import Digest, Strings, StringTable, pack_strings
@@ -42,19 +42,21 @@ def read_passages(path: str | Path) -> Iterator[tuple[str, str]]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path} does not exist; expected a corpus file (.jsonl, .jsonl.gz or .parquet)")
-    for number, row in enumerate(_parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)):
-        yield _passage(row, number, path)
+    for number, (place, row) in enumerate(parquet_rows(path) if path.suffix == ".parquet" else json_lines(path)):
+        yield _passage(row, number, f"{path}, {'row' if path.suffix == '.parquet' else 'line'} {place}")
 
 
-def _passage(row: dict[str, Any], number: int, path: Path) -> tuple[str, str]:
-    docid = next((str(row[key]) for key in _ID_KEYS if row.get(key) is not None), str(number))
-    if isinstance(row.get("contents"), str):
-        return docid, row["contents"]
-    text = row.get("text")
-    if not isinstance(text, str):
+def _passage(row: dict[str, Any], number: int, where: str) -> tuple[str, str]:
+    given = next((row[key] for key in _ID_KEYS if row.get(key) is not None), number)
+    if isinstance(given, bool) or not isinstance(given, str | int):
+        raise DataError(f"{where}: the id is {given!r:.60}; expected text or a whole number")
+    contents, title, text = row.get("contents"), row.get("title"), row.get("text")
+    if contents is not None and isinstance(contents, str):
+        return str(given), contents
+    if contents is not None or not isinstance(text, str) or not (title is None or isinstance(title, str)):
         found = ", ".join(sorted(row))
-        raise DataError(f"{path}, passage {number + 1}: expected 'contents', or 'title' and 'text'; found {found}")
-    return docid, contents_of(str(row.get("title") or ""), text)
+        raise DataError(f"{where}: expected the text 'contents', or the texts 'title' and 'text'; found {found}")
+    return str(given), contents_of(title or "", text)
 
 
 def contents_of(title: str, text: str) -> str:
@@ -66,54 +68,6 @@ def title_and_text(contents: str) -> tuple[str, str]:
     """Take the contents of a passage apart; the title comes without its quotes."""
     title, _, text = contents.partition("\n")
     return title.strip().strip('"'), text
-
-
-def json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file, compressed or not.
-
-    Raises:
-        DataError: a line is not a JSON object, or the file is damaged; names the line.
-    """
-    number = 0
-    try:
-        with open_text(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-                yield row
-    except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}, line {number}: broken JSON lines ({error}); get the file again") from error
-
-
-def open_text(path: Path) -> IO[str]:
-    """Open a text file, decompressing `.gz`."""
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-
-
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for batch in parquet_batches(path):
-        yield from batch
-
-
-def parquet_batches(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a Parquet file, a few thousand at a time.
-
-    Raises:
-        DataError: pyarrow is not installed, or the file is no Parquet.
-    """
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise DataError(f"{path}: reading Parquet needs pyarrow; pip install 'atod[parquet]'") from error
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(4096):
-            yield batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}); get the file again") from error
 
 
 class Corpus:

@@ -5,16 +5,15 @@ The invariant: whatever is missing, cut off or of another kind ends in a `DataEr
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
+from atod_envs import files
 from atod_envs.errors import DataError
 
-_EMPTY = 128  # bytes of a .npy file without data; an empty file cannot be mapped
+_AGAIN = "build the index again"
 
 
 def read_description(file: Path, **expected: object) -> dict[str, Any]:
@@ -29,28 +28,18 @@ def read_description(file: Path, **expected: object) -> dict[str, Any]:
     """
     if not file.is_file():
         raise DataError(f"{file} does not exist; expected a folder written by python -m atod_envs.retrieval.build")
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} is broken ({error}); build the index again") from error
+    description = files.read_object(file, _AGAIN)
     for name, value in expected.items():
-        found = description.get(name) if isinstance(description, dict) else None
+        found = description.get(name)
         if found != value:
             raise DataError(f"{file} has {name} {found!r}; expected {value!r}: build the index again")
-    return dict(description)
+    return description
 
 
 def load_array(file: Path) -> npt.NDArray[Any]:
-    """An array, memory-mapped.
+    """An array, memory-mapped; see :func:`atod_envs.files.load_array`.
 
     Raises:
         DataError: the file is missing or cut off.
     """
-    if not file.is_file():
-        raise DataError(f"{file} is missing; build the index again")
-    try:
-        mapped = np.load(file, mmap_mode="r" if file.stat().st_size > _EMPTY else None)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{file} is broken ({error}); build the index again") from error
-    # A plain view: slicing the map itself costs microseconds a time.
-    return np.asarray(mapped)
+    return files.load_array(file, _AGAIN)

@@ -16,14 +16,14 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from atod_envs.errors import DataError
 from atod_envs.retrieval.bm25 import BM25Index
 from atod_envs.retrieval.corpus import Corpus, read_passages
 from atod_envs.retrieval.protocol import LocalSearch, SearchService
 
-from .questions import Question, load_questions
+from .questions import CORPUS_NAMES, Question, candidate_files, load_questions
 from .sampling import QuestionSet, parse_datasets, purposes, select
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ BUILTIN: Final = "builtin"
 ENCYCLOPEDIAS: Final = 4
 """Encyclopedias that are kept in memory at a time; each takes some 10 MB."""
 
-CORPUS_NAMES: Final = ("passages", "corpus", "wiki-18", "wiki18")
+KEPT_FILES: Final = 16
+"""Loads of question files that are kept; a file that changed is loaded anew, and the old load leaves in time."""
+
 _CORPUS_SUFFIXES: Final = (".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -133,20 +135,23 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ATOD_CACHE") or Path.home() / ".cache" / "atod")
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    """Size and date of a file: what tells a cached load that it is stale."""
-    return (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else (0, 0)
+Stamp: TypeAlias = tuple[tuple[str, int, int, int, int], ...]
 
 
-@cache
-def _selected(
-    path: Path, stamp: tuple[int, int], split: str, weights: tuple[tuple[str, float], ...] | None
-) -> QuestionSet:
+def _stamp(path: Path) -> Stamp:
+    """Name, size, dates and inode of a file, or of every file in a folder: what tells a load that it is stale."""
+    files = [path] if path.is_file() else candidate_files(path)
+    found = ((str(file), file.stat()) for file in files)
+    return tuple((name, of.st_size, of.st_mtime_ns, of.st_ctime_ns, of.st_ino) for name, of in found)
+
+
+@lru_cache(KEPT_FILES)
+def _selected(path: Path, stamp: Stamp, split: str, weights: tuple[tuple[str, float], ...] | None) -> QuestionSet:
     return select(_questions(path, stamp), split, None if weights is None else dict(weights))
 
 
-@cache
-def _questions(path: Path, stamp: tuple[int, int]) -> Sequence[Question]:
+@lru_cache(KEPT_FILES)
+def _questions(path: Path, stamp: Stamp) -> Sequence[Question]:
     return tuple(load_questions(path))
 
 
@@ -185,7 +190,8 @@ def _remote(url: str) -> SearchService:
 
 def index_folder(file: Path, backend: str) -> Path:
     """Where the index over a corpus file is kept; it need not be built yet."""
-    key = hashlib.sha256(f"{file.resolve()}|{_stamp(file)}".encode()).hexdigest()[:16]
+    found = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else (0, 0)
+    key = hashlib.sha256(f"{file.resolve()}|{found}".encode()).hexdigest()[:16]
     return cache_folder() / f"{file.name.split('.')[0]}-{key}-{backend}"
 
 

@@ -6,7 +6,6 @@ Objects are numbered in the order of their ids, which is the order in which the 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from atod_envs.alfworld.engine.pddl import Problem, parse_problem
 from atod_envs.alfworld.engine.rules import Ground, Rules, Schema, compile_goal, compiled_rules
 from atod_envs.alfworld.household import TASK_TYPES as TASK_TYPES
 from atod_envs.errors import DataError
+from atod_envs.files import read_json
 
 REMEMBERED = 512
 """Entries that each of a game's caches keeps; a full cache starts over."""
@@ -111,14 +111,7 @@ class Game:
         Raises:
             DataError: the file is missing or broken, or holds a construct that the engine does not implement.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            data = json.loads(text)
-        except OSError as error:
-            raise DataError(f"cannot read the game {path}: {error.strerror or error}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"the game {path} is not valid JSON ({error}); is the file truncated?") from None
-        return cls.parse(data, name=str(path))
+        return cls.parse(read_json(Path(path), "is the file truncated? Unpack the games again"), name=str(path))
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], *, name: str) -> Game:
@@ -140,6 +133,8 @@ class Game:
             if not isinstance(data.get(key), str):
                 raise DataError(f"the game {name} lacks the text {key!r}; found the keys {sorted(data)}")
             texts.append(str(data[key]))
+        if data.get("solvable") not in (None, True, False):
+            raise DataError(f"the game {name} has 'solvable' {data['solvable']!r:.40}; expected true or false")
         walkthrough = data.get("walkthrough")
         if walkthrough is not None and not (
             isinstance(walkthrough, list | tuple) and all(isinstance(command, str) for command in walkthrough)
@@ -154,6 +149,8 @@ class Game:
             return cls(name, rules, problem, sentence or "", data)
         except DataError as error:
             raise DataError(f"the game {name} cannot be played: {error}") from None
+        except (RecursionError, MemoryError):
+            raise DataError(f"the game {name} cannot be played: its formulas are nested too deeply") from None
 
     def menu(self, facts: Facts) -> Menu:
         """Everything that can be done in a state of this game."""

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from atod_envs.files import load_array
+
 _BLOCK = 1 << 16
 
 
@@ -53,7 +55,7 @@ class Blobs:
     """Reads what :class:`BlobWriter` wrote."""
 
     def __init__(self, path: Path) -> None:
-        self._offsets = np.load(path.with_suffix(".npy"), mmap_mode="r")
+        self._offsets = load_array(path.with_suffix(".npy"), "delete the store's folder to have it built anew")
         with open(path.with_suffix(".bin"), "rb") as file:
             # An empty file cannot be mapped.
             empty = len(self._offsets) < 2

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 from atod_envs.errors import DataError
 from atod_envs.webshop.catalogue.blobs import BlobWriter
 from atod_envs.webshop.catalogue.files import CatalogueFiles, stream_array, stream_object
+from atod_envs.webshop.catalogue.forms import check_annotation, check_human, check_item, check_reviews
 from atod_envs.webshop.catalogue.product import (
     Annotation,
     BrokenProduct,
@@ -33,7 +34,7 @@ from atod_envs.webshop.catalogue.product import (
     read_reviews,
 )
 from atod_envs.webshop.catalogue.records import pack
-from atod_envs.webshop.catalogue.store import FOLDS, STORE_VERSION, Array, Store, digest
+from atod_envs.webshop.catalogue.store import FOLDS, STORE_VERSION, Array, Store, checksums, digest
 
 MOST_COMBINATIONS = 1_000_000
 """A product with more combinations of options than this gets no synthetic goals."""
@@ -56,8 +57,8 @@ def build_store(files: CatalogueFiles, folder: Path) -> Store:
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.part-"))
     try:
-        _write_products(read_products(files), _read_packed(files.human), part)
-        about = {"version": STORE_VERSION, "content": _content(files)}
+        _write_products(read_products(files), _read_packed(files.human, check_human), part)
+        about = {"version": STORE_VERSION, "content": _content(files), "files": checksums(part)}
         (part / "store.json").write_text(json.dumps(about), encoding="utf-8")
         store = Store(part)
         if not len(store):
@@ -84,22 +85,26 @@ def _content(files: CatalogueFiles) -> str:
 
 
 def read_products(files: CatalogueFiles) -> Iterator[Product]:
-    """Clean the products of a catalogue in order; refused and duplicate ones are left out and counted in the log."""
-    annotations = _read_packed(files.attributes)
+    """Clean the products of a catalogue in order.
+
+    As in the original, a duplicate and an id that is too long are left out; they are counted in the log.
+
+    Raises:
+        DataError: a record is not of the published form; see :mod:`atod_envs.webshop.catalogue.forms`.
+    """
+    annotations = _read_packed(files.attributes, check_annotation)
     reviews = {}
     if files.reviews is not None:
-        for entry in stream_array(files.reviews):
-            if isinstance(entry, dict) and isinstance(entry.get("asin"), str):
-                reviews[entry["asin"]] = json.dumps(entry)
+        for number, entry in enumerate(stream_array(files.reviews), 1):
+            reviews[check_reviews(entry, f"{files.reviews}, record {number}")["asin"]] = json.dumps(entry)
     seen: set[str] = set()
     refused: Counter[str] = Counter()
-    for raw in stream_array(files.items):
-        asin = raw.get("asin") if isinstance(raw, dict) else None
-        if isinstance(asin, str) and asin in seen:
+    for number, raw in enumerate(stream_array(files.items), 1):
+        asin = check_item(raw, f"{files.items}, record {number}")["asin"]
+        if asin in seen:
             refused["a duplicate id"] += 1
             continue
-        packed = annotations.get(asin) if isinstance(asin, str) else None
-        packed_reviews = reviews.get(asin) if isinstance(asin, str) else None
+        packed, packed_reviews = annotations.get(asin), reviews.get(asin)
         try:
             product = clean_product(
                 raw,
@@ -115,9 +120,11 @@ def read_products(files: CatalogueFiles) -> Iterator[Product]:
         _log.warning("%s: %d product(s) left out: %s", files.items, count, reason)
 
 
-def _read_packed(path: Path | None) -> dict[str, str]:
+def _read_packed(path: Path | None, check: Callable[[object, str], object]) -> dict[str, str]:
     """Entries by product id, kept as JSON text: a fifth of the memory of decoded ones."""
-    return {} if path is None else {asin: json.dumps(entry) for asin, entry in stream_object(path)}
+    if path is None:
+        return {}
+    return {asin: json.dumps(check(entry, f"{path}, entry {asin!r}")) for asin, entry in stream_object(path)}
 
 
 def _write_products(products: Iterable[Product], human: dict[str, str], folder: Path) -> None:

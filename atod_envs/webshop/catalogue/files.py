@@ -86,6 +86,7 @@ def stream_array(path: Path) -> Iterator[Any]:
         reader.expect("[")
         while not reader.closes("]"):
             yield reader.value()
+        reader.finish()
 
 
 def stream_object(path: Path) -> Iterator[tuple[str, Any]]:
@@ -103,11 +104,12 @@ def stream_object(path: Path) -> Iterator[tuple[str, Any]]:
                 raise reader.error("a key")
             reader.expect(":")
             yield key, reader.value()
+        reader.finish()
 
 
 def _open(path: Path) -> TextIO:
     try:
-        return open(path, encoding="utf-8", errors="replace")
+        return open(path, encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); {_HOW}") from error
 
@@ -126,7 +128,15 @@ class _Reader:
 
     def more(self) -> bool:
         """Read on; false at the end of the file. The chunk grows with the window, so that a huge value stays linear."""
-        chunk = self.file.read(max(_CHUNK, len(self.buffer) - self.at))
+        try:
+            chunk = self.file.read(max(_CHUNK, len(self.buffer) - self.at))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self.path}: expected UTF-8 after character {self.passed + len(self.buffer)} ({error.reason}); "
+                "is the file damaged, or saved in another encoding?"
+            ) from None
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read ({error.strerror}); {_HOW}") from None
         self.passed += self.at
         self.buffer = self.buffer[self.at :] + chunk
         self.at = 0
@@ -136,7 +146,7 @@ class _Reader:
         """The next character that is not space, or ``""`` at the end."""
         while True:
             while self.at < len(self.buffer):
-                if self.buffer[self.at] not in _SPACE and self.buffer[self.at] != "\ufeff":
+                if self.buffer[self.at] not in _SPACE:
                     return self.buffer[self.at]
                 self.at += 1
             if not self.more():
@@ -172,8 +182,10 @@ class _Reader:
                 if len(self.buffer) - self.at > _LONGEST_VALUE or not self.more():
                     raise self.error("a JSON value", f" ({error.msg})") from error
                 continue
-            except RecursionError as error:
-                raise self.error("a value nested less deeply") from error
+            except RecursionError:
+                raise self.error("a value nested less deeply") from None
+            except ValueError as error:  # a number of thousands of digits
+                raise self.error("a JSON value", f" ({error})") from None
             rest = self.buffer[end : end + 1]
             if (
                 isinstance(value, (int, float))
@@ -184,6 +196,11 @@ class _Reader:
                 continue  # a number may go on in the next chunk: "1", "1." and "1e-" are all that has come of "1e-5"
             self.at = end
             return value
+
+    def finish(self) -> None:
+        """Check that nothing follows."""
+        if self.peek():
+            raise self.error("the end of the file")
 
     def error(self, wanted: str, detail: str = "") -> DataError:
         """What is wrong at the present place."""

@@ -14,7 +14,7 @@ import logging
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from atod_envs.errors import DataError
+from atod_envs.files import load_array, read_object
 from atod_envs.webshop.catalogue.blobs import Blobs
 from atod_envs.webshop.catalogue.product import HumanInstruction, Product
 from atod_envs.webshop.catalogue.records import unpack
@@ -29,10 +30,13 @@ from atod_envs.webshop.catalogue.records import unpack
 if TYPE_CHECKING:
     from atod_envs.retrieval import BM25Index
 
-STORE_VERSION = 3
+STORE_VERSION = 4
 """Version of the layout; raising it makes every cached store be built anew."""
 KEPT_PRODUCTS = 2048
 """Decoded products that a process keeps at hand."""
+_ANEW = "delete the folder to have it built anew"
+_SMALL = 1 << 28
+"""Bytes of a store up to which its checksums are compared whenever it is opened; of a larger one, the sizes are."""
 FOLDS = 20
 """Number of parts from which splits are made."""
 
@@ -69,28 +73,24 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            about = json.loads((folder / "store.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{folder}: not a WebShop store ({error}); delete the folder to have it built anew"
-            ) from error
+        about = read_object(folder / "store.json", _ANEW)
         if about.get("version") != STORE_VERSION:
             version = about.get("version")
             raise DataError(f"{folder}: store version {version!r}, expected {STORE_VERSION}; delete the folder")
+        check_files(folder, about)
         self.name = f"products/{about['content']}"
         self._cards = Blobs(folder / "cards")
         self._details = Blobs(folder / "details")
-        self._asins: Array = np.load(folder / "asins.npy", mmap_mode="r")
-        self._asin_rows: Array = np.load(folder / "asin_rows.npy", mmap_mode="r")
-        self._codes: Array = np.load(folder / "codes.npy", mmap_mode="r")
-        self._names: dict[str, list[str]] = json.loads((folder / "names.json").read_text(encoding="utf-8"))
-        self.pricing: Array = np.load(folder / "pricing.npy", mmap_mode="r")
-        self.goal_counts: Array = np.load(folder / "goal_counts.npy", mmap_mode="r")
-        self.goal_weights: Array = np.load(folder / "goal_weights.npy", mmap_mode="r")
-        self.has_instruction: Array = np.load(folder / "has_instruction.npy", mmap_mode="r")
-        self.folds: Array = np.load(folder / "folds.npy", mmap_mode="r")
-        self.human_rows: Array = np.load(folder / "human_rows.npy", mmap_mode="r")
+        self._asins: Array = load_array(folder / "asins.npy", _ANEW)
+        self._asin_rows: Array = load_array(folder / "asin_rows.npy", _ANEW)
+        self._codes: Array = load_array(folder / "codes.npy", _ANEW)
+        self._names: dict[str, list[str]] = read_object(folder / "names.json", _ANEW)
+        self.pricing: Array = load_array(folder / "pricing.npy", _ANEW)
+        self.goal_counts: Array = load_array(folder / "goal_counts.npy", _ANEW)
+        self.goal_weights: Array = load_array(folder / "goal_weights.npy", _ANEW)
+        self.has_instruction: Array = load_array(folder / "has_instruction.npy", _ANEW)
+        self.folds: Array = load_array(folder / "folds.npy", _ANEW)
+        self.human_rows: Array = load_array(folder / "human_rows.npy", _ANEW)
         self._human = Blobs(folder / "human")
         self._products: OrderedDict[int, Product] = OrderedDict()
 
@@ -165,8 +165,40 @@ class Store:
                 os.replace(part.name, path)
             except OSError:
                 return array
-        loaded: Array = np.load(path, mmap_mode="r")
-        return loaded
+        return load_array(path, f"delete {path} to have it made anew")
+
+
+def checksums(folder: Path) -> dict[str, list[Any]]:
+    """Size and checksum of every file that a store consists of; an index keeps its own."""
+    return {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def check_files(folder: Path, about: Mapping[str, Any]) -> None:
+    """Compare a store's files with what was written down when it was built.
+
+    Raises:
+        DataError: one is missing, or is not what was built.
+    """
+    stated = about.get("files")
+    if not isinstance(stated, dict) or not isinstance(about.get("content"), str):
+        raise DataError(f"{folder / 'store.json'} does not describe a store; {_ANEW}")
+    try:
+        whole = sum(size for size, _ in stated.values()) <= _SMALL
+        for name, (size, checksum) in stated.items():
+            path = folder / Path(name).name
+            if path.stat().st_size != size or (whole and _checksum(path) != checksum):
+                raise DataError(f"{path} is damaged: it is not what was built; {_ANEW}")
+    except OSError as error:
+        raise DataError(f"{folder}: {error.filename} cannot be read ({error.strerror}); {_ANEW}") from None
+    except (TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{folder / 'store.json'} does not describe a store; {_ANEW}") from None
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
 def digest(value: object) -> str:

@@ -102,15 +102,15 @@ def test_task_types_narrow_the_split(root):
         (lambda folder: (folder / "traj_data.json").write_text("{}"), "task_type"),
     ],
 )
-def test_broken_files_are_left_out_and_counted_or_refused(root, caplog, breaking, quoted):
+def test_broken_files_are_refused_or_left_out_and_counted(root, caplog, breaking, quoted):
     folder = put(root, "pick_and_place_simple-A-None-B-7")
     breaking(folder)
     with caplog.at_level(logging.WARNING):
-        source = open_source(root, SPLIT)
+        source = open_source(root, SPLIT, strict=False)
     assert (len(source.task_ids), source.skipped) == (3, 1)
     assert "1 broken of 4" in caplog.text and str(folder) in caplog.text and quoted in caplog.text
     with pytest.raises(DataError, match="1 of 4 trial folders are broken") as caught:
-        open_source(root, SPLIT, strict=True)
+        open_source(root, SPLIT)
     assert str(folder) in str(caught.value) and quoted in str(caught.value)
 
 
@@ -140,6 +140,29 @@ def test_the_index_is_cached_and_notices_changes(root, monkeypatch):
     assert ids(root) == first and len(looked) == 2
     cache_file(root, SPLIT).write_text("{ this is no index")
     assert ids(root) == first and len(looked) == 5, "a damaged cache is made again"
+
+
+def test_a_list_of_games_that_was_tampered_with_is_made_again(root):
+    first = ids(root)
+    cache = cache_file(root, SPLIT)
+    whole = cache.read_text()
+    for one, other in (("pick_and_place_simple", "pick_cool_then_place_in_recep"), ("", "[" * 100_000)):
+        cache.write_text(whole.replace(one, other, 1) if one else other)
+        assert ids(root) == first
+        assert cache.read_text() == whole, "what the files say is written again"
+
+
+def test_a_game_that_changes_after_it_was_listed_is_refused(root):
+    source = open_source(root, SPLIT)
+    task_id = source.task_ids[0]
+    path = root / task_id / "game.tw-pddl"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(DataError, match="has changed since the games were listed"):
+        source.game(task_id)
+    assert open_source(root, SPLIT).game(task_id).walkthrough == open_source(root, SPLIT).game(task_id).walkthrough
+    path.unlink()
+    with pytest.raises(DataError, match=r"game\.tw-pddl"):
+        source.content(task_id)
 
 
 def test_the_index_is_never_written_into_the_data(root):

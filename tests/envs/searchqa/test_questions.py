@@ -10,6 +10,7 @@ import pytest
 from atod_envs.errors import DataError, UnknownName
 from atod_envs.searchqa.questions import DATASETS, Question, load_questions
 from atod_envs.searchqa.sampling import QuestionSet, parse_datasets, purposes, select, summarise
+from atod_envs.searchqa.sources import load_tasks
 
 
 def test_the_real_files(realdata):
@@ -133,6 +134,125 @@ def test_a_truncated_gzip_is_named(tmp_path):
     (tmp_path / "q.jsonl.gz").write_bytes(data[:-20])
     with pytest.raises(DataError, match="broken JSON lines"):
         load_questions(tmp_path / "q.jsonl.gz")
+
+
+ROW = {"question": "who?"}
+
+
+@pytest.mark.parametrize(
+    ("row", "answers"),
+    [
+        ({"answers": {"text": ["X"], "answer_start": [3]}}, ("X",)),
+        ({"answers": {"text": ["X", "Y"], "answer_start": [3, 9]}}, ("X", "Y")),
+        (
+            {"answer": {"value": "X", "aliases": ["Y", "X"], "normalized_value": "x", "type": "WikipediaEntity"}},
+            ("X", "Y"),
+        ),
+        ({"answers": [{"text": "a", "answer_start": 3}, {"text": "b"}]}, ("a", "b")),
+        ({"answer": "X", "answer_aliases": ["Y", "Z"]}, ("X", "Y", "Z")),
+        ({"answer": "X", "answers": ["X"], "golden_answers": ["X"]}, ("X",)),
+        ({"golden_answers": ["a", "b"], "reward_model": {"ground_truth": {"target": ["b", "a"]}}}, ("a", "b")),
+        ({"reward_model": {"ground_truth": "X"}}, ("X",)),
+        ({"answer": "X", "answers": [], "golden_answers": None}, ("X",)),
+    ],
+)
+def test_the_published_forms_of_answers_are_read(tmp_path, row, answers):
+    (tmp_path / "q.jsonl").write_text(json.dumps({**ROW, **row}))
+    assert load_questions(tmp_path / "q.jsonl")[0].answers == answers
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answers": ["a", None]}, "answers: expected text that is not empty, found None"),
+        ({"answers": ["a", " "]}, "found ' '"),
+        ({"answer": 42}, "expected a list of texts, found 42"),
+        ({"answers": [True]}, "found True"),
+        ({"answers": {"a": "b"}}, "answers: expected text, a list of texts"),
+        ({"answers": {"text": []}}, "expected"),
+        ({"answers": {"text": {"x": 1}}}, "expected text"),
+        ({"answer": {"value": "X", "aliases": "Y"}}, "expected a list of texts, found 'Y'"),
+        ({"answer": "X", "answer_aliases": ["Y", 3]}, "answer_aliases: expected text that is not empty, found 3"),
+        ({"answer": "X", "golden_answers": ["Y"]}, "expected one set of answers"),
+        ({"answer": "X", "gold_titles": "abc"}, "gold_titles: expected a list of texts, found 'abc'"),
+        ({"answer": "X", "split": "tets"}, "split is 'tets'; expected train, dev or test"),
+        ({"answer": "X", "id": 1.5}, "id is 1.5"),
+        ({"answer": "X", "id": True}, "id is True"),
+        ({"answer": "X", "dataset": 3}, "dataset: expected text"),
+        ({"question": ["who?"], "answer": "X"}, "expected a question"),
+    ],
+)
+def test_what_is_no_answer_is_refused_with_its_row(tmp_path, row, message):
+    good = {**ROW, "answer": "X", "id": "one"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(good) + "\n" + json.dumps({**ROW, **row}))
+    with pytest.raises(DataError, match=message) as caught:
+        load_questions(tmp_path / "q.jsonl")
+    assert "q.jsonl, line 2" in str(caught.value)
+
+
+def test_an_unanswered_list_is_refused(tmp_path):
+    (tmp_path / "q.json").write_text(json.dumps([{**ROW, "answer": "a"}, {**ROW, "answers": []}]))
+    with pytest.raises(DataError, match=r"q\.json, row 2: expected a question and its answers"):
+        load_questions(tmp_path / "q.json")
+
+
+def _two_sets(folder, content):
+    for name in ("nq", "hotpotqa"):
+        (folder / name).mkdir(parents=True)
+    rows = [{"id": f"test_{n}", "question": f"q{n}?", "golden_answers": ["a"]} for n in range(10)]
+    text = "\n".join(map(json.dumps, rows))
+    (folder / "nq" / "test.jsonl").write_text(text)
+    (folder / "hotpotqa" / "test.jsonl").write_bytes(content(text))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda text: text.encode("utf-16"), "UTF-16; save the file as UTF-8"),
+        (lambda text: text[:20].encode(), "broken JSON"),
+        (lambda text: text[:-20].encode(), "line 10: broken JSON"),
+        (lambda text: b"", "expected questions, found no row"),
+        (lambda text: b"[" * 100_000, "nested too deeply"),
+        (lambda text: b"[1]", "expected a JSON object"),
+        (lambda text: b'{"answers": ["a"]}', "expected a question"),
+        (lambda text: b'{"question": "x"}', "expected a question and its answers"),
+    ],
+    ids=["utf-16", "torn", "torn later", "empty", "deep", "list", "no question", "no answer"],
+)
+def test_a_data_set_in_a_folder_is_never_dropped(tmp_path, content, message):
+    _two_sets(tmp_path, content)
+    with pytest.raises(DataError, match=message) as caught:
+        load_questions(tmp_path)
+    assert "hotpotqa" in str(caught.value)
+
+
+def test_byte_order_marks_and_windows_line_ends_are_read(tmp_path):
+    _two_sets(tmp_path, lambda text: b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert Counter(question.dataset for question in load_questions(tmp_path)) == {"nq": 10, "hotpotqa": 10}
+
+
+def test_logs_settings_and_corpora_may_lie_in_the_folder(tmp_path):
+    _two_sets(tmp_path, str.encode)
+    (tmp_path / "log.jsonl").write_text('{"step": 1}')
+    (tmp_path / "settings.json").write_text('{"a": 1}')
+    (tmp_path / "corpus.jsonl.gz").write_bytes(b"not even gzip")
+    assert len(load_questions(tmp_path)) == 20
+
+
+@pytest.mark.parametrize("name", ["questions.jsonl", "nq/test.jsonl"])
+def test_questions_that_change_while_the_process_lives_are_loaded_again(tmp_path, name):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+
+    def texts(answer):
+        row = {"id": "test_0", "question": "who?", "golden_answers": [answer]}
+        file.write_text(json.dumps(row))
+        return [question.answers for question in load_tasks(tmp_path, "test", None).questions.values()]
+
+    assert texts("a") == [("a",)]
+    assert texts("bb") == [("bb",)]
+    (tmp_path / "more.json").write_text('[{"question": "what?", "answer": "c", "id": "z"}]')
+    assert len(load_tasks(tmp_path, "test", None)) == (1 if name == "questions.jsonl" else 2)
 
 
 def test_nothing_there(tmp_path):

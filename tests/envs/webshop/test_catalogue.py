@@ -101,12 +101,32 @@ def test_no_field_can_break_a_product(fields):
     assert unpack(*json.loads(json.dumps(pack(product)))) == product
 
 
-def test_duplicates_and_broken_records_are_left_out(tmp_path, caplog):
-    records = [item("B1", "First"), item("B1", "Again"), item("B" * 11), None, {"asin": 3}, item("B2")]
+def test_duplicates_and_long_ids_are_left_out_as_in_the_original(tmp_path, caplog):
+    records = [item("B1", "First"), item("B1", "Again"), item("B" * 11), item("nan"), item("B2")]
     with caplog.at_level(logging.WARNING):
         store = open_store(write_shop(tmp_path / "shop", records))
     assert [store.card(row).title for row in range(len(store))] == ["First", "A thing"]
     assert "duplicate id" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (None, "expected an object, found None"),
+        ({"asin": 3}, "asin is 3; expected a product id"),
+        ({**item("B1"), "pricing": 12.5}, r"pricing is 12\.5; expected a text such as"),
+        ({**item("B1"), "pricing": "12.50"}, r"pricing is '12\.50'; expected a text such as"),
+        ({**item("B1"), "pricing": "$1.2.3"}, "pricing is"),
+        ({**item("B1"), "pricing": "$" + "9" * 400}, "pricing is"),
+        ({**item("B1"), "name": ["a"]}, "name is"),
+        ({**item("B1"), "customization_options": {"size": [{"value": 3}]}}, "option 'size' is 3"),
+        ({**item("B1"), "customization_options": [1]}, "expected an object"),
+        ({**item("B1"), "small_description": [1]}, "small_description: expected texts, found 1"),
+    ],
+)
+def test_a_record_that_is_not_of_the_published_form_is_refused_with_its_place(tmp_path, record, said):
+    with pytest.raises(DataError, match=rf"items_shuffle\.json, record 2.*{said}"):
+        open_store(write_shop(tmp_path / "shop", [item("B2"), record]))
 
 
 def test_text_survives_the_store(tmp_path):

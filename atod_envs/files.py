@@ -1,0 +1,181 @@
+"""Reading files that may hold anything: JSON, JSON lines, gzip and Parquet, with one error for whatever is wrong.
+
+The invariant: whatever bytes a file holds, a reader here yields what they say or raises a ``DataError`` that names the file and the
+line or row. Nothing is skipped and nothing is guessed. A byte order mark and Windows line ends are understood.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from tokenize import TokenError
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from atod_envs.errors import DataError
+
+AGAIN = "is the file cut off or damaged? Get it again"
+_EMPTY = 128  # bytes of a .npy file without data; an empty file cannot be mapped
+_BROKEN = (EOFError, OSError, zlib.error)
+_NO_ARRAY = (ValueError, OSError, EOFError, TypeError, KeyError, SyntaxError, TokenError, MemoryError, OverflowError)
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+def parse_json(text: str | bytes, where: str, advice: str = AGAIN) -> Any:
+    """Decode one JSON value.
+
+    Args:
+        text: the value.
+        where: the file and the place in it, for the message.
+        advice: what to do if it is broken.
+
+    Raises:
+        DataError: it is no JSON, is nested too deeply, or holds a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise DataError(f"{where}: broken JSON (nested too deeply to be read); {advice}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: expected JSON or text in UTF-8 ({error.reason} at byte {error.start}); {advice}"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{where}: broken JSON ({error}); {advice}") from None
+
+
+def read_text(path: Path, advice: str = AGAIN) -> str:
+    """The text of a file, decompressed if its name ends in ``.gz``, without a byte order mark.
+
+    Raises:
+        DataError: the file cannot be read, is damaged, or is not UTF-8.
+    """
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except _BROKEN as error:
+        raise _unreadable(path, error, advice) from None
+    return _decoded(data, str(path), advice).removeprefix("\ufeff")
+
+
+def read_json(path: Path, advice: str = AGAIN) -> Any:
+    """The value in a JSON file; see :func:`read_text` and :func:`parse_json`.
+
+    Raises:
+        DataError: the file cannot be read, or is not JSON.
+    """
+    return parse_json(read_text(path, advice), str(path), advice)
+
+
+def read_object(path: Path, advice: str = AGAIN) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        DataError: the file cannot be read, or holds something else.
+    """
+    value = read_json(path, advice)
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, found {_kind(value)}; {advice}")
+    return value
+
+
+def json_lines(path: Path, advice: str = AGAIN) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON-lines file one by one, with the numbers of their lines, from 1; blank lines are allowed.
+
+    Raises:
+        DataError: the file cannot be read or is damaged, or a line is not a JSON object.
+    """
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                where = f"{path}, line {number}"
+                text = _decoded(line, where, advice)
+                if number == 1:
+                    text = text.removeprefix("\ufeff")
+                if not text.strip():
+                    continue
+                row = parse_json(text, where, advice)
+                if not isinstance(row, dict):
+                    raise DataError(f"{where}: expected a JSON object, found {_kind(row)}; {advice}")
+                yield number, row
+    except _BROKEN as error:
+        if isinstance(error, DataError):
+            raise
+        raise _unreadable(path, error, advice, f", line {number + 1}", "JSON lines") from None
+
+
+def parquet_rows(path: Path, batch: int = 4096, advice: str = AGAIN) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a Parquet file one by one, with their numbers, from 1.
+
+    Args:
+        path: the file.
+        batch: rows that are decoded at a time.
+        advice: what to do if the file is broken.
+
+    Raises:
+        DataError: pyarrow is not installed, or the file cannot be read or is no Parquet.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise DataError(f"{path}: reading Parquet needs pyarrow; pip install 'atod[parquet]'") from error
+    number = 0
+    batches: Iterator[Any] | None = None
+    while True:
+        try:  # the consumer's own errors stay outside
+            batches = batches or pq.ParquetFile(path).iter_batches(batch)
+            rows = next(batches).to_pylist()
+        except StopIteration:
+            return
+        except (pa.ArrowException, OSError, ValueError, TypeError, MemoryError, OverflowError) as error:
+            place = f", after row {number}" if number else ""
+            reason = str(error).partition("\n")[0]
+            raise DataError(f"{path}{place}: expected Parquet ({reason}); {advice}") from None
+        for row in rows:
+            number += 1
+            yield number, row
+
+
+def load_array(path: Path, advice: str = AGAIN) -> npt.NDArray[Any]:
+    """An array of a ``.npy`` file, memory-mapped.
+
+    Raises:
+        DataError: the file is missing, cut off, or no array.
+    """
+    try:
+        mapped = np.load(path, mmap_mode="r" if path.stat().st_size > _EMPTY else None)
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; {advice}") from None
+    except _NO_ARRAY as error:
+        raise DataError(f"{path}: expected an array ({str(error).partition(chr(10))[0]}); {advice}") from None
+    if not isinstance(mapped, np.ndarray):
+        raise DataError(f"{path}: expected an array, found {type(mapped).__name__}; {advice}")
+    # A plain view: slicing the map itself costs microseconds a time.
+    return np.asarray(mapped)
+
+
+def _decoded(data: bytes, where: str, advice: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if data.startswith(_UTF16):
+            raise DataError(f"{where}: expected JSON or text in UTF-8, found UTF-16; save the file as UTF-8") from None
+        raise DataError(
+            f"{where}: expected JSON or text in UTF-8 ({error.reason} at byte {error.start}); {advice}"
+        ) from None
+
+
+def _unreadable(path: Path, error: Exception, advice: str, place: str = "", what: str = "gzip") -> DataError:
+    if isinstance(error, OSError) and error.strerror:
+        return DataError(f"{path}: cannot be read ({error.strerror}); expected a readable file")
+    return DataError(f"{path}{place}: broken {what} ({error}); {advice}")
+
+
+def _kind(value: object) -> str:
+    return {list: "a list", str: "text", bool: "true or false", type(None): "null"}.get(type(value), "a number")
