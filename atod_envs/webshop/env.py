@@ -19,12 +19,10 @@ from atod_envs.text_env import Frame, TextEnv
 from atod_envs.webshop.catalogue.cache import open_store
 from atod_envs.webshop.catalogue.store import Store
 from atod_envs.webshop.goals import GoalKind, Goals
-from atod_envs.webshop.nouns import rule_nouns, spacy_nouns, title_nouns
+from atod_envs.webshop.nouns import noun_finder
 from atod_envs.webshop.prompts import SEARCH_PATTERN, STYLES
 from atod_envs.webshop.shop import OBSERVATION_MODES, SEARCH_ENGINES, ObservationMode, SearchEngine, Shop, ShopSession
 from atod_envs.webshop.splits import SplitStyle, read_task_id, split_goals
-
-NOUN_FINDERS = ("auto", "spacy", "rules")
 
 
 class WebShopEnv(TextEnv):
@@ -41,7 +39,7 @@ class WebShopEnv(TextEnv):
         search: ``"bm25"``, or ``"lucene"`` for the real thing (needs the ``lucene`` extra).
         show_attributes: item pages have an ``Attributes`` tab.
         nouns: ``"spacy"`` or ``"rules"`` for the nouns of titles in the reward; ``"auto"`` takes spaCy where its model
-            is installed, so name one where numbers of several machines are compared.
+            is installed (extra ``nouns``). Which one scored is part of ``data_version``, because it decides rewards.
         max_turns: turn limit; ``None`` for 15.
         render_mode: ``"ansi"`` or ``None``.
 
@@ -75,7 +73,8 @@ class WebShopEnv(TextEnv):
         store = open_store(data)
         self._goals = _goals(store, goals, goal_seed, None)
         super().__init__(split_goals(self._goals, split, split_style), max_turns=max_turns, render_mode=render_mode)
-        self.data_version = f"{store.name}/{goals}-{goal_seed}"
+        self.nouns = noun_finder(nouns).name
+        self.data_version = f"{store.name}/{goals}-{goal_seed}/{self.nouns}"
         self.shop = _shop(store, search, show_attributes, nouns)
         self.observation_mode: ObservationMode = observation_mode
         self.session: ShopSession | None = None
@@ -126,6 +125,7 @@ class WebShopEnv(TextEnv):
                 "query_match": bought.parts.type.query_match,
                 "category_match": bought.parts.type.category_match,
                 "title_score": bought.parts.type.title_score,
+                "nouns": self.nouns,
                 "r_att": bought.parts.r_att,
                 "r_option": bought.parts.r_option,
                 "r_price": bought.parts.r_price,
@@ -150,10 +150,7 @@ def _goals(store: Store, kind: GoalKind, goal_seed: int, shuffle_seed: int | Non
 @functools.lru_cache(maxsize=8)
 def _shop(store: Store, search: str, show_attributes: bool, nouns: str) -> Shop:
     """One shop for all environments of a process that want the same."""
-    if nouns not in NOUN_FINDERS:
-        raise UnknownName("noun finder", nouns, NOUN_FINDERS)
-    find = title_nouns() if nouns == "auto" else spacy_nouns() if nouns == "spacy" else rule_nouns
-    return Shop(store, _engine(store, search), find, show_attributes)
+    return Shop(store, _engine(store, search), noun_finder(nouns).find, show_attributes)
 
 
 def _engine(store: Store, search: str) -> SearchEngine:

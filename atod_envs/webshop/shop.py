@@ -19,7 +19,7 @@ from atod_envs.webshop import pages
 from atod_envs.webshop.catalogue.product import Product
 from atod_envs.webshop.catalogue.store import Store
 from atod_envs.webshop.goals import Goal, Goals
-from atod_envs.webshop.nouns import title_nouns
+from atod_envs.webshop.nouns import noun_finder
 from atod_envs.webshop.pages import Node, Page, Role
 from atod_envs.webshop.reward import Nouns, RewardParts, score_purchase
 
@@ -79,7 +79,7 @@ class Shop:
     ) -> None:
         self.store = store
         self.engine: SearchEngine = engine or store.index
-        self.nouns: Nouns = nouns or title_nouns()
+        self.nouns: Nouns = nouns or noun_finder("auto").find
         self.show_attributes = show_attributes
         # One product's texts serve every page that shows it.
         self.card_nodes: Callable[[int], tuple[Node, ...]] = lru_cache(maxsize=1 << 14)(self._card_nodes)

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from atod_envs.errors import DataError
+from atod_envs.webshop.env import WebShopEnv
 from atod_envs.webshop.goals import Goal
 from atod_envs.webshop.normalize import COLORS, normalize_color
-from atod_envs.webshop.nouns import rule_nouns, spacy_nouns
+from atod_envs.webshop.nouns import NOUN_FINDERS, noun_finder, rule_nouns
 from atod_envs.webshop.reward import count_options, score_purchase, score_type, total_reward, type_factor
 
 
@@ -134,7 +135,44 @@ def test_options_are_matched_with_the_original_quirks(chosen, wanted, count):
 
 def test_spacy_is_used_where_its_model_is_installed():
     try:
-        nouns = spacy_nouns()
+        finder = noun_finder("spacy")
     except DataError as error:
         pytest.skip(str(error))
-    assert "shirt" in nouns("Men's Blue Cotton Shirt")
+    assert "shirt" in finder.find("Men's Blue Cotton Shirt")
+    assert finder.name.startswith("spacy-en_core_web_sm-") and noun_finder("auto") is finder
+
+
+def test_spacys_model_agrees_with_the_recorded_title_scores(purchases):
+    """Within 0.01 on the goals' own products, where the rules are within 0.05."""
+    try:
+        find = noun_finder("spacy").find
+    except DataError as error:
+        pytest.skip(str(error))
+    for row in purchases:
+        if row["content"]["asin"] == row["goal"]["asin"]:
+            nouns = find(row["goal"]["name"])
+            assert abs(len(set(nouns)) / len(nouns) - row["reward_info"]["title_score"]) <= 0.01
+
+
+@pytest.mark.parametrize("nouns", NOUN_FINDERS)
+def test_the_noun_finder_is_part_of_the_data_version_and_of_every_purchase(nouns):
+    try:
+        name = noun_finder(nouns).name
+    except DataError as error:
+        pytest.skip(str(error))
+    env = WebShopEnv(data="builtin", split="test", nouns=nouns)
+    env.reset(seed=1)
+    assert env.data_version.endswith(f"/synthetic-0/{name}")
+    listed = env.step("search[<r>]")[-1]["admissible"]
+    env.step(listed[-1])
+    assert env.step("click[buy now]")[-1]["webshop/purchase"]["nouns"] == name
+
+
+def test_a_purchase_of_a_published_log_scores_as_published(webshop_data):
+    """A coat for a top: one shared noun of seventeen, since "plus" is none."""
+    env = WebShopEnv(data=webshop_data, split="all", nouns="rules")
+    env.reset(options={"task_id": "synthetic/7"})
+    env.step("search[loose fit women tops]")
+    env.step("click[b09kp78g37]")
+    _, reward, *_, info = env.step("click[buy now]")
+    assert round(reward, 4) == 0.0333 and info["webshop/purchase"]["r_type"] == 0.1
