@@ -58,7 +58,7 @@ def read_skills(path: Path) -> SkillBook:
     """
     if not path.is_file():
         raise DataError(f"no skills at {path}; expected a Markdown file of skills")
-    text = read_text(path, "expected a Markdown file of skills")
+    text = read_text(path, "expected a Markdown file of skills").replace("\r\n", "\n")
     parts = re.split(r"^#{1,2} +(.+?) *$", text, flags=re.MULTILINE)[1:]
     sections: dict[str, str] = {}
     for heading, body in zip(parts[::2], parts[1::2], strict=True):

@@ -20,7 +20,7 @@ from atod_envs.webshop.catalogue.product import Product
 from atod_envs.webshop.nouns import NounFinder, noun_finder
 from atod_envs.webshop.reward import type_factor
 
-CLIFFS = (0.0, 0.1, 0.2)
+CLIFFS = (0.1, 0.2)
 
 
 def factor(bought: Product, wanted: Product, finder: NounFinder) -> float:

@@ -80,7 +80,10 @@ def find_data(data: str | os.PathLike[str] | None) -> Path | None:
         return None
     if data is not None:
         return _root(Path(os.path.expandvars(data)).expanduser(), "data")
-    folder = Path(DEFAULT_FOLDER).expanduser()
+    try:
+        folder = Path(DEFAULT_FOLDER).expanduser()
+    except RuntimeError:  # no home folder, so no data in it
+        folder = Path(os.devnull)
     named = os.environ.get("ALFWORLD_DATA")
     # Importing the published package sets the variable to the default folder by itself: that names no data.
     if named and Path(named).expanduser() != folder:

@@ -12,10 +12,12 @@ import json
 import logging
 import os
 import shutil
+import stat
 import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,7 +255,7 @@ def _checksums(headers: Any) -> dict[str, str]:
 
 
 def _unpack(archive: Path, folder: Path, url: str) -> dict[str, str]:
-    """Unpack a zip archive; returns path -> sha256 of what it held."""
+    """Unpack a zip archive; returns path -> sha256 of what it held. Nothing is written before all of it has been checked."""
     files: dict[str, str] = {}
     try:
         with zipfile.ZipFile(archive) as packed:
@@ -261,15 +263,27 @@ def _unpack(archive: Path, folder: Path, url: str) -> dict[str, str]:
             if broken is not None:
                 raise DataError(f"{url}: {broken} in the archive is damaged; run the command again")
             for item in packed.infolist():
-                target = folder / item.filename
-                if not target.resolve().is_relative_to(folder.resolve()):
-                    raise DataError(
-                        f"{url}: the archive would write outside the data folder ({item.filename}); it is not used"
-                    )
+                _check_member(item, folder, url)
+            size, free = sum(item.file_size for item in packed.infolist()), shutil.disk_usage(folder).free
+            if size > free:
+                raise DataError(f"{url}: the archive unpacks to {size:,} bytes, and {folder} has {free:,}; make room")
+            for item in packed.infolist():
                 packed.extract(item, folder)
                 if not item.is_dir():
-                    files[item.filename] = file_sha256(target)
-    except zipfile.BadZipFile as error:
+                    files[item.filename] = file_sha256(folder / item.filename)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         archive.unlink(missing_ok=True)
         raise DataError(f"{url} is not a zip archive ({error}); it was deleted, run the command again") from None
     return files
+
+
+def _check_member(item: zipfile.ZipInfo, folder: Path, url: str) -> None:
+    outside = not (folder / item.filename).resolve().is_relative_to(folder.resolve())
+    if outside or ".." in Path(item.filename).parts:
+        raise DataError(f"{url}: the archive would write outside the data folder ({item.filename}); it is not used")
+    if stat.S_ISLNK(item.external_attr >> 16):
+        raise DataError(
+            f"{url}: the archive holds a link ({item.filename}); expected files and folders, it is not used"
+        )

@@ -43,7 +43,7 @@ def read_passages(path: str | Path) -> Iterator[tuple[str, str]]:
     if not path.is_file():
         raise DataError(f"{path} does not exist; expected a corpus file (.jsonl, .jsonl.gz or .parquet)")
     for number, (place, row) in enumerate(parquet_rows(path) if path.suffix == ".parquet" else json_lines(path)):
-        yield _passage(row, number, f"{path}, {'row' if path.suffix == '.parquet' else 'line'} {place}")
+        yield _passage(row, number, f"{path}, passage {number + 1} (row or line {place})")
 
 
 def _passage(row: dict[str, Any], number: int, where: str) -> tuple[str, str]:

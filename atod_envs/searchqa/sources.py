@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from atod_envs.caches import VARIABLE, build_once, home_cache
 from atod_envs.errors import DataError
 from atod_envs.retrieval.bm25 import BM25Index
 from atod_envs.retrieval.corpus import Corpus, read_passages
@@ -132,7 +131,7 @@ def find_corpus(data: Path) -> Path:
 
 def cache_folder() -> Path:
     """Where built indexes are kept: `$ATOD_CACHE`, else `~/.cache/atod`."""
-    return Path(os.environ.get("ATOD_CACHE") or Path.home() / ".cache" / "atod")
+    return Path(os.environ.get(VARIABLE) or home_cache() / "atod")
 
 
 Stamp: TypeAlias = tuple[tuple[str, int, int, int, int], ...]
@@ -176,8 +175,7 @@ def _builtin_search(seed: int, backend: str) -> SearchService:
     from atod_envs.retrieval.lucene import LuceneIndex
 
     folder = cache_folder() / f"builtin-{corpus.checksum[:16]}-lucene"
-    if not folder.is_dir():
-        _build_whole(folder, lambda scratch: LuceneIndex.build(passages, scratch).close())
+    build_once(folder, lambda scratch: LuceneIndex.build(passages, scratch).close())
     return LocalSearch(LuceneIndex(folder), corpus)
 
 
@@ -199,22 +197,8 @@ def index_folder(file: Path, backend: str) -> Path:
 def _indexed(folder: Path, file: Path, backend: str) -> SearchService:
     from atod_envs.retrieval.build import build_index, open_index
 
-    if not (folder / "index.json").is_file():
+    def build(scratch: Path) -> None:
         _log.warning("indexing %s with %s into %s (once)", file, backend, folder)
-        _build_whole(folder, lambda scratch: build_index(read_passages(file), scratch, backend))
-    return open_index(folder)
+        build_index(read_passages(file), scratch, backend)
 
-
-def _build_whole(folder: Path, build: Callable[[Path], None]) -> None:
-    """Build into a scratch folder and move it into place, so that nobody ever opens half an index."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
-    try:
-        build(scratch)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, with the same result
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    return open_index(build_once(folder, build, "corpus/corpus.json"))

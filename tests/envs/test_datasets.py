@@ -173,6 +173,33 @@ def test_archives_are_unpacked_and_their_files_verified(site, tmp_path):
     assert verify(tmp_path) == [], "a missing file brings the archive back"
 
 
+def _linked():
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as out:
+        out.writestr("good.txt", "1")
+        link = zipfile.ZipInfo("link")
+        link.external_attr = 0o120777 << 16
+        out.writestr(link, "/etc/passwd")
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (_linked(), "holds a link"),
+        (archive({"good.txt": "1", "/abs.txt": "!"}), "outside the data folder"),
+        (archive({"good.txt": "1", "a/../../evil.txt": "!"}), "outside the data folder"),
+        (archive({"good.txt": "1" * 500})[:-200], "not a zip archive"),
+    ],
+    ids=["link", "absolute", "dots", "cut"],
+)
+def test_nothing_of_a_hostile_archive_is_written(site, tmp_path, content, words):
+    site.files["z.zip"] = content
+    with pytest.raises(DataError, match=words):
+        fetch(site.source("z.zip", unpack=True), tmp_path / "data")
+    assert not (tmp_path / "data" / "good.txt").exists()
+
+
 @pytest.mark.parametrize("content, words", [(b"no zip", "not a zip archive"), (None, "outside the data folder")])
 def test_a_hostile_or_broken_archive_is_not_used(site, tmp_path, content, words):
     site.files["z.zip"] = archive({"../evil.txt": "!"}) if content is None else content
