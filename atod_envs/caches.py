@@ -68,6 +68,7 @@ def build_once(folder: Path, build: Callable[[Path], object], complete: str = ""
             if folder.exists():
                 shutil.rmtree(folder)
             scratch.rename(folder)
+            Path(lock.name).unlink(missing_ok=True)  # whoever waits for it finds the folder
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder
