@@ -143,9 +143,10 @@ class ChatClient:
     def _read(self, answer: Any) -> str:
         try:
             content = answer["choices"][0]["message"]["content"]
+            readable = content is None or isinstance(content, str)
         except (KeyError, IndexError, TypeError):
-            content = answer  # shown below: it is no text
-        if not (content is None or isinstance(content, str)):
+            readable = False
+        if not readable:
             raise AtodError(f"{self._api.base} answered something that is no chat completion: {str(answer)[:200]}")
         usage = answer.get("usage")
         counts = usage if isinstance(usage, dict) else {}

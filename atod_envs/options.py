@@ -72,7 +72,8 @@ def needed_imports(extra: str, module: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        said = f"{error.name} is not installed: pip install 'atod[{extra}]'"
+        missing = (error.name or "a package").partition(".")[0]
+        said = f"{missing} is not installed: pip install 'atod[{extra}]'"
         if module == "__main__":
             sys.exit(f"error: {said}")
         raise ModuleNotFoundError(said, name=error.name) from error

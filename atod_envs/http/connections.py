@@ -75,7 +75,8 @@ class ServedHttp(H11Protocol, Watched):
 
     def owes_head(self) -> bool:
         """Whether the head of a request is awaited; a connection that is idle after an answer owes none."""
-        return self.timeout_keep_alive_task is None and (self.cycle is None or self.cycle.response_complete)
+        begun = self.timeout_keep_alive_task is None or bool(self.conn.trailing_data[0])
+        return begun and (self.cycle is None or self.cycle.response_complete)
 
     def is_waiting(self) -> bool:
         """Whether the server waits for this client: for a request, the rest of one, or the taking of an answer."""

@@ -147,7 +147,7 @@ class _Guard:
         response: Response | None = None
         try:
             self._access.check(scope)
-            body.declare(Headers(scope=scope))
+            body.declare(scope)
             await self._app(scope, body.receive, _guarded(send))
         except Refused as error:
             response = self._refuse(error.status, str(error))
@@ -180,7 +180,12 @@ class _Body:
         self._deadline = asyncio.get_running_loop().time() + limits.body_seconds
         self.held, self.complete = 0, False
 
-    def declare(self, headers: Headers) -> None:
+    def declare(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        # h11 limits what has come of a head that is not complete; this is for one that came all at once.
+        head = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(n) + len(v) for n, v in headers.raw)
+        if head > self._limits.head_bytes:
+            raise Refused(431, f"the head of the request has more than {self._limits.head_bytes} bytes")
         length = int(headers.get("content-length", "0"))  # h11 lets nothing but digits through
         if length > self._limits.body_bytes:
             raise self._too_long()
@@ -359,14 +364,18 @@ class HttpServer:
         host: address to listen on.
         port: port to listen on; 0 takes a free one.
 
+    Attributes:
+        socket: where connections arrive.
+        server_address: its host and port.
+
     Raises:
         AtodError: the address cannot be had.
     """
 
     def __init__(self, server: Server, host: str, port: int) -> None:
         self._server = server
-        self._socket = listen(host, port)
-        self.server_address: tuple[str, int] = self._socket.getsockname()[:2]
+        self.socket = listen(host, port)
+        self.server_address: tuple[str, int] = self.socket.getsockname()[:2]
         self._stopped = threading.Event()
         self._stopped.set()
 
@@ -376,6 +385,11 @@ class HttpServer:
         host, port = self.server_address
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
+    @property
+    def connections(self) -> int:
+        """Connections at present."""
+        return len(self._server.server_state.connections)
+
     def serve_forever(self, poll_interval: float = 0.1) -> None:
         """Serve until :meth:`shutdown` or a signal.
 
@@ -384,7 +398,7 @@ class HttpServer:
         """
         self._stopped.clear()
         try:
-            self._server.run(sockets=[self._socket])
+            self._server.run(sockets=[self.socket])
         finally:
             self._stopped.set()
 
@@ -395,7 +409,7 @@ class HttpServer:
 
     def server_close(self) -> None:
         """Let the port go."""
-        self._socket.close()
+        self.socket.close()
 
     def __enter__(self) -> Self:
         return self
@@ -409,7 +423,7 @@ class HttpServer:
         Args:
             announcement: printed as soon as requests are answered.
         """
-        return serve_command(self._server, self._socket, announcement)
+        return serve_command(self._server, self.socket, announcement)
 
 
 def serve_command(server: Server, listening: socket.socket, announcement: str) -> int:

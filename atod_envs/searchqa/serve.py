@@ -65,7 +65,7 @@ class RetrievalServer(HttpServer):
         routes = [
             Route("/health", self._health, methods=["GET"]),
             Route("/retrieve", self._retrieve, methods=["POST"]),
-            Route("/{path:path}", self._elsewhere, methods=["POST"]),
+            Route("/{path:path}", self._elsewhere, methods=["GET", "POST"]),
         ]
         super().__init__(server_of(make_app(routes, _refuse, LIMITS, Access()), LIMITS), host, port)
 
@@ -101,7 +101,8 @@ class RetrievalServer(HttpServer):
         return await asyncio.to_thread(_answer, found, scores)
 
     async def _elsewhere(self, request: Request) -> Response:
-        raise Refused(400, f"path {request.url.path[:80]!r}; expected /retrieve")
+        status = 400 if request.method == "POST" else 404
+        raise Refused(status, f"path {request.url.path[:80]!r}; expected GET /health or POST /retrieve")
 
     def _asked(self, body: bytes) -> tuple[list[str], int, bool]:
         request = parse_object(body)

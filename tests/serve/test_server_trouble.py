@@ -261,13 +261,13 @@ def test_an_environment_that_fails_tells_the_client_nothing_private(toy_server, 
 
 
 def test_oversized_messages_are_refused_and_long_actions_are_not(kind):
-    with running(TOY_OFFERS, message_bytes=300_000) as (url, _):
+    with running(TOY_OFFERS, message_bytes=100_000) as (url, _):
         env = RemoteEnv(url.replace("http", kind), retries=0)
         env.reset(seed=0)
-        observation, *_ = env.step("a" * 250_000)
-        assert observation.endswith("a" * 250_000)
-        with pytest.raises(RemoteError, match=r"more than 300000 bytes|too long"):
-            env.step("a" * 400_000)
+        observation, *_ = env.step("a" * 60_000)
+        assert observation.endswith("a" * 60_000)
+        with pytest.raises(RemoteError, match=r"more than 100000 bytes|too long"):
+            env.step("a" * 200_000)
         *_, info = env.step("pear")
         assert info["turn"] == 2
         host, _, port = url.removeprefix("http://").partition(":")
@@ -413,11 +413,11 @@ def test_the_command_serves_and_stops(tmp_path):
     try:
         line = process.stdout.readline()
         assert line.startswith("serving atod/ALFWorld-v0 on http://127.0.0.1:")
-        env = RemoteEnv(line.split()[-1], token="t0ken")
+        env = RemoteEnv(line.split()[-1], token="t0ken", retries=0)  # it accepts before it says so
         assert env.reset(seed=0)[1]["split"] == "valid_seen"
     finally:
         process.terminate()
-        assert process.wait(60) in (0, -15)
+        assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize(

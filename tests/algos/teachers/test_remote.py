@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -197,6 +198,82 @@ def test_a_server_that_cannot_be_a_teacher_is_refused(tokenizer):
         with pytest.raises(AtodError, match="gives neither prompt_logprobs nor echoed"):
             remote.rows([np.array([1, 2, 3])])
         chatty.shutdown()
+
+
+class Liar(Server):
+    """Ours, whose completions are changed by ``lie`` after the first, which the check of the start needs."""
+
+    lie = staticmethod(lambda answer: answer)
+
+    def completions(self, body):
+        return self.lie(super().completions(body))
+
+
+def _places(answer):
+    return answer["choices"][0]["prompt_logprobs"]
+
+
+def _change(change):
+    def lie(answer):
+        change(answer)
+        return answer
+
+    return lie
+
+
+LIES = {
+    "no choices": (lambda answer: {"object": "error"}, "no completion"),
+    "not an object": (lambda answer: [answer], "no completion"),
+    "choices of another kind": (lambda answer: {"choices": "none"}, "no completion"),
+    "one choice less": (lambda answer: {"choices": answer["choices"][:-1]}, "sent 5 prompts and answered 4"),
+    "one index twice": (_change(lambda a: a["choices"][0].update(index=1)), "numbers its answers"),
+    "an index that is none": (_change(lambda a: a["choices"][0].update(index="0")), "numbers its answers"),
+    "places of another kind": (_change(lambda a: a["choices"][0].update(prompt_logprobs="all")), "ids were sent"),
+    "one place more": (_change(lambda a: _places(a).append(_places(a)[-1])), "came back"),
+    "an empty place inside": (_change(lambda a: _places(a).__setitem__(-1, None)), "the answer is about None"),
+    "another token": (_change(lambda a: _places(a).__setitem__(-1, {"x": {"logprob": -1.0}})), "another tokenizer"),
+    "a bare number": (_change(lambda a: _places(a)[-1].update({k: -1.0 for k in _places(a)[-1]})), "another tokenizer"),
+    "no log-prob": (_change(lambda a: next(iter(_places(a)[-1].values())).clear()), "is None; expected a number"),
+    "a text": (_change(lambda a: next(iter(_places(a)[-1].values())).update(logprob="-1")), "'-1'; expected a number"),
+    "above zero": (_change(lambda a: next(iter(_places(a)[-1].values())).update(logprob=0.7)), "0.7; expected"),
+    "true": (_change(lambda a: next(iter(_places(a)[-1].values())).update(logprob=True)), "True; expected"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_server_that_lies_in_the_middle_is_refused_at_once(lie, teacher, tokenizer, rows):
+    change, said = LIES[lie]
+    with Liar(teacher, ServeOptions("x", port=0)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        remote = judge(server, tokenizer)
+        assert len(remote.rows(rows[:1])) == 1
+        server.lie, server.seen = change, 0
+        with pytest.raises(AtodError, match=said):
+            remote.rows([row + 0 for row in rows[::-1]] + [rows[0][:4]] if lie == "one choice less" else [rows[1]])
+        assert server.seen == 1
+        server.shutdown()
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_log_prob_that_is_no_number_is_refused(number, server, tokenizer, rows, monkeypatch):
+    remote = judge(server, tokenizer)
+    honest = json.dumps
+    monkeypatch.setattr(
+        "atod_algos.teachers.server.json.dumps",
+        lambda body, **_: honest(body).replace('"logprob": -', f'"logprob": {number}, "x": -', 1),
+    )
+    with pytest.raises(AtodError, match=r"no JSON number|too large"):
+        remote.rows(rows[:1])
+    assert remote.requests == 1
+
+
+def test_another_model_behind_the_same_address_is_refused(server, tokenizer, rows):
+    """The server is started anew with another model in the middle of a run."""
+    remote = judge(server, tokenizer)
+    remote.rows(rows[:1])
+    server.loaded = replace(server.loaded, name="another")
+    with pytest.raises(AtodError, match=r"answered as model .* and now answers as 'another'"):
+        remote.rows(rows[1:])
 
 
 @pytest.fixture
