@@ -8,15 +8,15 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("uvicorn", reason="the server's packages are not installed (extra 'serve')")
 
+from paths import REPOSITORY
 from wire import get, post
 
-ROOT = Path(__file__).parents[2]
+ROOT = REPOSITORY
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 SEARCH = """
 import sys, time
