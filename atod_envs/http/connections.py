@@ -93,7 +93,20 @@ class ServedHttp(H11Protocol, Watched):
 
 
 class ServedWebSocket(WebSocketsSansIOProtocol, Watched):
-    """A WebSocket."""
+    """A WebSocket. Answers wait while its client takes none, which uvicorn has itself since 0.53."""
+
+    def pause_writing(self) -> None:
+        """Let answers wait."""
+        self.writable.clear()
+
+    def resume_writing(self) -> None:
+        """Let answers go on."""
+        self.writable.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let answers end that waited for the client."""
+        super().connection_lost(exc)
+        self.writable.set()
 
     def handle_ping(self) -> None:
         """Answer a ping, unless its client takes no answers: they would pile up."""

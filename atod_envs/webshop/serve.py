@@ -108,7 +108,7 @@ class ShopServer(HttpServer):
         if visit.over:
             return
         _, _, terminated, truncated, visit.info = visit.env.step(action)
-        visit.understood = visit.info["valid"]
+        visit.understood, visit.last = visit.info["valid"], action
         visit.over = terminated or truncated
         if visit.over and self.record is not None:
             line = json.dumps(to_record(visit.info["trajectory"])) + "\n"

@@ -1,5 +1,6 @@
 """The shop in a browser: a visit from start to purchase, by plain requests and in headless Chromium."""
 
+import random
 import re
 import shutil
 import threading
@@ -13,7 +14,9 @@ import pytest
 pytest.importorskip("uvicorn", reason="the server's packages are not installed (extra 'serve')")
 
 from atod_envs.trajectory import StopReason, read_jsonl
+from atod_envs.webshop.browser import page_body
 from atod_envs.webshop.expert import WebShopExpert
+from atod_envs.webshop.pages import Role
 from atod_envs.webshop.serve import LONGEST_REQUEST, ShopServer
 
 
@@ -70,48 +73,162 @@ def test_nonsense_is_answered(server):
     assert request(url, query="x" * (LONGEST_REQUEST + 1))[0] == 413
 
 
-def test_in_headless_chromium(server):
+def test_every_click_of_the_observation_is_a_button_of_the_page(server):
+    rng = random.Random(3)
+    pages = 0
+    for task in server.tasks[:12]:
+        _, url, page = request(server.url + "start", task=task)
+        visit = server.visits[url.rsplit("/", 1)[1]]
+        for _ in range(12):
+            session = visit.shop_env.session
+            buttons = [unescape(value) for value in re.findall(r'name="action" value="(.*?)"', page)]
+            clicks = [name for name in session.clickables if name.strip() and name != "search"]
+            assert sorted({button.lower() for button in buttons}) == sorted(f"click[{name}]" for name in clicks)
+            assert page.count("id='task'") == 1 and "None" not in re.sub(r"<style>.*?</style>", "", page)
+            pages += 1
+            allowed = [button for button in buttons if button != "click[Buy Now]"]
+            if allowed and rng.random() < 0.8:
+                _, _, page = request(url, action=rng.choice(allowed))
+            else:
+                _, _, page = request(url, query=" ".join(visit.info["task"].split()[2:8]))
+            assert "not understood" not in page
+    assert pages == 144
+
+
+def test_a_chosen_option_is_marked_under_its_own_name():
+    nodes = [
+        (Role.TEXT, "Size"), (Role.OPTION, "one"), (Role.OPTION, "two"), (Role.TEXT, "Fit <b>"), (Role.OPTION, "one"),
+        (Role.TEXT, "A title"), (Role.TEXT, "Price: $3"), (Role.BUTTON, "Features"), (Role.BUTTON, "Buy Now"),
+    ]  # fmt: skip
+    page = page_body([(Role.BUTTON, "< Prev"), *nodes], {"size": "one"}, "click[one]")
+    size, fit = re.findall(r"<fieldset>.*?</fieldset>", page)
+    assert size.count("aria-pressed='true'") == 1 and "autofocus" in size
+    assert "aria-pressed='true'" not in fit and "<legend>Fit &lt;b&gt;</legend>" in fit
+    assert "<h1>A title</h1>" in page
+    nameless = page_body(nodes[1:2] + nodes[5:], {"": "one"}, "")
+    assert nameless.count("class='option chosen'") == 1 and "<legend>" not in nameless
+
+
+@pytest.fixture(scope="module")
+def chrome():
     selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
     if browser is None or driver is None:
         pytest.skip("no Chromium with chromedriver on this machine")
+    options = selenium.ChromeOptions()
+    options.binary_location = browser
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1000,700",
+    ):
+        options.add_argument(argument)
+    chrome = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
+    chrome.implicitly_wait(20)
+    yield chrome
+    chrome.quit()
+
+
+def turned(chrome, act):
+    """Do something that leads to another page, and wait for it."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.expected_conditions import staleness_of
     from selenium.webdriver.support.ui import WebDriverWait
 
-    options = selenium.ChromeOptions()
-    options.binary_location = browser
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    chrome = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
-    chrome.implicitly_wait(20)
+    page = chrome.find_element(By.TAG_NAME, "html")
+    act()
+    WebDriverWait(chrome, 60).until(staleness_of(page))  # a click returns before the next page is there
+    chrome.find_element(By.TAG_NAME, "main")
+
+
+def wanted(task):
+    """What to search for."""
+    return re.match(r"Find me (.*?)(?: with \w[\w ]*: |, and price)", task)[1]
+
+
+def test_in_headless_chromium(server, chrome):
+    from selenium.webdriver.common.by import By
+
+    def find(selector):
+        return chrome.find_element(By.CSS_SELECTOR, selector)
 
     def press(element):
-        page = chrome.find_element(By.TAG_NAME, "html")
-        element.click()
-        WebDriverWait(chrome, 20).until(staleness_of(page))  # a click returns before the next page is there
+        turned(chrome, element.click)
 
-    try:
-        chrome.get(server.url)
-        chrome.find_element(By.ID, "task").send_keys(server.tasks[1])
-        press(chrome.find_element(By.ID, "start"))
-        task = chrome.find_element(By.CSS_SELECTOR, "header #task").text
-        words = re.match(r"Find me (.*?)(?: with \w[\w ]*: |, and price)", task)[1]
-        chrome.find_element(By.ID, "query").send_keys(words)
-        press(chrome.find_element(By.ID, "search"))
-        assert chrome.find_element(By.XPATH, "//p[text()='Page 1 (Total results: 50)']")
-        results = chrome.find_elements(By.CSS_SELECTOR, "button.product")
-        assert len(results) == 10
-        press(results[0])
-        choice = chrome.find_element(By.CSS_SELECTOR, "button.option")
-        text = choice.text
-        press(choice)
-        assert chrome.find_element(By.CSS_SELECTOR, "button.chosen").text == text
-        press(chrome.find_element(By.XPATH, "//button[text()='Features']"))
-        press(chrome.find_element(By.XPATH, "//button[text()='< Prev']"))
-        press(chrome.find_element(By.CSS_SELECTOR, "button.buy"))
-        reward = float(chrome.find_element(By.ID, "reward").text)
-    finally:
-        chrome.quit()
+    def button(text):
+        return chrome.find_element(By.XPATH, f"//button[text()='{text}']")
+
+    chrome.get(server.url)
+    find("#task").send_keys(server.tasks[1])
+    press(find("#start"))
+    words = wanted(find("header #task").text)
+    find("#query").send_keys(words)
+    press(find("#search"))
+    # Each result is one card with a place for a picture, a title and a price, and one click; the ways through are apart.
+    assert chrome.find_element(By.XPATH, "//nav/p[text()='Page 1 (Total results: 50)']")
+    cards = chrome.find_elements(By.CSS_SELECTOR, "ul.cards > li > button.product")
+    assert len(cards) == 10 == len(chrome.find_elements(By.CSS_SELECTOR, "ul.cards button"))
+    for card in cards:
+        assert card.find_element(By.CSS_SELECTOR, ".image").size["height"] > 50
+        assert (
+            card.find_element(By.CSS_SELECTOR, ".title").text
+            and "$" in card.find_element(By.CSS_SELECTOR, ".price").text
+        )
+    places = {(card.location["x"], card.location["y"]) for card in cards}
+    assert len(places) == 10 and len({x for x, _ in places}) > 1  # side by side, not in one column
+    following = chrome.find_elements(By.XPATH, "//button[text()='Next >']")
+    ys = sorted(y for _, y in places)
+    bottom = max(card.location["y"] + card.size["height"] for card in cards)
+    assert len(following) == 2 and following[0].location["y"] < ys[0] and following[1].location["y"] >= bottom
+    press(following[0])
+    assert chrome.find_element(By.XPATH, "//nav/p[text()='Page 2 (Total results: 50)']")
+    press(button("< Prev"))
+    # The instruction is in sight at the end of the page, too.
+    chrome.execute_script("window.scrollTo(0, document.body.scrollHeight)")
+    top = chrome.execute_script("return [window.scrollY, document.querySelector('#task').getBoundingClientRect().top]")
+    assert top[0] > 100 and 0 <= top[1] < 100
+    press(find("button.product"))
+    choice = find("button.option")
+    text = choice.text
+    press(choice)
+    chosen = find("button.chosen")
+    assert chosen.text == text and chosen.get_attribute("aria-pressed") == "true"
+    assert chrome.switch_to.active_element == chosen  # whoever goes by keyboard stays there
+    press(button("Features"))
+    press(button("< Prev"))
+    press(find("button.buy"))
+    reward = float(find("#reward").text)
+    assert not chrome.get_log("browser")  # nothing that the pages' own policy forbids
     (kept,) = read_jsonl(server.record)
     assert kept.score == pytest.approx(reward, abs=5e-4) and kept.turns[0].action == f"search[{words}]"
+
+
+def test_a_visit_by_keyboard_alone(server, chrome):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    def keys(*pressed):
+        ActionChains(chrome).send_keys(*pressed).perform()
+
+    def focused():
+        return chrome.switch_to.active_element
+
+    chrome.get(server.url)
+    assert focused().get_attribute("id") == "task"
+    turned(chrome, lambda: keys(server.tasks[2], Keys.ENTER))
+    assert focused().get_attribute("id") == "query"
+    words = wanted(chrome.find_element(By.CSS_SELECTOR, "header #task").text)
+    turned(chrome, lambda: keys(words, Keys.ENTER))
+    assert focused().get_attribute("class") == "product" and focused().get_attribute("accesskey") == "1"
+    turned(chrome, lambda: keys(Keys.ENTER))
+    for _ in range(60):
+        if focused().get_attribute("class") == "buy":
+            break
+        keys(Keys.TAB)
+        outline = focused().value_of_css_property("outline-style")
+        assert focused().tag_name == "button" and outline == "solid"  # where one is can be seen
+    turned(chrome, lambda: keys(Keys.ENTER))
+    assert chrome.find_element(By.ID, "reward").text and focused().text == "Another one"
