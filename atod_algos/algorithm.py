@@ -80,6 +80,8 @@ class Advantages:
     Attributes:
         distillation_M: the teacher's term of each sampled token, coefficients included; ``None`` without a teacher.
         reward_M: the reward's term, coefficients included; ``None`` where reward is not learned from.
+        teacher_weight_M: weight of the teacher at each token, coefficients included: ``distillation_M`` is this times the gap, and under
+            ``--gap exact`` it weighs the reverse KL instead. ``None``: the method is tied to the sampled token.
         turn_weight_K: weight of each turn's teacher supervision, where turns are weighted.
         left_out_N: why a trajectory's turn weights stay at 1: 0 they do not, 1 too few turns, 2 too little disagreement; ``None``
             where weights have no such exceptions.
@@ -89,6 +91,7 @@ class Advantages:
 
     distillation_M: np.ndarray | None = None
     reward_M: np.ndarray | None = None
+    teacher_weight_M: np.ndarray | None = None
     turn_weight_K: np.ndarray | None = None
     left_out_N: np.ndarray | None = None
     coefficients: Mapping[str, float] = field(default_factory=dict)
@@ -121,6 +124,8 @@ class Algorithm(ABC):
     needs_student: ClassVar[bool] = True
     """Whether :meth:`advantages` looks at ``scores.student_M``. Where it does not, and a step has one update, the pass that makes the
     update gives these log-probs: a pass less."""
+    exact_gap: ClassVar[bool] = False
+    """Whether ``--gap exact`` may act: :meth:`advantages` gives ``teacher_weight_M``, and the method does not need the sampled gap."""
     objective: Objective = field(default_factory=Objective)
 
     @property

@@ -9,6 +9,12 @@ Objective
     d_k      = mean_t |Delta_t|,   h_k = mean_t (-log pi_old)              over the tokens of turn k             (eqs 13, 14)
     w_k      = 1 - (1 - d~_k)(1 - h~_k)                 d~, h~: min-max within the trajectory                    (eqs 15, 16)
 
+``--gap exact`` departs from the paper: the teacher's term leaves the advantage and becomes a loss of its own, the reverse KL
+    L_T = E_t kappa w_k(t) KL(pi_theta(. | s_t) || pi_T(. | s_t))
+whose gradient is the expectation, over all tokens that could have been sampled, of the one that kappa Delta_t w_k(t) gives on the
+sampled token. It has no noise of sampling, no ratio and no clip, so it bears many updates a step (--gap-minibatches, --gap-epochs)
+where the sampled gap does not. kappa and w_k act on it unchanged.
+
 Everything in A_t is detached. There is no KL penalty. pi_old is the policy that rolled out, recomputed by the learner's model.
 
 Where the paper and the released code differ (``--rules paper`` is the default, ``--rules released`` presets the other):
@@ -50,6 +56,7 @@ class ATOD(RewardAlgorithm):
 
     name: ClassVar[str] = "atod"
     scores: ClassVar[frozenset[str]] = frozenset({"teacher"})
+    exact_gap: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "released": {**RELEASED_REWARD, "tdur_min_turns": 3, "tdur_min_divergence": 0.01},
@@ -99,6 +106,7 @@ class ATOD(RewardAlgorithm):
         rho = self.rho_init + (self.rho_max - self.rho_init) * p  # eq 12
         return Advantages(  # eqs 8, 9: their sum is A_t
             distillation_M=kappa * delta * w_token,
+            teacher_weight_M=kappa * w_token,
             reward_M=rho * A_grpo,
             turn_weight_K=w,
             left_out_N=left_out,

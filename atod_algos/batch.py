@@ -187,7 +187,8 @@ class Scores:
         entropy_M: entropy of the student's whole distribution at each token, in nats.
         teacher_entropy_M: the same of the teacher's.
         reverse_kl_M: KL(student || teacher) over the whole vocabulary at each token, in nats.
-        support_MS: ids of the teacher's S likeliest tokens in the place of each token.
+        support_MS: ids of the teacher's S likeliest tokens in the place of each token; ``None`` beside ``teacher_support_MS``: S is the
+            whole vocabulary, in its order.
         teacher_support_MS: their log-probs under the teacher.
         vocabulary: how many ids student and teacher share; 0 where their distributions were not compared.
     """

@@ -48,6 +48,7 @@ class SOD(RewardAlgorithm):
 
     name: ClassVar[str] = "sod"
     scores: ClassVar[frozenset[str]] = frozenset({"teacher"})
+    exact_gap: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"objective": {"loss_agg": "token_mean", "clip_high": 0.28}},
         "released": RELEASED_REWARD,
@@ -67,8 +68,10 @@ class SOD(RewardAlgorithm):
         delta_M = scores.require("teacher") - scores.student_M
         d_K = turn_mean(np.abs(delta_M), batch.turn_M, len(batch.trajectory_K))
         w_K = stepwise_weights(d_K, batch.trajectory_K, batch.n_K > 0, cap=1 + self.weight_cap, eps=self.weight_eps)
+        weight_M = self.opd_coef * w_K[batch.turn_M]
         return Advantages(
-            distillation_M=self.opd_coef * w_K[batch.turn_M] * delta_M,
+            distillation_M=weight_M * delta_M,
+            teacher_weight_M=weight_M,
             reward_M=self.grpo_coef * self.grpo(batch),
             turn_weight_K=w_K,
         )

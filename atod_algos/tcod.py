@@ -51,6 +51,7 @@ class TCOD(Algorithm):
 
     name: ClassVar[str] = "tcod"
     scores: ClassVar[frozenset[str]] = frozenset({"teacher"})
+    exact_gap: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"objective": {"loss_agg": "turn_mean"}},
         "released": {**RELEASED, "turns_every": 3, "count_from": 1},
@@ -86,8 +87,10 @@ class TCOD(Algorithm):
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """A_t = c (log pi_T - log pi_old) on the student's own turns."""
         first_K = np.flatnonzero(np.diff(batch.trajectory_K, prepend=-1))  # the student's first turn of each trajectory
+        weight_M = np.full(batch.n_tokens, self.opd_coef)
         return Advantages(
-            distillation_M=self.opd_coef * (scores.require("teacher") - scores.student_M),
+            distillation_M=weight_M * (scores.require("teacher") - scores.student_M),
+            teacher_weight_M=weight_M,
             notes={"window": float(self.turns(step)), "expert_turns_mean": batch.index_K[first_K]},
         )
 

@@ -21,13 +21,18 @@ from atod_algos.algorithm import Objective
 from atod_algos.batch import TokenBatch
 from atod_algos.learner import distributed, memory
 from atod_algos.learner.logprobs import CHUNK_LOGITS, predict, split_rows, stream_tokens
-from atod_algos.learner.loss import aggregation_weights, importance_ratio, surrogate
+from atod_algos.learner.loss import TeacherTokens, aggregation_weights, importance_ratio, surrogate
 from atod_algos.learner.onednn import fast_products, same_products
 from atod_algos.learner.optimizer import Updater, learning_rate
 from atod_algos.learner.options import OptimizerOptions
 from atod_envs.errors import AtodError
 
 log = logging.getLogger(__name__)
+
+SANE_KL = 0.1
+"""Mean KL(old policy || new one) of a step's updates, in nats a token, above which a step is said to have moved too far."""
+SANE_CLIPPED = 0.3
+"""The same for the share of tokens whose ratio was clipped."""
 
 AuxiliaryLoss = Callable[[torch.Tensor, np.ndarray], torch.Tensor | None]
 """Current log-probs of some tokens, and their indices on axis M -> a loss for each of them, or None."""
@@ -44,6 +49,24 @@ class SupportTerm:
 
     ids_MS: np.ndarray
     loss: Callable[[torch.Tensor, np.ndarray], torch.Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class DivergenceTerm:
+    """The reverse KL to the teacher as a loss (``--gap exact``).
+
+    Attributes:
+        teacher: what the teacher says in the place of each sampled token.
+        weight_M: weight of each place; detached.
+        minibatches: optimizer updates that it has for itself in a pass over the step's trajectories, after the surrogate's; 0: it is
+            part of the surrogate's.
+        epochs: passes in updates of its own.
+    """
+
+    teacher: TeacherTokens
+    weight_M: np.ndarray
+    minibatches: int = 0
+    epochs: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +122,9 @@ class Learner:
         seed: int,
         auxiliary: AuxiliaryLoss | None = None,
         support: SupportTerm | None = None,
+        divergence: DivergenceTerm | None = None,
     ) -> Update:
-        """One training step: every trajectory is used once, in ``minibatches`` optimizer updates.
+        """One training step: every trajectory is used in each epoch once, in ``minibatches`` optimizer updates.
 
         Args:
             batch: the step's data.
@@ -113,6 +137,7 @@ class Learner:
             seed: shuffles trajectories into mini-batches.
             auxiliary: a further loss for each token, added with the same weights.
             support: a further loss from more than the sampled tokens, added with the same weights.
+            divergence: the reverse KL to the teacher, with the same weights times its own.
 
         Returns:
             Metrics under ``actor/`` and the memory that was predicted and used; the old log-probs. A mini-batch whose gradient is
@@ -122,7 +147,7 @@ class Learner:
             AtodError: an advantage, the loss or the gradient is not finite, or a single row does not fit into memory.
             ValueError: old log-probs are unknown, but there are several updates.
         """
-        if old_logprobs_M is None and self.options.minibatches > 1:
+        if old_logprobs_M is None and self.options.minibatches * self.options.epochs > 1:
             raise ValueError("after the first of several updates the old log-probs cannot be found any more")
         known_M = np.zeros(batch.n_tokens) if old_logprobs_M is None else old_logprobs_M
         if not (np.isfinite(advantage_M).all() and np.isfinite(known_M).all()):
@@ -133,18 +158,20 @@ class Learner:
                 "teacher: a model that overflows gives such numbers"
             )
         found_M = np.array(known_M, dtype=np.float64)
-        order = np.random.default_rng(seed).permutation(len(batch.group_N))
-        parts = [part for part in np.array_split(order, min(self.options.minibatches, len(order))) if len(part)]
+        plan = self._plan(advantage_M, divergence, len(batch.group_N), seed)
         sums = _Sums()
         self.model.train()
         lr = learning_rate(self.options, step)
-        predicted = self._make_room(batch, parts)
+        distributions = 1 if divergence is None else 3  # the student's, the teacher's, and the terms of their sum
+        predicted = self._make_room(batch, [part for part, _, _ in plan], distributions)
         memory.start_peak(self._device)
-        for part in parts:
+        for part, alone, term in plan:
             chosen_N = np.zeros(len(batch.group_N), dtype=bool)
             chosen_N[part] = True
             rows = np.flatnonzero(chosen_N[batch.trajectory_B])
-            loss = _Minibatch(batch, chosen_N, advantage_M, old_logprobs_M, objective, temperature, auxiliary, support)
+            loss = _Minibatch(
+                batch, chosen_N, advantage_M, old_logprobs_M, objective, temperature, auxiliary, support, term, alone
+            )
             if len(rows):
                 found = self.budget.run(
                     "update",
@@ -167,8 +194,34 @@ class Learner:
             "memory/predicted_mib": predicted / memory.MIB,
             "memory/peak_mib": memory.peak(self._device) / memory.MIB,
         }
-        metrics = {f"actor/{name}": value for name, value in sums.means().items()} | {"actor/lr": lr} | used
+        means = sums.means()
+        _warn(step, means)
+        metrics = {f"actor/{name}": value for name, value in means.items()} | {"actor/lr": lr} | used
         return Update(metrics, found_M)
+
+    def _plan(
+        self, advantage_M: np.ndarray, divergence: DivergenceTerm | None, trajectories: int, seed: int
+    ) -> list[tuple[np.ndarray, bool, DivergenceTerm | None]]:
+        """The step's updates: trajectories, whether the divergence is all that is learned from, and the divergence if it is part.
+
+        Where the divergence has updates of its own, those of a term that says nothing anywhere are left out.
+        """
+        rng = np.random.default_rng(seed)
+
+        def split(minibatches: int) -> list[np.ndarray]:
+            order = rng.permutation(trajectories)
+            return [part for part in np.array_split(order, min(minibatches, trajectories)) if len(part)]
+
+        options = self.options
+        if divergence is None or divergence.minibatches == 0:
+            return [(part, False, divergence) for _ in range(options.epochs) for part in split(options.minibatches)]
+        plan: list[tuple[np.ndarray, bool, DivergenceTerm | None]] = []
+        if advantage_M.any() or not divergence.weight_M.any():
+            plan += [(part, False, None) for _ in range(options.epochs) for part in split(options.minibatches)]
+        if divergence.weight_M.any():
+            own = divergence
+            plan += [(part, True, own) for _ in range(own.epochs) for part in split(own.minibatches)]
+        return plan
 
     def _gradient(self, loss: _Minibatch, rows: np.ndarray, found_M: np.ndarray, budget: int) -> _Sums:
         """Add up the gradient of a mini-batch, a micro-batch at a time; old log-probs that were not known go into ``found_M``."""
@@ -188,7 +241,7 @@ class Learner:
             whole.merge(share)
         return whole
 
-    def _make_room(self, batch: TokenBatch, parts: list[np.ndarray]) -> int:
+    def _make_room(self, batch: TokenBatch, parts: list[np.ndarray], distributions: int) -> int:
         """Predict the update's highest use of memory, and lower the budget beforehand where it would not fit."""
         if self._per_token is None:
             self._per_token = memory.bytes_per_token(self.model)
@@ -209,7 +262,7 @@ class Learner:
                 now,
                 tokens=tokens,
                 per_token=self._per_token,
-                logits=min(sampled * int(head.shape[0]), CHUNK_LOGITS),
+                logits=distributions * min(sampled * int(head.shape[0]), CHUNK_LOGITS),
                 gradient=4 * size,
                 moments=0 if self.updater.moved else 2 * self.updater.moment_bytes * size,
                 states=2 * sampled * int(head.shape[1]) * head.element_size(),
@@ -248,10 +301,13 @@ class _Minibatch:
     temperature: float
     auxiliary: AuxiliaryLoss | None
     support: SupportTerm | None
+    divergence: DivergenceTerm | None = None
+    alone: bool = False
 
     def of(self, model: Any, rows: np.ndarray, sums: _Sums, found_M: np.ndarray) -> torch.Tensor:
         """These rows' share of the loss; what is to be reported is added to ``sums``, old log-probs that are found to ``found_M``."""
-        objective, support = self.objective, self.support
+        objective, term = self.objective, self.divergence
+        support = None if self.alone else self.support
         inside = int(self.chosen_N[self.batch.trajectory_M].sum())
         weight_M = aggregation_weights(self.batch, self.chosen_N, objective)
         found = predict(
@@ -261,6 +317,7 @@ class _Minibatch:
             temperature=self.temperature,
             entropy=True,
             support_MS=None if support is None else support.ids_MS,
+            teacher=None if term is None else term.teacher,
         )
         index_M, logprobs, entropy = found.index_M, found.logprobs, found.entropy
 
@@ -271,12 +328,22 @@ class _Minibatch:
         if self.old_logprobs_M is None:
             found_M[index_M] = logprobs.detach().cpu().numpy()
         old = logprobs.detach() if self.old_logprobs_M is None else at(self.old_logprobs_M)
-        loss, clipped = surrogate(importance_ratio(logprobs, old), at(self.advantage_M), objective)
-        total = (weight * loss).sum()
-        if objective.entropy_coef:
-            total = total - objective.entropy_coef * (weight * entropy).sum()
         n = len(index_M)
         share = n / inside
+        total = logprobs.new_zeros(())
+        if term is not None and found.divergence is not None:
+            total = total + (weight * at(term.weight_M) * found.divergence).sum()
+            sums.add("divergence", float(found.divergence.detach().sum()), n)
+            sums.add("divergence_loss", float(total.detach()), share)
+        ratio = importance_ratio(logprobs, old)
+        if term is not None or self.advantage_M.any():  # otherwise nothing here is about the policy that played
+            sums.add("policy_kl", float((ratio - 1 - ratio.log()).detach().sum()), n)
+        if self.alone:
+            return total
+        loss, clipped = surrogate(ratio, at(self.advantage_M), objective)
+        total = total + (weight * loss).sum()
+        if objective.entropy_coef:
+            total = total - objective.entropy_coef * (weight * entropy).sum()
         extra = self.auxiliary(logprobs, index_M) if self.auxiliary is not None else None
         if extra is not None:
             total = total + (weight * extra).sum()
@@ -291,6 +358,21 @@ class _Minibatch:
         sums.add("pg_clipfrac", float(clipped.sum()), n)
         sums.add("ppo_kl", float((old - logprobs.detach()).sum()), n)
         return total
+
+
+def _warn(step: int, means: Mapping[str, float]) -> None:
+    """Say that a step moved the policy too far for what it learned from to be about the new one."""
+    kl, clipped = means.get("policy_kl", 0.0), means.get("pg_clipfrac", 0.0)
+    if kl > SANE_KL or clipped > SANE_CLIPPED:
+        log.warning(
+            "step %d moved the policy far: KL %.3f nats a token from the one that played (sane: up to %.2f), ratio clipped on %.0f %% of "
+            "tokens (up to %.0f). Lower --lr, or make fewer updates: --minibatches, --epochs, --gap-minibatches, --gap-epochs",
+            step,
+            kl,
+            SANE_KL,
+            100 * clipped,
+            100 * SANE_CLIPPED,
+        )
 
 
 class _Sums:

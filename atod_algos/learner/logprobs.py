@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from agents.logits import LogitHead, decoder_states, logit_head, require_known_ids, usable_ids
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.learner import distributed
+from atod_algos.learner.loss import TeacherTokens, reverse_kl
 from atod_algos.learner.memory import Budget
 from atod_algos.learner.onednn import even_filling, fast_products, same_products
 from atod_algos.learner.options import UpdateOptions
@@ -55,12 +56,14 @@ class Predictions:
         logprobs: [m] log-probs of the sampled tokens.
         entropy: [m] entropies in nats; zeros where they were not asked for.
         support: [m, S] log-probs of the support tokens; None without a support.
+        divergence: [m] reverse KL to the teacher in nats; None without a teacher.
     """
 
     index_M: np.ndarray
     logprobs: torch.Tensor
     entropy: torch.Tensor
     support: torch.Tensor | None
+    divergence: torch.Tensor | None = None
 
 
 def head_logprobs(
@@ -70,8 +73,9 @@ def head_logprobs(
     temperature: float,
     entropy: bool,
     support: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probability of each target and of each support token, and the entropy of each distribution.
+    teacher: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probability of each target and of each support token, the entropy of each distribution, its divergence from a teacher's.
 
     Args:
         hidden: [m, D] states that predict the targets.
@@ -80,32 +84,41 @@ def head_logprobs(
         temperature: divides the logits.
         entropy: whether entropies are wanted; zeros otherwise.
         support: [m, S] further token ids; ``None`` is the same as S = 0.
+        teacher: [m, T] token ids and the teacher's log-probs of them; ids [m, 0] stand for the first of the vocabulary, in order.
 
     Returns:
-        [m] log-probs, [m] entropies in nats, and [m, S] log-probs of the support, float32.
+        [m] log-probs, [m] entropies in nats, [m, S] log-probs of the support, and [m] reverse KLs to the teacher in nats (zeros
+        without one), float32.
     """
-    asked = targets.new_empty((len(targets), 0)) if support is None else support
+    none = targets.new_empty((len(targets), 0))
+    asked = none if support is None else support
+    said = (none, none.float()) if teacher is None else teacher
 
     def part(
-        states: torch.Tensor, ids: torch.Tensor, more: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        states: torch.Tensor, ids: torch.Tensor, more: torch.Tensor, their_ids: torch.Tensor, theirs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         logprobs = torch.log_softmax(head(states) / temperature, dim=-1)
         spread = entropies(logprobs) if entropy else torch.zeros_like(logprobs[:, 0])
-        return logprobs.gather(1, ids[:, None])[:, 0], spread, logprobs.gather(1, more)
+        apart = torch.zeros_like(logprobs[:, 0])
+        if teacher is not None:
+            own = logprobs.gather(1, their_ids) if their_ids.shape[1] else logprobs[:, : theirs.shape[1]]
+            apart = reverse_kl(own, theirs)
+        return logprobs.gather(1, ids[:, None])[:, 0], spread, logprobs.gather(1, more), apart
 
     size = max(1, CHUNK_LOGITS // head.rows)
     if len(targets) <= size:
         count = len(targets)
         filling = even_filling(count, hidden.device)
-        filled = (F.pad(hidden, (0, 0, 0, filling)), F.pad(targets, (0, filling)), F.pad(asked, (0, 0, 0, filling)))
-        chosen, width, further = part(*filled)
-        return chosen[:count], width[:count], further[:count]
+        below = (0, 0, 0, filling)
+        found = part(F.pad(hidden, below), F.pad(targets, (0, filling)), *(F.pad(x, below) for x in (asked, *said)))
+        chosen, width, further, apart = (values[:count] for values in found)
+        return chosen, width, further, apart
     pieces = [
         checkpoint(part, *piece, use_reentrant=False, context_fn=same_products)
-        for piece in zip(torch.split(hidden, size), torch.split(targets, size), torch.split(asked, size), strict=True)
+        for piece in zip(*(torch.split(x, size) for x in (hidden, targets, asked, *said)), strict=True)
     ]
-    logprobs, spread, others = zip(*pieces, strict=True)
-    return torch.cat(logprobs), torch.cat(spread), torch.cat(others)
+    logprobs, spread, others, apart = (torch.cat(values) for values in zip(*pieces, strict=True))
+    return logprobs, spread, others, apart
 
 
 def entropies(logprobs: torch.Tensor) -> torch.Tensor:
@@ -132,7 +145,7 @@ def stream_tokens(model: Any, rows: Sequence[np.ndarray]) -> int:
     return len(pack(rows).ids_T) if packable(model) else len(rows) * max(len(row) for row in rows)
 
 
-def _states(model: Any, batch: TokenBatch, rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
+def states_of(model: Any, batch: TokenBatch, rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
     """Run some rows of a batch through a model's decoder: packed where the model allows it, padded otherwise.
 
     Args:
@@ -174,6 +187,7 @@ def predict(
     temperature: float,
     entropy: bool = False,
     support_MS: np.ndarray | None = None,
+    teacher: TeacherTokens | None = None,
 ) -> Predictions:
     """Run some rows of a batch through a model.
 
@@ -184,17 +198,25 @@ def predict(
         temperature: divides the logits.
         entropy: whether entropies are wanted.
         support_MS: ids of further tokens whose log-probs are wanted in the place of each sampled one.
+        teacher: what the divergence is taken from.
     """
 
-    def work() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
-        index_M, states, targets = _states(model, batch, rows)
+    def work() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
+        index_M, states, targets = states_of(model, batch, rows)
         support = None if support_MS is None else torch.from_numpy(support_MS[index_M]).long().to(targets.device)
+        said = None if teacher is None else teacher.at(index_M, targets.device)
         head = logit_head(model)
-        return *head_logprobs(states, targets, head, temperature, entropy, support), index_M
+        return *head_logprobs(states, targets, head, temperature, entropy, support, said), index_M
 
     with fast_products(next(model.parameters()).device):
-        logprobs, spread, others, index_M = distributed.unsharded(model, work)
-    return Predictions(index_M, logprobs, spread, None if support_MS is None else others)
+        logprobs, spread, others, apart, index_M = distributed.unsharded(model, work)
+    return Predictions(
+        index_M,
+        logprobs,
+        spread,
+        None if support_MS is None else others,
+        None if teacher is None else apart,
+    )
 
 
 def row_logprobs(
@@ -242,10 +264,10 @@ def score(
         for rows, counts in distributed.iter_shard(split_rows(model, batch.rows, tokens)):
             index_M, logprobs, spread = row_logprobs(model, batch, rows, temperature=temperature, entropy=entropy)
             if counts:
-                logprobs_M[index_M] = _numbers(logprobs)
-                entropy_M[index_M] = _numbers(spread)
+                logprobs_M[index_M] = numbers(logprobs)
+                entropy_M[index_M] = numbers(spread)
 
-    _in_memory(attempt, batch, budget)
+    in_memory(attempt, batch, budget)
     distributed.all_reduce([logprobs_M, entropy_M])
     model.train(was_training)
     return logprobs_M, entropy_M
@@ -298,8 +320,8 @@ def compare(
                 distributed.unsharded(student, distributed.unsharded, teacher, some, rows, counts)
 
     def some(rows: np.ndarray, counts: bool) -> None:
-        index_M, own_states, targets = _states(student, batch, rows)
-        _, their_states, _ = _states(teacher, batch, rows)
+        index_M, own_states, targets = states_of(student, batch, rows)
+        _, their_states, _ = states_of(teacher, batch, rows)
         if not counts:
             return
         for start in range(0, len(index_M), size):
@@ -309,17 +331,17 @@ def compare(
                 torch.log_softmax(head(states[chunk]) / temperature, dim=-1)
                 for head, states in zip(heads, (own_states, their_states), strict=True)
             )
-            student_M[at] = _numbers(own.gather(1, ids)[:, 0])
-            teacher_M[at] = _numbers(theirs.gather(1, ids)[:, 0])
-            entropy_M[at] = _numbers(entropies(own))
-            teacher_entropy_M[at] = _numbers(entropies(theirs))
+            student_M[at] = numbers(own.gather(1, ids)[:, 0])
+            teacher_M[at] = numbers(theirs.gather(1, ids)[:, 0])
+            entropy_M[at] = numbers(entropies(own))
+            teacher_entropy_M[at] = numbers(entropies(theirs))
             if ids_MS is not None and logprobs_MS is not None:
                 best = theirs[:, columns].topk(width, dim=-1)
                 ids_MS[at], logprobs_MS[at] = both[best.indices.cpu().numpy()], best.values.cpu().numpy()
             own, theirs = (torch.log_softmax(part[:, columns], dim=-1) for part in (own, theirs))
-            kl_M[at] = _numbers(_divergence(own, theirs))
+            kl_M[at] = numbers(_divergence(own, theirs))
 
-    _in_memory(attempt, batch, budget)
+    in_memory(attempt, batch, budget)
     distributed.all_reduce([student_M, teacher_M, entropy_M, teacher_entropy_M, kl_M])
     if ids_MS is not None and logprobs_MS is not None:
         distributed.all_reduce([ids_MS, logprobs_MS])
@@ -336,11 +358,12 @@ def compare(
     )
 
 
-def _in_memory(attempt: Callable[[int], None], batch: TokenBatch, budget: int) -> None:
+def in_memory(attempt: Callable[[int], None], batch: TokenBatch, budget: int) -> None:
     """Score with so many tokens at once, or with fewer where memory runs out; what was written is written again."""
     budget = distributed.per_rank_budget(budget, sum(len(row) for row in batch.rows))
     Budget(budget).run("scoring", attempt, least=max(len(row) for row in batch.rows), undo=lambda: None)
 
 
-def _numbers(values: torch.Tensor) -> np.ndarray:
+def numbers(values: torch.Tensor) -> np.ndarray:
+    """A tensor as float64 in the computer's own memory."""
     return np.asarray(values.double().cpu().numpy())

@@ -6,6 +6,8 @@ ratio eta = pi_theta / pi_old alone.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -14,6 +16,9 @@ from atod_algos.batch import TokenBatch
 
 LARGEST_LOG_RATIO = 20.0
 """Log-ratios are cut to +-20 before the exponential: beyond it a ratio is a number without meaning, and soon infinite."""
+
+SMALLEST_BUCKET = 1e-6
+"""Probability that the bucket of all other tokens has at least: below it float32 sums are rounding."""
 
 
 def importance_ratio(logprobs: torch.Tensor, old_logprobs: torch.Tensor) -> torch.Tensor:
@@ -48,6 +53,41 @@ def surrogate(ratio: torch.Tensor, advantage: torch.Tensor, objective: Objective
         bound = -objective.dual_clip * advantage
         loss = torch.where(advantage < 0, torch.minimum(loss, bound), loss)
     return loss, active
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherTokens:
+    """What a teacher says in the place of each sampled token.
+
+    Attributes:
+        ids_MS: S token ids; None: the whole vocabulary, in its order.
+        logprobs_MS: their log-probs under the teacher.
+    """
+
+    ids_MS: np.ndarray | None
+    logprobs_MS: np.ndarray
+
+    def at(self, index_M: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids ([m, 0] for the whole vocabulary) and log-probs of some tokens."""
+        ids = np.zeros((len(index_M), 0), dtype=np.int64) if self.ids_MS is None else self.ids_MS[index_M]
+        return torch.from_numpy(ids).long().to(device), torch.from_numpy(self.logprobs_MS[index_M]).to(device)
+
+
+def reverse_kl(own: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Reverse KL of each place, in nats: KL(pi_theta || pi_T) = sum_v pi_theta(v) (log pi_theta(v) - log pi_T(v)).
+
+    All tokens but these S are one bucket, which makes it a lower bound; it is exact where the S tokens are all that can be said, or the
+    rest of both models is divided alike.
+
+    Args:
+        own: [m, S] log-probs under the student, with gradients.
+        theirs: [m, S] log-probs under the teacher.
+
+    Returns:
+        [m] divergences.
+    """
+    rest, their_rest = ((1 - logprobs.exp().sum(-1)).clamp(min=SMALLEST_BUCKET) for logprobs in (own, theirs))
+    return (own.exp() * (own - theirs)).sum(-1) + rest * (rest.log() - their_rest.log())
 
 
 def aggregation_weights(batch: TokenBatch, chosen_N: np.ndarray, objective: Objective) -> np.ndarray:

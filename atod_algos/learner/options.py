@@ -19,7 +19,9 @@ class UpdateOptions:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """'adamw8bit' keeps AdamW's moments in eight bits (needs bitsandbytes and a GPU)."""
     minibatches: int = 4
-    """Optimizer updates a step; each takes its share of the step's trajectories."""
+    """Optimizer updates in a pass; each takes its share of the step's trajectories."""
+    epochs: int = 1
+    """Passes over a step's trajectories."""
     token_budget: int = 4096
     """Tokens of a micro-batch; lowered by itself where memory runs out. Results do not change."""
 

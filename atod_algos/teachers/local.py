@@ -8,6 +8,7 @@ computer's memory and visits the GPU for the scoring alone.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -20,12 +21,15 @@ from agents.models import LoadedModel, require_same_tokenizer, share_vocabulary
 from atod_algos.algorithm import Algorithm
 from atod_algos.batch import Scores, TokenBatch, put_in_front
 from atod_algos.learner import distributed
+from atod_algos.learner.distribution import distribution
 from atod_algos.learner.logprobs import compare, drops_out, score
 from atod_algos.learner.lora import without_adapters
 from atod_algos.teachers.remote import RemoteJudge, is_address
 from atod_algos.training.config import RunConfig
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, Trajectory
+
+log = logging.getLogger(__name__)
 
 
 class LogprobScorer(Protocol):
@@ -146,6 +150,7 @@ class StepScorer:
     Attributes:
         late: the student's log-probs are the sampler's until the step's only update, whose own pass gives them: the algorithm does not
             look at them before.
+        exact: the teacher's distribution is scored, for its divergence to be a loss.
 
     Raises:
         AtodError: a model does not fit the student, or cannot give what the algorithm asks for.
@@ -166,7 +171,7 @@ class StepScorer:
         self._held: dict[tuple[str, str], LogprobScorer] = {}
         self.late = (
             config.old_logprobs == "learner"
-            and config.minibatches == 1
+            and config.minibatches * config.epochs == 1
             and not config.staleness
             and distributed.size() == 1
             and not algorithm.needs_student
@@ -174,6 +179,9 @@ class StepScorer:
             and not drops_out(student.model)
         )
         wanted = algorithm.scores
+        self.exact = config.gap == "exact" and "teacher" in wanted and algorithm.exact_gap
+        if config.gap == "exact" and "teacher" in wanted and not self.exact:
+            log.warning("%s is tied to the sampled token; --gap exact does not act on it", algorithm.name)
         self.teacher = self._scorer_for(config.teacher, "teacher") if "teacher" in wanted else None
         self.reference = self._scorer_for(config.student, "student") if "reference" in wanted else None
         self.base = self._scorer_for(algorithm.base_model or config.student, "student") if "base" in wanted else None
@@ -209,20 +217,22 @@ class StepScorer:
 
         model, wanted = self.student.model, self.algorithm.scores
         if self.teacher is not None and wanted & {"divergence", "support"}:
-            if not isinstance(self.teacher, LocalScorer):
-                raise AtodError(
-                    f"{self.algorithm.name} compares whole distributions, and an engine or a server gives single log-probs only; "
-                    "use a local teacher: --teacher PATH_OR_HUB_ID --teacher-engine transformers"
-                )
             size = self.algorithm.support if "support" in wanted else 0
-            with self.teacher.on_device() as teacher:
+            with self._local_teacher().on_device() as teacher:
                 scores = compare(model, teacher, batch, temperature=temperature, budget=budget, support=size)
         else:
             if self.config.old_logprobs == "sampler" or self.late:
                 student_M = batch.sampler_logprobs_M
             else:
                 student_M = score(model, batch, temperature=temperature, budget=budget)[0]
-            scores = Scores(student_M, under(self.teacher))
+            if self.exact:
+                with self._local_teacher().on_device() as teacher:
+                    theirs_M, tokens = distribution(
+                        teacher, model, batch, temperature=temperature, budget=budget, topk=self.config.gap_topk
+                    )
+                scores = Scores(student_M, theirs_M, support_MS=tokens.ids_MS, teacher_support_MS=tokens.logprobs_MS)
+            else:
+                scores = Scores(student_M, under(self.teacher))
         limit, teacher_M = self.config.gap_clip, scores.teacher_M
         if teacher_M is not None and limit:
             teacher_M = scores.student_M + np.clip(teacher_M - scores.student_M, -limit, limit)
@@ -233,6 +243,16 @@ class StepScorer:
             base_M=under(self.base),
             privileged_M=self._privileged(batch),
         )
+
+    def _local_teacher(self) -> LocalScorer:
+        """The teacher as a model whose whole distribution can be had."""
+        if not isinstance(self.teacher, LocalScorer):
+            what = "--gap exact" if self.exact else self.algorithm.name
+            raise AtodError(
+                f"{what} compares whole distributions, and an engine or a server gives single log-probs only; "
+                "use a local teacher: --teacher PATH_OR_HUB_ID --teacher-engine transformers"
+            )
+        return self.teacher
 
     def _privileged(self, batch: TokenBatch) -> Any:
         """The student as its own teacher: shown the algorithm's privileged text in front of everything else."""

@@ -110,6 +110,15 @@ class LearningOptions(UpdateOptions):
     """AdamW's second decay rate; 0.999 (released code) remembers the first, large gradients for a thousand updates."""
     gap_clip: float | None = None
     """Largest gap between the teacher's and the student's log-prob of a token that is learned from; 0 is no limit (published)."""
+    gap: Literal["sampled", "exact"] = "sampled"
+    """How the teacher is learned from: 'sampled' puts its gap at the sampled token into the advantage (the paper's); 'exact' makes a loss
+    of the reverse KL over all tokens, or over the teacher's likeliest and one bucket for the rest where the vocabulary is large."""
+    gap_topk: int = 64
+    """Tokens of the teacher that --gap exact keeps at each place of a vocabulary above 4,096; smaller ones are kept whole."""
+    gap_minibatches: int = 0
+    """Optimizer updates that --gap exact has for itself in each pass, after the reward's; 0 makes it part of the reward's."""
+    gap_epochs: int = 1
+    """Passes over the step's trajectories in the updates of --gap-minibatches."""
     old_logprobs: Literal["learner", "sampler"] = "learner"
     """Log-probs before the update: recomputed by the learner, or the engine's own, which saves a pass (where they agree to rounding)."""
 
@@ -278,10 +287,10 @@ def worker_resources(config: RunConfig) -> tuple[float, float]:
 
 _POSITIVE = (
     "tasks_per_step", "group_size", "steps", "max_turns", "max_response", "max_context", "temperature", "slots", "minibatches",
-    "token_budget", "grad_clip", "checkpoint_every", "workers",
+    "epochs", "gap_topk", "gap_epochs", "token_budget", "grad_clip", "checkpoint_every", "workers",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "threads", "lora_rank", "lora_alpha", "warmup_steps", "weight_decay", "lr", "gap_clip", "eval_every", "eval_tasks",
+    "threads", "lora_rank", "lora_alpha", "warmup_steps", "weight_decay", "lr", "gap_clip", "gap_minibatches", "eval_every", "eval_tasks",
     "eval_temperature", "report_tasks",
 )  # fmt: skip
 

@@ -20,12 +20,13 @@ import torch
 
 from agents.logits import limit_vocabulary, usable_ids
 from agents.models import LoadedModel, load_model
-from atod_algos.algorithm import Algorithm
+from atod_algos.algorithm import Advantages, Algorithm
 from atod_algos.batch import Scores, TokenBatch, make_batch
 from atod_algos.evaluate import Evaluation, evaluate
 from atod_algos.learner import distributed, memory
-from atod_algos.learner.learner import Learner, SupportTerm, recompute_layers
+from atod_algos.learner.learner import DivergenceTerm, Learner, SupportTerm, recompute_layers
 from atod_algos.learner.lora import add_adapters, merged_weights
+from atod_algos.learner.loss import TeacherTokens
 from atod_algos.learner.memory import bytes_per_token
 from atod_algos.metrics import sampler_metrics, step_metrics, turn_table
 from atod_algos.rollout.async_rollout import IMPORTANCE_CAP, Ahead, correction_metrics, importance_weights, version_of
@@ -157,7 +158,11 @@ class Trainer:
         scores = self.scorer.score(batch)
         clock.lap("score")
         advantages = algorithm.advantages(batch, scores, step)
-        advantage_M, corrected = self._corrected(step, batch, scores, advantages.token_M)
+        divergence = self._divergence(scores, advantages)
+        advantage_M = advantages.token_M
+        if divergence is not None:
+            advantage_M = np.zeros(batch.n_tokens) if advantages.reward_M is None else advantages.reward_M
+        advantage_M, corrected = self._corrected(step, batch, scores, advantage_M)
         clock.lap("advantage")
         progress.phase("update")
         update = self.learner.update(
@@ -170,6 +175,7 @@ class Trainer:
             seed=derive_seed(seed, "minibatches"),
             auxiliary=lambda logprobs, index_M: algorithm.auxiliary_loss(logprobs, index_M, scores),
             support=self._support_term(scores),
+            divergence=divergence,
         )
         scores = dataclasses.replace(scores, student_M=update.old_logprobs_M)
         metrics = update.metrics
@@ -213,8 +219,20 @@ class Trainer:
         lag = step - 1 - version_of(step, config.staleness)
         return advantage_M * weight_M, correction_metrics(weight_M, IMPORTANCE_CAP, lag)
 
+    def _divergence(self, scores: Scores, advantages: Advantages) -> DivergenceTerm | None:
+        """The teacher's term as a loss, under ``--gap exact``."""
+        config = self.config
+        if not self.scorer.exact:
+            return None
+        if advantages.teacher_weight_M is None:
+            raise AtodError(
+                f"--gap exact: {self.algorithm.name} gives no teacher_weight_M, which weighs the divergence; use --gap sampled"
+            )
+        teacher = TeacherTokens(scores.support_MS, scores.require("teacher_support"))
+        return DivergenceTerm(teacher, advantages.teacher_weight_M, config.gap_minibatches, config.gap_epochs)
+
     def _support_term(self, scores: Scores) -> SupportTerm | None:
-        if scores.support_MS is None:
+        if scores.support_MS is None or "support" not in self.algorithm.scores:
             return None
         loss = self.algorithm.support_loss
         return SupportTerm(scores.support_MS, lambda logprobs, index_M: loss(logprobs, index_M, scores))
