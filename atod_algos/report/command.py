@@ -17,6 +17,7 @@ from atod_algos.report.data import Run, read_run
 from atod_algos.report.page import TURNS, write_page
 from atod_algos.report.tokens import Scorer
 from atod_envs.errors import AtodError
+from atod_envs.http.messages import is_local_name
 from atod_envs.options import program
 
 
@@ -135,7 +136,14 @@ def watch(config: ReportConfig, console: Console, stop: threading.Event) -> None
     state = {"stamp": ""}
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = 10.0  # seconds for the head of a request
+
         def do_GET(self) -> None:
+            if not is_local_name(
+                self.headers.get("Host", "")
+            ):  # a page elsewhere whose name was made to mean this machine
+                self.send_error(403)
+                return
             if self.path in ("/", "/report.html"):
                 body, kind = page.read_bytes(), "text/html; charset=utf-8"
             elif self.path == "/stamp":

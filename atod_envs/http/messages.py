@@ -1,4 +1,4 @@
-"""JSON as both sides read it, and the refusal of a request.
+"""JSON as both sides read it, the refusal of a request, and the names that this machine goes by.
 
 Only what RFC 8259 calls JSON is read: no ``NaN``, no ``Infinity``, no number that overflows to one. What cannot be read is a
 ``ValueError`` that says why, whatever its shape.
@@ -6,6 +6,7 @@ Only what RFC 8259 calls JSON is read: no ``NaN``, no ``Infinity``, no number th
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import math
 from typing import Any, NoReturn
@@ -51,6 +52,17 @@ def parse_object(data: bytes | str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise Refused(400, f"expected a JSON object, got {type(message).__name__}")
     return message
+
+
+def is_local_name(host: str) -> bool:
+    """Whether no stranger can own a name: an address, ``localhost``, a name without a dot, or none (HTTP/1.0)."""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    name = name.removesuffix(".").lower()
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return "." not in name or name.endswith(".localhost")
+    return True
 
 
 def _constant(name: str) -> NoReturn:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import secrets
@@ -27,7 +26,7 @@ from typing import Self
 
 from atod_envs.errors import AtodError
 from atod_envs.http.client import is_loopback
-from atod_envs.http.messages import Refused
+from atod_envs.http.messages import Refused, is_local_name
 from atod_envs.options import needed_imports
 
 with needed_imports("serve", __name__):
@@ -96,7 +95,7 @@ class Access:
         """
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if not self.token and scope["server"] and is_loopback(scope["server"][0]) and not _is_local_name(host):
+        if not self.token and scope["server"] and is_loopback(scope["server"][0]) and not is_local_name(host):
             # A page whose name was made to mean this machine (DNS rebinding) has its own name there.
             raise Refused(403, f"this server is not called {host[:80]!r}; use localhost or 127.0.0.1")
         if scope["path"] in self.open_paths:
@@ -107,17 +106,6 @@ class Access:
                 raise Refused(401, "a token is needed: send it as 'Authorization: Bearer TOKEN'")
         elif "origin" in headers and not (self.pages and headers["origin"].partition("://")[2] == host):
             raise Refused(403, "calls from web pages of others are refused, unless the server has a token")
-
-
-def _is_local_name(host: str) -> bool:
-    """Whether no stranger can own a name: an address, ``localhost``, a name without a dot, or none (HTTP/1.0)."""
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    name = name.removesuffix(".").lower()
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return "." not in name or name.endswith(".localhost")
-    return True
 
 
 class _Guard:

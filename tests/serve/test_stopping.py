@@ -17,6 +17,7 @@ from paths import REPOSITORY
 from wire import get, post
 
 ROOT = REPOSITORY
+pytestmark = pytest.mark.slow
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 SEARCH = """
 import sys, time

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import types
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -243,6 +244,9 @@ def test_watch_serves_the_page_and_follows(folders, tmp_path):
         before = urllib.request.urlopen(url + "stamp").read()
         page = urllib.request.urlopen(url).read().decode()
         assert page == (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+        foreign = urllib.request.Request(url, headers={"Host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(foreign)
         assert unpack(tmp_path / "r" / "report.html")["runs"][0]["done"] == 2
         (tmp_path / "whole").write_text("".join(lines))
         (tmp_path / "whole").rename(tmp_path / "r" / "metrics.jsonl")  # at once, so that nobody sees it half written

@@ -148,6 +148,7 @@ def wanted(task):
     return re.match(r"Find me (.*?)(?: with \w[\w ]*: |, and price)", task)[1]
 
 
+@pytest.mark.slow
 def test_in_headless_chromium(server, chrome):
     from selenium.webdriver.common.by import By
 
@@ -205,6 +206,7 @@ def test_in_headless_chromium(server, chrome):
     assert kept.score == pytest.approx(reward, abs=5e-4) and kept.turns[0].action == f"search[{words}]"
 
 
+@pytest.mark.slow
 def test_a_visit_by_keyboard_alone(server, chrome):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
