@@ -123,7 +123,7 @@ lint: $(VENV)-lint/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(if $(shell grep -s '^\[tool\.codespell\]' pyproject.toml),$(RUN) -m codespell_lib)
-	$(if $(shell grep -s '^\[tool\.importlinter\]' pyproject.toml)$(wildcard .importlinter),$(RUN) -m importlinter.cli)
+	$(if $(shell grep -s '^\[tool\.importlinter\]' pyproject.toml)$(wildcard .importlinter),$(RUN) -c "from importlinter.cli import lint_imports_command as check; check()")
 
 # The types of torch and of the other libraries are what strict checking reads: this needs them installed.
 types: $(VENV)/all

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from atod_envs.errors import DataError
+from atod_envs.files import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,10 +243,7 @@ def _field(text: str, at: int, pattern: re.Pattern[str]) -> tuple[int, str]:
 
 
 def _rules(block: str, rules: dict[str, tuple[Rule, ...]]) -> None:
-    try:
-        data = json.loads(block)
-    except json.JSONDecodeError as error:
-        raise DataError(f"a rule block of the game grammar is not JSON: {error}") from None
+    data = parse_json(block, "a rule block of the game grammar", "it must be a JSON object")
     if not isinstance(data, dict):
         raise DataError(f"a rule block of the game grammar is not a JSON object: {block[:80]!r}")
     for name, alternatives in data.items():

@@ -86,14 +86,15 @@ class Domain:
         """The declared types whose members a variable of type `name` may take (empty if nobody declared it)."""
         if name == "object":
             return frozenset(self.types) | {"object"}
-        found: set[str] = set()
-        for candidate in self.types:
-            at, seen = candidate, set[str]()
-            while at not in seen:
-                if at == name:
-                    found.add(candidate)
-                seen.add(at)
-                at = self.types.get(at, "object")
+        children: dict[str, list[str]] = {}
+        for child, parent in self.types.items():
+            children.setdefault(parent, []).append(child)
+        found = {name} & set(self.types)
+        pending = [name]
+        while pending:
+            fresh = [child for child in children.get(pending.pop(), ()) if child not in found]
+            found.update(fresh)
+            pending += fresh
         return frozenset(found)
 
 

@@ -1,6 +1,7 @@
 """The engine on games that need no download: rules, texts, refusals, sharing."""
 
 import json
+import time
 import tracemalloc
 
 import pytest
@@ -9,6 +10,7 @@ from atod_envs.alfworld.engine.game import TASK_TYPES, Game, display_names
 from atod_envs.alfworld.engine.grammar import Item, Listing, Plain, Reference, parse_grammar, parse_symbols, split_task
 from atod_envs.alfworld.engine.pddl import parse_domain
 from atod_envs.alfworld.engine.session import NOTHING, GameSession, put_as_move
+from atod_envs.alfworld.generate import generate
 from atod_envs.alfworld.generator import builtin
 from atod_envs.errors import DataError
 
@@ -294,3 +296,34 @@ def test_comments_and_case_do_not_matter_in_pddl():
 def test_grammar_comments_are_skipped():
     grammar = parse_grammar('# note\naction Look { template :: "look"; # why\n feedback :: "You look."; }')
     assert grammar.actions["look"].template == (Plain("look"),)
+
+
+HOSTILE = {
+    "parentheses": lambda game: {"pddl_problem": "(" * 50_000},
+    "conjunctions": lambda game: {"pddl_problem": with_goal(game, "(and " * 3000 + ")" * 3000)},
+    "negations": lambda game: {"pddl_problem": with_goal(game, "(not " * 3000 + "(a)" + ")" * 3000)},
+    "rules": lambda game: {"grammar": game["grammar"] + '\ngrammar :: """ {"a": ' + "[" * 50_000 + ' } """;'},
+    "digits": lambda game: {"grammar": game["grammar"] + '\ngrammar :: """ {"a": ' + "1" * 5_000 + ' } """;'},
+    "tabs": lambda game: {"grammar": 'grammar :: """' + "\t" * 50_000},
+}
+"""Texts of a game file that are nested too deeply, endless, or cut."""
+
+
+def with_goal(game, goal):
+    return f"{game['pddl_problem'].split('(:goal')[0]}(:goal {goal}))"
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_game_is_refused_in_one_line(name):
+    game = generate("train", 0, seed=3, size="small").game
+    with pytest.raises(DataError, match=r"^the game g cannot be played: ") as caught:
+        Game.parse({**game, **HOSTILE[name](game)}, name="g")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_long_chain_of_types_is_read_at_once():
+    game = generate("train", 0, seed=3, size="small").game
+    chain = " ".join(f"t{n} - t{n + 1}" for n in range(3000))
+    started = time.process_time()
+    Game.parse({**game, "pddl_domain": game["pddl_domain"].replace("(:types", f"(:types {chain}", 1)}, name="g")
+    assert time.process_time() - started < 5
