@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from agents.engines.base import Completion, EngineDied, SamplingParams, check_request
-from agents.logits import longest_context, text_config
+from agents.logits import longest_context, text_config, usable_ids
 from atod_envs.errors import AtodError
 
 log = logging.getLogger(__name__)
@@ -76,8 +76,10 @@ class VllmEngine:
         self._vllm = vllm
         if not self._gpu:
             _require_supported(model)
+        self._rows, self._vocabulary = spoken_rows(model)
         with tempfile.TemporaryDirectory(prefix="atod-vllm-") as folder:
             config = copy.deepcopy(model.config)
+            config.get_text_config(decoder=True).vocab_size = self._rows
             config.architectures = [type(model).__name__]
             config.save_pretrained(folder)
             try:
@@ -189,7 +191,11 @@ class VllmEngine:
         self._require_idle("weights were loaded")
         if self._asleep:
             self._guard(lambda: self._llm.wake_up(tags=["weights"]))
-        tensors = [(name, tensor.detach()) for name, tensor in named_tensors]
+        # Ids without a token are not there at all: neither sampled nor part of any distribution.
+        tensors = [
+            (name, tensor.detach()[: self._rows] if name in self._vocabulary else tensor.detach())
+            for name, tensor in named_tensors
+        ]
         self._guard(lambda: self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)}))
         if self._tied and not self._gpu:
             # The processor's matrix library holds a packed copy of the output matrix, which reloading a tied embedding
@@ -250,6 +256,25 @@ class VllmEngine:
     def _require_idle(self, what: str) -> None:
         if self._running:
             raise RuntimeError(f"{what} while requests are running; let them finish, or close the engine")
+
+
+def spoken_rows(model: Any) -> tuple[int, frozenset[str]]:
+    """How many ids the model may say, and the names of the weights that have a row for each.
+
+    Raises:
+        AtodError: ids in the middle are shut out, which this engine cannot do.
+    """
+    ids = usable_ids(model)
+    if len(ids) != int(ids[-1]) + 1:
+        raise AtodError(
+            f"{type(model).__name__} has {int(ids[-1]) + 1 - len(ids)} ids without a token between others, which vLLM would sample; "
+            "use --engine transformers"
+        )
+    output = model.get_output_embeddings()
+    rows = [model.get_input_embeddings().weight, output.weight, getattr(output, "bias", None)]
+    pointers = {weight.data_ptr() for weight in rows if weight is not None}
+    names = (name for name, weight in model.named_parameters() if weight.data_ptr() in pointers)
+    return len(ids), frozenset(names)
 
 
 def _pack_output(model: Any) -> None:

@@ -167,6 +167,18 @@ def test_holes_in_a_vocabulary_are_shut_too():
     assert not any(token % 3 == 0 for c in done.values() for token in c.token_ids)
 
 
+def test_vllm_is_given_a_model_without_the_ids_that_have_no_token():
+    from agents.engines.vllm import spoken_rows
+
+    model = small("Qwen3", tie_word_embeddings=False)
+    assert spoken_rows(model) == (97, {"model.embed_tokens.weight", "lm_head.weight"})
+    limit_vocabulary(model, range(90))
+    assert spoken_rows(model)[0] == 90
+    limit_vocabulary(model, [*range(40), *range(41, 90)])
+    with pytest.raises(AtodError, match="1 ids without a token between others"):
+        spoken_rows(model)
+
+
 def test_the_smaller_vocabulary_is_the_support_of_both(tokenizer):
     n = len(tokenizer)
     student, teacher = small("Qwen3", vocab_size=n + 5), small("Qwen3", vocab_size=n - 7)
