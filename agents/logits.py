@@ -26,6 +26,8 @@ _PROBE_LENGTHS = (7, 19)
 _TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 8e-2}
 """Largest error of the probe's logits, as a share of their spread; float32 below."""
 _TOLERANCE_FLOAT32 = 5e-4
+_WINDOWS = ("sliding_window", "attention_window", "attention_window_size", "window_size", "attention_chunk_size")
+"""What configurations call the number of positions that a layer looks back."""
 _MISSING = "atod_missing_ids"
 
 
@@ -119,7 +121,8 @@ def attends_fully(model: Any, length: int | None = None) -> bool:
     """Whether every layer attends to the whole context, as far as the configuration says; up to ``length`` positions if given."""
     config = text_config(model)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None)
+    windows = [getattr(config, name, None) for name in _WINDOWS]
+    window = min((int(width) for width in windows if isinstance(width, int) and width > 0), default=0)
     if not getattr(config, "layer_types", None) and window:
         kinds = {"sliding_attention"}
     if length is not None and window and window >= length:
