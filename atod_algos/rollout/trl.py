@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import gymnasium as gym
 
-from agents.chat import ChatFormat
+from agents.chat import CHAT_DATE, ChatFormat, ThinkingMode
 from agents.engines.transformers import TransformersEngine
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout, derive_seed
 from atod_envs.integrations.rows import single_row
@@ -41,6 +41,8 @@ class TRLRollout:
         max_tokens: longest response of a turn. TRL's ``max_completion_length`` does not apply to a ``rollout_func``.
         max_context: longest episode in tokens; ``None`` takes the model's own limit.
         concurrency: episodes that run at the same time.
+        thinking: what the chat template is asked for; one sequence an episode holds thoughts that stay, so 'off' or 'keep'.
+        chat_date: what templates that tell the date are told.
         **options: of the environment.
 
     Attributes:
@@ -55,8 +57,15 @@ class TRLRollout:
         max_tokens: int,
         max_context: int | None = None,
         concurrency: int = 64,
+        thinking: ThinkingMode = "off",
+        chat_date: str = CHAT_DATE,
         **options: Any,
     ) -> None:
+        if thinking == "on":
+            raise ValueError(
+                "thinking='on' drops thoughts that TRL's one sequence an episode must hold; give 'keep' or 'off'"
+            )
+
         def make() -> gym.Env[str, str]:
             return gym.make(env_id, **options)
 
@@ -65,6 +74,7 @@ class TRLRollout:
         self.tasks = first.tasks
         self.style = as_conversation(first.prompt_styles()[style] if isinstance(style, str) else style)
         self.max_tokens, self.max_context, self.concurrency = max_tokens, max_context, concurrency
+        self.thinking, self.chat_date = thinking, chat_date
         self.trajectories: list[Trajectory] = []
         self._calls: Counter[tuple[bool, int]] = Counter()
 
@@ -96,7 +106,7 @@ class TRLRollout:
             gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
         ) as model:
             tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-            chat = ChatFormat(tokenizer, model=model)
+            chat = ChatFormat(tokenizer, model=model, thinking=self.thinking, date=self.chat_date)
             engine = TransformersEngine(model, slots=min(self.concurrency, len(specs)), max_context=self.max_context)
             engine.version = step
             rollout = Rollout(
