@@ -21,6 +21,7 @@ EXPERTS = {
     "webshop": "atod_envs.webshop.expert:WebShopExpert",
     "searchqa": "atod_envs.searchqa.expert:SearchQAExpert",
     "textcraft": "atod_envs.textcraft.expert:TextCraftExpert",
+    "scienceworld": "atod_envs.scienceworld.expert:ScienceWorldExpert",
 }
 """Environment key -> scripted expert."""
 

@@ -18,8 +18,21 @@ ENVIRONMENTS = {
     "atod/WebShop-v0": "atod_envs.webshop.env:WebShopEnv",
     "atod/SearchQA-v0": "atod_envs.searchqa.env:SearchQAEnv",
     "atod/TextCraft-v0": "atod_envs.textcraft.env:TextCraftEnv",
+    "atod/ScienceWorld-v0": "atod_envs.scienceworld.env:ScienceWorldEnv",
 }
 """Registered id -> entry point."""
+
+REQUIRES = {"atod/ScienceWorld-v0": "scienceworld"}
+"""Registered id -> the package without which it cannot be played; the others need nothing."""
+
+
+def playable() -> tuple[str, ...]:
+    """The environments whose packages are installed."""
+    from importlib.metadata import Distribution
+
+    return tuple(
+        env_id for env_id in ENVIRONMENTS if env_id not in REQUIRES or any(Distribution.discover(name=REQUIRES[env_id]))
+    )
 
 
 def register() -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -127,17 +128,15 @@ def prompted(env: gym.Env[str, str], style: str | PromptStyle = "atod") -> Promp
 def matches_admissible(action: str, admissible: Sequence[str]) -> bool:
     """Whether an action is listed, or fits a listed pattern such as ``search[<your query>]``.
 
-    A pattern holds one slot, which any non-empty text fills: ``...`` as in ``<search>...</search>``, else ``<...>``.
+    Any non-empty text fills a slot: ``...`` as in ``<search>...</search>``, else every ``<...>``.
     """
     if action in admissible:
         return True
     for pattern in admissible:
-        before, opened, after = pattern.partition("...")
-        closed = opened
-        if not opened:
-            before, opened, rest = pattern.partition("<")
-            _, closed, after = rest.partition(">")
-        fits = action.startswith(before) and action.endswith(after) and len(action) > len(before) + len(after)
-        if opened and closed and fits:
+        parts = pattern.split("...", 1) if "..." in pattern else _SLOT.split(pattern)
+        if len(parts) > 1 and re.fullmatch(".+".join(map(re.escape, parts)), action, re.DOTALL):
             return True
     return False
+
+
+_SLOT = re.compile(r"<[^>]*>")

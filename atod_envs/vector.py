@@ -355,3 +355,8 @@ def make_searchqa(num_envs: int = 1, **kwargs: Any) -> TextVectorEnv:
 def make_textcraft(num_envs: int = 1, **kwargs: Any) -> TextVectorEnv:
     """Entry point of ``gym.make_vec("atod/TextCraft-v0", ...)``."""
     return TextVectorEnv("atod/TextCraft-v0", num_envs, **kwargs)
+
+
+def make_scienceworld(num_envs: int = 1, **kwargs: Any) -> TextVectorEnv:
+    """Entry point of ``gym.make_vec("atod/ScienceWorld-v0", ...)``."""
+    return TextVectorEnv("atod/ScienceWorld-v0", num_envs, **kwargs)

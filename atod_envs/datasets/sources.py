@@ -49,7 +49,7 @@ class Dataset:
 
     Attributes:
         env_id: registered id of the environment.
-        variable: environment variable that names the data folder.
+        variable: environment variable that names the data folder; empty where a package is all there is.
         bundles: what can be downloaded, by name; the first is the default. None where a Python package brings the data.
         builtin: what is played where there is no data.
         extra: the extra of this project whose package brings the official data.
@@ -142,7 +142,8 @@ DATASETS: Mapping[str, Dataset] = MappingProxyType(
             },
             "a generated encyclopedia of 3,300 passages",
         ),
-        "textcraft": Dataset("atod/TextCraft-v0", "TEXTCRAFT_DATA", {}, "1,128 generated recipes", extra="textcraft"),
+        "textcraft": Dataset("atod/TextCraft-v0", "TEXTCRAFT_DATA", {}, "1,152 generated recipes", extra="textcraft"),
+        "scienceworld": Dataset("atod/ScienceWorld-v0", "", {}, "7,207 variations of 30 tasks", extra="scienceworld"),
     }
 )
 """By the environments' own prefix. Sizes are rounded from the publishers' pages."""

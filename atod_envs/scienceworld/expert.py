@@ -1,0 +1,57 @@
+"""The simulator's own solution of a task, as an expert.
+
+It does not look at what happens: after actions of anybody else it goes on with the first of its own that has not been done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from .env import ScienceWorldEnv
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What to do, and why in a few words."""
+
+    action: str
+    thought: str
+
+
+class ScienceWorldExpert:
+    """Plays the gold actions of the environment's present task.
+
+    Args:
+        env: the environment.
+    """
+
+    def __init__(self, env: ScienceWorldEnv) -> None:
+        self._env = env
+        self._gold: tuple[str, ...] = ()
+        self._done = 0
+
+    @classmethod
+    def for_env(cls, env: ScienceWorldEnv, *, brief: bool = False) -> Self:
+        """The expert of an environment."""
+        del brief
+        return cls(env)
+
+    def reset(self, task: str, observation: str, admissible: Sequence[str]) -> None:
+        """Begin an episode: look its solution up."""
+        self._gold, self._done = self._env.gold_actions(), 0
+
+    def observe(self, action: str, observation: str, admissible: Sequence[str] = ()) -> None:
+        """Take note of an action, anybody's."""
+        if self._done < len(self._gold) and action == self._gold[self._done]:
+            self._done += 1
+
+    def act(self, observation: str, admissible: Sequence[str]) -> Move:
+        """The next action of the solution; it looks around when there is none left."""
+        if observation.startswith("Ambiguous request"):
+            return Move("0", "the first of them")
+        if self._done < len(self._gold):
+            return Move(self._gold[self._done], f"step {self._done + 1} of the solution")
+        return Move("look around", "the solution has been played")
