@@ -36,7 +36,8 @@ with needed_imports("serve", __name__):
     from starlette.responses import Response
     from starlette.routing import Route
 
-    from atod_envs.http.server import Access, HttpLimits, HttpServer, make_app, server_of
+    from atod_envs.http.guard import Access, HttpLimits, make_app
+    from atod_envs.http.server import HttpServer, server_of
 
 LIMITS = HttpLimits(connections=256, body_bytes=8 << 20)
 """What one server gives to its clients."""

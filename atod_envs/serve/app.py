@@ -25,7 +25,8 @@ with needed_imports("serve", __name__):
     from starlette.routing import Route, WebSocketRoute
     from starlette.websockets import WebSocket, WebSocketDisconnect
 
-    from atod_envs.http.server import Access, HttpLimits, Server, listen, make_app, server_of
+    from atod_envs.http.guard import Access, HttpLimits, make_app
+    from atod_envs.http.server import Server, listen, server_of
 
 __all__ = ["listen", "make_server"]
 

@@ -38,7 +38,8 @@ with needed_imports("serve", __name__):
     from starlette.responses import RedirectResponse, Response
     from starlette.routing import Route
 
-    from atod_envs.http.server import Access, HttpLimits, HttpServer, make_app, server_of
+    from atod_envs.http.guard import Access, HttpLimits, make_app
+    from atod_envs.http.server import HttpServer, server_of
 
 MOST_VISITS = 256
 """Visits that are kept; older ones are forgotten."""

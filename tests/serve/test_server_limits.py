@@ -18,7 +18,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from wire import any_server, get, head_of, post, read, send, serving
 
-from atod_envs.http.server import Access, HttpLimits, HttpServer, make_app, server_of
+from atod_envs.http.guard import Access, HttpLimits, make_app
+from atod_envs.http.server import HttpServer, server_of
 from atod_envs.retrieval.batching import Batcher
 from atod_envs.retrieval.protocol import Passage
 from atod_envs.serve.app import CALLS_UNDER_WAY, make_server
