@@ -1,4 +1,4 @@
-"""Rollouts that run ahead: while step s is learned, the episodes of later steps are already being played.
+"""Asynchronous rollout: while step s is learned, the episodes of later steps are already being played.
 
 With a staleness of k, step s learns from episodes that the weights after step max(0, s - 1 - k) played: always exactly those, however
 fast either side happens to be. So the results do not depend on timing, and a checkpoint that holds the weights of the last k steps
@@ -56,7 +56,7 @@ def version_of(step: int, staleness: int) -> int:
     return max(0, step - 1 - staleness)
 
 
-class Ahead(Generic[Played]):
+class AsyncRollout(Generic[Played]):
     """Plays the episodes of later steps in a thread of its own.
 
     Args:

@@ -107,7 +107,7 @@ class Rollout:
         self.agent, self.agent_waits, self.seed_of_turn = agent, agent_waits, seed_of_turn
         self.threads = ThreadPoolExecutor(concurrency if agent_waits else _THREADS, thread_name_prefix="env")
         self._make_env, self._style = make_env, style
-        self._idle: list[RecordTurns] = []
+        self.idle: list[RecordTurns] = []
 
     def play(
         self,
@@ -144,14 +144,14 @@ class Rollout:
     def close(self) -> None:
         """Close the environments; the engine stays."""
         self.threads.shutdown(wait=self.agent_waits, cancel_futures=True)
-        for env in self._idle:
+        for env in self.idle:
             env.close()
-        self._idle.clear()
+        self.idle.clear()
 
     def take_env(self, limits: RolloutLimits) -> RecordTurns:
         """An environment that plays no episode at present, under these limits."""
-        if self._idle:
-            env = self._idle.pop()
+        if self.idle:
+            env = self.idle.pop()
         else:
             raw = self._make_env()
             env = RecordTurns(raw if self._style is None else Prompted(raw, self._style))
@@ -159,10 +159,6 @@ class Rollout:
         own = text_env.configured_max_turns
         text_env.max_turns = own if limits.max_turns is None else min(own, limits.max_turns)
         return env
-
-    def give_env_back(self, env: RecordTurns) -> None:
-        """Its episode has ended."""
-        self._idle.append(env)
 
 
 @dataclass(slots=True)
@@ -356,7 +352,7 @@ class _Play:
 
     def _end(self, episode: _Episode, trajectory: Trajectory) -> None:
         self.finished[episode.index] = trajectory
-        self.rollout.give_env_back(episode.env)
+        self.rollout.idle.append(episode.env)
         self._tell(trajectory)
 
     def _give_up(self, episode: _Episode, response: str, error: Exception) -> None:

@@ -6,7 +6,7 @@ the next, so a resumed run plays what an uninterrupted one would have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from atod_algos.algorithm import Algorithm
 from atod_algos.batch import make_batch
@@ -94,6 +94,24 @@ class StepSampler:
             "sampling/informative_groups": len(kept) / len(played),
             "sampling/success": sum(trajectory.success for trajectory in episodes) / len(episodes),
         }
+
+
+def solved_at_least_once(groups: Sequence[Group], sft: str) -> str:
+    """What a student can do before it has learned anything: how many tasks it solves at least once in k tries (pass@k).
+
+    Args:
+        groups: the first step's attempts, each at one task, played whole and chosen by nothing.
+        sft: a command that trains the student on demonstrations first.
+
+    Returns:
+        One sentence; where nothing was solved it says that reward has nothing to say, and names the command.
+    """
+    solved = sum(any(trajectory.success for trajectory in group.trajectories) for group in groups)
+    tries = max(len(group.trajectories) for group in groups)
+    line = f"before training the student solves {solved} of {len(groups)} tasks at least once in {tries} tries (pass@{tries})"
+    if solved:
+        return line
+    return f"{line}: reward has nothing to say to it; train it on demonstrations first: {sft}"
 
 
 def _counter(tell: Callable[[str], None], head: str, total: int) -> Callable[[int], None]:

@@ -72,6 +72,10 @@ class Progress:
         self._phase = text
         self._refresh()
 
+    def note(self, text: str) -> None:
+        """Say something that stays."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step has ended."""
         now = time.monotonic()

@@ -20,7 +20,7 @@ import torch
 
 from agents.logits import limit_vocabulary, usable_ids
 from agents.models import LoadedModel, load_model
-from atod_algos.algorithm import Advantages, Algorithm
+from atod_algos.algorithm import Advantages, Algorithm, RolloutLimits
 from atod_algos.batch import Scores, TokenBatch, make_batch
 from atod_algos.evaluate import Evaluation, evaluate
 from atod_algos.learner import distributed, memory
@@ -29,12 +29,18 @@ from atod_algos.learner.lora import add_adapters, merged_weights
 from atod_algos.learner.loss import TeacherTokens
 from atod_algos.learner.memory import bytes_per_token
 from atod_algos.metrics import sampler_metrics, step_metrics, turn_table
-from atod_algos.rollout.async_rollout import IMPORTANCE_CAP, Ahead, correction_metrics, importance_weights, version_of
+from atod_algos.rollout.async_rollout import (
+    IMPORTANCE_CAP,
+    AsyncRollout,
+    correction_metrics,
+    importance_weights,
+    version_of,
+)
 from atod_algos.rollout.environments import describe
 from atod_algos.rollout.episodes import Play, derive_seed
 from atod_algos.rollout.layouts import choose_layout
 from atod_algos.rollout.pools import RankPool, RolloutPool, device_of, dtype_of, local_pool, make_pool
-from atod_algos.rollout.task_sampler import StepSampler
+from atod_algos.rollout.task_sampler import StepSampler, solved_at_least_once
 from atod_algos.teachers.local import LocalScorer, StepScorer
 from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint
 from atod_algos.training.config import RunConfig, storage_of
@@ -91,7 +97,7 @@ class Trainer:
         self.chat = self.student.chat(config.thinking, config.chat_date)
         self.style, self.rows = choose_layout(config.layout, self.facts.style, self.chat)
         self.pool = make_pool(config, self.world, self.style, policy, self.chat)
-        self.ahead: Ahead[tuple[list[Group], dict[str, float]]] | None = None
+        self.async_rollout: AsyncRollout[tuple[list[Group], dict[str, float]]] | None = None
         self._stale: dict[int, Any] = {}
         self.step = 0
         self.best: dict[str, float] = {"success": -1.0, "step": 0}
@@ -121,15 +127,15 @@ class Trainer:
         steps = config.steps
         self.run.begin(self.step)
         if config.staleness:
-            self.ahead = Ahead(config.staleness, steps, self._play, torch.get_num_threads())
-            self.ahead.begin(self.step, dict(merged_weights(self.student.model)), self._stale)
+            self.async_rollout = AsyncRollout(config.staleness, steps, self._play, torch.get_num_threads())
+            self.async_rollout.begin(self.step, dict(merged_weights(self.student.model)), self._stale)
         if self.step == 0:
             self._validate(progress)
         for step in range(self.step + 1, steps + 1):
             metrics = self._train_step(step, progress)
             self.step = step
-            if self.ahead is not None:
-                self.ahead.learned(step, dict(merged_weights(self.student.model)))
+            if self.async_rollout is not None:
+                self.async_rollout.learned(step, dict(merged_weights(self.student.model)))
             if config.eval_every and (step % config.eval_every == 0 or step == steps):
                 metrics |= self._validate(progress)
             self.run.log(step, metrics)
@@ -145,13 +151,16 @@ class Trainer:
         seed = derive_seed(config.seed, "step", step)
         torch.manual_seed(seed)
         clock = _Clock(self.device)
-        if self.ahead is not None:
+        if self.async_rollout is not None:
             progress.phase("waiting for episodes")
-            groups, sampling = self.ahead.take(step)
+            groups, sampling = self.async_rollout.take(step)
         else:
             self._sync(step - 1)
             groups, sampling = self.sampler.play(step, algorithm, self._training(), progress.phase)
             self.pool.rest()
+        if step == 1 and algorithm.limits(step) == RolloutLimits():
+            start = f"atod train sft --student {config.student} --out FOLDER --env {config.env}"
+            progress.note(solved_at_least_once(groups, start))
         batch = make_batch(groups, self.rows)
         clock.lap("rollout")
         progress.phase("scoring")
@@ -204,7 +213,7 @@ class Trainer:
     def _play(
         self, step: int, version: int, weights: Mapping[str, torch.Tensor], ask: Callable[[], None]
     ) -> tuple[list[Group], dict[str, float]]:
-        """Play a step's episodes with older weights, in the thread that plays ahead."""
+        """Play a step's episodes with older weights, in the thread of the asynchronous rollout."""
         self._sync(version, weights)
         return self.sampler.play(step, self.algorithm, self._training(), lambda _: ask())
 
@@ -246,7 +255,7 @@ class Trainer:
             self._sync(self.step)
             return self.evaluate_on(self.pool, self.splits[1], self.config.eval_tasks, progress)
 
-        result = work() if self.ahead is None else self.ahead.call(work)
+        result = work() if self.async_rollout is None else self.async_rollout.call(work)
         if result.success > self.best["success"]:
             self.best = {"success": result.success, "step": float(self.step)}
             self._save("best")
@@ -313,7 +322,7 @@ class Trainer:
             "algorithm": self.algorithm.name,
             "data": self.facts.data_version,
         }
-        stale = {} if self.ahead is None else self.ahead.kept_weights(self.step)
+        stale = {} if self.async_rollout is None else self.async_rollout.kept_weights(self.step)
         return save_checkpoint(
             self.run.checkpoints,
             name,
@@ -349,8 +358,8 @@ class Trainer:
 
     def close(self) -> None:
         """Close environments and files."""
-        if self.ahead is not None:
-            self.ahead.close()
+        if self.async_rollout is not None:
+            self.async_rollout.close()
         self.pool.close()
         self.run.close()
 

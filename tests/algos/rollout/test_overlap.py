@@ -14,7 +14,7 @@ from toyworld import TOY
 
 from atod_algos.atod import ATOD
 from atod_algos.grpo import GRPO
-from atod_algos.rollout.async_rollout import Ahead, correction_metrics, importance_weights, version_of
+from atod_algos.rollout.async_rollout import AsyncRollout, correction_metrics, importance_weights, version_of
 from atod_algos.training.cli import main
 from atod_envs.trajectory import read_jsonl
 
@@ -38,7 +38,7 @@ def test_every_step_is_played_once_by_the_weights_that_are_promised(staleness, s
 
     kept, done = {}, 0
     for last in (min(killed_after, steps), steps):
-        ahead = Ahead(staleness, steps, play, 1)
+        ahead = AsyncRollout(staleness, steps, play, 1)
         ahead.begin(done, weights_of(done), kept)
         for step in range(done + 1, last + 1):
             assert ahead.take(step) == step
@@ -56,7 +56,7 @@ def test_the_next_step_is_played_while_one_is_learned():
         started[step].set()
         return step
 
-    ahead = Ahead(1, 5, play, 1)
+    ahead = AsyncRollout(1, 5, play, 1)
     ahead.begin(0, weights_of(0), {})
     assert ahead.take(1) == 1
     assert started[2].wait(60)  # while step 1 is learned: both are played by the first weights
@@ -71,7 +71,7 @@ def test_what_fails_while_playing_is_raised_where_it_is_waited_for():
     def play(step, version, weights, ask):
         raise ValueError("the kitchen is on fire")
 
-    ahead = Ahead(1, 3, play, 1)
+    ahead = AsyncRollout(1, 3, play, 1)
     ahead.begin(0, weights_of(0), {})
     with pytest.raises(ValueError, match="kitchen"):
         ahead.take(1)
@@ -84,7 +84,7 @@ def test_closing_gives_up_what_is_being_played():
             ask()
             time.sleep(0.01)
 
-    ahead = Ahead(1, 3, play, 1)
+    ahead = AsyncRollout(1, 3, play, 1)
     ahead.begin(0, weights_of(0), {})
     ahead.close()  # would never return
 

@@ -23,6 +23,7 @@ from atod_algos.sod import SOD
 from atod_algos.tcod import TCOD
 from atod_algos.training.cli import main, with_rules
 from atod_algos.training.config import TrainConfig, resolve
+from atod_envs.trajectory import read_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -332,3 +333,26 @@ def test_the_final_report_of_a_model_that_one_engine_alone_runs(options, tmp_pat
     tables = [json.loads((run / "result.json").read_text())["table"] for run in (plain, other)]
     assert list(tables[0]) == ["before", "last (step 2)", next(name for name in tables[0] if "best" in name), "teacher"]
     assert tables[0] == tables[1], "the same policies, whoever plays them"
+
+
+def test_before_learning_a_line_says_what_the_student_can_do(options, tokenizer, tmp_path, capsys):
+    command = [*options, "--steps", "1", "--eval-every", "0"]
+    main(GRPO, [*command, "--run", str(tmp_path / "able")])
+    said = capsys.readouterr().out
+    (step,) = read_jsonl_groups(tmp_path / "able")
+    assert f"solves {step} of 4 tasks at least once in 4 tries (pass@4)" in said and step > 0
+    assert "reward has nothing to say" not in said
+    small_model(tokenizer, 9).save_pretrained(tmp_path / "mute")
+    tokenizer.save_pretrained(tmp_path / "mute")
+    main(GRPO, [*command, "--run", str(tmp_path / "unable"), "--student", str(tmp_path / "mute")])
+    said = capsys.readouterr().out
+    assert "solves 0 of 4 tasks at least once in 4 tries (pass@4): reward has nothing to say" in said
+    assert f"atod train sft --student {tmp_path / 'mute'} --out FOLDER" in said
+    main(TCOD, [*command, "--run", str(tmp_path / "cut")])
+    assert "pass@" not in capsys.readouterr().out, "cut episodes say nothing about the student"
+
+
+def read_jsonl_groups(run):
+    """Of each stored step, how many groups hold a solved episode."""
+    for path in sorted((run / "trajectories").glob("*.gz")):
+        yield len({t.group_id for t in read_jsonl(path) if t.success})
