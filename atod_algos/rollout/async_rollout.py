@@ -56,6 +56,25 @@ def version_of(step: int, staleness: int) -> int:
     return max(0, step - 1 - staleness)
 
 
+def correct(
+    advantage_M: np.ndarray, old_M: np.ndarray, sampler_M: np.ndarray, *, step: int, staleness: int
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Advantages of a step's tokens, weighted where older weights sampled them, and the numbers that say so.
+
+    Args:
+        advantage_M: advantages.
+        old_M: log-probs under the weights that learn, before the step.
+        sampler_M: log-probs that the tokens were sampled with.
+        step: training step, from 1.
+        staleness: of the run; at 0 nothing is weighted.
+    """
+    if not staleness:
+        return advantage_M, {}
+    weight_M = importance_weights(old_M, sampler_M, IMPORTANCE_CAP)
+    lag = step - 1 - version_of(step, staleness)
+    return advantage_M * weight_M, correction_metrics(weight_M, IMPORTANCE_CAP, lag)
+
+
 class AsyncRollout(Generic[Played]):
     """Plays the episodes of later steps in a thread of its own.
 

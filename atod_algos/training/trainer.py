@@ -29,13 +29,7 @@ from atod_algos.learner.lora import add_adapters, merged_weights
 from atod_algos.learner.loss import TeacherTokens
 from atod_algos.learner.memory import bytes_per_token
 from atod_algos.metrics import sampler_metrics, step_metrics, turn_table
-from atod_algos.rollout.async_rollout import (
-    IMPORTANCE_CAP,
-    AsyncRollout,
-    correction_metrics,
-    importance_weights,
-    version_of,
-)
+from atod_algos.rollout.async_rollout import AsyncRollout, correct
 from atod_algos.rollout.environments import describe
 from atod_algos.rollout.episodes import Play, derive_seed
 from atod_algos.rollout.layouts import choose_layout
@@ -171,7 +165,9 @@ class Trainer:
         advantage_M = advantages.token_M
         if divergence is not None:
             advantage_M = np.zeros(batch.n_tokens) if advantages.reward_M is None else advantages.reward_M
-        advantage_M, corrected = self._corrected(step, batch, scores, advantage_M)
+        advantage_M, corrected = correct(
+            advantage_M, scores.student_M, batch.sampler_logprobs_M, step=step, staleness=config.staleness
+        )
         clock.lap("advantage")
         progress.phase("update")
         update = self.learner.update(
@@ -216,17 +212,6 @@ class Trainer:
         """Play a step's episodes with older weights, in the thread of the asynchronous rollout."""
         self._sync(version, weights)
         return self.sampler.play(step, self.algorithm, self._training(), lambda _: ask())
-
-    def _corrected(
-        self, step: int, batch: TokenBatch, scores: Scores, advantage_M: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, float]]:
-        """Advantages, weighted where older weights played."""
-        config = self.config
-        if not config.staleness:
-            return advantage_M, {}
-        weight_M = importance_weights(scores.student_M, batch.sampler_logprobs_M, IMPORTANCE_CAP)
-        lag = step - 1 - version_of(step, config.staleness)
-        return advantage_M * weight_M, correction_metrics(weight_M, IMPORTANCE_CAP, lag)
 
     def _divergence(self, scores: Scores, advantages: Advantages) -> DivergenceTerm | None:
         """The teacher's term as a loss, under ``--gap exact``."""
