@@ -26,7 +26,7 @@ from atod_algos.evaluate.paired_command import show_comparison
 from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, sampling_of, settings_of
 from atod_algos.evaluate.worker import EvaluationWorker
 from atod_algos.training.console import result_table
-from atod_algos.training.run_dir import replace_text, versions
+from atod_algos.training.run_dir import read_settings, replace_text, versions
 from atod_envs.errors import AtodError
 from atod_envs.options import program
 from atod_envs.trajectory import read_jsonl, write_jsonl
@@ -103,7 +103,7 @@ def _open(out: Path, settings: Mapping[str, Any]) -> None:
     try:
         (out / "episodes").mkdir(parents=True, exist_ok=True)
         if path.exists():
-            known = json.loads(path.read_text())["settings"]
+            known = read_settings(out)
             changed = next((name for name in settings if known.get(name) != settings[name]), None)
             if changed:
                 raise AtodError(

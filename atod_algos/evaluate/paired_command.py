@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from atod_algos.evaluate import Comparison, Evaluation, compare
 from atod_algos.evaluate.settings import episodes_path
+from atod_algos.training.run_dir import read_settings
 from atod_envs.errors import AtodError, DataError
 from atod_envs.trajectory import read_jsonl
 
@@ -22,12 +22,16 @@ def load_evaluation(folder: Path) -> dict[str, Evaluation]:
     """
     if not (folder / "result.json").is_file():
         raise DataError(f"{folder} holds no finished evaluation (no result.json); run the evaluation to its end first")
-    settings = json.loads((folder / "config.json").read_text())["settings"]
+    settings = read_settings(folder)
+    try:
+        names, seeds = [str(panel["name"]) for panel in settings["panels"]], [int(seed) for seed in settings["seeds"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{folder / 'config.json'}: expected the panels and seeds of an evaluation ({error!r})"
+        ) from error
     return {
-        panel["name"]: Evaluation(
-            tuple(t for seed in settings["seeds"] for t in read_jsonl(episodes_path(folder, panel["name"], seed)))
-        )
-        for panel in settings["panels"]
+        name: Evaluation(tuple(t for seed in seeds for t in read_jsonl(episodes_path(folder, name, seed))))
+        for name in names
     }
 
 

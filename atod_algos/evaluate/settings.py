@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,12 +156,13 @@ def sampling_of(config: EvaluateConfig) -> Sampling:
             raise AtodError(f"--{given[0].replace('_', '-')} means nothing for --agent {config.agent}; leave it out")
         return Sampling(option=config.option, max_turns=config.max_turns)
     from atod_algos.training.config import TrainConfig, resolve
+    from atod_algos.training.run_dir import read_settings
 
     source = Path(config.agent).expanduser().parent.parent / "config.json"
     student = "builtin" if config.agent.startswith("builtin") else config.agent
     profile = dataclasses.asdict(resolve(TrainConfig(env=config.env, student=student)))
     if source.is_file() and source.parent.joinpath("metrics.jsonl").exists():
-        profile |= json.loads(source.read_text())["settings"]["train"]
+        profile |= read_settings(source.parent, "train")["train"]
     profile = {**profile, "temperature": profile["eval_temperature"]}
     if config.agent.startswith("api:"):
         profile |= dict.fromkeys(("max_context", "thinking", "chat_date"))  # the server knows its own

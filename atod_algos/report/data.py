@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from atod_algos.evaluate.settings import episodes_path
+from atod_algos.training.run_dir import read_metrics, read_object
 from atod_envs.errors import DataError
 from atod_envs.trajectory import Trajectory, read_jsonl
 
@@ -232,41 +233,39 @@ def read_run(path: Path) -> Run:
     Raises:
         DataError: it is neither; says what was looked for.
     """
-    config = path / "config.json"
-    known = _json(config) if config.is_file() else {}
+    known = read_object(path / "config.json", "restore it", settings=dict) if (path / "config.json").is_file() else {}
     settings = known.get("settings", {})
     kind = Run if "algorithm" in settings else StoredEvaluation if "panels" in settings else None
     if kind is None:
         raise DataError(f"{path} is not a run's folder, nor an evaluation's: no config.json of either in it")
-    metrics = []
-    if (path / "metrics.jsonl").exists():
-        for line in (path / "metrics.jsonl").read_text().splitlines():
-            try:
-                metrics.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # the line that is being written
+    metrics = read_metrics(path)
     result = path / "result.json"
-    return kind(path, settings, known["versions"], metrics, _json(result) if result.exists() else None)
+    return kind(
+        path,
+        settings,
+        known.get("versions", {}),
+        metrics,
+        read_object(result, "restore or delete it") if result.exists() else None,
+    )
 
 
 def read_episodes(path: Path) -> list[Trajectory]:
-    """Stored episodes; none if the file is not complete yet."""
+    """Stored episodes; none if the file is the newest of its kind and not complete yet.
+
+    Raises:
+        DataError: an older file is broken.
+    """
     try:
         return list(read_jsonl(path))
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        return []
+    except (EOFError, zlib.error, gzip.BadGzipFile, DataError) as error:
+        if path == max(path.parent.glob("*.jsonl.gz")):
+            return []
+        raise DataError(f"{path} is broken ({error}); restore or delete it") from error
 
 
 def read_packed(path: Path) -> dict[str, list[Any]] | None:
     """A compressed JSON file, or None where it is missing or not complete yet."""
     try:
         return dict(json.loads(gzip.decompress(path.read_bytes())))
-    except (FileNotFoundError, EOFError, ValueError, zlib.error, gzip.BadGzipFile):
+    except (FileNotFoundError, EOFError, ValueError, TypeError, RecursionError, zlib.error, gzip.BadGzipFile):
         return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error})") from error

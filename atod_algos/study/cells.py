@@ -12,11 +12,9 @@ cells that the other does not hold.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,8 @@ from atod_algos.study import METHODS, Method, World
 from atod_algos.training.cli import with_rules
 from atod_algos.training.config import RunConfig, TrainConfig, resolve
 from atod_algos.training.presets import fit_algorithm, preset_config, require_teacher
-from atod_algos.training.run_dir import replace_text, versions
-from atod_envs.errors import AtodError, DataError
-
-
-class Busy(Exception):
-    """Another process holds the cell."""
+from atod_algos.training.run_dir import held, read_metrics, read_object, replace_text, versions
+from atod_envs.errors import AtodError
 
 
 def algorithm_of(method: Method, world: World, rules: str) -> Any:
@@ -111,7 +105,7 @@ def finish_cell(
                 f"{folder} was trained with learning rate {known['lr']:g}, but now it is {lr:g}; give the same --lrs, or another --out"
             )
         return known
-    with _held(folder):
+    with held(folder):
         started = time.time()
         cell: dict[str, Any] = {"world": world.name, "method": method.name, "seed": seed, "versions": versions()}
         if method.algorithm:
@@ -180,19 +174,13 @@ def tune(study: Path, method: Method, world: World, rules: str, seed: int, lrs: 
         folder = study / world.name / "tuning" / method.name / f"lr{lr:g}"
         done = folder / "tuned.json"
         if not done.exists():
-            with _held(folder):
+            with held(folder):
                 train_cell(folder, method, world, rules, seed, lr)
                 values = [row["val/success_rate"] for row in read_metrics(folder) if "val/success_rate" in row]
                 late = values[len(values) // 2 :]
                 replace_text(done, json.dumps({"lr": lr, "validation": values, "score": sum(late) / len(late)}) + "\n")
-        found[lr] = json.loads(done.read_text())["score"]
+        found[lr] = read_object(done, "delete it to choose again", score=float)["score"]
     return max(found, key=lambda lr: found[lr])
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """All logged steps of a run."""
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def read_cell(folder: Path) -> dict[str, Any] | None:
@@ -204,10 +192,7 @@ def read_cell(folder: Path) -> dict[str, Any] | None:
     path = folder / "cell.json"
     if not path.exists():
         return None
-    try:
-        cell = dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); delete it to evaluate the cell again") from error
+    cell = read_object(path, "delete it to evaluate the cell again")
     cell["folder"] = str(folder)
     return cell
 
@@ -217,18 +202,6 @@ def read_study(study: Path) -> list[dict[str, Any]]:
     cells = [cell for path in study.glob("*/*/seed*/cell.json") if (cell := read_cell(path.parent)) is not None]
     order = list(METHODS)
     return sorted(cells, key=lambda cell: (cell["world"], order.index(cell["method"]), cell["seed"]))
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a cell; the lock goes with the process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Busy(str(folder)) from error
-        yield
 
 
 def lrs_of(study: Path, world: World) -> Mapping[str, dict[str, float]]:

@@ -17,8 +17,8 @@ from rich.console import Console
 from atod_algos.evaluate.settings import held_out_splits
 from atod_algos.guard import guarded
 from atod_algos.study import METHODS, PRESETS, Method, Preset, World
-from atod_algos.study.cells import Busy, finish_cell, read_study, tune
-from atod_algos.training.run_dir import replace_text
+from atod_algos.study.cells import finish_cell, read_study, tune
+from atod_algos.training.run_dir import Busy, replace_text
 from atod_envs.errors import UnknownName
 from atod_envs.options import program
 

@@ -18,8 +18,8 @@ from atod_algos.evaluate import Evaluation, compare
 from atod_algos.evaluate.paired_command import load_evaluation
 from atod_algos.evaluate.statistics import Paired, t_interval, welch
 from atod_algos.study import ABLATIONS, METHODS, Preset
-from atod_algos.study.cells import lrs_of, read_metrics
-from atod_algos.training.run_dir import replace_text
+from atod_algos.study.cells import lrs_of
+from atod_algos.training.run_dir import read_metrics, replace_text
 
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]
 """Finished cells of one world by method, in the order of the table."""

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from atod_algos.learner import distributed
 from atod_algos.learner.lora import base_model, load_adapters
 from atod_algos.learner.optimizer import Updater
+from atod_algos.training.run_dir import read_object
 from atod_envs.errors import AtodError, DataError
 
 _STATE = "trainer_state.pt"
@@ -125,7 +127,14 @@ def load_checkpoint(
     from safetensors.torch import load_file
 
     try:
-        extra = json.loads((path / _DONE).read_text())
+        extra = read_object(
+            path / _DONE,
+            "delete the checkpoint to go back to an earlier one",
+            files=dict,
+            step=int,
+            best=dict,
+            data=str,
+        )
         for name, checksum in extra.pop("files").items():
             if _checksum(path / name) != checksum:
                 raise ValueError(f"{name} is not as it was written")
@@ -139,7 +148,18 @@ def load_checkpoint(
         weights: dict[str, torch.Tensor] = {}
         for file in sorted(path.glob("model*.safetensors")):
             weights |= load_file(file)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except DataError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        EOFError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
         raise DataError(
             f"{path} is not a complete checkpoint ({error}); delete it to go back to an earlier one"
         ) from error
@@ -223,13 +243,32 @@ def recover(folder: Path) -> None:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint of the highest step, or None."""
-    found = [path for path in folder.glob("step_*") if (path / _DONE).is_file()]
-    return max(found, key=lambda path: path.name, default=None)
+    return max(_complete(folder), key=step_of, default=None)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name tells; -1 for any other name."""
+    number = path.name.removeprefix("step_")
+    return int(number) if path.name.startswith("step_") and number.isdecimal() and number.isascii() else -1
+
+
+def strays(folder: Path) -> list[str]:
+    """Names in a run's checkpoint folder that no run writes, or that are not complete."""
+    known = {"best", *(path.name for path in _complete(folder))}
+    return sorted(path.name for path in folder.iterdir() if path.name not in known)
+
+
+def _complete(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step_*") if step_of(path) >= 0 and (path / _DONE).is_file()]
+    return sorted(found, key=step_of)
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` step checkpoints."""
-    for path in sorted(folder.glob("step_*"))[:-keep]:
+    """Delete all complete step checkpoints but the newest ``keep``, and what is left of older deletions."""
+    kept = _complete(folder)[-keep:]
+    for path in folder.glob("step_*"):
+        if not kept or not 0 <= step_of(path) < step_of(kept[0]):
+            continue
         # The list of files goes first: what is left of a deletion cut short is then no checkpoint.
         (path / _DONE).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import tyro
 
-from atod_algos.guard import fail, guarded
+from atod_algos.guard import Terminated, dies_at_once, exit_code, fail, guarded, sigterm_closes
 from atod_algos.training.config import GROUPS, RunConfig, RunOptions, TrainConfig, resolve
 from atod_algos.training.presets import fit_algorithm, preset_config, require_teacher
 from atod_envs.errors import AtodError, UnknownName
@@ -28,6 +29,8 @@ from atod_envs.options import program
 
 if TYPE_CHECKING:
     from atod_algos.algorithm import Algorithm
+    from atod_algos.training.console import Progress
+    from atod_algos.training.run_dir import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -172,12 +175,13 @@ def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if config.threads or config.student == "builtin":
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch
+    with dies_at_once():
+        import torch
 
-    from atod_algos.learner import distributed
-    from atod_algos.training.console import Progress, result_table
-    from atod_algos.training.run_dir import Onlooker, RunFolder
-    from atod_algos.training.trainer import Trainer, settings_of
+        from atod_algos.learner import distributed
+        from atod_algos.training.console import Progress, result_table
+        from atod_algos.training.run_dir import Onlooker, RunFolder, held
+        from atod_algos.training.trainer import settings_of
 
     if config.threads or (config.student == "builtin" and not torch.cuda.is_available()):
         torch.set_num_threads(config.threads or 1)
@@ -196,32 +200,9 @@ def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool 
         return None
     require_teacher(config, algorithm.scores)
     folder = Path(config.run or f"runs/{algorithm.name}-{config.env.split('/')[-1]}-seed{config.seed}")
-    run = Onlooker(folder) if quiet else RunFolder(folder, settings)
-    result: dict[str, Any] | None = distributed.from_first(run.result() if not quiet else None)
-    trainer = None
-    try:
-        if result is None or result["step"] < config.steps:
-            trainer = Trainer(config, algorithm, run)
-            done = trainer.resume()
-            if done:
-                progress.console.print(f"resuming {folder} after step {done}", highlight=False)
-            progress = Progress(
-                config.steps, f"{algorithm.name} on {config.env}, run folder {folder}", done + 1, quiet=quiet
-            )
-            with progress:
-                trainer.fit(progress)
-                table = trainer.report(progress)
-            result = {"step": trainer.step, "best": trainer.best, "panel": _panel_name(trainer), "table": table}
-            run.finish(result)
-    except KeyboardInterrupt:
-        step = trainer.step if trainer is not None else 0
-        fail(
-            f"interrupted after step {step}; run the same command again to go on from the last checkpoint in {folder}",
-            130,
-        )
-    finally:
-        if trainer is not None:
-            trainer.close()
+    with nullcontext() if quiet else held(folder), sigterm_closes():
+        run = Onlooker(folder) if quiet else RunFolder(folder, settings)
+        result = _finish(config, algorithm, run, progress)
     if result is None or quiet:
         return result
     progress.console.print(result_table(list(result["table"].items()), result["panel"]))
@@ -229,6 +210,41 @@ def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool 
         page = _report(folder, config)
     progress.console.print(f"run folder: {folder}", highlight=False)
     progress.console.print(f"every turn and why it was weighted: {page}", highlight=False, soft_wrap=True)
+    return result
+
+
+def _finish(config: RunConfig, algorithm: Algorithm, run: RunFolder, progress: Progress) -> dict[str, Any] | None:
+    """Train to the end of the run, from its last checkpoint if there is one; return the final table."""
+    from atod_algos.learner import distributed
+    from atod_algos.training.console import Progress
+    from atod_algos.training.trainer import Trainer
+
+    quiet = distributed.rank() > 0
+    result: dict[str, Any] | None = distributed.from_first(run.result() if not quiet else None)
+    if result is not None and result["step"] >= config.steps:
+        return result
+    trainer = None
+    try:
+        trainer = Trainer(config, algorithm, run)
+        done = trainer.resume()
+        if done:
+            progress.console.print(f"resuming {run.path} after step {done}", highlight=False)
+        title = f"{algorithm.name} on {config.env}, run folder {run.path}"
+        with Progress(config.steps, title, done + 1, quiet=quiet) as shown:
+            trainer.fit(shown)
+            table = trainer.report(shown)
+        result = {"step": trainer.step, "best": trainer.best, "panel": _panel_name(trainer), "table": table}
+        run.finish(result)
+    except KeyboardInterrupt as stop:
+        step = trainer.step if trainer is not None else 0
+        how = "ended by SIGTERM" if isinstance(stop, Terminated) else "interrupted"
+        fail(
+            f"{how} after step {step}; run the same command again to go on from the last checkpoint in {run.path}",
+            exit_code(stop),
+        )
+    finally:
+        if trainer is not None:
+            trainer.close()
     return result
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -88,7 +87,7 @@ class Progress:
                 highlight=False,
                 soft_wrap=True,
             )
-            sys.stdout.flush()
+            self.console.file.flush()
         self._refresh()
 
     def validation(self, step: int, success: float, n: int) -> None:

@@ -17,6 +17,7 @@ the process are dropped before they are written again.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import gzip
 import json
 import logging
@@ -29,7 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from atod_algos.training.config import TrainConfig
+from atod_envs import files
 from atod_envs.errors import AtodError, DataError
+from atod_envs.files import parse_json, read_text
 from atod_envs.trajectory import Trajectory, write_jsonl
 
 log = logging.getLogger(__name__)
@@ -57,6 +60,13 @@ _FIXED = {"importance_cap": 2.0}
 """Settings of earlier versions that have one value now."""
 
 
+_ADVICE = "restore the file, or delete the folder to begin again"
+
+
+class Busy(AtodError):
+    """Another process works in the folder."""
+
+
 class RunFolder:
     """Opens or creates a run's folder.
 
@@ -74,16 +84,16 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            known = self._read("config.json")
         except OSError as error:
             raise AtodError(
                 f"run folder {path} cannot be written: {error.strerror}; choose another with --run"
             ) from error
+        known = read_settings(path, "train", "algorithm") if (path / "config.json").exists() else None
         plain = json.loads(json.dumps(settings))
         # A run that ended before its first step (a slip in an option) binds nobody.
         begun = (path / "metrics.jsonl").exists() or any(self.checkpoints.iterdir())
         if known is not None and begun:
-            changed = _difference(_of_this_version(known["settings"]), plain)
+            changed = _difference(_of_this_version(known), plain)
             if changed:
                 name, old, new = changed
                 raise AtodError(
@@ -96,21 +106,19 @@ class RunFolder:
         self._wandb: Any = None
 
     def begin(self, step: int) -> None:
-        """Drop what was logged after ``step`` and open the event file.
+        """Drop what was logged after ``step`` and open the event file. What is missing of the steps before is said in one line.
 
         Raises:
             AtodError: Weights & Biases was asked for and is not installed.
+            DataError: the log is broken.
         """
-        metrics = self.path / "metrics.jsonl"
-        if metrics.exists():
-            kept = []
-            for line in metrics.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-                except (json.JSONDecodeError, KeyError):
-                    break  # the line that was being written when the process ended
-            replace_text(metrics, "".join(line + "\n" for line in kept))
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        if len(kept) < step:
+            log.warning(
+                "%s lacks %d of the %d steps before this one", self.path / "metrics.jsonl", step - len(kept), step
+            )
+        if kept or (self.path / "metrics.jsonl").exists():
+            replace_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         self._begin_wandb()
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -145,8 +153,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, float]]:
         """All logged steps."""
-        path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_metrics(self.path)
 
     def store(self, step: int, trajectories: Iterable[Trajectory], turns: Mapping[str, list[Any]]) -> None:
         """Keep a step's episodes and per-turn quantities."""
@@ -165,8 +172,13 @@ class RunFolder:
             write_jsonl(path, trajectories)
 
     def result(self) -> dict[str, Any] | None:
-        """The final table, if the run has ended."""
-        return self._read("result.json")
+        """The final table, if the run has ended.
+
+        Raises:
+            DataError: the file is broken.
+        """
+        path = self.path / "result.json"
+        return read_object(path, _ADVICE, step=int, panel=str, table=dict) if path.exists() else None
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write the final table."""
@@ -180,15 +192,6 @@ class RunFolder:
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
-
-    def _read(self, name: str) -> dict[str, Any] | None:
-        path = self.path / name
-        if not path.exists():
-            return None
-        try:
-            return dict(json.loads(path.read_text()))
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON ({error}); delete the run folder or restore the file") from error
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:
         replace_text(self.path / name, json.dumps(value, indent=1) + "\n")
@@ -218,6 +221,91 @@ class Onlooker(RunFolder):
 
     def close(self) -> None:
         """Nothing."""
+
+
+def read_settings(folder: Path, *parts: str) -> dict[str, Any]:
+    """The settings in the ``config.json`` of a run or of an evaluation.
+
+    Args:
+        folder: of the run or the evaluation.
+        parts: settings that must be objects.
+
+    Raises:
+        DataError: the file cannot be read, or holds something else.
+    """
+    path = folder / "config.json"
+    settings: dict[str, Any] = read_object(path, _ADVICE, settings=dict)["settings"]
+    for part in parts:
+        if not isinstance(settings.get(part), dict):
+            raise DataError(f"{path}: expected an object settings.{part}; {_ADVICE}")
+    return settings
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """All steps in a run's ``metrics.jsonl``; a last line that was being written is left out.
+
+    Raises:
+        DataError: the file cannot be read, or another line is broken.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines, rows = read_text(path, _ADVICE).splitlines(), []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        try:
+            row = parse_json(line, where, _ADVICE)
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise DataError(f"{where}: expected an object with a step; {_ADVICE}")
+        except DataError:
+            if number == len(lines):
+                break
+            raise
+        rows.append(row)
+    return rows
+
+
+def read_object(path: Path, advice: str, **kinds: type) -> dict[str, Any]:
+    """The object in a JSON file, with what must be in it.
+
+    Args:
+        path: the file.
+        advice: what to do if it is broken.
+        kinds: entry -> its type.
+
+    Raises:
+        DataError: the file cannot be read, or holds something else.
+    """
+    value = files.read_object(path, advice)
+    for name, kind in kinds.items():
+        if not isinstance(value.get(name), kind):
+            raise DataError(f"{path}: expected an entry {name!r} of type {kind.__name__}; {advice}")
+    return value
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder; the lock goes with the process, however that ends.
+
+    Raises:
+        Busy: another process holds it.
+        AtodError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise AtodError(
+            f"run folder {folder} cannot be written: {error.strerror}; choose another with --run"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Busy(
+                f"{folder} is in use by another process; wait for it, or choose another folder with --run"
+            ) from error
+        yield
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -36,12 +37,14 @@ from atod_algos.rollout.layouts import choose_layout
 from atod_algos.rollout.pools import RankPool, RolloutPool, device_of, dtype_of, local_pool, make_pool
 from atod_algos.rollout.task_sampler import StepSampler, solved_at_least_once
 from atod_algos.teachers.local import LocalScorer, StepScorer
-from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint
+from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint, strays
 from atod_algos.training.config import RunConfig, storage_of
 from atod_algos.training.console import Progress
 from atod_algos.training.run_dir import RunFolder
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, StopReason
+
+log = logging.getLogger(__name__)
 
 _TOLERATED = 0.25
 """Share of a step's training episodes that may be lost to an environment that raises; evaluation tolerates none."""
@@ -327,6 +330,8 @@ class Trainer:
         if distributed.rank() == 0:
             recover(self.run.checkpoints)
             prune(self.run.checkpoints, CHECKPOINTS_KEPT)  # an earlier process may have been killed just before it did
+            if others := strays(self.run.checkpoints):
+                log.warning("%s: no checkpoints, left alone: %s", self.run.checkpoints, ", ".join(others))
         distributed.barrier()
         path = latest_checkpoint(self.run.checkpoints)
         if path is not None:
