@@ -1,0 +1,220 @@
+"""A run's files when they are broken, missing, strange, old, or somebody else's; and what ends a command."""
+
+import errno
+import json
+import logging
+import os
+import random
+import signal
+
+import pytest
+
+from atod_algos.guard import Terminated, fail, guarded, sigterm_closes
+from atod_algos.training import checkpoint
+from atod_algos.training.config import TrainConfig
+from atod_algos.training.run_dir import Busy, RunFolder, held, read_metrics, read_settings
+from atod_envs.errors import AtodError, DataError
+
+SETTINGS = {"rules": "paper", "horizon": None, "train": vars(TrainConfig()), "algorithm": {"name": "opd"}}
+
+
+def begun(path, steps=3):
+    """A folder with some logged steps."""
+    run = RunFolder(path, SETTINGS)
+    for step in range(1, steps + 1):
+        run.log(step, {"x": float("nan") if step == 1 else 1 / step})
+    run.close()
+    return path
+
+
+def result(path, **changes):
+    (path / "result.json").write_text(json.dumps({"step": 3, "panel": "p", "table": {}, **changes}))
+
+
+# --- broken files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[1]",
+        "null",
+        '"x"',
+        "[" * 100_000,
+        '{"settings": 3}',
+        '{"settings": {"train": []}}',
+        "9" * 5000,
+        "\udcff",
+    ],
+)
+def test_broken_settings_name_the_file(tmp_path, text):
+    begun(tmp_path)
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(DataError, match=r"config\.json.*restore the file") as caught:
+        RunFolder(tmp_path, SETTINGS)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "{}", '{"step": "1"}', "[" * 100_000])
+def test_a_broken_line_of_the_log_is_named_and_a_last_one_is_left_out(tmp_path, line):
+    begun(tmp_path)
+    rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("\n".join([rows[0], line, rows[2]]) + "\n")
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: "):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*rows[:2], line]))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("change", [{"step": "3"}, {"step": None}, {"table": []}, {"panel": 1}])
+def test_a_broken_result_is_named(tmp_path, change):
+    run = RunFolder(begun(tmp_path), SETTINGS)
+    result(tmp_path)
+    assert run.result()["step"] == 3
+    result(tmp_path, **change)
+    with pytest.raises(DataError, match=r"result\.json: expected an entry"):
+        run.result()
+
+
+def test_random_damage_is_one_error_or_none(tmp_path):
+    begun(tmp_path, 6)
+    result(tmp_path)
+    rng = random.Random(0)
+    whole = {name: (tmp_path / name).read_bytes() for name in ("config.json", "metrics.jsonl", "result.json")}
+    refused = 0
+    for _ in range(150):
+        name = rng.choice(sorted(whole))
+        data = bytearray(whole[name])
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        (tmp_path / name).write_bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
+        try:
+            run = RunFolder(tmp_path, SETTINGS)
+            run.begin(6)
+            run.result()
+            run.close()
+        except AtodError as error:
+            refused += name in str(error) or "holds a run with" in str(error)
+        for other, old in whole.items():
+            (tmp_path / other).write_bytes(old)
+    assert refused > 50
+
+
+# --- gaps and strays --------------------------------------------------------------------------------------------------
+
+
+def test_missing_rows_of_the_log_are_said(tmp_path, caplog):
+    run = RunFolder(begun(tmp_path), SETTINGS)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with caplog.at_level(logging.WARNING):
+        run.begin(3)
+    run.close()
+    assert not caplog.records and (tmp_path / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "metrics.jsonl").unlink()
+    with caplog.at_level(logging.WARNING):
+        run.begin(3)
+    run.close()
+    assert "lacks 3 of the 3 steps" in caplog.text and len(caplog.records) == 1
+
+
+def test_strays_are_no_checkpoints_and_are_never_deleted(tmp_path):
+    for name in ("step_000001", "step_000002", "step_000003", "step_1000000", "best", "step_x", "notes"):
+        (tmp_path / name).mkdir()
+        if name.startswith("step_") and name != "step_x":
+            (tmp_path / name / "complete.json").write_text("{}")
+    (tmp_path / "step_000001" / "complete.json").unlink()  # a deletion that was cut short
+    assert checkpoint.strays(tmp_path) == ["notes", "step_000001", "step_x"]
+    assert checkpoint.latest_checkpoint(tmp_path).name == "step_1000000"
+    checkpoint.prune(tmp_path, 2)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["best", "notes", "step_000003", "step_1000000", "step_x"]
+    checkpoint.prune(tmp_path, 2)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+# --- runs of the last version -----------------------------------------------------------------------------------------
+
+
+def old_settings(**train):
+    known = {name: value for name, value in vars(TrainConfig()).items() if name not in ("store",)}
+    known |= {"keep_trajectories": 1, "keep_tokens": True, "worker_cpus": 1.0, "worker_gpus": 0.0}
+    known |= {"importance_cap": 2.0, "base": None, **train}
+    return {**SETTINGS, "train": known}
+
+
+def test_a_run_of_the_last_version_resumes(tmp_path):
+    begun(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"settings": old_settings()}))
+    RunFolder(tmp_path, SETTINGS)
+    assert "keep_tokens" not in read_settings(tmp_path)["train"]
+
+
+def test_one_with_a_setting_that_went_is_refused_by_its_name(tmp_path):
+    begun(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"settings": old_settings(importance_cap=3.0)}))
+    with pytest.raises(AtodError, match=r"holds a run with train\.importance_cap=3\.0"):
+        RunFolder(tmp_path, SETTINGS)
+
+
+def test_the_third_model_of_an_old_run_is_compared(tmp_path):
+    begun(tmp_path)
+    old = old_settings(base="a") | {"algorithm": {"name": "gopd"}}
+    (tmp_path / "config.json").write_text(json.dumps({"settings": old}))
+    with pytest.raises(AtodError, match=r"algorithm\.base='a', but now it is 'b'"):
+        RunFolder(tmp_path, {**SETTINGS, "algorithm": {"name": "gopd", "base": "b"}})
+    RunFolder(tmp_path, {**SETTINGS, "algorithm": {"name": "gopd", "base": "a"}})
+
+
+# --- two processes, signals, streams ----------------------------------------------------------------------------------
+
+
+def test_a_folder_has_one_process(tmp_path):
+    with held(tmp_path), pytest.raises(Busy, match="in use by another process"), held(tmp_path):
+        pass
+    with held(tmp_path):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AtodError, match="cannot be written"), held(tmp_path / "file"):
+        pass
+
+
+def test_sigterm_ends_what_runs_and_only_that():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated), sigterm_closes():
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.sigtimedwait([], 5)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def raising(error):
+    def command():
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (AtodError("this is wrong"), 1, "this is wrong"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "make room"),
+        (MemoryError(), 1, "--token-budget"),
+        (ImportError("comparing needs scipy"), 1, "needs scipy"),
+    ],
+)
+def test_what_a_user_can_fix_is_one_line(error, code, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        guarded(raising(error))
+    said = capsys.readouterr().err
+    assert stop.value.code == code and words in said and said.count("\n") == 1
+
+
+def test_bugs_are_no_messages():
+    for error in (RuntimeError("size mismatch"), OSError(errno.EIO, "I/O"), KeyError("x")):
+        with pytest.raises(type(error)):
+            guarded(raising(error))
+    with pytest.raises(SystemExit):
+        fail("over")
