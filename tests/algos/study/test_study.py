@@ -8,9 +8,10 @@ import pytest
 from toyworld import TOY
 
 from atod_algos.study import METHODS, PRESETS, Preset, World
-from atod_algos.study.cells import Busy, algorithm_of, config_of, finish_cell, read_study, tune
+from atod_algos.study.cells import algorithm_of, config_of, finish_cell, read_study, tune
 from atod_algos.study.command import StudyConfig, main, run
 from atod_algos.study.tables import decide
+from atod_algos.training.run_dir import Busy
 from atod_algos.training.trainer import Trainer
 from atod_envs.errors import AtodError
 
