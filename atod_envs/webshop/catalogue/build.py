@@ -15,6 +15,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -231,8 +233,10 @@ def _goal_weights(combinations: list[int], wanted: list[tuple[int, ...]], n_attr
     for count, attributes in zip(combinations, wanted, strict=True):
         for attribute in attributes:
             counts[attribute] += count
-    # Python's sum in the attributes' order, so that the last bit is the original's.
-    return np.array([sum(1.0 / counts[a] for a in w) / len(w) if w else 0.0 for w in wanted], dtype=np.float64)
+    # Added one after another in the attributes' order, so that the last bit is the original's: from Python 3.12 on, sum() is more exact.
+    return np.array(
+        [reduce(add, (1.0 / counts[a] for a in w)) / len(w) if w else 0.0 for w in wanted], dtype=np.float64
+    )
 
 
 def _code(table: dict[str, int], name: str) -> int:
