@@ -15,16 +15,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from atod_envs.errors import AtodError
-
-if TYPE_CHECKING:
-    from atod_algos.training.config import TrainConfig
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,40 +58,6 @@ def start(device: str) -> str:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def refuse_settings(config: TrainConfig) -> None:
-    """Refuse, before anything is loaded, what several ranks cannot do.
-
-    Raises:
-        AtodError: names the setting and what to use instead.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and size() == 1:
-        return
-    reasons = {
-        "--engine vllm": (
-            config.engine == "vllm" and config.cluster == "none",
-            "every rank's engine would start on the first GPU; use --engine transformers, or --cluster ray, whose workers have GPUs of "
-            "their own",
-        ),
-        "--teacher-engine vllm": (
-            config.teacher_engine == "vllm",
-            "every rank's engine would start on the first GPU; use --teacher-engine transformers (divided among the ranks), or a "
-            "server: --teacher http://HOST:PORT/v1#MODEL",
-        ),
-        "--optimizer adamw8bit": (
-            config.optimizer == "adamw8bit",
-            "eight-bit moments are not divided among ranks and cannot be loaded again; use --optimizer adamw",
-        ),
-        f"--staleness {config.staleness}": (
-            config.staleness > 0,
-            "it plays in a second thread, and ranks must speak to each other in one order; use --staleness 0 under torchrun, or "
-            "--cluster ray with a single learner",
-        ),
-    }
-    for setting, (asked, reason) in reasons.items():
-        if asked:
-            raise AtodError(f"{setting} cannot be used under torchrun: {reason}")
 
 
 _alone = False

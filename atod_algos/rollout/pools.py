@@ -7,7 +7,6 @@ to rounding where other episodes share a forward pass), in the order of the spec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,13 +15,13 @@ from agents.chat import ChatFormat
 from agents.engines import make_engine
 from agents.engines.base import Engine
 from agents.engines.weight_check import verify_weights
-from agents.logits import limit_vocabulary, longest_context, usable_ids
+from agents.logits import limit_vocabulary, longest_context
 from agents.models import load_model
 from atod_algos.algorithm import RolloutLimits
 from atod_algos.learner import distributed
 from atod_algos.rollout.environments import make_env
 from atod_algos.rollout.episodes import MoreEpisodes, OnFinish, Rollout
-from atod_algos.training.config import RunConfig, worker_resources
+from atod_algos.training.config import RunConfig
 from atod_algos.turn_plans import EpisodeSpec
 from atod_envs.errors import AtodError
 from atod_envs.styles import PromptStyle
@@ -175,33 +174,6 @@ class RankPool:
         """Close this rank's pool."""
         if self._own is not None:
             self._own.close()
-
-
-def make_pool(config: RunConfig, env_key: str, style: PromptStyle, model: Any, chat: ChatFormat) -> RolloutPool:
-    """The pool that a run's settings ask for.
-
-    Args:
-        config: resolved settings.
-        env_key: the environment's key.
-        style: the prompt style in the run's layout.
-        model: what a local engine samples from.
-        chat: renders messages to ids.
-    """
-    if config.cluster == "none":
-        own: RolloutPool | None = local_pool(config, style, model, chat)
-    elif distributed.rank() == 0:
-        from atod_algos.rollout.ray_pool import RayPool
-
-        cpus, gpus = worker_resources(config)
-        own = RayPool(
-            partial(worker_pool, config, env_key, style, usable_ids(model).tolist()),
-            workers=config.workers,
-            cpus=cpus,
-            gpus=gpus,
-        )
-    else:
-        own = None
-    return own if own and distributed.size() == 1 else RankPool(own, divided=config.cluster == "none")
 
 
 def local_pool(config: RunConfig, style: PromptStyle, model: Any, chat: ChatFormat) -> LocalPool:

@@ -23,7 +23,7 @@ import tyro
 
 from atod_algos.guard import Terminated, dies_at_once, exit_code, fail, guarded, sigterm_closes
 from atod_algos.training.config import GROUPS, RunConfig, RunOptions, TrainConfig, resolve
-from atod_algos.training.presets import fit_algorithm, preset_config, require_teacher
+from atod_algos.training.presets import fit_algorithm, preset_config, refuse_settings, require_teacher
 from atod_envs.errors import AtodError, UnknownName
 from atod_envs.options import program
 
@@ -187,7 +187,7 @@ def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool 
         torch.set_num_threads(config.threads or 1)
     settings = settings_of(config, algorithm, rules)
     if not dry_run:
-        distributed.refuse_settings(config)
+        refuse_settings(config)
         distributed.start(config.device)
     quiet = distributed.rank() > 0
     progress = Progress(config.steps, f"{algorithm.name} on {config.env}", quiet=quiet)

@@ -8,6 +8,7 @@ teachers are such models after GRPO, and nobody can be given them by a name, so 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -167,3 +168,39 @@ def require_teacher(config: TrainConfig, wanted: frozenset[str]) -> None:
             f"the preset's teacher is {config.teacher}, which does not come with a name; train it (atod train grpo --preset paper-4b "
             f"--student {model} --env {config.env}) or take your own, and give its folder with --teacher"
         )
+
+
+def refuse_settings(config: TrainConfig) -> None:
+    """Refuse, before anything is loaded, what several ranks cannot do.
+
+    Raises:
+        AtodError: names the setting and what to use instead.
+    """
+    from atod_algos.learner import distributed
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and distributed.size() == 1:
+        return
+    reasons = {
+        "--engine vllm": (
+            config.engine == "vllm" and config.cluster == "none",
+            "every rank's engine would start on the first GPU; use --engine transformers, or --cluster ray, whose workers have GPUs of "
+            "their own",
+        ),
+        "--teacher-engine vllm": (
+            config.teacher_engine == "vllm",
+            "every rank's engine would start on the first GPU; use --teacher-engine transformers (divided among the ranks), or a "
+            "server: --teacher http://HOST:PORT/v1#MODEL",
+        ),
+        "--optimizer adamw8bit": (
+            config.optimizer == "adamw8bit",
+            "eight-bit moments are not divided among ranks and cannot be loaded again; use --optimizer adamw",
+        ),
+        f"--staleness {config.staleness}": (
+            config.staleness > 0,
+            "it plays in a second thread, and ranks must speak to each other in one order; use --staleness 0 under torchrun, or "
+            "--cluster ray with a single learner",
+        ),
+    }
+    for setting, (asked, reason) in reasons.items():
+        if asked:
+            raise AtodError(f"{setting} cannot be used under torchrun: {reason}")

@@ -34,12 +34,14 @@ from atod_algos.rollout.async_rollout import AsyncRollout, correct
 from atod_algos.rollout.environments import describe
 from atod_algos.rollout.episodes import Play, derive_seed
 from atod_algos.rollout.layouts import choose_layout
-from atod_algos.rollout.pools import RankPool, RolloutPool, device_of, dtype_of, local_pool, make_pool
+from atod_algos.rollout.make_pool import make_pool
+from atod_algos.rollout.pools import RankPool, RolloutPool, device_of, dtype_of, local_pool
 from atod_algos.rollout.task_sampler import StepSampler, solved_at_least_once
 from atod_algos.teachers.local import LocalScorer, StepScorer
 from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint, strays
 from atod_algos.training.config import RunConfig, storage_of
 from atod_algos.training.console import Progress
+from atod_algos.training.presets import refuse_settings
 from atod_algos.training.run_dir import RunFolder
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, StopReason
@@ -67,7 +69,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, algorithm: Algorithm, run: RunFolder) -> None:
         self.config, self.algorithm, self.run = config, algorithm, run
-        distributed.refuse_settings(config)
+        refuse_settings(config)
         self.device = distributed.start(device_of(config.device))
         self.facts = describe(config)
         self.world, self.splits = self.facts.env_key, self.facts.splits
