@@ -101,6 +101,18 @@ def text_config(model: Any) -> Any:
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
+def decoder_of(model: Any) -> Any:
+    """The module that turns ids into states: transformers' own answer, where that is part of the model and reads ids."""
+    found = model.get_decoder()
+    embedding = model.get_input_embeddings()
+    if found is not model and any(part is embedding for part in found.modules()):
+        return found
+    holders = (
+        child for child in (model.base_model, *model.children()) if child is not model and child is not embedding
+    )
+    return next((child for child in holders if any(part is embedding for part in child.modules())), found)
+
+
 def vocabulary_rows(model: Any) -> int:
     """How many ids a model has logits for."""
     weight = getattr(model.get_output_embeddings(), "weight", None)
@@ -174,7 +186,7 @@ def require_known_ids(model: Any, rows: Sequence[np.ndarray], what: str) -> None
 
 def decoder_states(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
     """States [B, T, D] of rows that are filled up on the right. No real token of a causal model sees the filling."""
-    return cast("torch.Tensor", model.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state)
+    return cast("torch.Tensor", decoder_of(model)(input_ids=ids_BT, use_cache=False).last_hidden_state)
 
 
 class _Given(dict[str, Any]):
@@ -218,7 +230,7 @@ def _through_forward(model: Any, states: torch.Tensor) -> torch.Tensor:
     The model's modules are used as they are; only a shallow copy of the outer model is told of another decoder, so nothing is
     changed that another thread could be using.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     outer = copy.copy(model)
     outer.__dict__ = dict(model.__dict__)
     modules = dict(model._modules)

@@ -46,6 +46,16 @@ SIZES: dict[str, Any] = {
 }
 
 
+SPECIAL: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "gptj": {"rotary_dim": 4},
+    "codegen": {"rotary_dim": 4},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "recurrent_gemma": {"attention_window_size": 64},
+}
+"""What some need besides to be small and whole."""
+
+
 class TooSlow(Exception):
     """An architecture took longer than it is given."""
 
@@ -59,16 +69,17 @@ def build(kind: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     usual = kind()
-    if getattr(usual, "sub_configs", None):
+    if usual.get_text_config(decoder=True) is not usual:
         raise ValueError("several configurations in one")
     options = {name: value for name, value in SIZES.items() if hasattr(usual, name)}
     if "kv_lora_rank" in options:  # every head has its own keys, made from a common latent
         options["num_key_value_heads"] = options["num_attention_heads"]
+    options |= SPECIAL.get(kind.model_type, {})
     while True:
         try:
             config = kind(**options)
             break
-        except AttributeError as error:  # derived from other settings
+        except Exception as error:  # derived from other settings
             name = next((name for name in options if repr(name) in str(error)), None)
             if name is None:
                 raise

@@ -23,6 +23,7 @@ from agents.logits import (
     UnsupportedModel,
     agree,
     attends_fully,
+    decoder_of,
     logit_head,
     longest_context,
     own_logits,
@@ -190,7 +191,7 @@ class ModuleDecoder:
 
     def __call__(self, ids_T: torch.Tensor, positions_T: torch.Tensor, store: Store) -> torch.Tensor:
         """Run the modules on one row that holds all tokens."""
-        decoder = self._model.get_decoder()
+        decoder = decoder_of(self._model)
         options: dict[str, Any] = {cache_argument(decoder): store, "use_cache": True, "atod_store": store}
         with _chosen_attention(decoder.config):
             output = decoder(input_ids=ids_T[None], position_ids=positions_T[None], **options)

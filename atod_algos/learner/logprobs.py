@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from agents.logits import LogitHead, decoder_states, logit_head, require_known_ids, usable_ids
+from agents.logits import LogitHead, decoder_of, decoder_states, logit_head, require_known_ids, usable_ids
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.learner import distributed
 from atod_algos.learner.loss import TeacherTokens, reverse_kl
@@ -230,7 +230,7 @@ def row_logprobs(
 def drops_out(model: Any) -> bool:
     """Whether a training pass leaves something out by chance, so that its log-probs are not those of scoring."""
     parts = any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in model.modules())
-    return parts or bool(getattr(model.get_decoder().config, "attention_dropout", 0.0))
+    return parts or bool(getattr(decoder_of(model).config, "attention_dropout", 0.0))
 
 
 def score(

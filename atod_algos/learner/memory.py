@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from agents.logits import decoder_of
 from atod_algos.learner import distributed
 from atod_algos.learner.packing import pack, packable, packed_states
 from atod_envs.errors import AtodError
@@ -106,7 +107,7 @@ def bytes_per_token(model: Any) -> float:
     Counted on a small pass. With recomputed layers (gradient checkpointing) only a layer's input is kept, and one layer's
     inside at a time.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     recomputes = bool(getattr(decoder, "gradient_checkpointing", False)) and model.training
     was_training = model.training
     model.eval()  # layers are recomputed in training only, so everything is counted here

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from agents.logits import attends_fully
+from agents.logits import attends_fully, decoder_of
 from atod_algos.learner.onednn import even_filling
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def packed_states(model: Any, packed: Pack) -> tuple[torch.Tensor, torch.Tensor]
         torch.from_numpy(cast("np.ndarray", packed.keep_T)).to(device) if shares else None,
         filling,
     )
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     if decoder.config._attn_implementation != _NAME:
         _register()
         decoder.config._attn_implementation = _NAME
@@ -281,7 +281,7 @@ def packable(model: Any) -> bool:
 
 
 def _try(model: Any) -> bool:
-    config = model.get_decoder().config
+    config = decoder_of(model).config
     if not attends_fully(model) or not getattr(model, "_supports_sdpa", False):
         return False
     original = config._attn_implementation
@@ -296,7 +296,7 @@ def _try(model: Any) -> bool:
     try:
         with torch.no_grad():
             expected = [
-                model.get_decoder()(input_ids=torch.from_numpy(row)[None].to(device), use_cache=False)
+                decoder_of(model)(input_ids=torch.from_numpy(row)[None].to(device), use_cache=False)
                 .last_hidden_state[0]
                 .float()
                 for row in rows

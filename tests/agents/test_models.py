@@ -92,6 +92,32 @@ def test_a_cap_is_seen_although_the_weights_make_small_logits():
     assert logit_head(small("Qwen3")).plain
 
 
+def test_a_decoder_that_transformers_does_not_find_is_found():
+    from transformers import Llama4ForCausalLM, Llama4TextConfig, ModernBertDecoderConfig, ModernBertDecoderForCausalLM
+
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    more = {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 64}
+    for model in (
+        Llama4ForCausalLM(Llama4TextConfig(**shape, **ends, **more)).eval(),
+        ModernBertDecoderForCausalLM(
+            ModernBertDecoderConfig(**shape, **ends, cls_token_id=1, sep_token_id=2, global_attn_every_n_layers=1)
+        ).eval(),
+    ):
+        assert verify_weights(TransformersEngine(model, slots=2, max_context=64), model) < 1e-4
+        ids = probe_ids(model, 20, 1)
+        rows = torch.log_softmax(own_logits(model, ids), -1).detach()[:-1]
+        expected = rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        np.testing.assert_allclose(score(model, row_batch([np.array(ids)]), temperature=1.0)[0], expected, atol=1e-4)
+
+
 def test_a_model_that_sees_what_comes_after_is_refused_by_name():
     from transformers import BertConfig, BertLMHeadModel
 
