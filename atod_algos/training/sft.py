@@ -251,7 +251,7 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
         raise AtodError("sft trains in one process; start it without torchrun")
     options = command.options
     config = resolve(_train_config(command, TrainConfig))
-    run = RunFolder(Path(command.run or Path(command.out) / "training"), _settings(command, config))
+    run = RunFolder(_folder(command), _settings(command, config))
     recover(run.checkpoints)
     facts = describe(config)
     loaded = load_model(command.student, "student", world=facts.env_key, device=device_of(command.device))
@@ -269,6 +269,11 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
         state, extra = load_checkpoint(path, model, imitator.learner.updater, adapters)
         imitator.learner.load_state(state)
         done = int(extra["step"])
+        if extra["data"] != facts.data_version:
+            raise AtodError(
+                f"{path} was trained on the data {extra['data']!r}, but {command.env} now plays {facts.data_version!r}; give the old "
+                "data back (--data, or the environment's variable), or start another training with --out"
+            )
         say(f"going on after round {done}")
     source: EpisodesOf
     if command.source == ("expert",):
@@ -300,7 +305,7 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
                 model=adapters or model,
                 tokenizer=loaded.tokenizer,
                 state=imitator.learner.state(),
-                extra={"step": number + 1, "algorithm": "sft", "data": facts.data_version},
+                extra={"step": number + 1, "best": {}, "algorithm": "sft", "data": facts.data_version},
             )
             prune(run.checkpoints, 2)
             say(f"round {number + 1}: loss {loss:.4f} nats a token")
@@ -317,6 +322,10 @@ def _train_config(command: SftCommand, make: type[TrainConfig]) -> TrainConfig:
     return make(seed=command.options.seed, **{name: getattr(command, name) for name in names})
 
 
+def _folder(command: SftCommand) -> Path:
+    return Path(command.run or Path(command.out) / "training")
+
+
 def _settings(command: SftCommand, config: Any) -> dict[str, Any]:
     options = dataclasses.asdict(command.options)
     options.pop("stop")  # a training that stopped early may go on
@@ -329,6 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import tyro
 
     from atod_algos.guard import guarded
+    from atod_algos.training.run_dir import held
 
     command = tyro.cli(
         SftCommand,
@@ -337,7 +347,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    guarded(lambda: train_sft(command, lambda line: print(line, flush=True)))
+
+    def run() -> None:
+        with held(_folder(command)):
+            train_sft(command, lambda line: print(line, flush=True))
+
+    guarded(run)
 
 
 if __name__ == "__main__":
