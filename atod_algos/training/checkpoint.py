@@ -127,14 +127,7 @@ def load_checkpoint(
     from safetensors.torch import load_file
 
     try:
-        extra = read_object(
-            path / _DONE,
-            "delete the checkpoint to go back to an earlier one",
-            files=dict,
-            step=int,
-            best=dict,
-            data=str,
-        )
+        extra = read_object(path / _DONE, "delete the checkpoint to go back to an earlier one", files=dict, step=int)
         for name, checksum in extra.pop("files").items():
             if _checksum(path / name) != checksum:
                 raise ValueError(f"{name} is not as it was written")

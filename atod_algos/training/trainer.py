@@ -43,7 +43,7 @@ from atod_algos.training.config import RunConfig, storage_of
 from atod_algos.training.console import Progress
 from atod_algos.training.presets import refuse_settings
 from atod_algos.training.run_dir import RunFolder
-from atod_envs.errors import AtodError
+from atod_envs.errors import AtodError, DataError
 from atod_envs.trajectory import Group, StopReason
 
 log = logging.getLogger(__name__)
@@ -332,20 +332,21 @@ class Trainer:
         if distributed.rank() == 0:
             recover(self.run.checkpoints)
             prune(self.run.checkpoints, CHECKPOINTS_KEPT)  # an earlier process may have been killed just before it did
-            if others := strays(self.run.checkpoints):
-                log.warning("%s: no checkpoints, left alone: %s", self.run.checkpoints, ", ".join(others))
+            for name in strays(self.run.checkpoints):
+                log.warning("%s is no complete checkpoint; left alone", self.run.checkpoints / name)
         distributed.barrier()
         path = latest_checkpoint(self.run.checkpoints)
         if path is not None:
             state, extra = load_checkpoint(path, self.student.model, self.learner.updater, self.adapters)
+            if not isinstance(extra.get("best"), dict) or "data" not in extra:
+                raise DataError(f"{path} is no checkpoint of a training run; delete it to go back to an earlier one")
             if extra["data"] != self.facts.data_version:
                 raise AtodError(
                     f"{path} was trained on the data {extra['data']!r}, but {self.config.env} now plays {self.facts.data_version!r}; "
                     "give the old data back (--data, or the environment's variable), or start another run with --run"
                 )
             self.learner.load_state(state)
-            self._stale = state["stale"]
-            self.step, self.best = int(extra["step"]), dict(extra["best"])
+            self._stale, self.step, self.best = state["stale"], int(extra["step"]), dict(extra["best"])
         return self.step
 
     def close(self) -> None:
