@@ -14,7 +14,7 @@ from atod_algos.evaluate import evaluate
 from atod_algos.rollout.episodes import Rollout
 from atod_algos.training.cli import main
 from atod_algos.training.config import builtin_profile
-from atod_algos.training.sft import demonstrate
+from atod_algos.training.demonstrations import demonstrate
 from atod_envs.prompting import prompted
 
 pytestmark = pytest.mark.slow
