@@ -64,6 +64,23 @@ class Server(uvicorn.Server):
                 connection.look(now, self.limits.head_seconds, self.limits.answer_seconds)
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End all connections, those included that were accepted a moment too late to be told by uvicorn."""
+        told = set(self.server_state.connections)
+
+        async def tell() -> None:
+            while True:
+                await asyncio.sleep(0.05)
+                for connection in self.server_state.connections - told:
+                    told.add(connection)
+                    connection.shutdown()
+
+        telling = asyncio.create_task(tell())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            telling.cancel()
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End after the answers under way; at a second signal, at once."""
         self.force_exit = self.should_exit

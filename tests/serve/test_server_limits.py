@@ -1,5 +1,6 @@
 """What lies under every server: slow, greedy, foreign and malformed clients, and the others that go on meanwhile."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -7,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -360,6 +362,27 @@ def test_a_server_stops_while_clients_are_in_every_state():
         eventually(lambda: server.connections == 4, "not all are connected")
     for connection in held:
         connection.close()
+
+
+def test_a_connection_that_comes_with_the_stop_is_told_once():
+    """It is accepted after the others have been told; the server would wait for it until its patience ends."""
+
+    async def scenario():
+        limits = HttpLimits()
+        server = server_of(make_app([], lambda s, m: Response(m, s), limits, Access()), limits)
+        connections, told = server.server_state.connections, []
+
+        class Late:
+            def shutdown(self):
+                told.append(self)
+                asyncio.get_running_loop().call_later(0.3, connections.discard, self)
+
+        server.servers, server.lifespan = [], SimpleNamespace(shutdown=lambda: asyncio.sleep(0))
+        asyncio.get_running_loop().call_later(0.02, connections.add, Late())
+        await server.shutdown([])
+        return len(told), len(connections)
+
+    assert asyncio.run(scenario()) == (1, 0)
 
 
 def test_the_file_descriptors_come_back(ports):
