@@ -15,6 +15,7 @@ from atod_envs.errors import DataError, UnknownName
 from atod_envs.prompting import matches_admissible, prompted
 from atod_envs.scienceworld import simulator as module
 from atod_envs.scienceworld.env import SIMPLIFICATIONS, TASKS, TEMPLATES, ScienceWorldEnv, variations
+from atod_envs.scienceworld.expert import ScienceWorldExpert
 from atod_envs.scienceworld.simulator import JAVA_OPTIONS, LONGEST, SIMULATORS, UNKNOWN, Simulators, gold_actions
 from atod_envs.skills import skills_of
 
@@ -198,6 +199,19 @@ def test_the_expert_goes_on_after_others_and_a_wrong_focus_ends_with_nothing():
     env.step("go to kitchen")
     _, reward, terminated, _, info = env.step("focus on stove")
     assert (reward, terminated, info["success"], info["score"], info["stop_reason"]) == (0, True, False, 0, "failure")
+
+
+def test_the_experts_own_choices_among_several_are_kept():
+    class World:
+        def gold_actions(self):
+            return ("open door", "1", "wait")
+
+    expert = ScienceWorldExpert(World())
+    expert.reset("", "", ())
+    expert.observe("open door", "Ambiguous request: ...", ())
+    assert expert.act("Ambiguous request: ...", ("0", "1")).action == "1"
+    expert.observe("1", "Open.", ())
+    assert expert.act("Ambiguous request: ...", ("0", "1")).action == "0", "another's question"
 
 
 def test_the_score_is_paid_at_the_turn_limit():
