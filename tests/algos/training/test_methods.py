@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from episodes import batch_from, episode
 from toyworld import TOY
 
 from atod_algos.algorithm import Advantages, RolloutLimits
@@ -76,7 +77,8 @@ def test_relatives_close_the_gap_to_the_teacher(algorithm, options, tmp_path):
         assert "actor/support_loss" in rows[0] and 0 < rows[0]["entropy_aware/forward_ratio"] < 1
 
 
-def test_rows_of_an_algorithm_hold_one_value_for_each_sampled_token(batch):
+def test_rows_of_an_algorithm_hold_one_value_for_each_sampled_token():
+    batch = batch_from([episode(["a", "b"], True), episode(["a"], False)])
     for algorithm in (GiGPO(), GRPO()):
         result = algorithm.advantages(batch, Scores(np.zeros(batch.n_tokens)), 1)
         assert isinstance(result, Advantages) and result.token_M.shape == (batch.n_tokens,)
