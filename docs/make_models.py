@@ -69,7 +69,7 @@ def build(kind: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     usual = kind()
-    if usual.get_text_config(decoder=True) is not usual:
+    if usual.sub_configs and usual.get_text_config(decoder=True) is not usual:
         raise ValueError("several configurations in one")
     options = {name: value for name, value in SIZES.items() if hasattr(usual, name)}
     if "kv_lora_rank" in options:  # every head has its own keys, made from a common latent
