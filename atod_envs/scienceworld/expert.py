@@ -52,7 +52,7 @@ class ScienceWorldExpert:
         """The next action of the solution; it looks around when there is none left."""
         mine = self._done < len(self._gold) and self._gold[self._done].isdigit()
         if observation.startswith("Ambiguous request") and not mine:
-            return Move("0", "somebody asked for one of several: the first")
+            return Move("0", "another agent left a choice open: the first")
         if self._done < len(self._gold):
             return Move(self._gold[self._done], f"step {self._done + 1} of the solution")
         return Move("look around", "the solution has been played")
