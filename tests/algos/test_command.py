@@ -141,3 +141,11 @@ def test_a_reader_that_stops_early_is_no_error():
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
     assert "Traceback" not in done.stderr and done.stdout.startswith("usage: atod train atod")
+
+
+def test_importing_an_algorithm_loads_no_torch():
+    modules = sorted({point.value.partition(":")[0] for point in entry_points(group="atod.algorithms")})
+    assert "atod_algos.atod" in modules
+    code = f"import importlib, sys; [importlib.import_module(m) for m in {modules}]; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.stdout.strip() == "False", done.stderr
