@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from atod_envs.errors import AtodError, DataError
@@ -92,6 +93,7 @@ class Simulator:
         holder: the episode that is loaded.
         busy: lent out at this moment.
         process: the Java process.
+        port: where it listens, on this machine alone and for the bearer of its token.
     """
 
     def __init__(self) -> None:
@@ -100,11 +102,19 @@ class Simulator:
         self.holder: object = None
         self.busy = True
         logging.getLogger("py4j").setLevel(logging.CRITICAL)  # what goes wrong is raised
+        self._folder = TemporaryDirectory(prefix="scienceworld-")  # the simulator writes a file where it is started
         try:
-            port, self.process = launch_gateway(
-                classpath=str(jar()), java_path=_java(), javaopts=list(JAVA_OPTIONS), die_on_exit=True, return_proc=True
+            # The token keeps other users of the machine away: whoever may talk to the port may run anything.
+            self.port, token, self.process = launch_gateway(
+                classpath=str(jar()),
+                java_path=_java(),
+                javaopts=list(JAVA_OPTIONS),
+                die_on_exit=True,
+                enable_auth=True,
+                cwd=self._folder.name,
+                return_proc=True,
             )
-            parameters = GatewayParameters(auto_field=True, port=port)
+            parameters = GatewayParameters(auto_field=True, port=self.port, auth_token=token)
             self._gateway = JavaGateway(gateway_parameters=parameters, java_process=self.process)
             java = self._gateway.jvm.java
             # The simulator prints at every step; it must be told so before it is loaded.
@@ -140,6 +150,7 @@ class Simulator:
             if pipe is not None:
                 with suppress(OSError):
                     pipe.close()
+        self._folder.cleanup()
 
 
 class Simulators:

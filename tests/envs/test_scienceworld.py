@@ -49,6 +49,23 @@ def test_contract():
     assert len(SIMULATORS.processes()) == 1, "it stays for the next environment"
 
 
+def test_the_simulator_leaves_no_file_where_the_process_was_started():
+    with SIMULATORS.lend(None, 1) as simulator:
+        written = os.readlink(f"/proc/{simulator.process.pid}/cwd")
+    assert os.path.realpath(written) != os.path.realpath(os.getcwd())
+
+
+def test_a_stranger_on_the_same_machine_cannot_talk_to_the_simulator():
+    from py4j.java_gateway import GatewayParameters, JavaGateway
+    from py4j.protocol import Py4JError
+
+    with SIMULATORS.lend(None, 1) as simulator:
+        stranger = JavaGateway(gateway_parameters=GatewayParameters(port=simulator.port))
+        with pytest.raises(Py4JError):
+            stranger.jvm.java.lang.System.getProperty("user.dir")
+        stranger.close()
+
+
 def test_what_is_written_down_here_is_what_the_simulator_says():
     with SIMULATORS.lend(None, 1) as simulator:
         assert {task: simulator._world.getTaskMaxVariations(task) for task in simulator.ask("getTaskNames")} == TASKS
