@@ -12,8 +12,6 @@ configuration. And a prompt depends on nothing but the settings: dates in templa
 from __future__ import annotations
 
 import datetime
-import json
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -43,7 +41,16 @@ _THOUGHTS = (
 """How models mark a thought. To the environments' formats all are ``<think>``."""
 
 
-_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+_DATE_CODES = [*"aAwdbBmyYHIMSfjpUWcxXGuV%", "-d", "-m", "-y", "-H", "-I", "-M", "-S", "-j"]
+_STRFTIME = (
+    "{%- macro strftime_now(format) -%}{%- set at = namespace(code=none) -%}{%- for c in format -%}"
+    "{%- if at.code is none and c != '%' -%}{{ c }}{%- elif at.code is none -%}{%- set at.code = '' -%}"
+    "{%- elif c == '-' -%}{%- set at.code = '-' -%}"
+    "{%- else -%}{{ atod_date[at.code + c] if at.code + c in atod_date else raise_exception('unknown date %' + at.code + c) }}"
+    "{%- set at.code = none -%}{%- endif -%}{%- endfor -%}{%- endmacro %}\n"
+)
+"""Stands before a template that asks for the time: templates may bring data, not functions."""
 
 
 class _Frame:
@@ -108,7 +115,7 @@ class ChatFormat:
         except ValueError as error:
             raise ValueError(f"chat date {date!r}; expected a date such as {CHAT_DATE}") from error
         self.thinking = thinking
-        self._template = self._dated()
+        self._told = self._facts()
         self._plain = PlainText(tokenizer)
         self._listed = False
         self._listed = self._wants_parts()
@@ -218,16 +225,14 @@ class ChatFormat:
             raise ValueError("the chat template drops earlier responses; it cannot be used for a growing conversation")
         return between
 
-    def _dated(self) -> dict[str, str]:
-        """The template with its dates written out; nothing where it tells none."""
-        template = str(self.tokenizer.get_chat_template())
-        fixed = _NOW.sub(lambda found: json.dumps(self._date.strftime(found[2])), template)
-        if re.search(r"strftime_now\s*\(", fixed):
-            raise ValueError(
-                f"the chat template of {self.tokenizer.name_or_path!r} makes a date in a way that cannot be fixed to the run's; write "
-                "the format into strftime_now('...')"
-            )
-        return {} if fixed == template else {"chat_template": fixed}
+    def _facts(self) -> dict[str, Any]:
+        """What templates are told besides the messages: the run's date, and no text for special tokens that the tokenizer has none of."""
+        template, known = str(self.tokenizer.get_chat_template()), self.tokenizer.special_tokens_map
+        facts: dict[str, Any] = {name: "" for name in _SPECIAL if name not in known}
+        if "strftime_now" in template:
+            codes = {code: self._date.strftime(f"%{code}") for code in _DATE_CODES}
+            facts |= {"chat_template": _STRFTIME + template, "atod_date": codes}
+        return facts
 
     def _wants_parts(self) -> bool:
         """Whether the template shows messages only as lists of parts."""
@@ -261,7 +266,7 @@ class ChatFormat:
                 add_generation_prompt=generates,
                 enable_thinking=self.thinking != "off",
                 thinking=self.thinking != "off",
-                **self._template,
+                **self._told,
             )
         except Exception as error:  # whatever a template raises, with whatever class
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

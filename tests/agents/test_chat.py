@@ -291,5 +291,24 @@ def test_dates_in_templates_are_the_runs(tokenizer):
     assert made.decode(ChatFormat(made).opening("a")).startswith("01 Jan 2025 2025-01-01\n")
     with pytest.raises(ValueError, match="expected a date"):
         ChatFormat(made, date="tomorrow")
-    with pytest.raises(ValueError, match="in a way that cannot be fixed"):
-        ChatFormat(with_template(tokenizer, "{% set f = '%Y' %}{{ strftime_now(f) }}" + CHATML))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set f = '%Y' %}{{ strftime_now(f) }}",
+        "{% set now = strftime_now %}{{ now('%Y') }}",
+        "{% if strftime_now is defined %}{{ strftime_now( '%Y' ~ '' ) }}{% endif %}",
+        "{% macro year(f='%Y') %}{{ strftime_now(format=f) if false else strftime_now(f) }}{% endmacro %}{{ year() }}",
+    ],
+)
+def test_dates_are_the_runs_however_a_template_makes_them(tokenizer, template):
+    made = with_template(tokenizer, template + CHATML)
+    assert made.decode(ChatFormat(made, date="1987-07-26").opening("a")).startswith("1987<|im_start|>")
+
+
+def test_a_special_token_that_the_tokenizer_has_none_of_is_no_text(tokenizer):
+    made = with_template(tokenizer, "{% set head = bos_token + unk_token %}{{ head }}" + CHATML, bos_token=None)
+    made.unk_token = None
+    chat = ChatFormat(made)
+    assert chat.opening("a") == ChatFormat(with_template(tokenizer, CHATML)).opening("a")

