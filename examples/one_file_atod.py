@@ -12,6 +12,7 @@ The same episodes give the same advantages and the same gradient as ``python -m 
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from atod_envs.prompting import prompted
 
 KAPPA_INIT, KAPPA_MIN, RHO_INIT, RHO_MAX, ANNEAL_STEPS = 1.0, 0.1, 1.0, 2.0, 80
 CLIP, REWARD_SCALE, EPS = 0.2, 10.0, 1e-6
+NEW: list[dict] = []
+LATER = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "@"}]
 
 
 @dataclass
@@ -47,15 +50,30 @@ class Attempt:
 # --- rollout --------------------------------------------------------------------------------------------------------
 
 
-def ids_between(tokenizer, message: str) -> list[int]:
-    """Ids from the end of a response to the beginning of the next: what the chat template puts around a new message."""
-    talk = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "@"},
-        {"role": "user", "content": message},
-    ]
-    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    return tokenizer.encode(text.partition("@")[2], add_special_tokens=False)
+def message_ids(tokenizer, message: str, talk: list[dict] = NEW) -> list[int]:
+    """Ids of a user message with what the chat template puts around it; behind a response (``talk=LATER``), from its end on.
+
+    No text of the message becomes a control token: what would is cut in two before it is encoded.
+    """
+
+    def render(text: str) -> str:
+        whole = [*talk, {"role": "user", "content": text}]
+        shown = tokenizer.apply_chat_template(whole, tokenize=False, add_generation_prompt=True)
+        return shown.partition("@")[2] if talk else shown
+
+    def read(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    added, template = tokenizer.added_tokens_decoder, tokenizer.chat_template
+    control = {
+        i: t.content for i, t in added.items() if t.special or ("think" not in t.content and t.content in template)
+    }
+    ids, before, after = read(render(message)), *render("{0}").split("{0}")
+    if [i for i in ids if i in control] == [i for i in read(before) + read(after) if i in control]:
+        return ids
+    cuts = [m.start() + 1 for m in re.finditer(f"(?={'|'.join(map(re.escape, control.values()))})", message)]
+    pieces = [message[i:j] for i, j in zip([0, *cuts], [*cuts, len(message)], strict=True)]
+    return [i for text in (before, *pieces, after) for i in read(text)]
 
 
 @torch.no_grad()
@@ -81,9 +99,7 @@ def rollout(model, tokenizer, envs, attempts: list[Attempt], style: str, max_new
     for i, attempt in enumerate(attempts):
         tasks = envs[i].unwrapped.tasks
         message, _ = envs[i].reset(seed=attempt.seed, options={"task_id": tasks[attempt.task % len(tasks)]})
-        talk = [{"role": "user", "content": message}]
-        text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        prompts[i] = tokenizer.encode(text, add_special_tokens=False)
+        prompts[i] = message_ids(tokenizer, message)
     while prompts:
         live = list(prompts)
         for i, response in zip(live, sample(model, tokenizer, [prompts[i] for i in live], max_new), strict=True):
@@ -96,13 +112,10 @@ def rollout(model, tokenizer, envs, attempts: list[Attempt], style: str, max_new
             if terminated or truncated:
                 del prompts[i]
             elif style == "compact":  # the conversation grows; a windowed style tells it anew each turn
-                between = ids_between(tokenizer, message)
+                between = message_ids(tokenizer, message, LATER)
                 prompts[i] = prompts[i] + response + (between[1:] if stopped else between)
             else:
-                text = tokenizer.apply_chat_template(
-                    [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-                )
-                prompts[i] = tokenizer.encode(text, add_special_tokens=False)
+                prompts[i] = message_ids(tokenizer, message)
     return attempts
 
 
