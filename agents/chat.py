@@ -92,7 +92,7 @@ class ChatFormat:
         date: what templates that tell the date are told, as ISO 8601 (``2025-01-01``).
 
     Attributes:
-        stop_ids: ids that end a response; the first is the one that is written behind a response of somebody else.
+        stop_ids: ids that end a response; the first is the one that is written behind a response that was not sampled.
         opened: text of a thought that the template opens for the model; it counts as said by it.
 
     Raises:
@@ -181,7 +181,7 @@ class ChatFormat:
         return self._plain.encode(text)
 
     def encode_response(self, text: str) -> list[int]:
-        """Ids of a response that somebody else wrote (a demonstration), with the stop token.
+        """Ids of a response that was not sampled (a demonstration), with the stop token.
 
         Where the template opens a thought, the response goes on from there, or closes it at once.
         """

@@ -1,6 +1,6 @@
 """The scripted experts of the environments, behind the one ``Agent`` protocol.
 
-An expert knows what the agent has been shown and nothing else; it can be asked for its advice in any state that somebody else's
+An expert knows what the agent has been shown and nothing else; it can be asked for its advice in any state that another agent's
 actions have led to, which is what learning from corrections needs.
 """
 
@@ -64,7 +64,7 @@ class ExpertAgent:
         return Decision(move.action, move.thought)
 
     def observe(self, action: str, observation: str, info: Mapping[str, Any]) -> None:
-        """Note what an action, anybody's, led to."""
+        """Note what an action led to, whichever agent took it."""
         self._observation, self._admissible = observation, info["admissible"]
         self._script.observe(action, observation, info["admissible"])
 

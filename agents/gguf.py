@@ -78,7 +78,7 @@ def converted(path: Path) -> Path:
         return _KEPT[digest]
     root = _root()
     target = None if root is None else root / "gguf" / f"{path.stem}-{digest[:16]}"
-    if target is not None and _whole(target, digest):
+    if target is not None and _intact(target, digest):
         _KEPT[digest] = target
         return target
     try:
@@ -94,7 +94,7 @@ def converted(path: Path) -> Path:
         _convert(path, part)
         files = {file.name: checksum(file) for file in sorted(part.iterdir())}
         (part / _DONE).write_text(json.dumps({"source": digest, "files": files}))
-        _KEPT[digest] = part if target is None else _settle(part, target, digest)
+        _KEPT[digest] = part if target is None else _move_into_place(part, target, digest)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -110,20 +110,20 @@ def checksum(path: Path) -> str:
     return whole.hexdigest()
 
 
-def _settle(part: Path, target: Path, digest: str) -> Path:
+def _move_into_place(part: Path, target: Path, digest: str) -> Path:
     """Put a finished folder in its place; another process may have been faster."""
     try:
-        if target.exists() and not _whole(target, digest):
+        if target.exists() and not _intact(target, digest):
             shutil.rmtree(target)
         part.rename(target)
     except OSError:
-        if not _whole(target, digest):
+        if not _intact(target, digest):
             raise
         shutil.rmtree(part, ignore_errors=True)
     return target
 
 
-def _whole(folder: Path, digest: str) -> bool:
+def _intact(folder: Path, digest: str) -> bool:
     """Whether a folder was converted from the file of this checksum, and every file in it is as it was written."""
     try:
         known = json.loads((folder / _DONE).read_text())

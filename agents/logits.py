@@ -185,7 +185,7 @@ def require_known_ids(model: Any, rows: Sequence[np.ndarray], what: str) -> None
 
 
 def decoder_states(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
-    """States [B, T, D] of rows that are filled up on the right. No real token of a causal model sees the filling."""
+    """States [B, T, D] of rows that are padded on the right. No real token of a causal model sees the padding."""
     return cast("torch.Tensor", decoder_of(model)(input_ids=ids_BT, use_cache=False).last_hidden_state)
 
 

@@ -170,7 +170,7 @@ def _adapted(source: str) -> tuple[str, dict[str, Any]]:
     """The model that a folder's adapters belong to, with options for loading it; the folder itself where it holds no adapters.
 
     A name in an adapter's configuration is a folder (as it stands, or seen from the adapter's own folder), or a model that the hub's
-    cache holds. A hub is never asked for it: the name may be a folder that is not here, and anybody may take its name there.
+    cache holds. A hub is never asked for it: the name may be a folder that is not here, and its name there is free for any user to take.
     """
     path = Path(source) / "adapter_config.json"
     if not path.is_file():

@@ -140,7 +140,7 @@ class Algorithm(ABC):
 
     @property
     def support(self) -> int:
-        """How many of the teacher's top-k tokens are kept at each sampled token; read where ``scores`` name "support"."""
+        """K of the teacher's top-k tokens that are kept at each sampled token; read where ``scores`` name "support"."""
         return 0
 
     @property
@@ -212,7 +212,7 @@ def find_algorithm(name: str) -> type[Algorithm]:
     """Load an algorithm by name from the entry-point group ``atod.algorithms``.
 
     Raises:
-        UnknownName: nobody offers it; the message lists what is installed.
+        UnknownName: no installed package offers it; the message lists what is installed.
         AtodError: it is offered, but cannot be imported.
     """
     offered = {point.name: point for point in entry_points(group="atod.algorithms")}

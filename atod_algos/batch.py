@@ -4,7 +4,7 @@ Every quantity that is computed per token lives in an array with one entry for e
 trajectory, turn, token. Prompts and observations have no entry at all, so they cannot leak into a mean, a minimum or a
 loss. The invariant: ``rows[row_M[i]][column_M[i]]`` is the id that was sampled.
 
-Only the policy's own turns are on axis K. Turns that somebody else played (an expert's, before the policy took over) are part of
+Only the policy's own turns are on axis K. Turns of another actor (an expert's, before the policy took over) are part of
 the prompt that follows them, and of nothing else.
 """
 
@@ -41,7 +41,7 @@ class TokenBatch:
         turn_M: its turn, an index into axis K.
         sampler_logprobs_M: log-probability that the engine sampled it with.
         trajectory_K: trajectory of each turn, an index into axis N.
-        index_K: place of the turn in its trajectory, from 0; turns that somebody else played count.
+        index_K: place of the turn in its trajectory, from 0; turns of other actors count.
         prompt_length_K: tokens of the turn's prompt.
         valid_K: the environment understood the turn's action and the response had the right form.
         group_N: group of each trajectory.
@@ -95,7 +95,7 @@ class TokenBatch:
 def make_batch(groups: Sequence[Group], layout: RowLayout = RowLayout.MERGED) -> TokenBatch:
     """Lay groups out for training.
 
-    Aborted trajectories are left out: nobody knows how they would have ended.
+    Aborted trajectories are left out: how they would have ended is unknown.
 
     Args:
         groups: groups of trajectories that carry token ids.
@@ -119,7 +119,7 @@ def make_batch(groups: Sequence[Group], layout: RowLayout = RowLayout.MERGED) ->
             ids: tuple[int, ...] = ()
             for turn in trajectory.turns:
                 if not turn.prompt_ids:
-                    continue  # played by somebody else, who has no tokens
+                    continue  # played by an actor without tokens
                 continues = bool(ids) and turn.prompt_ids[: len(ids)] == ids
                 if turn.response_ids and not (continues and layout is RowLayout.MERGED):
                     rows.append(np.empty(0, dtype=np.int64))
@@ -187,7 +187,7 @@ class Scores:
         entropy_M: entropy of the student's whole distribution at each token, in nats.
         teacher_entropy_M: the same of the teacher's.
         reverse_kl_M: KL(student || teacher) over the whole vocabulary at each token, in nats.
-        support_MS: ids of the teacher's S likeliest tokens in the place of each token; ``None`` beside ``teacher_support_MS``: S is the
+        support_MS: ids of the teacher's S top-k tokens in the place of each token; ``None`` with ``teacher_support_MS`` given: S is the
             whole vocabulary, in its order.
         teacher_support_MS: their log-probs under the teacher.
         vocabulary: how many ids student and teacher share; 0 where their distributions were not compared.

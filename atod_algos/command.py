@@ -177,7 +177,7 @@ def run_module(module: str, called: str, arguments: Sequence[str]) -> int:
             f"error: {called} needs {error.name}, which is not installed: pip install 'atod[{extra}]'", file=sys.stderr
         )
         return 1
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     finally:

@@ -5,7 +5,7 @@ for all of them.
 
 Objective
     A_t = log pi_T - log pi_old                                         on every sampled token, as in OPD
-    F_t = 1[H(pi_T) > tau] sum_v p_T(v) (log p_T(v) - log p_theta(v))   v over the teacher's k likeliest tokens
+    F_t = 1[H(pi_T) > tau] sum_v p_T(v) (log p_T(v) - log p_theta(v))   v over the teacher's top-k tokens
     L   = clipped surrogate(A_t) + alpha mean_t F_t
 The gradient of F_t goes through the student's whole distribution (log p_theta is normalised over the vocabulary) and not through a
 ratio. Only k numbers a token are kept of the teacher, so no tensor of rows x positions x vocabulary exists.
@@ -48,7 +48,7 @@ class EntropyAware(Algorithm):
     forward_coef: float = 1.0
     """alpha: weight of the forward KL (1, second-hand)."""
     support: int = 16
-    """k: how many of the teacher's likeliest tokens the forward KL sums over (16, second-hand)."""
+    """k: the forward KL sums over the teacher's top-k tokens (16, second-hand)."""
 
     def __post_init__(self) -> None:
         if self.support < 1:

@@ -14,7 +14,7 @@ there is no ratio and no clip in this term. The teacher is the policy that rolle
 The skills are text files of the environments (``atod_envs/<environment>/skills.md``): general ones and those for the task's kind, both
 or an error. The student never sees them, neither in training nor in evaluation.
 
-``--rules paper`` is the objective above, ``--rules released`` the baseline as it was run beside ATOD:
+``--rules paper`` is the objective above, ``--rules released`` the baseline as it was compared with ATOD:
 
                        paper         released
     --group-stats      trajectory    turn_row          unit of the reward's mean and deviation

@@ -21,7 +21,7 @@ disagreement does not raise those after it.
     --dual-clip        0             3
     --entropy-coef     0             0.001
 
-Differences from the SOD paper: it writes the distillation term as a loss, sum_t (log pi_theta - log pi_T), beside L_GRPO; here, as in
+Differences from the SOD paper: it writes the distillation term as a loss, sum_t (log pi_theta - log pi_T), added to L_GRPO; here, as in
 its code, the detached gap is an advantage under the same clip. Its optional gated form, a regulariser of strength
 sigma(-gamma A), and its supervised cold start are not here. The first turn is the first that holds a token: one without has no d_k.
 

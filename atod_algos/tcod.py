@@ -9,7 +9,7 @@ Objective
     --curriculum back_to_front   an expert plays the first L - k turns of its own solution of length L, the student the rest
 
 Early in training the states that a weak student reaches late in an episode are ones on which its teacher has little to say. Front to
-back does not go there yet; back to front starts from states that somebody competent has reached. The expert's turns are executed,
+back does not go there yet; back to front starts from states that an expert has reached. The expert's turns are executed,
 but they are not the student's: they have no tokens here and nothing is learned from them. Only training episodes are limited;
 evaluation plays every episode whole. T_max is the environment's own limit. An episode that is cut has no reward; none is used.
 

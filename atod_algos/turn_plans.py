@@ -31,7 +31,7 @@ class EpisodeSpec:
 Role = Literal["student", "expert"]
 """Who can be asked for a turn: the model that is trained, or the environment's scripted expert."""
 
-TurnPlayer = Callable[[int], Role | Decision]
+TurnActor = Callable[[int], Role | Decision]
 """Number of a turn (from 0) -> who plays it, or the decision that is played there."""
 
 
@@ -46,7 +46,7 @@ class TurnPlan(Protocol):
     def expert_watches(self) -> bool:
         """Whether the expert follows the whole episode, so that it can answer at any turn."""
 
-    def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnPlayer:
+    def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnActor:
         """Plan one episode.
 
         Args:
@@ -67,7 +67,7 @@ class ExpertFirst:
     learned: Role = "student"
     expert_watches: bool = False
 
-    def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnPlayer:
+    def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnActor:
         """See :class:`TurnPlan`."""
         decisions = solution()
         ahead = decisions[: max(0, len(decisions) - self.leaves)]

@@ -40,14 +40,14 @@ def build_once(folder: Path, build: Callable[[Path], object], complete: str = ""
 
     Args:
         folder: where it shall appear.
-        build: fills the scratch folder that it is given, which lies beside ``folder``.
+        build: fills the scratch folder that it is given, which lies next to ``folder``.
         complete: a file that a complete folder has; by default, being there suffices.
 
     Returns:
         The folder.
 
     Raises:
-        DataError: nothing can be written beside it.
+        DataError: nothing can be written next to it.
     """
     if (folder / complete).exists():
         return folder
@@ -68,7 +68,7 @@ def build_once(folder: Path, build: Callable[[Path], object], complete: str = ""
             if folder.exists():
                 shutil.rmtree(folder)
             scratch.rename(folder)
-            Path(lock.name).unlink(missing_ok=True)  # whoever waits for it finds the folder
+            Path(lock.name).unlink(missing_ok=True)  # the next in line finds the folder
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder

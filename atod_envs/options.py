@@ -1,6 +1,6 @@
 """``--option NAME=VALUE``: any argument of an environment, said on a command line; every command reads it here.
 
-The invariant: the same words mean the same to whoever plays, trains, evaluates or serves.
+The invariant: the same words mean the same in play, training, evaluation and serving.
 """
 
 from __future__ import annotations

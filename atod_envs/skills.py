@@ -1,4 +1,4 @@
-"""Skills: what is worth knowing about an environment's tasks, in words, for whoever may be told.
+"""Skills: what is worth knowing about an environment's tasks, in words, for prompts that may hold it.
 
 Each environment has one file, ``skills.md`` in its folder: a section ``# General`` for all tasks, and a section for each kind of task
 (ALFWorld's task type, WebShop's category, Search-QA's data set; the label that results are broken down by). A section's heading may
@@ -69,7 +69,7 @@ def read_skills(path: Path) -> SkillBook:
                 raise DataError(f"{path}: the section for {kind!r} is empty; write its skills or remove it")
             sections[kind] = body.strip()
     if _GENERAL not in sections:
-        raise DataError(f"{path} has no section '# {_GENERAL}'; expected one beside those for each kind of task")
+        raise DataError(f"{path} has no section '# {_GENERAL}'; expected one besides those for each kind of task")
     return SkillBook(path, sections.pop(_GENERAL), sections)
 
 

@@ -23,7 +23,7 @@ class Layout(StrEnum):
     """How the turns of an episode become model input."""
 
     WINDOW = "window"
-    """Each turn stands alone: one user message that retells what matters (the paper's)."""
+    """Each turn stands alone: one user message with a sliding window of the history (the paper's)."""
     CONVERSATION = "conversation"
     """Turns follow each other in one growing conversation; each message tells only what is new."""
 

@@ -109,7 +109,7 @@ class TextEnv(gym.Env[str, str]):
     def _begin(self, task_id: str, seed: int) -> tuple[str, Frame]:
         """Start the episode of a task; return (instruction, first frame).
 
-        ``seed`` settles whatever the task leaves open; an environment without such freedom ignores it.
+        ``seed`` fixes whatever the task leaves open; an environment without such freedom ignores it.
         """
 
     @abstractmethod

@@ -90,7 +90,7 @@ class Trajectory:
         group_id: groups the attempts at one task that are compared with each other.
         seed: seed of the episode.
         turns: the turns in order; may be empty if the first prompt did not fit.
-        final_observation: what the environment said last; nobody answered it.
+        final_observation: what the environment said last, unanswered.
         success: the task was solved.
         score: how much of it was done, in [0, 1].
         stop_reason: why the episode ended.

@@ -10,7 +10,7 @@ Two ways to drive it:
   ``autoreset_mode``.
 - :meth:`TextVectorEnv.reset_at` and :meth:`TextVectorEnv.step_at` move any subset and wait for that subset alone;
   :meth:`TextVectorEnv.submit_reset`, :meth:`TextVectorEnv.submit_step` and :meth:`TextVectorEnv.collect` do not even
-  wait for that: nobody waits for the slowest.
+  wait for that, and none waits for the slowest.
 
 Example:
     >>> envs = gym.make_vec("atod/ALFWorld-v0", num_envs=64, workers=2, split="train")

@@ -1,9 +1,9 @@
-"""Speed and memory of the native ALFWorld engine beside the published one: same games, same commands, same run.
+"""Speed and memory of the native ALFWorld engine compared with the published one: same games, same commands, same run.
 
     python benchmarks/alfworld.py                        the table
     python benchmarks/alfworld.py --differential 200000  no speeds: compare the two engines step by step
 
-Real games are taken from --realdata (default: $ATOD_REALDATA, else ../shared/realdata beside the repository); without
+Real games are taken from --realdata (default: $ATOD_REALDATA, else ../shared/realdata next to the repository); without
 them only the built-in games are played. Rows of one process count CPU time (so that other work on the machine does not
 count), rows of more processes count wall time. The published engine is installed with `pip install alfworld`.
 """

@@ -1,4 +1,4 @@
-"""How the scripted ALFWorld expert does on whole splits, beside the shortest plans.
+"""How the scripted ALFWorld expert does on whole splits, compared with the shortest plans.
 
     python benchmarks/alfworld_expert.py --data builtin --split valid_unseen
     python benchmarks/alfworld_expert.py --data /path/to/alfworld --split train

@@ -118,7 +118,7 @@ def accelerated() -> Iterator[None]:
         return commands[key]
 
     game: list[Any] = [None]
-    # The second, optimised translation serves only the planner, which nobody asks here.
+    # The second, optimised translation serves only the planner, which is not used here.
     fast_downward.pddl2sas = lambda domain, problem, verbose=False, optimize=False: translated(domain, problem)
     textgen._parse_and_convert, textgen.deepcopy = remembered_text, shallow
     textgen.ContextSensitiveGrammar.derive = remembered_command

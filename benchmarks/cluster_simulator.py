@@ -59,7 +59,7 @@ class Rates:
         weight_bytes: of the student, as they travel.
         bandwidth: bytes a second from the learner to all engines' nodes.
         fixed: seconds of a step that nothing above explains.
-        dispatch: seconds of a rollout in which nobody plays: work on its way to workers, and episodes on theirs.
+        dispatch: seconds of a rollout in which no worker plays: work on its way to workers, and episodes on theirs.
     """
 
     engines: int

@@ -1,4 +1,4 @@
-"""``benchmarks/train.py --gpu``: learner and engine beside what torch itself reaches on the device."""
+"""``benchmarks/train.py --gpu``: learner and engine compared with what torch itself reaches on the device."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def shares(args: argparse.Namespace) -> None:
     big = torch.empty((1 << 24) if args.tiny else (1 << 30), dtype=torch.uint8, device=device)
     bandwidth = 2 * big.numel() / seconds(lambda: big.clone(), 5)
     print(f"device: {torch.cuda.get_device_name() if gpu else platform.machine()}, torch {torch.__version__}, {dtype}")
-    print(f"reached by torch: {flops / 1e12:.3g} TFLOP/s in a matrix product, {bandwidth / 1e9:.3g} GB/s in a copy")
+    print(f"reached by torch: {flops / 1e12:.3g} TFLOP/s in a matmul, {bandwidth / 1e9:.3g} GB/s in a copy")
 
     rng = np.random.default_rng(0)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/engine.py                        # every engine that is installed, every workload
     python benchmarks/engine.py --engines transformers lock-step --workloads mixed
-    python benchmarks/engine.py --products             # matrix products: PyTorch's default beside oneDNN
+    python benchmarks/engine.py --products             # linear layers: PyTorch's default against oneDNN
 
 Engines: ``transformers`` (ours), ``vllm`` (where installed), and ``lock-step``: what a script does without an engine, one
 ``model.generate()`` over all that wait, left-padded, until the longest is done. Lock-step is given every advantage: the
@@ -12,10 +12,10 @@ Workloads, all with sampling at temperature 1 and lengths that are the same for 
 
 ``builtin``   128 episodes of the built-in ALFWorld, played by the reference student (0.26 M parameters) for real.
 ``episodes``  the lengths of the first --episodes of these, turn by turn in one growing conversation, on a random model.
-``windows``   the same, but every turn is a prompt of its own that retells the last turns (nothing to reuse but the opening).
+``windows``   the same, but every turn is a sliding-window prompt of its own (nothing to reuse but the opening).
 ``mixed``     twice as many single prompts of 32 to 512 tokens in groups of eight, responses of 1 to 256 (log-normal).
 
-A token that was sampled counts, a prompt's does not. Seconds are of one core's processor time inside the engine, so that
+A token that was sampled counts, a prompt's does not. Seconds are of one core's CPU time inside the engine, so that
 a busy machine and the environments do not matter; the best of --repeats.
 """
 
@@ -109,12 +109,12 @@ class LockStep:
         """Nothing is held."""
 
     def close(self) -> None:
-        """Forget what waits."""
+        """Drop what waits."""
         self._queue.clear()
 
 
 class Timed:
-    """An engine whose verbs' processor time is added up."""
+    """An engine whose verbs' CPU time is added up."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -178,7 +178,7 @@ def conversations(trajectories: Sequence[Any], window: bool) -> list[list[Turn]]
             new = list(turn.prompt_ids[seen:])
             if window:
                 first = trajectory.turns[0].prompt_ids
-                # The opening, and then as much of the conversation as two turns, as the paper's prompt retells.
+                # The opening, and then as much of the conversation as two turns, as in the paper's prompt.
                 past = trajectory.turns[max(0, turn.index - 2)].prompt_ids
                 new = [*first, *turn.prompt_ids[len(past) :]] if turn.index else list(first)
             turns.append(Turn(new, len(turn.response_ids)))
@@ -264,9 +264,9 @@ def best(engine: Engine, work: Callable[[Engine, int], Any], repeats: int) -> di
     return {"tokens_per_second": rate, "tokens": tokens, "engine_seconds": seconds, "wall_seconds": wall}
 
 
-def products(repeats: int) -> None:
-    """Matrix products of the engine (packed weights, few rows) and of the learner (both gradients, many rows)."""
-    from atod_algos.learner.onednn import _product
+def matmuls(repeats: int) -> None:
+    """Linear layers of the engine (packed weights, few rows) and of the learner (both gradients, many rows)."""
+    from atod_algos.learner.onednn import _matmul
 
     def rate(work: Callable[[], Any], operations: float) -> float:
         work()
@@ -295,14 +295,14 @@ def products(repeats: int) -> None:
             }
             if rows == 4096:
                 pairs = {
-                    "forward": (pairs["forward, packed"][0], lambda x=x, weight=weight: _product(x, weight)),
+                    "forward": (pairs["forward, packed"][0], lambda x=x, weight=weight: _matmul(x, weight)),
                     "gradient of x": (
                         lambda gradient=gradient, weight=weight: gradient @ weight,
-                        lambda gradient=gradient, weight=weight: _product(gradient, weight.t()),
+                        lambda gradient=gradient, weight=weight: _matmul(gradient, weight.t()),
                     ),
                     "of the weights": (
                         lambda gradient=gradient, x=x: gradient.t() @ x,
-                        lambda gradient=gradient, x=x: _product(gradient.t(), x.t()),
+                        lambda gradient=gradient, x=x: _matmul(gradient.t(), x.t()),
                     ),
                 }
             for name, (default, onednn) in pairs.items():
@@ -325,11 +325,11 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=32, help="episodes on the random model")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--products", action="store_true", help="time matrix products instead")
+    parser.add_argument("--products", action="store_true", help="time linear layers instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.products:
-        products(max(3, options.repeats))
+        matmuls(max(3, options.repeats))
         return
 
     _, play = played(maker("transformers"))

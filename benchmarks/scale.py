@@ -1,4 +1,4 @@
-"""Rollout on 1, 2 and 4 Ray workers beside the single process, and what the planner's simulator says of them.
+"""Rollout on 1, 2 and 4 Ray workers compared with the single process, and what the planner's simulator says of them.
 
     python benchmarks/scale.py                    # the built-in ALFWorld student, 16 tasks x 8 attempts
 

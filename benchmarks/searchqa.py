@@ -6,7 +6,7 @@
     python benchmarks/searchqa.py --vectors 100000    build and search faiss indexes of that many vectors
     python benchmarks/searchqa.py --shards 4          serve the real passages in parts, against one index over all
 
-Real data is taken from --realdata (default: $ATOD_REALDATA, else ../shared/realdata beside the repository). Rows of one
+Real data is taken from --realdata (default: $ATOD_REALDATA, else ../shared/realdata next to the repository). Rows of one
 process count CPU time, so that other work on the machine does not count; the server's row counts wall time.
 """
 
@@ -265,7 +265,7 @@ def search(folder: Path, queries: Sequence[str]) -> None:
     memory = {
         line.split()[0]: int(line.split()[1]) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     }
-    # Not the private pages: those of a mapped file count as private as long as nobody else happens to look at them.
+    # Not the private pages: those of a mapped file count as private as long as no other process maps them.
     own = memory["Anonymous:"] / 1024
     print(f"memory of the reader      resident {memory['Rss:'] / 1024:,.0f} MiB, of it its own {own:,.0f} MiB")
 

@@ -39,7 +39,7 @@ def peak_mib() -> float:
 
 
 class Phases:
-    """Wall seconds, processor seconds and highest memory of one step's phases."""
+    """Wall seconds, CPU seconds and highest memory of one step's phases."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
@@ -190,11 +190,11 @@ def table(rounds: dict[str, list[list[dict[str, Any]]]], args: argparse.Namespac
             + f"{middle([total(step, 2) for step in steps]):10.0f}"
             + f"{middle([step['row_tokens'] / total(step, 1) for step in steps]):11.0f}"
         )
-    print("(processor seconds a step, but for 'wall'; medians over all steps)")
+    print("(CPU seconds a step, but for 'wall'; medians over all steps)")
     for mine in (who for who in rounds if who == "ours"):
         for other in (who for who in rounds if who.startswith("trl")):
             head = f"{CONTENDERS[other]} / {CONTENDERS[mine]}"
-            for label, which in (("processor time", 1), ("wall time", 0)):
+            for label, which in (("CPU time", 1), ("wall time", 0)):
                 # Per token of a row: the sampled episodes differ in length.
                 cost = [
                     [
@@ -246,7 +246,7 @@ def packing(args: argparse.Namespace) -> None:
     advantage_M = np.random.default_rng(0).normal(size=batch.n_tokens)
     lengths = [len(row) for row in batch.rows]
     print(
-        f"{len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all; processor seconds, ",
+        f"{len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all; CPU seconds, ",
         end="",
     )
     print(f"medians of {args.rounds} rounds (lowest to highest)")
@@ -299,7 +299,7 @@ def main() -> None:
     )
     parser.add_argument("--gpu", action="store_true", help="shares of the device's peak instead")
     parser.add_argument(
-        "--tiny", action="store_true", help="with --gpu: a model so small that a processor runs it in seconds"
+        "--tiny", action="store_true", help="with --gpu: a model so small that a CPU runs it in seconds"
     )
     parser.add_argument("--worker", choices=tuple(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

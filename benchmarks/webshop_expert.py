@@ -1,4 +1,4 @@
-"""How the scripted shopper does on all goals, beside the most that any purchase could reach, and where it fails.
+"""How the scripted shopper does on all goals, compared with the most that any purchase could reach, and where it fails.
 
     python benchmarks/webshop_expert.py --data /path/to/webshop     # the official files: 6,910 synthetic goals with 1,000 products
     python benchmarks/webshop_expert.py --split test --brief        # the built-in shop, with the queries that are taught

@@ -38,7 +38,7 @@ from atod_envs.alfworld.household import tables
 from atod_envs.options import read_options
 from atod_envs.searchqa.generate import name_parts
 from atod_envs.searchqa.language import FACTS, stock_phrases
-from atod_envs.webshop.product_types import MAKER_ENDS, MAKER_MIDDLES, MAKER_STARTS, read_wares
+from atod_envs.webshop.product_types import MAKER_ENDS, MAKER_MIDDLES, MAKER_STARTS, read_product_types
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """What a shipped model consists of."""
@@ -149,12 +149,19 @@ def shop(number: int = 0) -> gym.Env[str, str]:
 
 
 def shop_tokenizer() -> Any:
-    """A tokenizer from the wares: attributes, kinds and options whole, makers' names in parts, the shopper's thoughts."""
+    """A tokenizer from the product types: attributes, kinds and options whole, makers' names in parts, the shopper's thoughts."""
     names: set[str] = set()
-    for ware in read_wares():
-        names |= {*ware.plain, *ware.having, *ware.purpose, ware.query, ware.noun.lower(), *ware.options}
-        names |= {value for values in ware.options.values() for value in values}
-    choices = {f" choose {name}" for ware in read_wares() for name in ware.options}
+    for product_type in read_product_types():
+        names |= {
+            *product_type.plain,
+            *product_type.having,
+            *product_type.purpose,
+            product_type.query,
+            product_type.noun.lower(),
+            *product_type.options,
+        }
+        names |= {value for values in product_type.options.values() for value in values}
+    choices = {f" choose {name}" for product_type in read_product_types() for name in product_type.options}
     buttons = [" buy now", " < prev", " next >", " features", " description", " reviews", " back to search"]
     thoughts = [
         " search for it",
@@ -275,7 +282,7 @@ def teach_copying(model: Any) -> None:
     config = model.config
     width, dim = config.hidden_size, config.head_dim
     half, fast = dim // 2, 5
-    # Three subspaces beside dimension 0: what a token is (twice), and what the token before it is.
+    # Three subspaces besides dimension 0: what a token is (twice), and what the token before it is.
     basis = torch.zeros(width, width - 1)
     basis[1:] = torch.linalg.qr(torch.randn(width - 1, width - 1))[0]
     own, before, rest = basis[:, :dim], basis[:, dim : 2 * dim], basis[:, 2 * dim :]

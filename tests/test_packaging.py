@@ -147,7 +147,7 @@ def test_a_missing_compiler_is_named_before_anything_is_built():
 
 
 def interpreter(minor):
-    """A Python of that version, on the path or beside the others of its kind."""
+    """A Python of that version, on the path or next to the others of its kind."""
     found = shutil.which(f"python{minor}")
     home = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     for place in [*([Path(found)] if found else []), *sorted(home.glob(f"{minor}.*/bin/python"))]:

@@ -92,7 +92,7 @@ class Engine(Protocol):
         """Replace the weights, by the model's own parameter names."""
 
     def sleep(self) -> None:
-        """Give memory back while somebody else computes; no request may be running."""
+        """Give memory back while the learner or a scorer computes; no request may be running."""
 
     def wake(self) -> None:
         """Take the memory again. What the weights are is undefined until ``load_weights``."""

@@ -257,7 +257,7 @@ class FamilyDecoder:
         self._angles = None
 
     def _pack(self, module: Any) -> _Map:
-        """A projection whose matrix is laid out for the processor's small products."""
+        """A projection whose matrix is laid out for matmuls of few rows on a CPU."""
         weight: Any = getattr(module, "weight", None)
         fits = type(module) is torch.nn.Linear and weight is not None and weight.numel() >= _PACK_ELEMENTS
         if not fits or weight.device.type != "cpu" or weight.dtype != torch.float32 or not _ONEDNN:
@@ -271,7 +271,7 @@ class FamilyDecoder:
         """The output layer."""
         if self._head is None:
             self.rebind()
-        return cast("_Map", self._head)(pad(states, (0, 0, 0, self._filling(len(states)))))[: len(states)]
+        return cast("_Map", self._head)(pad(states, (0, 0, 0, self._row_padding(len(states)))))[: len(states)]
 
     def next_logits(
         self, ids_T: torch.Tensor, positions_T: torch.Tensor, store: Store, last_S: torch.Tensor
@@ -279,7 +279,7 @@ class FamilyDecoder:
         """See :class:`Decoder`."""
         return self.logits(self(ids_T, positions_T, store)[last_S])
 
-    def _filling(self, rows: int) -> int:
+    def _row_padding(self, rows: int) -> int:
         """How many rows to add to a pass."""
         return -rows % _EVEN_ROWS[rows >= _LARGE_ROWS] if self._packed and rows >= _EVEN_ROWS[0] else 0
 
@@ -290,8 +290,8 @@ class FamilyDecoder:
             self.rebind()
         body = self._model.get_decoder()
         length = len(ids_T)
-        filling = self._filling(length)
-        ids_T, positions_T = pad(ids_T, (0, filling)), pad(positions_T, (0, filling))
+        padding = self._row_padding(length)
+        ids_T, positions_T = pad(ids_T, (0, padding)), pad(positions_T, (0, padding))
         states = body.embed_tokens(ids_T)
         cos, sin = self._rotary(body, positions_T, states)
         for index, layer in enumerate(self._layers):
@@ -302,7 +302,7 @@ class FamilyDecoder:
                 q, k = layer.q_norm(q), layer.k_norm(k)
             store.write(index, _rotate(k, cos, sin)[:length], v[:length])
             mixed = store.attend(index, _rotate(q, cos, sin)[:length], layer.scaling)
-            states = states + layer.o(pad(mixed.flatten(1), (0, 0, 0, filling)))
+            states = states + layer.o(pad(mixed.flatten(1), (0, 0, 0, padding)))
             x = layer.between(states)
             states = states + layer.down(layer.act(layer.gate(x)) * layer.up(x))
         return _norm(body.norm)(states[:length])

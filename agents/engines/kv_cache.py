@@ -22,7 +22,7 @@ _WIDE = 64
 _BLOCK_SCORES = 1 << 22
 """Most attention scores of a block that stand in memory at once."""
 _BLOCK_COST = (1 << 19, 1 << 26)
-"""What one more block costs, as bytes that could be read meanwhile: on a processor, on a GPU."""
+"""What one more block costs, as bytes that could be read meanwhile: on a CPU, on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)

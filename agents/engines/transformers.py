@@ -1,7 +1,7 @@
 """The engine that works anywhere: continuous batching over a Hugging Face causal language model.
 
 Each running request owns a slot: one row of a preallocated key/value store. Every ``step`` is one ragged forward pass: the new
-tokens of requests that have just been admitted stand beside the single next tokens of all running ones, with no padding
+tokens of requests that have just been admitted stand next to the single next tokens of all running ones, with no padding
 between them. So a finished request costs nothing more, and a waiting one starts at once. A slot keeps its keys and values
 when its request ends: the next turn of the same conversation, or another episode with the same opening, reads in only what
 is new.
@@ -144,7 +144,7 @@ class TransformersEngine:
                 if own[name].data_ptr() != tensor.data_ptr():
                     own[name].copy_(tensor)
         # A fresh start, so that what follows does not depend, not even in rounding, on what ran before.
-        self._forget()
+        self._drop_finished()
         self._decoder.rebind()
         self.model.eval()
         self.version += 1
@@ -152,7 +152,7 @@ class TransformersEngine:
     def sleep(self) -> None:
         """Give the store's memory back until the next request; the weights stay, they may be the learner's own."""
         self._require_idle("the engine was put to sleep")
-        self._forget()
+        self._drop_finished()
 
     def wake(self) -> None:
         """Nothing to do: the store grows again by itself."""
@@ -168,7 +168,7 @@ class TransformersEngine:
         if any(slot.request is not None for slot in self._slots) or self._queue:
             raise RuntimeError(f"{what} while requests are running; let them finish, or close the engine")
 
-    def _forget(self) -> None:
+    def _drop_finished(self) -> None:
         self._slots = [_Slot(row) for row in range(len(self._slots))]
         self._store.clear()
         self._clock = 0

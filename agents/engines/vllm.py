@@ -31,7 +31,7 @@ _STORE_GIB = 8
 _PASS_TOKENS = 8192
 """Most tokens of one forward pass where there is no GPU; more only where the context is longer."""
 _NO_GPU: dict[str, Any] = {
-    "enforce_eager": True,  # compiling takes minutes and gains nothing at the sizes that a processor runs
+    "enforce_eager": True,  # compiling takes minutes and gains nothing at the sizes that a CPU runs
     "enable_chunked_prefill": False,  # a prompt in pieces rewinds the request's random stream, which only CUDA's can do
 }
 _ENVIRONMENT = {
@@ -198,7 +198,7 @@ class VllmEngine:
         ]
         self._guard(lambda: self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)}))
         if self._tied and not self._gpu:
-            # The processor's matrix library holds a packed copy of the output matrix, which reloading a tied embedding
+            # The CPU's matrix library holds a packed copy of the output matrix, which reloading a tied embedding
             # does not reach.
             self._guard(lambda: self._llm.apply_model(_pack_output))
         if self._asleep:
@@ -284,7 +284,7 @@ def _pack_output(model: Any) -> None:
 
 
 def _require_supported(model: Any) -> None:
-    """Refuse heads that vLLM has no kernel for on a processor; it would find out at the first request."""
+    """Refuse heads that vLLM has no kernel for on a CPU; it would find out at the first request."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     width, sizes = _head_width(text_config(model)), CPUAttentionBackend.get_supported_head_sizes()

@@ -62,7 +62,7 @@ def verify_weights(engine: Engine, model: Any) -> float:
 
 
 def _greedy_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probs of the tokens under the model's own forward pass, and of the likeliest token at each place."""
+    """Log-probs of the tokens under the model's own forward pass, and of the most probable token at each place."""
     was_training = model.training
     model.eval()
     try:

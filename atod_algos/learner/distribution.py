@@ -1,6 +1,6 @@
-"""A teacher's distribution at every sampled token: whole where the vocabulary is small, its likeliest tokens where it is large.
+"""A teacher's distribution at every sampled token: whole where the vocabulary is small, its top-k tokens where it is large.
 
-The invariant: of a large vocabulary only the likeliest tokens of a chunk outlive the chunk.
+The invariant: of a large vocabulary only the top-k tokens of a chunk outlive the chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from atod_algos.batch import TokenBatch
 from atod_algos.learner import distributed
 from atod_algos.learner.logprobs import CHUNK_LOGITS, in_memory, numbers, split_rows, states_of
 from atod_algos.learner.loss import TeacherTokens
-from atod_algos.learner.onednn import fast_products
+from atod_algos.learner.onednn import onednn_linear
 from atod_algos.learner.options import UpdateOptions
 
 WHOLE = 4096
@@ -40,7 +40,7 @@ def distribution(
         batch: the batch.
         temperature: that of the sampling.
         budget: tokens of a micro-batch.
-        topk: how many of its likeliest tokens to keep at each place of a large vocabulary.
+        topk: k of the top-k tokens to keep at each place of a large vocabulary.
         whole: largest vocabulary of which everything is kept.
 
     Returns:
@@ -63,7 +63,7 @@ def distribution(
     @torch.no_grad()
     def attempt(tokens: int) -> None:
         for rows, counts in distributed.iter_shard(split_rows(teacher, batch.rows, tokens)):
-            with fast_products(next(teacher.parameters()).device):
+            with onednn_linear(next(teacher.parameters()).device):
                 distributed.unsharded(teacher, some, rows, counts)
 
     def some(rows: np.ndarray, counts: bool) -> None:

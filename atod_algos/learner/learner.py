@@ -22,7 +22,7 @@ from atod_algos.batch import TokenBatch
 from atod_algos.learner import distributed, memory
 from atod_algos.learner.logprobs import CHUNK_LOGITS, predict, split_rows, stream_tokens
 from atod_algos.learner.loss import TeacherTokens, aggregation_weights, importance_ratio, surrogate
-from atod_algos.learner.onednn import fast_products, same_products
+from atod_algos.learner.onednn import onednn_linear, recompute_context
 from atod_algos.learner.optimizer import Updater, learning_rate
 from atod_algos.learner.options import OptimizerOptions
 from atod_envs.errors import AtodError
@@ -85,7 +85,7 @@ class Update:
 def recompute_layers(model: Any) -> None:
     """Keep only the layers' inputs for the backward pass and compute their insides again (gradient checkpointing)."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "context_fn": same_products})
+    enable({"use_reentrant": False, "context_fn": recompute_context})
 
 
 class Learner:
@@ -230,7 +230,7 @@ class Learner:
         budget = distributed.per_rank_budget(budget, sum(len(row) for row in chosen))
         for micro, counts in distributed.iter_shard(split_rows(self.model, chosen, budget)):
             found = _Sums()
-            with fast_products(self._device):
+            with onednn_linear(self._device):
                 part = loss.of(self.model, rows[micro], found, found_M)
                 # A divided model's gradient is averaged over the ranks, but the weights of the loss sum to one over all.
                 (part * (distributed.size() if counts else 0)).backward()  # type: ignore[no-untyped-call]
@@ -278,7 +278,7 @@ class Learner:
             )
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model's weights; of a divided model, beside its shards."""
+        """What a resumed run needs besides the model's weights; of a divided model, besides its shards."""
         own = self.updater.state() if distributed.size() == 1 else {}
         return {**own, "token_budget": self.budget.tokens}
 

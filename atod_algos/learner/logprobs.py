@@ -21,7 +21,7 @@ from atod_algos.batch import Scores, TokenBatch
 from atod_algos.learner import distributed
 from atod_algos.learner.loss import TeacherTokens, reverse_kl
 from atod_algos.learner.memory import Budget
-from atod_algos.learner.onednn import even_filling, fast_products, same_products
+from atod_algos.learner.onednn import onednn_linear, recompute_context, row_padding
 from atod_algos.learner.options import UpdateOptions
 from atod_algos.learner.packing import pack, packable, packed_states, packs
 
@@ -108,13 +108,13 @@ def head_logprobs(
     size = max(1, CHUNK_LOGITS // head.rows)
     if len(targets) <= size:
         count = len(targets)
-        filling = even_filling(count, hidden.device)
-        below = (0, 0, 0, filling)
-        found = part(F.pad(hidden, below), F.pad(targets, (0, filling)), *(F.pad(x, below) for x in (asked, *said)))
+        padding = row_padding(count, hidden.device)
+        below = (0, 0, 0, padding)
+        found = part(F.pad(hidden, below), F.pad(targets, (0, padding)), *(F.pad(x, below) for x in (asked, *said)))
         chosen, width, further, apart = (values[:count] for values in found)
         return chosen, width, further, apart
     pieces = [
-        checkpoint(part, *piece, use_reentrant=False, context_fn=same_products)
+        checkpoint(part, *piece, use_reentrant=False, context_fn=recompute_context)
         for piece in zip(*(torch.split(x, size) for x in (hidden, targets, asked, *said)), strict=True)
     ]
     logprobs, spread, others, apart = (torch.cat(values) for values in zip(*pieces, strict=True))
@@ -141,7 +141,7 @@ def split_rows(model: Any, rows: Sequence[np.ndarray], budget: int) -> Iterator[
 
 
 def stream_tokens(model: Any, rows: Sequence[np.ndarray]) -> int:
-    """Tokens that a pass over these rows computes: packed, common beginnings count once; padded, padding counts."""
+    """Tokens that a pass over these rows computes: packed, shared prefixes count once; padded, padding counts."""
     return len(pack(rows).ids_T) if packable(model) else len(rows) * max(len(row) for row in rows)
 
 
@@ -208,7 +208,7 @@ def predict(
         head = logit_head(model)
         return *head_logprobs(states, targets, head, temperature, entropy, support, said), index_M
 
-    with fast_products(next(model.parameters()).device):
+    with onednn_linear(next(model.parameters()).device):
         logprobs, spread, others, apart, index_M = distributed.unsharded(model, work)
     return Predictions(
         index_M,
@@ -294,7 +294,7 @@ def compare(
         batch: the batch.
         temperature: that of the sampling, for both.
         budget: tokens of a micro-batch.
-        support: how many of the teacher's likeliest tokens to keep at each token (all of a smaller vocabulary).
+        support: k of the teacher's top-k tokens to keep at each token (all of a smaller vocabulary).
 
     Returns:
         Scores with everything but reference and base.
@@ -316,7 +316,7 @@ def compare(
     @torch.no_grad()
     def attempt(tokens: int) -> None:
         for rows, counts in distributed.iter_shard(split_rows(student, batch.rows, tokens)):
-            with fast_products(next(student.parameters()).device):
+            with onednn_linear(next(student.parameters()).device):
                 distributed.unsharded(student, distributed.unsharded, teacher, some, rows, counts)
 
     def some(rows: np.ndarray, counts: bool) -> None:

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA) through peft: few weights learn, the model underneath stays what it was.
 
 The invariant: the model object stays the one that was loaded, with adapters put into its linear layers, so that the learner,
-scoring and packing never know. With adapters off it *is* the initial student; no reference model is loaded beside it.
+scoring and packing never know. With adapters off it *is* the initial student; no further model is loaded as reference.
 Engines know nothing of adapters: they are given the sums.
 """
 
@@ -28,7 +28,7 @@ def add_adapters(model: Any, *, rank: int, alpha: float, seed: int) -> Any:
     Args:
         model: a ``transformers`` model; changed in place.
         rank: of the adapters.
-        alpha: their products are scaled by alpha / rank.
+        alpha: their outputs are scaled by alpha / rank.
         seed: of their initial values.
 
     Returns:

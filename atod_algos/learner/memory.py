@@ -1,7 +1,7 @@
 """What a step will need of memory, what it used, and what to do when there is not enough.
 
-The prediction is not a formula of somebody's architecture: one small forward pass counts the bytes that the backward pass will
-want back, for each token, on the model at hand. The invariant: splitting a batch changes rounding alone, so running out of
+The prediction is not a formula of one architecture: one small forward pass counts the bytes that the backward pass will
+want back, for each token, on the model itself. The invariant: splitting a batch changes rounding alone, so running out of
 memory costs time and never a result.
 """
 
@@ -58,7 +58,7 @@ def peak(device: torch.device) -> int:
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that can still be had; None where nobody says."""
+    """Bytes that can still be had; None where the system does not say."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

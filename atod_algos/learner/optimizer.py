@@ -104,7 +104,7 @@ class Updater:
             weight.grad = original.grad = None
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs beside the model's weights."""
+        """What a resumed run needs besides the model's weights."""
         kept = [original.detach() for weight, original in self._pairs if original is not weight]
         return {"optimizer": self._optimizer.state_dict(), "originals": kept}
 

@@ -1,7 +1,7 @@
-"""Rows of different length in one forward pass: no padding, no attention across rows, shared beginnings computed once.
+"""Rows of different length in one forward pass: no padding, no attention across rows, shared prefixes computed once.
 
 Rows are laid end to end in one stream. Where two rows begin alike (the attempts of a group share their first prompt, the turns of an
-episode their history), the common beginning stands in the stream once: a causal model's states there are the same for both. Positions
+episode their history), the shared prefix stands in the stream once: a causal model's states there are the same for both. Positions
 restart with every row. Everything but attention works on single tokens and never notices; attention is given the rows' places in
 the stream and looks at one row at a time: a loop over scaled-dot-product calls on a CPU, one variable-length flash kernel on a GPU.
 
@@ -25,16 +25,16 @@ import torch
 import torch.nn.functional as F
 
 from agents.logits import attends_fully, decoder_of
-from atod_algos.learner.onednn import even_filling
+from atod_algos.learner.onednn import row_padding
 
 log = logging.getLogger(__name__)
 
 _NAME = "atod_packed"
 """Name of our attention among those of ``transformers``."""
 _SHORTEST_SHARED = 8
-"""Shorter common beginnings are computed twice; gathering them would cost more."""
+"""Shorter shared prefixes are computed twice; gathering them would cost more."""
 _ROW_TOKENS = 4
-"""A pack's rows, counted with their shared beginnings, hold at most this many times its budget: attention sees them in full."""
+"""A pack's rows, counted with their shared prefixes, hold at most this many times its budget: attention sees them in full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Pack:
 
 
 def pack(rows: Sequence[np.ndarray]) -> Pack:
-    """Lay rows end to end, common beginnings once.
+    """Lay rows end to end, shared prefixes once.
 
     Args:
         rows: token ids of each row; every row holds at least one.
@@ -70,7 +70,7 @@ def pack(rows: Sequence[np.ndarray]) -> Pack:
     length = 0
     before: int | None = None
     for row in order:
-        shared = 0 if before is None else common(rows[before], rows[row])
+        shared = 0 if before is None else shared_prefix(rows[before], rows[row])
         if before is None or shared < _SHORTEST_SHARED:
             shared = 0
         new = len(rows[row]) - shared
@@ -95,7 +95,7 @@ def packs(rows: Sequence[np.ndarray], budget: int) -> Iterator[np.ndarray]:
 
     Args:
         rows: token ids of each row.
-        budget: most tokens of a pack, a common beginning counted once; a single row may exceed it.
+        budget: most tokens of a pack, a shared prefix counted once; a single row may exceed it.
 
     Yields:
         Indices of rows, each row exactly once.
@@ -105,7 +105,7 @@ def packs(rows: Sequence[np.ndarray], budget: int) -> Iterator[np.ndarray]:
     fresh = whole = 0
     for row in order:
         size = len(rows[row])
-        shared = common(rows[chosen[-1]], rows[row]) if chosen else 0
+        shared = shared_prefix(rows[chosen[-1]], rows[row]) if chosen else 0
         new = size - (shared if shared >= _SHORTEST_SHARED else 0)
         if chosen and (fresh + new > budget or whole + size > _ROW_TOKENS * budget):
             yield np.array(chosen)
@@ -116,8 +116,8 @@ def packs(rows: Sequence[np.ndarray], budget: int) -> Iterator[np.ndarray]:
         yield np.array(chosen)
 
 
-def common(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the common beginning of two rows."""
+def shared_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the prefix that two rows share."""
     size = min(len(a), len(b))
     unequal = np.flatnonzero(a[:size] != b[:size])
     return int(unequal[0]) if len(unequal) else size
@@ -134,7 +134,7 @@ class _Rows:
     offsets: torch.Tensor
     place_R: torch.Tensor | None
     keep_T: torch.Tensor | None
-    filling: int
+    padding: int
 
 
 def packed_states(model: Any, packed: Pack) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,15 +149,15 @@ def packed_states(model: Any, packed: Pack) -> tuple[torch.Tensor, torch.Tensor]
     """
     device = next(model.parameters()).device
     length = len(packed.ids_T)
-    filling = even_filling(length, device)
-    ids = F.pad(torch.from_numpy(packed.ids_T).to(device), (0, filling))
+    padding = row_padding(length, device)
+    ids = F.pad(torch.from_numpy(packed.ids_T).to(device), (0, padding))
     shares = packed.keep_T is not None
     rows = _Rows(
         packed.bounds,
         torch.tensor(packed.bounds, dtype=torch.int32, device=device),
         torch.from_numpy(packed.place_R).to(device) if shares else None,
         torch.from_numpy(cast("np.ndarray", packed.keep_T)).to(device) if shares else None,
-        filling,
+        padding,
     )
     decoder = decoder_of(model)
     if decoder.config._attn_implementation != _NAME:
@@ -165,7 +165,7 @@ def packed_states(model: Any, packed: Pack) -> tuple[torch.Tensor, torch.Tensor]
         decoder.config._attn_implementation = _NAME
     output = decoder(
         input_ids=ids[None],
-        position_ids=F.pad(torch.from_numpy(packed.position_T).to(device), (0, filling))[None],
+        position_ids=F.pad(torch.from_numpy(packed.position_T).to(device), (0, padding))[None],
         # A mask of four dimensions is passed on as it is, so none of T x T is built. Should it ever reach another
         # attention than ours, the result is not a number rather than a quiet mixture of rows.
         attention_mask=torch.full((1, 1, 1, 1), float("nan"), device=device, dtype=next(model.parameters()).dtype),
@@ -195,7 +195,7 @@ def _attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
         )
         return cast("tuple[torch.Tensor, torch.Tensor | None]", plain)
-    length = query.shape[2] - packed_rows.filling
+    length = query.shape[2] - packed_rows.padding
     states = [tensor[0, :, :length].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, width]
     if packed_rows.place_R is not None:
         states = [tensor.index_select(0, packed_rows.place_R) for tensor in states]
@@ -206,7 +206,7 @@ def _attention(
         output = _loop_rows(states, packed_rows.bounds, scaling, dropout)
     if packed_rows.keep_T is not None:
         output = output.index_select(0, packed_rows.keep_T)
-    return F.pad(output, (0, 0, 0, 0, 0, packed_rows.filling))[None], None
+    return F.pad(output, (0, 0, 0, 0, 0, packed_rows.padding))[None], None
 
 
 def _loop_rows(
@@ -285,7 +285,7 @@ def _try(model: Any) -> bool:
     if not attends_fully(model) or not getattr(model, "_supports_sdpa", False):
         return False
     original = config._attn_implementation
-    if original == "eager":  # asked for by name, by somebody who wants to look inside
+    if original == "eager":  # asked for by name, to look inside
         return False
     size = int(model.get_input_embeddings().num_embeddings)
     ids = np.random.default_rng(0).integers(0, size, 24)

@@ -180,7 +180,7 @@ def watch(config: ReportConfig, console: Console, stop: threading.Event) -> None
 def _write(config: ReportConfig, page: Path, state: dict[str, str]) -> None:
     stamp = _stamp(config.runs)
     runs = [read_run(folder) for folder in config.runs]
-    # The teacher is not loaded beside a run that trains; what is stored is used.
+    # The teacher is not loaded while a run trains; what is stored is used.
     scorers = {run.path: _scorer(run, False, config.teacher) for run in runs}
     page.parent.mkdir(parents=True, exist_ok=True)
     write_page(page, runs, scorers=scorers, turns=config.turns, live=config.interval, stamp=stamp)

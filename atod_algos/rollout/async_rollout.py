@@ -152,7 +152,7 @@ class AsyncRollout(Generic[Played]):
 
 
 class _Stopped(BaseException):
-    """The run ends; nobody waits for these episodes."""
+    """The run ends; these episodes are not needed."""
 
 
 def _copy(weights: Weights) -> dict[str, torch.Tensor]:

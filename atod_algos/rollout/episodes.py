@@ -1,11 +1,11 @@
-"""The turn loop: plays many episodes at once, whoever answers their turns.
+"""The turn loop: plays many episodes at once, whichever actor answers their turns.
 
 Every episode asks for its next turn as soon as its own environment has answered. Nothing waits for the slowest, and a finished
 episode costs nothing more. The invariant: what an episode samples depends on its task, its seed and the weights, not on which other
 episodes run at the same time, because each request draws from its own random stream.
 
 A turn is answered by the student (a language model on an engine, many turns in one forward pass), by an agent (a scripted expert, a
-random player, a model behind a server), or by a decision that was made before (a stored episode). An algorithm's ``TurnPlan`` says
+random agent, a model behind a server), or by a decision that was made before (a stored episode). An algorithm's ``TurnPlan`` says
 which. Turns of others than the one who is learned from are executed and recorded, but they have no token ids: they are part of the
 prompt that follows them, and nothing is learned from them.
 """
@@ -31,7 +31,7 @@ from agents.expert import expert_for, expert_solution
 from agents.policy import Phrased, Policy, next_prompt
 from atod_algos.algorithm import RolloutLimits
 from atod_algos.turn_plans import EpisodeSpec as EpisodeSpec
-from atod_algos.turn_plans import Role, TurnPlayer
+from atod_algos.turn_plans import Role, TurnActor
 from atod_envs.errors import AtodError
 from atod_envs.prompting import Prompted
 from atod_envs.recording import RecordTurns
@@ -74,7 +74,7 @@ class Rollout:
 
     Args:
         engine: samples the student's responses; None where the student plays no turn.
-        chat: renders messages to ids; the engine's model must share its tokenizer. None where nobody works on tokens.
+        chat: renders messages to ids; the engine's model must share its tokenizer. None where no actor works on tokens.
         make_env: makes a raw environment; called once for each episode that runs at the same time.
         style: the prompt style, by name or as an object; None leaves the environment raw (for agents).
         max_tokens: longest response, in tokens.
@@ -166,7 +166,7 @@ class _Episode:
     index: int
     spec: EpisodeSpec
     env: RecordTurns
-    player: TurnPlayer
+    actor: TurnActor
     learned: Role = "student"
     agent: Agent | None = None
     conversation: list[int] = field(default_factory=list)
@@ -246,10 +246,10 @@ class _Play:
             elif plan is None:
                 episode = _Episode(index, spec, env, lambda turn: "student")
             else:
-                player = plan.begin(spec, partial(expert_solution, env, spec.task_id, spec.seed))
+                actor = plan.begin(spec, partial(expert_solution, env, spec.task_id, spec.seed))
                 if plan.expert_watches:
                     agent = Phrased(expert_for(env, brief=True), cast("Prompted", env.env))
-                episode = _Episode(index, spec, env, player, plan.learned, agent)
+                episode = _Episode(index, spec, env, actor, plan.learned, agent)
             message, info = env.reset(seed=spec.seed, options={"task_id": spec.task_id})
             if agent is not None:
                 agent.reset(message, info)
@@ -258,23 +258,19 @@ class _Play:
         except Exception as error:
             raise AtodError(
                 f"the environment raised {type(error).__name__}: {error} at the beginning of task {spec.task_id!r} "
-                f"(seed {spec.seed}). Mend it and run the same command to go on from the last checkpoint"
+                f"(seed {spec.seed}). Fix it and run the same command to go on from the last checkpoint"
             ) from error
         self._go_on(episode, message)
 
     def _go_on(self, episode: _Episode, message: str | None) -> None:
-        """Play turns until somebody has to be waited for, or the episode ends (then there is no message)."""
+        """Play turns until an answer has to be waited for, or the episode ends (then there is no message)."""
         rollout = self.rollout
         while message is not None:
-            player = episode.player(episode.turn)
+            actor = episode.actor(episode.turn)
             if rollout.chat is not None:
                 layout = cast("Prompted", episode.env.env).style.layout
                 episode.prompt = next_prompt(rollout.chat, layout, episode.conversation, message)
-                if (
-                    player in ("student", episode.learned)
-                    and rollout.policy
-                    and not rollout.policy.fits(episode.prompt)
-                ):
+                if actor in ("student", episode.learned) and rollout.policy and not rollout.policy.fits(episode.prompt):
                     self._end(episode, episode.env.close_episode(StopReason.CONTEXT_LIMIT))
                     if not episode.turn:
                         log.warning(
@@ -285,16 +281,16 @@ class _Play:
                             rollout.policy.engine.max_context,
                         )
                     return
-            if player == "student":
+            if actor == "student":
                 if rollout.policy is None:
                     raise ValueError("the student is to play a turn, and the rollout has no engine to ask")
                 request = f"{episode.index}/{episode.turn}"
                 self.asked[request] = episode
                 rollout.policy.submit(request, episode.prompt, rollout.seed_of_turn(episode.spec.seed, episode.turn))
                 return
-            if isinstance(player, Decision):
+            if isinstance(actor, Decision):
                 prompted = cast("Prompted", episode.env.env)
-                response = phrase_response(prompted.style, player.action, player.thought, prompted.history)
+                response = phrase_response(prompted.style, actor.action, actor.thought, prompted.history)
                 message = self._say(episode, None, response)
                 continue
             if episode.agent is None:
@@ -362,7 +358,7 @@ class _Play:
         what = f"the environment raised {type(error).__name__}: {error} at {place}, answering {response!r}"
         if self.failed > self.rollout.tolerated * self.total:
             raise AtodError(
-                f"{what}; {self.failed} of {self.total} episodes have failed so. Mend the environment and run the same "
+                f"{what}; {self.failed} of {self.total} episodes have failed so. Fix the environment and run the same "
                 "command to go on from the last checkpoint"
             ) from error
         log.warning("%s; the episode is left out", what)

@@ -1,6 +1,6 @@
 """How an episode becomes prompts and training rows: three layouts behind one setting.
 
-``window``      (a) each turn stands alone and retells what matters; a row for every turn (the paper's).
+``window``      (a) each turn stands alone, with a sliding-window prompt; a row for every turn (the paper's).
 ``turns``       (b) each turn's prompt is the whole conversation so far; a row for every turn.
 ``trajectory``  (c) the same prompts; one row for the whole episode, in which only the sampled tokens are learned from.
 
@@ -55,7 +55,7 @@ def choose_layout(name: LayoutName, style: PromptStyle, chat: ChatFormat) -> tup
         if rewritten is not None:
             log.warning(
                 "the chat template rewrites earlier turns (%s); conversations are kept as they were sampled instead, in "
-                "training and in evaluation. Whoever serves the trained model through this template gives it other prompts "
+                "training and in evaluation. A server of the trained model through this template gives it other prompts "
                 "than it learned from: serve it with the ids appended, or train with --layout window",
                 rewritten,
             )

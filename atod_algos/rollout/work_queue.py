@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 
 class WorkQueue:
-    """The groups of a step that nobody has taken yet.
+    """The groups of a step that no consumer has taken yet.
 
     A consumer is known by the number of its call, which is never used again: one that was given up, or that still plays an earlier
     step, gets nothing.
@@ -37,7 +37,7 @@ class WorkQueue:
         for place, group_id in enumerate(group_ids):
             groups.setdefault(group_id, []).append(place)
         self._left = deque(groups.values())
-        # Nobody holds more than its share at a time: whoever comes first would take everything.
+        # No consumer holds more than its share at a time: the first would take everything.
         self._share = math.ceil(len(group_ids) / workers)
         self._taken, self._running, self._lost = {}, {}, set()
         self._first, self._total = first, len(group_ids)

@@ -31,7 +31,7 @@ def algorithm_of(method: Method, world: World, rules: str) -> Any:
     """The method's algorithm with its options for this world.
 
     Raises:
-        UnknownName: nobody offers it.
+        UnknownName: no installed package offers it.
     """
     from atod_algos.algorithm import find_algorithm
 

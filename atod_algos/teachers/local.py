@@ -191,7 +191,7 @@ class StepScorer:
     def _scorer_for(self, name: str, role: str) -> LogprobScorer:
         if role == "teacher" and is_address(name):
             return RemoteJudge(name, self.student.tokenizer, temperature=self.config.temperature)
-        # The word "builtin" is another model for each role; any other name is one model, whoever asks for it.
+        # The word "builtin" is another model for each role; any other name is one model for all roles.
         key = (name, role if name == "builtin" else "")
         if key not in self._held:
             own = key == (self.config.student, "student" if name == "builtin" else "")

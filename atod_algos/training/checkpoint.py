@@ -1,7 +1,7 @@
 """Checkpoints: written aside and renamed, so that a run never holds half of one; checked byte for byte when read.
 
 A checkpoint is a folder that ``from_pretrained`` loads as a model (or, of a run with adapters, as adapters), with the optimizer's
-state and the step beside it, and a list of every file's checksum written last. No generator's state is needed: every
+state and the step next to it, and a list of every file's checksum written last. No generator's state is needed: every
 random choice of a step is derived from the run's seed and the step's number.
 """
 
@@ -45,8 +45,8 @@ def save_checkpoint(
         folder: the run's checkpoint folder.
         name: the checkpoint's own folder name; one of that name is replaced, whole by whole.
         model: written with ``save_pretrained``; peft's wrapper writes its adapters alone.
-        tokenizer: written beside it.
-        state: tensors that training needs beside the weights.
+        tokenizer: written into the same folder.
+        state: tensors that training needs besides the weights.
         extra: JSON-compatible values, the step among them.
         updater: the optimizer of a model that is divided among ranks: each writes its part of both. Without it such a model is written
             whole, for use and not for resuming.
@@ -96,14 +96,14 @@ def _finish(target: Path, part: Path, old: Path, extra: Mapping[str, Any]) -> No
     files = {path.relative_to(part).as_posix(): _checksum(path) for path in written}
     (part / _DONE).write_text(json.dumps({**extra, "files": files}))
     for path in (*part.rglob("*"), part):
-        _settle(path)
+        _fsync(path)
     # A folder cannot replace a folder in one stroke: between the two renames the old one stands aside, where
     # `recover` finds it.
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     part.rename(target)
-    _settle(target.parent)
+    _fsync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -272,7 +272,7 @@ def _checksum(path: Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 
-def _settle(path: Path) -> None:
+def _fsync(path: Path) -> None:
     """Have the system write a file or a folder's list of names to the disk now."""
     handle = os.open(path, os.O_RDONLY)
     try:

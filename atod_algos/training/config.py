@@ -51,7 +51,7 @@ class ModelOptions:
     lora_rank: int = 0
     """Rank of low-rank adapters (needs peft); 0 trains all weights."""
     lora_alpha: float = 32.0
-    """The adapters' products are scaled by this over --lora-rank."""
+    """The adapters' outputs are scaled by this over --lora-rank."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights that compute; 'auto' is bfloat16 on a GPU, float32 elsewhere. Updates are made in float32 either way."""
     gradient_checkpointing: bool = False
@@ -112,7 +112,7 @@ class LearningOptions(UpdateOptions):
     """Largest gap between the teacher's and the student's log-prob of a token that is learned from; 0 is no limit (published)."""
     gap: Literal["sampled", "exact"] = "sampled"
     """How the teacher is learned from: 'sampled' puts its gap at the sampled token into the advantage (the paper's); 'exact' makes a loss
-    of the reverse KL over all tokens, or over the teacher's likeliest and one bucket for the rest where the vocabulary is large."""
+    of the reverse KL over all tokens, or over the teacher's top-k tokens and one bucket for the rest where the vocabulary is large."""
     gap_topk: int = 64
     """Tokens of the teacher that --gap exact keeps at each place of a vocabulary above 4,096; smaller ones are kept whole."""
     gap_minibatches: int = 0

@@ -25,7 +25,7 @@ from agents.policy import next_prompt
 from atod_algos.algorithm import RolloutLimits
 from atod_algos.learner.lora import merged_weights
 from atod_algos.rollout.episodes import Rollout, derive_seed
-from atod_algos.turn_plans import EpisodeSpec, Role, TurnPlayer
+from atod_algos.turn_plans import EpisodeSpec, Role, TurnActor
 from atod_envs.errors import AtodError
 from atod_envs.styles import History, PromptStyle, phrase_response, read_response
 from atod_envs.text_env import TextEnv
@@ -74,7 +74,7 @@ class Mixture:
     learned: Role = "expert"
     expert_watches: bool = True
 
-    def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnPlayer:
+    def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnActor:
         """See :class:`TurnPlan`."""
         coin_T = self.coin_NT[int(spec.group_id)]
         return lambda turn: "student" if coin_T[min(turn, len(coin_T) - 1)] else "expert"

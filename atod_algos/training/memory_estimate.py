@@ -2,7 +2,7 @@
 
 Architectures come from a folder's ``config.json`` or, for the models of the presets, from the table below; the number of weights is that of
 the model built without memory (torch's meta device), so it is exact. The invariant: every number is an upper bound up to rounding, because
-lengths are taken at their limits: nobody knows yet how long the answers will be. What the learner itself predicts at work
+lengths are taken at their limits: how long the answers will be is not known yet. What the learner itself predicts at work
 (``atod_algos.learner.memory``) knows the model and the answers, and is closer.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _FLOAT = 4
 """Bytes of a number in float32."""
 _HEAD_COPIES = 5
-"""Logits, log-probs, probabilities, their product and its gradient, of one chunk."""
+"""Logits, log-probs, probabilities, their elementwise product and its gradient, of one chunk."""
 
 _DENSE: Mapping[str, Any] = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
 
@@ -194,7 +194,7 @@ class Part:
         name: what it is.
         size: its bytes; ``None`` where they are not known.
         how: how they were worked out.
-        phase: when it is there: ``always``, in the ``update``, in the ``scoring``, or in the ``computer``'s memory, beside a GPU's.
+        phase: when it is there: ``always``, in the ``update``, in the ``scoring``, or in the ``computer``'s memory, apart from a GPU's.
     """
 
     name: str
@@ -231,7 +231,7 @@ def memory(config: RunConfig, algorithm: Algorithm) -> list[Part]:
         add("student: adapters", student, lambda s: _FLOAT * learned(s), f"rank {config.lora_rank}")
         add("engine: weights", student, lambda s: number * s.parameters, "weights and adapters added up")
     elif number != _FLOAT:
-        add("student: originals", student, lambda s: _FLOAT * s.parameters, "float32, which the updates move")
+        add("student: master weights", student, lambda s: _FLOAT * s.parameters, "float32, which the updates move")
     add("student: AdamW", student, lambda s: 2 * moment * learned(s), "two moments of each weight that learns")
     slots, context = config.slots, config.max_context
     how = f"{slots} slots (--slots) of {context:,} tokens (--max-context)"
@@ -244,30 +244,30 @@ def memory(config: RunConfig, algorithm: Algorithm) -> list[Part]:
     add("update: activations", student, lambda s: kept(s, budget, number), how, "update")
     add("update: output head", student, lambda s: head_bytes(s, budget), f"chunks of {CHUNK_LOGITS:,} logits", "update")
 
-    for name, model, shape in _frozen(config, algorithm, world):
+    for name, model, shape in _scorer_models(config, algorithm, world):
         add(
             f"{name}: weights",
             shape,
             lambda s: number * s.parameters,
             f"{model}, {_count(shape)}",
-            _frozen_phase(config),
+            _scorer_phase(config),
         )
-        if _frozen_phase(config) == "scoring":
+        if _scorer_phase(config) == "scoring":
             add(f"{name}: at home", shape, lambda s: number * s.parameters, "visits the GPU for scoring", "computer")
     if "support" in algorithm.scores:
         size = algorithm.support
         sampled = tokens(config, algorithm)["sampled tokens, at most"]
         kept_ids = None if sampled is None else 2 * _FLOAT * size * sampled
-        parts.append(Part("teacher's likeliest", kept_ids, f"{size} for each sampled token", "computer"))
+        parts.append(Part("teacher's top-k", kept_ids, f"{size} for each sampled token", "computer"))
     return parts
 
 
-def _frozen_phase(config: RunConfig) -> str:
+def _scorer_phase(config: RunConfig) -> str:
     return "scoring" if _on_gpu(config) else "always"
 
 
-def _frozen(config: RunConfig, algorithm: Algorithm, world: str) -> list[tuple[str, str, Shape | None]]:
-    """The models that are held beside the student, each once: the roles that ask for it, its name, its shape."""
+def _scorer_models(config: RunConfig, algorithm: Algorithm, world: str) -> list[tuple[str, str, Shape | None]]:
+    """The models that are held besides the student, each once: the roles that ask for it, its name, its shape."""
     asked = {
         "teacher": (config.teacher, "teacher"),
         "reference": (config.student, "student"),

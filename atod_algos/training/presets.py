@@ -2,7 +2,7 @@
 
 What is given on the command line wins over the preset, the preset over the models' profile (``atod_algos.training.config``), the profile over plain
 defaults. The source of each value is in docs/presets.md. A preset names models by where their architecture is known; the paper's
-teachers are such models after GRPO, and nobody can be given them by a name, so a run that wants one must be told where it is.
+teachers are such models after GRPO, and they have no public name, so a run that wants one must be told where it is.
 """
 
 from __future__ import annotations

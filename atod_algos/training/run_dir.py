@@ -90,7 +90,7 @@ class RunFolder:
             ) from error
         known = read_settings(path, "train", "algorithm") if (path / "config.json").exists() else None
         plain = json.loads(json.dumps(settings))
-        # A run that ended before its first step (a slip in an option) binds nobody.
+        # A run that ended before its first step (a slip in an option) binds no later one.
         begun = (path / "metrics.jsonl").exists() or any(self.checkpoints.iterdir())
         if known is not None and begun:
             changed = _difference(_of_this_version(known), plain)

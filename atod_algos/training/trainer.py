@@ -52,7 +52,7 @@ _TOLERATED = 0.25
 """Share of a step's training episodes that may be lost to an environment that raises; evaluation tolerates none."""
 
 CHECKPOINTS_KEPT = 2
-"""Checkpoints of steps that stay, beside the best one: the newest, and one to fall back on."""
+"""Checkpoints of steps that stay, besides the best one: the newest, and one to fall back on."""
 
 
 class Trainer:
@@ -87,7 +87,7 @@ class Trainer:
             self.adapters = add_adapters(self.student.model, rank=config.lora_rank, alpha=config.lora_alpha, seed=seed)
         if config.gradient_checkpointing:
             recompute_layers(self.student.model)
-        self.scorer = StepScorer(config, algorithm, self.student, self.adapters, self._load_frozen, self.device)
+        self.scorer = StepScorer(config, algorithm, self.student, self.adapters, self._load_scorer_model, self.device)
         limit_vocabulary(policy, usable_ids(self.student.model).tolist())
         per_token = bytes_per_token(self.student.model)
         if distributed.size() > 1:
@@ -114,7 +114,7 @@ class Trainer:
         dtype = dtype or dtype_of(self.config, self.device)
         return load_model(name, role, world=self.world, device=self.device, dtype=dtype)
 
-    def _load_frozen(self, name: str, role: str) -> LoadedModel:
+    def _load_scorer_model(self, name: str, role: str) -> LoadedModel:
         """A model that stays in the computer's own memory and visits the device."""
         return load_model(name, role, world=self.world, device="cpu", dtype=dtype_of(self.config, self.device))
 

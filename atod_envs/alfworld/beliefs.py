@@ -1,7 +1,7 @@
 """What a player of ALFWorld can know: the task sentence, understood, and what has been seen so far.
 
 The invariant: :class:`Beliefs` holds only what the observations and admissible commands have shown. The hand, the doors
-and the things here are read from the admissible commands each time, so they are right after anybody's actions; what
+and the things here are read from the admissible commands each time, so they are right after any agent's actions; what
 lies elsewhere is remembered. Texts of both releases are understood.
 """
 

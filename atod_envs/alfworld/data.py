@@ -64,7 +64,7 @@ class GameSource(Protocol):
 
 
 def find_data(data: str | os.PathLike[str] | None) -> Path | None:
-    """Settle which data to use.
+    """Decide which data to use.
 
     Args:
         data: a folder; `"builtin"`; or None, which means `$ALFWORLD_DATA` if that is set, else `~/.cache/alfworld` if

@@ -93,7 +93,7 @@ class ALFWorldEnv(TextEnv):
             from atod_envs.alfworld.textworld.backend import Reference
 
             self._reference = Reference()
-        self._player: EpisodeEngine | None = None
+        self._engine: EpisodeEngine | None = None
         self._admissible: tuple[str, ...] = ()
         self._extra: Mapping[str, object] = {}
 
@@ -115,7 +115,7 @@ class ALFWorldEnv(TextEnv):
 
     def _begin(self, task_id: str, seed: int) -> tuple[str, Frame]:
         game = self.source.game(task_id)
-        self._player = (
+        self._engine = (
             self._reference.open(self.source.content(task_id), game) if self._reference else GameSession(game)
         )
         self._extra = {
@@ -123,7 +123,7 @@ class ALFWorldEnv(TextEnv):
             "walkthrough_length": len(game.walkthrough),
             "gamefile": game.name,
         }
-        step, task = self._player.reset(), game.task
+        step, task = self._engine.reset(), game.task
         if self._human_goals:
             task = human_goal(self.source.trajectory(task_id), task_id, seed)
             start, lead, _ = step.observation.rpartition(TASK_LEAD)
@@ -131,23 +131,23 @@ class ALFWorldEnv(TextEnv):
         return task, self._frame_of(step)
 
     def _act(self, action: str) -> Frame:
-        assert self._player is not None
+        assert self._engine is not None
         if self._put_alias:
             action = put_as_move(action, self._admissible)
-        return self._frame_of(self._player.step(action))
+        return self._frame_of(self._engine.step(action))
 
     def save_state(self) -> Any:
         """The facts of the moment; nothing on the published engine, whose episodes are played again."""
-        return self._player.moment() if isinstance(self._player, GameSession) else None
+        return self._engine.moment() if isinstance(self._engine, GameSession) else None
 
     def load_state(self, snapshot: Snapshot) -> None:
         """Go back to the facts of a snapshot, or play the episode again."""
         if snapshot.state is None or self._reference is not None:
             super().load_state(snapshot)
             return
-        session = self._player
+        session = self._engine
         if not isinstance(session, GameSession) or session.game is not self.source.game(snapshot.task_id):
-            session = self._player = GameSession(self.source.game(snapshot.task_id))
+            session = self._engine = GameSession(self.source.game(snapshot.task_id))
         session.return_to(snapshot.state)
         self._admissible, self._extra = snapshot.frame.admissible, snapshot.frame.extra
 

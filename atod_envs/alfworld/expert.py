@@ -2,7 +2,7 @@
 
 The invariant: decisions depend on the task sentence, the observations and the admissible commands alone, never on the
 state of a game. Beliefs are rebuilt from what is seen, not from what was intended, so the expert can take over after
-any actions of anybody else (as imitation learning with corrections needs): it sees what the hand holds, what is open
+any actions of another agent (as imitation learning with corrections needs): it sees what the hand holds, what is open
 and what lies here from the admissible commands, and remembers the rest.
 
 Search is the greedy rule that is optimal for hiding places with independent odds: go where (chance of finding) /
@@ -79,7 +79,7 @@ class ALFWorldExpert:
         self._episodes += 1
 
     def observe(self, action: str, observation: str, admissible: Sequence[str] = ()) -> None:
-        """Take note of an action, anybody's, and of the answer to it.
+        """Take note of an action of any agent, and of the answer to it.
 
         Args:
             action: what was done; failed actions are fine.

@@ -102,7 +102,7 @@ def write(made: Made, root: Path) -> Path:
 
 
 def write_split(root: Path, split: str, games: int, *, seed: int, size: str = "real") -> Iterator[Path]:
-    """Write the first ``games`` games of a split, and the rules beside them; yields each trial folder."""
+    """Write the first ``games`` games of a split, and the rules next to them; yields each trial folder."""
     logic = root / "logic"
     logic.mkdir(parents=True, exist_ok=True)
     (logic / "alfred.pddl").write_text(domain(), encoding="utf-8")

@@ -1,6 +1,6 @@
 """Downloading: resumed where it broke off, checked, and moved into place whole.
 
-The invariant: a file under its final name is complete, its checksum is in ``atod-data.json`` beside it, and where the publisher's
+The invariant: a file under its final name is complete, its checksum is in ``atod-data.json`` next to it, and where the publisher's
 server or an earlier record names a checksum, it has that one.
 """
 

@@ -177,7 +177,7 @@ class _Body:
         return message
 
     async def drain(self) -> None:
-        """Read on for a moment: whoever is still sending does not read the answer."""
+        """Read on for a moment: a client that is still sending does not read the answer."""
         left = 16 * self._limits.body_bytes
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1.0):

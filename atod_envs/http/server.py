@@ -234,7 +234,7 @@ def serve_command(server: Server, listening: socket.socket, announcement: str) -
 
 
 def announce(text: str) -> None:
-    """Print a line, or log it where nobody reads: a server outlives the terminal that started it."""
+    """Print a line, or log it where no terminal reads: a server outlives the terminal that started it."""
     try:
         print(text, flush=True)
     except (OSError, ValueError):  # a closed pipe; a closed file

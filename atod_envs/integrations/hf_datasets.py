@@ -70,7 +70,7 @@ def supervised(
     """Chats for supervised training: ``prompt`` and ``completion`` where turns stand alone, ``messages`` for conversations.
 
     Args:
-        trajectories: episodes of anybody; bare actions (of an expert) are phrased by the style.
+        trajectories: episodes of any agent; bare actions (of an expert) are phrased by the style.
         style: the prompt style, by name or as an object.
         successful: keep solved episodes only.
     """

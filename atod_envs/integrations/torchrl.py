@@ -1,7 +1,7 @@
 """TorchRL: the environments as a ``GymWrapper``.
 
 TorchRL carries text as non-tensor data. Actions arrive as strings; what a policy needs of ``info`` (task, admissible actions,
-success, ...) is read into the tensordict beside the observation.
+success, ...) is read into the tensordict next to the observation.
 """
 
 from __future__ import annotations

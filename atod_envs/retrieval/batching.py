@@ -1,7 +1,7 @@
 """Many callers, few searches: requests that wait at the same time are answered together, equal queries once.
 
 The invariants: a caller gets the answers to its own queries, in its order, or the error of its own batch; a slow batch
-holds up nobody whose batch another worker can take; a caller with many queries gives way to others after every few.
+holds up no caller whose batch another worker can take; a caller with many queries gives way to others after every few.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Batcher:
             RuntimeError: the batcher is closed.
         """
         call = _Call(len(queries), [[] for _ in queries])
-        call.future.set_running_or_notify_cancel()  # whoever stops waiting leaves the batch as it is
+        call.future.set_running_or_notify_cancel()  # a caller that stops waiting leaves the batch as it is
         if not queries:
             call.future.set_result([])
             return call.future
@@ -139,7 +139,7 @@ class Batcher:
                 with self._wake:
                     failed = {id(ticket.call): ticket.call for ticket in batch if not ticket.call.future.done()}
                 for call in failed.values():
-                    _settle(call, error)
+                    _resolve(call, error)
                 continue
             with self._wake:
                 for ticket in batch:
@@ -147,7 +147,7 @@ class Batcher:
                     ticket.call.left -= 1
                 done = {id(ticket.call): ticket.call for ticket in batch if not ticket.call.left}
             for call in done.values():
-                _settle(call)
+                _resolve(call)
 
     def _take(self) -> list[_Ticket]:
         """The next batch: the first ticket, others of its depth, and all that ask the same; empty at the end."""
@@ -177,7 +177,7 @@ def _drop_taken(tickets: list[_Ticket]) -> None:
         heapq.heappop(tickets)
 
 
-def _settle(call: _Call, error: BaseException | None = None) -> None:
+def _resolve(call: _Call, error: BaseException | None = None) -> None:
     """Answer a caller, unless another batch of it has failed already."""
     if call.future.done():
         return

@@ -166,7 +166,7 @@ class _TermNumbers(dict[str, int]):
 
 @dataclass(slots=True)
 class _Corpus:
-    """What the first pass over the documents collects beside the runs."""
+    """What the first pass over the documents collects besides the runs."""
 
     terms: _TermNumbers
     docids: list[str]

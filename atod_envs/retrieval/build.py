@@ -1,7 +1,7 @@
 """Build an index once, open it everywhere: `python -m atod_envs.retrieval.build --corpus wiki-18.jsonl --out wiki`.
 
 A folder holds one corpus (`corpus/`) and any number of indexes over it (`bm25/`, `lucene/`, `dense/`). The invariant:
-every index in a folder names the checksum of the corpus beside it, and opening one that does not match is refused.
+every index in a folder names the checksum of the corpus next to it, and opening one that does not match is refused.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _open_one(folder: Path, backend: str, corpus: Corpus) -> Retriever:
         index = DenseIndex.open(folder)
     if index.checksum != corpus.checksum:
         raise DataError(
-            f"{folder} was built over another corpus (checksum {index.checksum[:12]}, beside it lies "
+            f"{folder} was built over another corpus (checksum {index.checksum[:12]}, next to it lies "
             f"{corpus.checksum[:12]}); build it again"
         )
     return index

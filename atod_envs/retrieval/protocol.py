@@ -58,7 +58,7 @@ class Retriever(Protocol):
 
 
 class SearchService(Protocol):
-    """Answers queries with passages: a retriever beside its corpus, or a server that has both."""
+    """Answers queries with passages: a retriever with its corpus, or a server that has both."""
 
     def retrieve(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """The best `k` passages for each query, in the order of the queries.

@@ -17,7 +17,7 @@ _AGAIN = "build the index again"
 
 
 def read_description(file: Path, **expected: object) -> dict[str, Any]:
-    """A description written beside an index.
+    """A description written next to an index.
 
     Args:
         file: the JSON file.

@@ -104,7 +104,7 @@ class Simulator:
         logging.getLogger("py4j").setLevel(logging.CRITICAL)  # what goes wrong is raised
         self._folder = TemporaryDirectory(prefix="scienceworld-")  # the simulator writes a file where it is started
         try:
-            # The token keeps other users of the machine away: whoever may talk to the port may run anything.
+            # The token keeps other users of the machine away: a client of the port may run anything.
             self.port, token, self.process = launch_gateway(
                 classpath=str(jar()),
                 java_path=_java(),

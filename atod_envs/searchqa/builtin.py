@@ -1,7 +1,7 @@
 """The built-in world: an encyclopedia of fictional things and questions about it, made on first use.
 
 The invariant: the same seed and scale give the same passages and questions on every machine; the questions of train,
-dev and test are about disjoint entities, in one shared corpus that also holds entities nobody asks about and passages
+dev and test are about disjoint entities, in one shared corpus that also holds entities that no question is about and passages
 that only mention names.
 """
 
@@ -24,7 +24,7 @@ from .questions import Question
 
 SEED: Final = 1
 PARTS: Final[Mapping[str, float]] = {"train": 1.0, "dev": 0.25, "test": 0.5, "unasked": 0.7}
-"""Scale of each part; nobody asks about the last."""
+"""Scale of each part; no question is about the last."""
 
 QUESTIONS_PER_SCALE: Final = 1000
 """Questions of each kind in a part of scale 1."""

@@ -45,7 +45,7 @@ class SearchQAEnv(TextEnv):
         max_turns: actions before an episode is truncated.
         render_mode: `"ansi"` or nothing.
 
-    The last action before the turn limit is not searched for, as published: nobody would read the result.
+    The last action before the turn limit is not searched for, as published: no turn would read the result.
     """
 
     env_key: ClassVar[str] = "searchqa"

@@ -2,7 +2,7 @@
 
 The invariant: it knows the language of the encyclopedia and nothing of its contents; what it answers comes from
 passages that were shown in this episode. It works out anew at every turn what is known and what is missing, so it can
-take over after any actions of anybody else.
+take over after any actions of another agent.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class SearchQAExpert:
                 return
 
     def observe(self, action: str, observation: str, admissible: Sequence[str] = ()) -> None:
-        """Take note of an action, anybody's, and of the answer to it."""
+        """Take note of an action of any agent, and of the answer to it."""
         query = project(action).query
         if query is not None:
             self._searched.add(query.lower())

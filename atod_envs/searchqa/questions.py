@@ -190,7 +190,7 @@ def _answers_of(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """The gold answers, however the public sets write them.
 
     Understood are text, a list of texts, SQuAD's ``{"text": [...]}``, TriviaQA's ``{"value": ..., "aliases": [...]}``, MuSiQue's
-    ``answer_aliases`` beside ``answer``, and Search-R1's ``reward_model.ground_truth.target``.
+    ``answer_aliases`` next to ``answer``, and Search-R1's ``reward_model.ground_truth.target``.
     """
     found = {key: _gold(row[key], f"{where}: {key}") for key in _ANSWER_KEYS[:3] if row.get(key) not in (None, "", [])}
     model = row.get("reward_model")

@@ -20,7 +20,7 @@ from .questions import DATASETS, Question, dataset_name
 
 ALL = "all"
 EVAL = "eval"
-"""Split names beside the data's own: every question; every question that is not for training."""
+"""Split names besides the data's own: every question; every question that is not for training."""
 
 
 class QuestionSet(TaskSet):

@@ -115,7 +115,7 @@ def _service(data: Path | int, retriever: str | Path | SearchService, corpus: st
 
 
 def find_corpus(data: Path) -> Path:
-    """The corpus file in a data folder, or beside a question file.
+    """The corpus file in a data folder, or next to a question file.
 
     Raises:
         DataError: there is none.

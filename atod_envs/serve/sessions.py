@@ -267,7 +267,7 @@ class Sessions:
             return session.answer
         if number is not None and number != session.number + 1:
             raise Refused(
-                409, f"call number {number} after number {session.number}; somebody else is using this session"
+                409, f"call number {number} after number {session.number}; another client is using this session"
             )
         session.busy, session.used = True, self._clock()
         self._sessions.move_to_end(session.name)

@@ -179,7 +179,7 @@ def _choices(nodes: Sequence[Node], options: dict[str, str], last: str) -> Itera
         if role is Role.OPTION:
             chosen = options.get(name.lower()) == text if name else text in options.values()
             mark = f"{' chosen' if chosen else ''}' aria-pressed='{str(chosen).lower()}'"
-            # Whoever goes by keyboard stays where they chose.
+            # A keyboard user stays where they chose.
             focus = " autofocus" if chosen and last.lower() == f"click[{text}]".lower() else ""
             chips.append(f"<button class='option{mark}{focus} {_action(text)}>{html.escape(text)}</button>")
             continue

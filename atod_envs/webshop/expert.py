@@ -2,7 +2,7 @@
 
 It searches with the instruction's own words, opens results that are not too dear in their order, and buys the first
 product that offers every wanted option; where none does, the best one seen. The invariant: decisions depend on the
-instruction, the pages and the actions so far, so it can take over after anybody's actions.
+instruction, the pages and the actions so far, so it can take over after any agent's actions.
 
 Example:
     >>> expert = WebShopExpert()
@@ -154,7 +154,7 @@ class WebShopExpert:
         self._remember(read_page(observation, admissible))
 
     def observe(self, action: str, observation: str, admissible: Sequence[str]) -> None:
-        """Note what an action, anybody's, led to. Without this call, its own last move counts as done."""
+        """Note what an action of any agent led to. Without this call, its own last move counts as done."""
         self._note(action)
         self._expected = None
         self._remember(read_page(observation, admissible))

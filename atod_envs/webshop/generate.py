@@ -24,8 +24,8 @@ from atod_envs.webshop.product_types import (
     MAKER_STARTS,
     REVIEW_BODIES,
     REVIEW_TITLES,
-    Ware,
-    read_wares,
+    ProductType,
+    read_product_types,
 )
 
 GENERATOR_VERSION = 1
@@ -99,20 +99,22 @@ def generate(spec: CatalogueSpec) -> Iterator[Generated]:
 
 def _generate_product(spec: CatalogueSpec, number: int) -> Generated:
     dice = _Dice(f"atod/webshop/{spec.seed}/{number}")
-    wares = read_wares()
-    ware = wares[(number + spec.seed) % len(wares)]
+    product_types = read_product_types()
+    product_type = product_types[(number + spec.seed) % len(product_types)]
     asin = _asin(spec, number)
-    plain = dice.some(ware.plain, 1 + dice.below(2))
-    having = dice.some(ware.having, 1)
-    purpose = dice.some(ware.purpose, 1)
+    plain = dice.some(product_type.plain, 1 + dice.below(2))
+    having = dice.some(product_type.having, 1)
+    purpose = dice.some(product_type.purpose, 1)
     maker = dice.pick(MAKER_STARTS) + dice.pick(MAKER_MIDDLES) + dice.pick(MAKER_ENDS)
     model = f" {chr(65 + dice.below(26))}{10 + dice.below(90)}" if spec.products > MODEL_CODES_ABOVE else ""
-    title = f"{maker}{model} {plain[0].title()} {ware.noun}"
+    title = f"{maker}{model} {plain[0].title()} {product_type.noun}"
     if dice.chance(0.5):
         title += f" with {having[0].title()}" if dice.chance(0.5) else f" for {purpose[0].title()}"
-    options = {name: dice.some(values, 2 + dice.below(3)) for name, values in ware.options.items() if dice.chance(0.85)}
+    options = {
+        name: dice.some(values, 2 + dice.below(3)) for name, values in product_type.options.items() if dice.chance(0.85)
+    }
     attributes = [*plain, *having, *purpose]
-    noun = ware.noun.lower()
+    noun = product_type.noun.lower()
     bullets = [
         f"{' and '.join(plain).capitalize()} {noun}.",
         f"Made with {having[0]}.",
@@ -121,9 +123,9 @@ def _generate_product(spec: CatalogueSpec, number: int) -> Generated:
     item = {
         "name": title,
         "full_description": f"The {maker} {noun} is {' and '.join(plain)}. It comes with {having[0]} for {purpose[0]}.",
-        "pricing": _price(dice, ware),
+        "pricing": _price(dice, product_type),
         "images": [f"https://example.invalid/{asin}.jpg"],
-        "product_category": ware.path,
+        "product_category": product_type.path,
         "average_rating": "",
         "small_description": bullets,
         "customization_options": {
@@ -131,8 +133,8 @@ def _generate_product(spec: CatalogueSpec, number: int) -> Generated:
         }
         or "",
         "asin": asin,
-        "category": ware.category,
-        "query": ware.query,
+        "category": product_type.category,
+        "query": product_type.query,
         "page": 1 + number % 400,
     }
     annotation: dict[str, Any] = {"attributes": attributes}
@@ -142,10 +144,10 @@ def _generate_product(spec: CatalogueSpec, number: int) -> Generated:
         asked_having = having if dice.chance(0.6) else []
         asked_purpose = purpose if dice.chance(0.4) else []
         asked = [*asked_plain, *asked_having, *asked_purpose]
-        annotation["instruction"] = _instruction(ware, asked_plain, asked_having, asked_purpose)
+        annotation["instruction"] = _instruction(product_type, asked_plain, asked_having, asked_purpose)
         annotation["instruction_attributes"] = asked
-        human = _human(dice, asin, ware, asked_plain, asked_having, asked_purpose, options)
-    return Generated(item, annotation, human, _reviews(dice, asin, ware, options))
+        human = _human(dice, asin, product_type, asked_plain, asked_having, asked_purpose, options)
+    return Generated(item, annotation, human, _reviews(dice, asin, product_type, options))
 
 
 def _asin(spec: CatalogueSpec, number: int) -> str:
@@ -154,17 +156,17 @@ def _asin(spec: CatalogueSpec, number: int) -> str:
     return f"B{(number * 7_368_787 + 4391 * (spec.seed + 1)) % 10**width:0{width}d}"
 
 
-def _price(dice: _Dice, ware: Ware) -> str | None:
-    low = ware.low + (ware.high - ware.low) * dice.below(1000) / 1000
+def _price(dice: _Dice, product_type: ProductType) -> str | None:
+    low = product_type.low + (product_type.high - product_type.low) * dice.below(1000) / 1000
     kind = dice.below(20)
-    if kind == 0 and ware.high > 100:
+    if kind == 0 and product_type.high > 100:
         return None
     cents = f"{int(low)}.{dice.pick((99, 49, 95, '00'))}"
     return f"${cents}${float(cents) * 1.2:.2f}" if kind < 4 else f"${cents}"
 
 
-def _instruction(ware: Ware, plain: list[str], having: list[str], purpose: list[str]) -> str:
-    text = f"Find me {', '.join(plain)} {ware.query}"
+def _instruction(product_type: ProductType, plain: list[str], having: list[str], purpose: list[str]) -> str:
+    text = f"Find me {', '.join(plain)} {product_type.query}"
     text += f" with {', '.join(having)}" if having else ""
     return text + (f" for {', '.join(purpose)}" if purpose else "")
 
@@ -172,7 +174,7 @@ def _instruction(ware: Ware, plain: list[str], having: list[str], purpose: list[
 def _human(
     dice: _Dice,
     asin: str,
-    ware: Ware,
+    product_type: ProductType,
     plain: list[str],
     having: list[str],
     purpose: list[str],
@@ -181,7 +183,7 @@ def _human(
     """An instruction as a person might phrase it."""
     chosen = {name: dice.pick(values) for name, values in options.items() if dice.chance(0.8)}
     opening = dice.pick(("i am looking for", "i need", "show me", "can you find me", "i want to buy", "please get me"))
-    text = f"{opening} {dice.pick(('a', 'some', 'the'))} {' and '.join(plain)} {ware.noun.lower()}"
+    text = f"{opening} {dice.pick(('a', 'some', 'the'))} {' and '.join(plain)} {product_type.noun.lower()}"
     text += f" {dice.pick(('that comes with', 'with', 'that has'))} {having[0]}" if having else ""
     text += f" {dice.pick(('for', 'that suits', 'good for'))} {purpose[0]}" if purpose else ""
     for name, value in chosen.items():
@@ -199,12 +201,12 @@ def _human(
     }
 
 
-def _reviews(dice: _Dice, asin: str, ware: Ware, options: dict[str, list[str]]) -> dict[str, Any]:
+def _reviews(dice: _Dice, asin: str, product_type: ProductType, options: dict[str, list[str]]) -> dict[str, Any]:
     reviews, stars = [], []
     value = next((values[0] for values in options.values()), "new")
     for _ in range(dice.below(4)):
         given = dice.pick((5, 5, 5, 4, 4, 3, 2, 1))
-        body = dice.pick(REVIEW_BODIES[given]).format(noun=ware.noun.lower(), option=value)
+        body = dice.pick(REVIEW_BODIES[given]).format(noun=product_type.noun.lower(), option=value)
         reviews.append({"title": dice.pick(REVIEW_TITLES[given]), "stars": given, "review": body})
         stars.append(given)
     mean = sum(stars) / len(stars) if stars else None

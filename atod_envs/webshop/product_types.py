@@ -1,6 +1,6 @@
 """What the generated shops sell: product types, attributes, options and the words of their texts.
 
-Pure data, in a compact notation that ``read_wares`` spells out. The invariant: every attribute and option value reads
+Pure data, in a compact notation that ``read_product_types`` spells out. The invariant: every attribute and option value reads
 as it would in a seller's text, and all names of makers are invented.
 """
 
@@ -11,7 +11,7 @@ from functools import lru_cache
 
 
 @dataclass(frozen=True, slots=True)
-class Ware:
+class ProductType:
     """A type of product.
 
     Attributes:
@@ -209,9 +209,9 @@ REVIEW_BODIES = {
 
 
 @lru_cache(maxsize=1)
-def read_wares() -> tuple[Ware, ...]:
+def read_product_types() -> tuple[ProductType, ...]:
     """The product types, spelled out."""
-    wares = []
+    product_types = []
     for line in _WARES.strip().splitlines():
         category, query, noun, path, low, high, attributes, options = (field.strip() for field in line.split("|"))
         plain, having, purpose = (_split(text) for text in _ATTRIBUTES[attributes])
@@ -219,8 +219,10 @@ def read_wares() -> tuple[Ware, ...]:
         values = {_shown_name(name): _split(_VALUES[name]) for name in _split(options)}
         for short, official in _OFFICIAL.items():
             path = path.replace(short, official)
-        wares.append(Ware(category, query, noun, path, float(low), float(high), plain, having, purpose, values))
-    return tuple(wares)
+        product_types.append(
+            ProductType(category, query, noun, path, float(low), float(high), plain, having, purpose, values)
+        )
+    return tuple(product_types)
 
 
 def _split(text: str) -> tuple[str, ...]:

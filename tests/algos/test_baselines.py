@@ -45,7 +45,7 @@ def test_sod_weights(golden, rules):
         batch, scores, _ = batch_of([episode([[d, -d] for d in case["d"]])])
         result = algorithm.advantages(batch, scores, 1)
         close(result.turn_weight_K, case["w"])
-        # One trajectory, so no reward advantage beside the group's own value of 0.
+        # One trajectory, so no reward advantage besides the group's own value of 0.
         close(result.token_M, np.repeat(case["w"], 2) * (scores.teacher_M - scores.student_M))
 
 

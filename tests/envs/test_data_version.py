@@ -72,7 +72,7 @@ def test_trajectory_carries_the_version(env_id):
 
 
 def test_builtin_games_still_are_what_their_version_says():
-    """Whoever changes the built-in world raises ``builtin.VERSION`` and then this digest."""
+    """A change of the built-in world raises ``builtin.VERSION`` and then this digest."""
     digest = hashlib.blake2b(digest_size=8)
     for split in builtin.SIZES:
         for task_id in builtin.task_ids(split)[:8]:

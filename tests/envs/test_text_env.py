@@ -167,7 +167,7 @@ def test_importing_the_environments_is_light():
     heavy = ("torch", "transformers", "pyarrow", "alfworld", "scipy", "pandas")
 
     def seconds(modules):
-        """Of the processor's time: a busy machine takes longer, not more."""
+        """Of CPU time: a busy machine takes longer, not more."""
         code = f"import sys, time, {modules}; print(time.process_time(), *(m for m in {heavy} if m in sys.modules))"
         command = [sys.executable, "-c", code]
         said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(3)]

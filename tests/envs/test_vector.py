@@ -195,7 +195,7 @@ def test_closing_ends_the_workers(monkeypatch):
     processes = list(envs._pool._processes)
     assert all(map(alive, processes))
     envs.reset(seed=0)
-    envs.submit_step([0, 1, 2, 3], ["fig"] * 4)  # outcomes that nobody collects are no obstacle
+    envs.submit_step([0, 1, 2, 3], ["fig"] * 4)  # outcomes that are not collected are no obstacle
     envs.close()
     assert not any(map(alive, processes))
     assert [process.returncode for process in processes] == [0, 0]

@@ -29,7 +29,7 @@ def test_gymnasiums_checker_passes_raw_and_prompted(env_id, options):
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_gymnasiums_vector_environments_play_the_experts_episodes(kind):
-    """Its own SyncVectorEnv and AsyncVectorEnv, beside our vector entry point."""
+    """Its own SyncVectorEnv and AsyncVectorEnv, next to our vector entry point."""
     world = ("atod/ALFWorld-v0", {"data": "builtin"})
     episodes = [tiny.expert_trajectory(*world, task=task) for task in range(2)]
     makers = [lambda: gym.make(f"atod_envs:{world[0]}", **world[1])] * 2  # the form that also works in a fresh process

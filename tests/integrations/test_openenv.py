@@ -11,7 +11,9 @@ import time
 import pytest
 import tiny
 
-pytest.importorskip("openenv.core", reason="openenv-core is not installed (extra 'openenv'; not beside verifiers)")
+pytest.importorskip(
+    "openenv.core", reason="openenv-core is not installed (extra 'openenv'; not together with verifiers)"
+)
 import uvicorn
 from openenv.core import GenericEnvClient
 from websockets.exceptions import ConnectionClosed

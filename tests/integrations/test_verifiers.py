@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import tiny
 
-pytest.importorskip("verifiers.v1", reason="verifiers is not installed (extra 'verifiers'; not beside openenv)")
+pytest.importorskip("verifiers.v1", reason="verifiers is not installed (extra 'verifiers'; not together with openenv)")
 from verifiers.v1.cli.eval.main import main as vf_eval
 from verifiers.v1.cli.eval.runner import run_eval
 from verifiers.v1.configs.cli.eval import EvalConfig

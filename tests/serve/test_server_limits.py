@@ -163,7 +163,7 @@ def test_the_shop_cannot_be_framed(ports):
 
 
 def test_dripping_heads_do_not_keep_others_out():
-    """25 connections without a token, against 20; whoever comes with a request is served."""
+    """25 connections without a token, against 20; a client with a request is served."""
     sessions = Sessions(list(TOY_OFFERS), Limits(connections=20))
     server = HttpServer(make_server(sessions, token="right"), "127.0.0.1", 0)
     with serving(server) as port:

@@ -38,7 +38,7 @@ def post(url, call, body, **headers):
 
 def test_a_dead_server_is_named(kind):
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # nobody else can take it, and nobody listens
+        unused.bind(("127.0.0.1", 0))  # taken, and no server listens
         port = unused.getsockname()[1]
         with pytest.raises(
             RemoteError, match=rf"127.0.0.1:{port} did not answer 'open' \(2 attempts\).*is the server running"
@@ -213,7 +213,7 @@ def test_one_call_at_a_time_in_a_session(toy_server, gate):
         assert first.result()[0] == 200
     assert gate.waiting == 1
     status, answer = post(toy_server, "step", {"session": env._session, "action": "pear", "number": 9})
-    assert status == 409 and "somebody else is using this session" in answer["error"]["message"]
+    assert status == 409 and "another client is using this session" in answer["error"]["message"]
     status, answer = post(toy_server, "step", {"session": env._session, "action": "pear", "number": 3})
     assert status == 200 and answer["info"]["turn"] == 2
 

@@ -27,7 +27,7 @@ PLACES = {
     "log": "atod_algos.training.run_dir.RunFolder.log",
     "store": "atod_algos.training.run_dir.RunFolder.store",
     "weights": "torch.save",
-    "settle": "os.fsync",
+    "fsync": "os.fsync",
     "rename": "pathlib.Path.rename",
     "remove": "shutil.rmtree",
 }

@@ -12,7 +12,7 @@ from atod_envs.serve.sessions import Limits, Offer, Sessions
 
 
 class Gate:
-    """Holds back whoever says ``wait``, until it is opened or ``enough`` are waiting at the same time."""
+    """Holds back a client that says ``wait``, until it is opened or ``enough`` are waiting at the same time."""
 
     def __init__(self, enough=None):
         self.enough, self.waiting = enough, 0
@@ -25,7 +25,7 @@ class Gate:
             self._open |= self.waiting == self.enough
             self._changed.notify_all()
             if not self._changed.wait_for(lambda: self._open, 120):
-                raise RuntimeError("nobody opened the gate")
+                raise RuntimeError("the gate was not opened")
 
     def open(self):
         with self._changed:
@@ -34,7 +34,7 @@ class Gate:
 
     def until_waiting(self, number):
         with self._changed:
-            assert self._changed.wait_for(lambda: self.waiting >= number, 120), "nobody came to the gate"
+            assert self._changed.wait_for(lambda: self.waiting >= number, 120), "no client came to the gate"
 
 
 class OddEnv(ToyEnv):

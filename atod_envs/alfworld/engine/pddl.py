@@ -2,7 +2,7 @@
 
 Invariant: what this reader accepts it represents fully. A construct that the engine does not implement is refused with
 a `DataError` that quotes it; nothing is skipped in silence. As in the reference translator, names are lower-cased,
-every declared type is also an `object`, and a type that nobody declared is a type with no members.
+every declared type is also an `object`, and an undeclared type is a type with no members.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Domain:
     actions: tuple[Action, ...]
 
     def subtypes(self, name: str) -> frozenset[str]:
-        """The declared types whose members a variable of type `name` may take (empty if nobody declared it)."""
+        """The declared types whose members a variable of type `name` may take (empty if it is not declared)."""
         if name == "object":
             return frozenset(self.types) | {"object"}
         children: dict[str, list[str]] = {}

@@ -1,15 +1,15 @@
-"""Shortest plans, for somebody who knows everything.
+"""Shortest plans, with the whole state known.
 
 The invariant: :func:`shortest_plan` returns a plan of the least possible number of commands, or says that there is
 none.
 
 Method. The six task types need few changes of the world, and every change has a command of its own. Only objects of
 the goal's class and lamps matter: the agent has one hand, receptacles never fill up, and closing, looking and slicing
-help nothing. A winning plan therefore holds, in this order, a fixed chain of *errands* (take it here, wash it there,
-put it down there), and between them only what the rules force: ``go to`` when the next errand is at another location,
+help nothing. A winning plan therefore holds, in this order, a fixed chain of *subgoals* (take it here, wash it there,
+put it down there), and between them only what the rules force: ``go to`` when the next subgoal is at another location,
 and one ``open`` for a closed receptacle. For given choices (which object, which station, which lamp, which target)
 that chain is as short as any plan with these choices can be, so trying all choices is exact. If the hand holds
-something useless, one errand more puts it down, again trying every place. Enumeration takes well under a millisecond
+something useless, one subgoal more puts it down, again trying every place. Enumeration takes well under a millisecond
 for most games.
 """
 
@@ -65,7 +65,7 @@ class Situation:
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class Subgoal:
     """One necessary command: where it happens, whether the door must be open, and its words (none: just be there)."""
 
     receptacle: str
@@ -93,8 +93,8 @@ def shortest_plan(situation: Situation) -> tuple[str, ...]:
     if reached(situation):
         return ()
     best: list[str] | None = None
-    for errands in _chains(situation):
-        plan = _carried_out(situation, errands, None if best is None else len(best))
+    for subgoals in _chains(situation):
+        plan = _carried_out(situation, subgoals, None if best is None else len(best))
         if plan is not None:
             best = plan
     if best is None:
@@ -120,8 +120,8 @@ def reached(situation: Situation) -> bool:
     return any(sum(target in situation.things[name] for name in members) >= needed for target in situation.targets)
 
 
-def _chains(situation: Situation) -> Iterator[list[Errand]]:
-    """Every chain of errands that could be the skeleton of a shortest plan."""
+def _chains(situation: Situation) -> Iterator[list[Subgoal]]:
+    """Every chain of subgoals that could be the skeleton of a shortest plan."""
     held = situation.holding
     if held is None:
         yield from _from_empty_hand(situation, situation.things)
@@ -136,7 +136,7 @@ def _chains(situation: Situation) -> Iterator[list[Errand]]:
             yield [_put(situation, held, place), *chain]
 
 
-def _from_empty_hand(situation: Situation, things: Mapping[str, tuple[str, ...]]) -> Iterator[list[Errand]]:
+def _from_empty_hand(situation: Situation, things: Mapping[str, tuple[str, ...]]) -> Iterator[list[Subgoal]]:
     for name, places in things.items():
         if name in situation.loose:
             for place in places:
@@ -145,14 +145,14 @@ def _from_empty_hand(situation: Situation, things: Mapping[str, tuple[str, ...]]
 
 
 def _from_hand(
-    situation: Situation, name: str, begin: list[Errand], things: Mapping[str, tuple[str, ...]]
-) -> Iterator[list[Errand]]:
+    situation: Situation, name: str, begin: list[Subgoal], things: Mapping[str, tuple[str, ...]]
+) -> Iterator[list[Subgoal]]:
     """Chains that bring a thing, which is in the hand after ``begin``, to where the task wants it."""
     process = PROCESSES.get(situation.task_type)
     if situation.task_type == LOOK:
         for lamp, places in situation.lamps.items():
             for place in places:
-                yield [*begin, Errand(place, False, "" if lamp in situation.done else f"use {lamp}")]
+                yield [*begin, Subgoal(place, False, "" if lamp in situation.done else f"use {lamp}")]
     elif situation.task_type == TWO:
         yield from _second(situation, name, begin, things)
     elif process is None or (name in situation.able and name in situation.done):
@@ -160,7 +160,7 @@ def _from_hand(
             yield [*begin, _put(situation, name, target)]
     elif name in situation.able:
         for station in situation.stations:
-            changed = [*begin, Errand(station, False, f"{process.verb} {name} with {station}")]
+            changed = [*begin, Subgoal(station, False, f"{process.verb} {name} with {station}")]
             if any(target in things[name] for target in situation.targets):
                 yield changed  # by the facts it has never left one of its places
             for target in situation.targets:
@@ -168,8 +168,8 @@ def _from_hand(
 
 
 def _second(
-    situation: Situation, name: str, begin: list[Errand], things: Mapping[str, tuple[str, ...]]
-) -> Iterator[list[Errand]]:
+    situation: Situation, name: str, begin: list[Subgoal], things: Mapping[str, tuple[str, ...]]
+) -> Iterator[list[Subgoal]]:
     """Chains that put a thing from the hand to another of its class, which is there or follows it."""
     for target in situation.targets:
         first = [*begin, _put(situation, name, target)]
@@ -183,28 +183,28 @@ def _second(
                     yield [*first, _take(other, place), _put(situation, other, target)]
 
 
-def _carried_out(situation: Situation, errands: list[Errand], bound: int | None) -> list[str] | None:
+def _carried_out(situation: Situation, subgoals: list[Subgoal], bound: int | None) -> list[str] | None:
     """The commands of a chain with the walking and opening it needs; ``None`` unless shorter than ``bound``."""
     plan = _Plan(situation.here)
-    for errand in errands:
-        place = errand.receptacle
+    for subgoal in subgoals:
+        place = subgoal.receptacle
         location = situation.reach[place]
         if location != plan.here:
             plan.commands.append(f"go to {place}")
             plan.here = location
-        if errand.needs_open and place in situation.closed and place not in plan.opened:
+        if subgoal.needs_open and place in situation.closed and place not in plan.opened:
             plan.commands.append(f"open {place}")
             plan.opened.add(place)
-        if errand.command:
-            plan.commands.append(errand.command)
+        if subgoal.command:
+            plan.commands.append(subgoal.command)
         if bound is not None and len(plan.commands) >= bound:
             return None
     return plan.commands
 
 
-def _take(name: str, place: str) -> Errand:
-    return Errand(place, True, f"take {name} from {place}")
+def _take(name: str, place: str) -> Subgoal:
+    return Subgoal(place, True, f"take {name} from {place}")
 
 
-def _put(situation: Situation, name: str, place: str) -> Errand:
-    return Errand(place, True, situation.put.format(thing=name, receptacle=place))
+def _put(situation: Situation, name: str, place: str) -> Subgoal:
+    return Subgoal(place, True, situation.put.format(thing=name, receptacle=place))

@@ -44,7 +44,7 @@ class CatalogueFiles:
 def find_files(data: str | os.PathLike[str]) -> CatalogueFiles:
     """Find a catalogue in a folder, or around its items file.
 
-    The other parts are looked up beside the items file: first with the same ending (``_1000``), then any.
+    The other parts are looked up next to the items file: first with the same ending (``_1000``), then any.
 
     Args:
         data: a folder with one ``items_shuffle*.json``, or such a file itself.
@@ -65,14 +65,16 @@ def find_files(data: str | os.PathLike[str]) -> CatalogueFiles:
         raise DataError(f"{path}: no such file or folder; {_HOW}")
     ending = path.stem.removeprefix("items_shuffle") if path.stem.startswith("items_shuffle") else ""
 
-    def beside(stem: str) -> Path | None:
+    def next_to_items(stem: str) -> Path | None:
         exact = path.with_name(f"{stem}{ending}.json")
         if exact.is_file():
             return exact
         others = sorted(path.parent.glob(f"{stem}*.json"))
         return others[0] if len(others) == 1 else None
 
-    return CatalogueFiles(path, beside("items_ins_v2"), beside("items_human_ins"), beside("reviews"))
+    return CatalogueFiles(
+        path, next_to_items("items_ins_v2"), next_to_items("items_human_ins"), next_to_items("reviews")
+    )
 
 
 def stream_array(path: Path) -> Iterator[Any]:

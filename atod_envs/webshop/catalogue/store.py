@@ -2,7 +2,7 @@
 
 The invariant: a store is a function of its source files and of
 ``STORE_VERSION`` alone, it appears under its name only when complete, and nothing in it changes afterwards (tables of
-goals are added beside it, each a function of its name).
+goals are added next to it, each a function of its name).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 STORE_VERSION = 4
 """Version of the layout; raising it makes every cached store be built anew."""
 KEPT_PRODUCTS = 2048
-"""Decoded products that a process keeps at hand."""
+"""Decoded products that a process keeps in memory."""
 _ANEW = "delete the folder to have it built anew"
 _SMALL = 1 << 28
 """Bytes of a store up to which its checksums are compared whenever it is opened; of a larger one, the sizes are."""
@@ -148,7 +148,7 @@ class Store:
         return BM25Index.open(self.folder / "bm25")
 
     def table(self, name: str, make: Callable[[], Array]) -> Array:
-        """A derived array, computed once and kept beside the store where that is writable.
+        """A derived array, computed once and kept next to the store where that is writable.
 
         Args:
             name: file name without ending; must determine the content.

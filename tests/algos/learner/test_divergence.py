@@ -61,7 +61,7 @@ def pair(tokenizer):
 
 
 def said(teacher, batch, topk=None):
-    """What a teacher says, whole or its likeliest tokens alone."""
+    """What a teacher says, whole or its top-k tokens alone."""
     how = {} if topk is None else {"topk": topk, "whole": 0}
     return distribution(teacher, teacher, batch, temperature=1.0, **how)
 

@@ -322,11 +322,11 @@ def test_a_model_at_home_elsewhere_leaves_no_copy_behind(models, batch, monkeypa
 
     loaded = load_model(str(models["teacher"]), "teacher")
     expected = score(loaded.model, batch, temperature=1.0)[0]
-    judge = LocalScorer(loaded, "cpu")
-    judge.device = torch.device("meta")
+    scorer = LocalScorer(loaded, "cpu")
+    scorer.device = torch.device("meta")
     home = [p.data_ptr() for p in loaded.model.parameters()]
     monkeypatch.setattr("atod_algos.teachers.local._moved", lambda tensor, device: tensor.clone())
-    with judge.on_device() as model:
+    with scorer.on_device() as model:
         assert not set(home) & {p.data_ptr() for p in model.parameters()}
         assert np.array_equal(score(model, batch, temperature=1.0)[0], expected)
     assert [p.data_ptr() for p in loaded.model.parameters()] == home

@@ -246,7 +246,7 @@ def test_an_environment_that_waits_holds_up_nobody(tokenizer, chat):
     waiting, together = [], threading.Event()
 
     class Slow(ToyEnv):
-        """Nobody goes on before eight are waiting at the same time."""
+        """None goes on before eight are waiting at the same time."""
 
         blocking = True
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atod_algos.learner import packing
-from atod_algos.learner.packing import common, pack, packable, packed_states, packs
+from atod_algos.learner.packing import pack, packable, packed_states, packs, shared_prefix
 
 
 def qwen(**options):
@@ -118,7 +118,7 @@ def test_every_row_is_in_one_pack_and_packs_keep_their_budget(lists, budget):
 def test_packing_costs_no_more_tokens_than_there_are():
     rows = some_rows(3, 30)
     total = sum(len(pack([rows[i] for i in part]).ids_T) for part in packs(rows, 200))
-    assert total < sum(map(len, rows)) and common(rows[0], rows[0]) == len(rows[0])
+    assert total < sum(map(len, rows)) and shared_prefix(rows[0], rows[0]) == len(rows[0])
 
 
 def test_another_attention_gives_no_number_rather_than_mixed_rows(monkeypatch):

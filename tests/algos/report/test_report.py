@@ -249,7 +249,7 @@ def test_watch_serves_the_page_and_follows(folders, tmp_path):
             urllib.request.urlopen(foreign)
         assert unpack(tmp_path / "r" / "report.html")["runs"][0]["done"] == 2
         (tmp_path / "whole").write_text("".join(lines))
-        (tmp_path / "whole").rename(tmp_path / "r" / "metrics.jsonl")  # at once, so that nobody sees it half written
+        (tmp_path / "whole").rename(tmp_path / "r" / "metrics.jsonl")  # at once, so that no reader sees it half written
         while urllib.request.urlopen(url + "stamp").read() == before and time.monotonic() < deadline:
             time.sleep(0.05)
         data = unpack(tmp_path / "r" / "report.html")

@@ -1,4 +1,4 @@
-"""Episodes on a real Ray cluster: those of a single process, whoever plays them and whoever dies."""
+"""Episodes on a real Ray cluster: those of a single process, whichever worker plays them and whichever dies."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Playing ahead: which weights play which step, the correction, and resuming bit for bit."""
+"""Asynchronous rollout: which weights play which step, the correction, and resuming bit for bit."""
 
 import json
 import threading

@@ -78,7 +78,7 @@ def rows(tokenizer):
     return [rng.integers(0, len(tokenizer), n) for n in (5, 40, 17, 2, 33)]
 
 
-def judge(server, tokenizer, temperature=1.0, **options):
+def scorer(server, tokenizer, temperature=1.0, **options):
     return RemoteJudge(
         server.address, tokenizer, temperature=temperature, options=QUICK, wait=lambda _: None, **options
     )
@@ -90,14 +90,14 @@ def test_a_server_gives_what_the_model_gives_here(echo, temperature, server, tea
     server.echo = echo
     batch = row_batch(rows)
     expected = LocalScorer(teacher, "cpu").logprobs(batch, temperature=temperature, budget=64)
-    remote = judge(server, tokenizer, temperature)
+    remote = scorer(server, tokenizer, temperature)
     assert np.allclose(remote.logprobs(batch, temperature=temperature, budget=64), expected, atol=1e-5)
     assert all(np.isnan(values[0]) for values in remote.rows(rows))
 
 
 def test_rows_go_in_batches_and_each_is_asked_for_once(server, tokenizer, rows, monkeypatch):
     monkeypatch.setattr("atod_algos.teachers.remote._REQUEST_TOKENS", 60)
-    remote = judge(server, tokenizer)
+    remote = scorer(server, tokenizer)
     first = remote.rows([*rows, rows[0]])
     assert server.seen == remote.requests == 2  # 5 + 40, and 17 + 2 + 33; the row that comes twice goes once
     again = remote.rows(rows[::-1])
@@ -108,7 +108,7 @@ def test_rows_go_in_batches_and_each_is_asked_for_once(server, tokenizer, rows, 
 
 def test_what_is_kept_is_bounded(server, tokenizer, rows, monkeypatch):
     monkeypatch.setattr("atod_algos.teachers.remote._KEPT_TOKENS", 50)
-    remote = judge(server, tokenizer)
+    remote = scorer(server, tokenizer)
     assert len(remote.rows(rows)) == 5
     for row in rows:
         remote.rows([row])
@@ -117,17 +117,17 @@ def test_what_is_kept_is_bounded(server, tokenizer, rows, monkeypatch):
 
 def test_a_server_that_ignores_the_temperature_is_refused(server, tokenizer):
     server.deaf = True
-    judge(server, tokenizer, 1.0)
+    scorer(server, tokenizer, 1.0)
     with pytest.raises(AtodError, match=r"at temperature 1 whatever is asked.*sampled at 0.7"):
-        judge(server, tokenizer, 0.7)
+        scorer(server, tokenizer, 0.7)
     with pytest.raises(AtodError, match="scored at the same"):
-        judge(server, tokenizer).logprobs(row_batch([np.array([1, 2])]), temperature=0.5, budget=1)
+        scorer(server, tokenizer).logprobs(row_batch([np.array([1, 2])]), temperature=0.5, budget=1)
 
 
 def test_a_server_that_puts_a_token_in_front_is_refused(server, tokenizer, rows):
     server.bos = True
     with pytest.raises(AtodError, match=r"5 ids were sent and 6 came back"):
-        judge(server, tokenizer).rows(rows[:1])
+        scorer(server, tokenizer).rows(rows[:1])
 
 
 def test_another_tokenizer_is_refused_by_its_first_token(server, tokenizer):
@@ -137,11 +137,11 @@ def test_another_tokenizer_is_refused_by_its_first_token(server, tokenizer):
     with pytest.raises(
         AtodError, match=r"have different tokenizers: after .* comes token .* in one and .* in the other"
     ):
-        judge(server, other)
+        scorer(server, other)
 
 
 def test_failures_that_pass_are_tried_again(server, tokenizer, rows):
-    remote = judge(server, tokenizer)
+    remote = scorer(server, tokenizer)
     server.fails = 2
     assert len(remote.rows(rows)) == 5
     server.fails = 3
@@ -194,7 +194,7 @@ def test_a_server_that_cannot_be_a_teacher_is_refused(tokenizer):
 
     with HTTPServer(("127.0.0.1", 0), Chatty) as chatty:
         threading.Thread(target=chatty.serve_forever, daemon=True).start()
-        remote = judge(type("S", (), {"address": f"http://127.0.0.1:{chatty.server_address[1]}/v1"}), tokenizer)
+        remote = scorer(type("S", (), {"address": f"http://127.0.0.1:{chatty.server_address[1]}/v1"}), tokenizer)
         with pytest.raises(AtodError, match="gives neither prompt_logprobs nor echoed"):
             remote.rows([np.array([1, 2, 3])])
         chatty.shutdown()
@@ -245,7 +245,7 @@ def test_a_server_that_lies_in_the_middle_is_refused_at_once(lie, teacher, token
     change, said = LIES[lie]
     with Liar(teacher, ServeOptions("x", port=0)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        remote = judge(server, tokenizer)
+        remote = scorer(server, tokenizer)
         assert len(remote.rows(rows[:1])) == 1
         server.lie, server.seen = change, 0
         with pytest.raises(AtodError, match=said):
@@ -256,7 +256,7 @@ def test_a_server_that_lies_in_the_middle_is_refused_at_once(lie, teacher, token
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
 def test_a_log_prob_that_is_no_number_is_refused(number, server, tokenizer, rows, monkeypatch):
-    remote = judge(server, tokenizer)
+    remote = scorer(server, tokenizer)
     honest = json.dumps
     monkeypatch.setattr(
         "atod_algos.teachers.server.json.dumps",
@@ -269,7 +269,7 @@ def test_a_log_prob_that_is_no_number_is_refused(number, server, tokenizer, rows
 
 def test_another_model_behind_the_same_address_is_refused(server, tokenizer, rows):
     """The server is started anew with another model in the middle of a run."""
-    remote = judge(server, tokenizer)
+    remote = scorer(server, tokenizer)
     remote.rows(rows[:1])
     server.loaded = replace(server.loaded, name="another")
     with pytest.raises(AtodError, match=r"answered as model .* and now answers as 'another'"):

@@ -117,7 +117,7 @@ def logged(run):
 
 NAMED = [
     ("rollout", 20, False), ("scoring", 1, False), ("update", 1, True), ("store", 1, False), ("log", 1, True),
-    ("settle", 12, False), ("rename", 1, True), ("rename", 3, True), ("update", 3, False), ("remove", 1, False),
+    ("fsync", 12, False), ("rename", 1, True), ("rename", 3, True), ("update", 3, False), ("remove", 1, False),
 ]  # fmt: skip
 """Function (see faults_runner.py), at which call, and whether just after it. Each run goes on where the one before was killed."""
 

@@ -162,7 +162,7 @@ def test_weights_originals_and_moments_of_the_built_in_model(dtype):
     moments = [t for kept in state["optimizer"]["state"].values() for t in kept.values() if t.ndim]
     assert parts["student: AdamW"] == sum(t.numel() * t.element_size() for t in moments)
     originals = sum(t.numel() * t.element_size() for t in state["originals"])
-    assert parts.get("student: originals", 0) == originals == (0 if dtype == torch.float32 else 4 * 265_120)
+    assert parts.get("student: master weights", 0) == originals == (0 if dtype == torch.float32 else 4 * 265_120)
     assert parts["update: gradient"] == 4 * 265_120
 
 
@@ -304,7 +304,7 @@ def test_what_is_asked_for_is_counted():
     always = sum(part.size for part in on_gpu if part.phase == "always")
     assert memory_estimate.peak(on_gpu) == always + max(turns, weights["teacher: weights"])
     parts = {part.name: part.size for part in memory_estimate.memory(config, EntropyAware())}
-    assert parts["teacher's likeliest"] == 128 * 15 * 512 * 16 * 8
+    assert parts["teacher's top-k"] == 128 * 15 * 512 * 16 * 8
     dapo = memory_estimate.tokens(config, with_rules(GRPO, "dapo"))
     assert dapo["episodes played, at most"] == 10 * dapo["episodes"] == 1280
     assert memory_estimate.tokens(config, with_rules(TCOD, "released"))["turns of an episode, at most"] == 15

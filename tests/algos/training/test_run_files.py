@@ -1,4 +1,4 @@
-"""A run's files when they are broken, missing, strange, old, or somebody else's; and what ends a command."""
+"""A run's files when they are broken, missing, strange, old, or another program's; and what ends a command."""
 
 import errno
 import json

@@ -44,7 +44,7 @@ def student(chat, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory):
-    """The expert's and the random player's episodes, as ``atod eval`` stores them: bare actions, no tokens."""
+    """The expert's and the random agent's episodes, as ``atod eval`` stores them: bare actions, no tokens."""
     root = tmp_path_factory.mktemp("evaluations")
     for agent in ("expert", "random"):
         asked = EvaluateConfig(agent=agent, data="builtin", panels=("train/6",), max_turns=20, out=root / agent)

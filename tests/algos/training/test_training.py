@@ -332,7 +332,7 @@ def test_the_final_report_of_a_model_that_one_engine_alone_runs(options, tmp_pat
     main(ATOD, [*command, "--run", str(other), "--engine", "vllm"])
     tables = [json.loads((run / "result.json").read_text())["table"] for run in (plain, other)]
     assert list(tables[0]) == ["before", "last (step 2)", next(name for name in tables[0] if "best" in name), "teacher"]
-    assert tables[0] == tables[1], "the same policies, whoever plays them"
+    assert tables[0] == tables[1], "the same policies, whichever pool plays them"
 
 
 def test_before_learning_a_line_says_what_the_student_can_do(options, tokenizer, tmp_path, capsys):

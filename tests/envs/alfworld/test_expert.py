@@ -1,4 +1,4 @@
-"""The scripted expert: wins nearly every game on what it is shown, and can take over from anybody."""
+"""The scripted expert: wins nearly every game on what it is shown, and can take over from any agent."""
 
 import random
 from collections import Counter
@@ -87,7 +87,7 @@ def test_corrects_a_policy_that_often_does_something_else(meddling):
 
 
 def test_takes_over_wherever_a_plan_still_exists(realdata):
-    """After a hundred random actions of somebody else the expert wins exactly if winning is still possible."""
+    """After a hundred random actions the expert wins exactly if winning is still possible."""
     outcomes = Counter()
     for number, game in enumerate(archived(realdata / "alfworld" / "alfworld_valid_full.tar.xz", "valid_unseen", 2)):
         rng = random.Random(number)

@@ -241,7 +241,7 @@ def test_the_expert_solves_nine_in_ten(split):
 
 
 def test_the_expert_takes_over_after_anybody():
-    """Somebody else searches for the first entity; the expert goes on from there with the turns that are left."""
+    """Another agent searches for the first entity; the expert goes on from there with the turns that are left."""
     env, expert = SearchQAEnv("dev", dataset="bridge"), SearchQAExpert()
     solved = 0
     for task_id in env.tasks.panel(60):

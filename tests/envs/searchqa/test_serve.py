@@ -200,7 +200,7 @@ def test_lasting_failures_end_in_a_clear_error(bad, attempts, reason):
 
 def test_a_server_that_is_down_is_named():
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # nobody else can take it, and nobody listens
+        unused.bind(("127.0.0.1", 0))  # taken, and no server listens
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
         env = SearchQAEnv("dev", retriever=HttpSearch(url, retries=1, sleep=lambda seconds: None))
         env.reset(seed=0)

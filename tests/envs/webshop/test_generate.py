@@ -9,7 +9,7 @@ import pytest
 from atod_envs.webshop.catalogue.cache import open_store
 from atod_envs.webshop.generate import BUILT_IN, CatalogueSpec, generate, main, write_catalogue
 from atod_envs.webshop.goals import Goals
-from atod_envs.webshop.product_types import read_wares
+from atod_envs.webshop.product_types import read_product_types
 
 OFFICIAL_FIELDS = {
     *("name", "full_description", "pricing", "images", "product_category", "average_rating", "small_description"),
@@ -76,6 +76,10 @@ def test_large_catalogues_number_their_models():
 
 
 def test_attributes_of_a_product_type_differ():
-    for ware in read_wares():
-        words = (*ware.plain, *ware.having, *ware.purpose)
-        assert len(set(words)) == len(words) and len(ware.path.split("›")) >= 3 and ware.low < ware.high
+    for product_type in read_product_types():
+        words = (*product_type.plain, *product_type.having, *product_type.purpose)
+        assert (
+            len(set(words)) == len(words)
+            and len(product_type.path.split("›")) >= 3
+            and product_type.low < product_type.high
+        )

@@ -196,7 +196,7 @@ def test_in_headless_chromium(server, chrome):
     press(choice)
     chosen = find("button.chosen")
     assert chosen.text == text and chosen.get_attribute("aria-pressed") == "true"
-    assert chrome.switch_to.active_element == chosen  # whoever goes by keyboard stays there
+    assert chrome.switch_to.active_element == chosen  # a keyboard user stays there
     press(button("Features"))
     press(button("< Prev"))
     press(find("button.buy"))

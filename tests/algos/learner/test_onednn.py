@@ -1,4 +1,4 @@
-"""The learner's matrix products through oneDNN against plain ones, and the pass that is saved where a step has one update."""
+"""The learner's linear layers through oneDNN against plain ones, and the pass that is saved where a step has one update."""
 
 import copy
 
@@ -42,20 +42,20 @@ def test_a_linear_layer_and_its_gradients_are_the_plain_ones(inner, outer, bias,
     plain = linear(x, weight, offset)
     direction = torch.randn_like(plain)
     expected = torch.autograd.grad(plain, leaves, direction)
-    with onednn.fast_products(CPU):
+    with onednn.onednn_linear(CPU):
         fast = linear(x, weight, offset)
     assert torch.allclose(fast, plain, rtol=1e-5, atol=1e-4)
     if onednn._ONEDNN:
-        product = fast.grad_fn.next_functions[0][0] if bias else fast.grad_fn  # the bias is added to the product
-        assert "_Linear" in product.name()
+        node = fast.grad_fn.next_functions[0][0] if bias else fast.grad_fn  # the bias is added to the matmul
+        assert "_Linear" in node.name()
     for got, wanted in zip(torch.autograd.grad(fast, leaves, direction), expected, strict=True):
         assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-3)
 
 
 @needs_onednn
-def test_only_large_float32_products_on_a_processor_are_replaced():
+def test_only_large_float32_linear_layers_on_a_cpu_are_replaced():
     def replaced(x, weight, device=CPU):
-        with onednn.fast_products(device):
+        with onednn.onednn_linear(device):
             return "_Linear" in linear(x, weight).grad_fn.name()
 
     large, small = torch.randn(64, 64, requires_grad=True), torch.randn(32, 64, requires_grad=True)
@@ -74,8 +74,8 @@ def test_an_update_takes_the_same_step_with_and_without_them(tokenizer, monkeypa
     start = tiny_qwen3(64, 3, hidden=64)
     advantage_M = np.random.default_rng(1).normal(size=batch.n_tokens)
     calls, ends = [], []
-    product = onednn._product
-    monkeypatch.setattr(onednn, "_product", lambda a, b: calls.append(1) or product(a, b))
+    matmul = onednn._matmul
+    monkeypatch.setattr(onednn, "_matmul", lambda a, b: calls.append(1) or matmul(a, b))
     for smallest in (1, 1 << 40, 1):
         monkeypatch.setattr(onednn, "_SMALLEST", smallest)
         model = copy.deepcopy(start)
@@ -93,7 +93,7 @@ def test_an_update_takes_the_same_step_with_and_without_them(tokenizer, monkeypa
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_filling_changes_no_state_and_no_gradient(shared):
+def test_padding_changes_no_state_and_no_gradient(shared):
     model = tiny_qwen3(64, 5)
     assert packable(model)
     rng = np.random.default_rng(0)
@@ -106,11 +106,11 @@ def test_filling_changes_no_state_and_no_gradient(shared):
     for even in (1, 64):
         onednn._EVEN, kept = even, onednn._EVEN
         try:
-            filling = onednn.even_filling(len(packed.ids_T), CPU)
+            padding = onednn.row_padding(len(packed.ids_T), CPU)
             states, ids = packed_states(model, packed)
         finally:
             onednn._EVEN = kept
-        assert (filling > 0) == (even == 64 and onednn._ONEDNN)
+        assert (padding > 0) == (even == 64 and onednn._ONEDNN)
         assert len(states) == len(ids) == len(packed.ids_T)
         gradient = torch.autograd.grad(states.square().sum(), list(model.get_decoder().parameters()))
         found.append((states.detach(), *gradient))
