@@ -1,4 +1,4 @@
-"""The name under which verifiers finds the environments: ``vf-eval atod_verifiers``; see :mod:`atod_envs.integrations.verifiers`."""
+"""The name that verifiers looks for, ``vf-eval atod_verifiers``: :mod:`atod_envs.integrations.verifiers`."""
 
 from atod_envs.integrations.verifiers import AtodEnv, AtodHarness, AtodTaskset
 

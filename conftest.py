@@ -1,7 +1,8 @@
-"""Runs the code blocks of README.md and docs/ as tests: Python in one namespace a page, shell commands in a scratch folder.
+"""Runs the code blocks of README.md and docs/ as tests: Python in one namespace a page, shell in a scratch folder.
 
-A block that cannot run here (a GPU, a hub, data of the reader's) is marked with its reason: ``<!-- skip: next "reason" -->``. Training commands
-get ``SHORT`` appended, so that what is shown is what runs, only smaller.
+A block that cannot run here (a GPU, a hub, data of the reader's) is marked with its reason:
+``<!-- skip: next "reason" -->``. Training commands get ``SHORT`` appended, so that what is shown is what runs, only
+smaller.
 """
 
 import contextlib

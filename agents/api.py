@@ -1,8 +1,8 @@
 """A model behind an OpenAI-compatible server as an agent: hosted models, vLLM, SGLang, llama.cpp, Ollama.
 
-The invariant: a request that could not be answered is never turned into an action. What passes by itself (a busy server, a lost
-connection, a time-out) is tried again; anything else ends in an error that says what the server said, so that no failure of the
-network is counted as a failure of the model.
+The invariant: a request that could not be answered is never turned into an action. What passes by itself (a busy
+server, a lost connection, a time-out) is tried again; anything else ends in an error that says what the server said, so
+that no failure of the network is counted as a failure of the model.
 """
 
 from __future__ import annotations

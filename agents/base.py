@@ -1,8 +1,9 @@
 """``Agent``: turns observations of one episode into actions, without looking anywhere else.
 
 An agent sees what ``reset`` and ``step`` of a text environment return, nothing more. Most work on the raw environment
-(observation in, action out), so that the same agent plays by hand, in evaluation and as a demonstrator. On a prompted environment
-observations are prompts and actions are whole responses: an API client plays that one, and ``agents.policy.Phrased`` lets any other agent do so.
+(observation in, action out), so that the same agent plays by hand, in evaluation and as a demonstrator. On a prompted
+environment observations are prompts and actions are whole responses: an API client plays that one, and
+``agents.policy.Phrased`` lets any other agent do so.
 """
 
 from __future__ import annotations

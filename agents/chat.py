@@ -1,12 +1,13 @@
 """``ChatFormat``: user messages to token ids through a tokenizer's chat template, append-only.
 
-A conversation only ever grows: what the policy has sampled stays as it was sampled, and a new user message adds ids behind
-it. Chat templates are not written for that; some rewrite earlier turns (Qwen3's drops their thoughts). So the template is
-asked once per message what it puts between a response and the next one, and exactly that is appended.
+A conversation only ever grows: what the policy has sampled stays as it was sampled, and a new user message adds ids
+behind it. Chat templates are not written for that; some rewrite earlier turns (Qwen3's drops their thoughts). So the
+template is asked once per message what it puts between a response and the next one, and exactly that is appended.
 
-Three further invariants. Text is never control: of the ids made here, control tokens are the template's own (``agents.plain_text``).
-A response ends where the model's makers end one: at the template's end token, the tokenizer's, and those of the generation
-configuration. And a prompt depends on nothing but the settings: dates in templates are :data:`CHAT_DATE` or a date that is given.
+Three further invariants. Text is never control: of the ids made here, control tokens are the template's own
+(``agents.plain_text``). A response ends where the model's makers end one: at the template's end token, the tokenizer's,
+and those of the generation configuration. And a prompt depends on nothing but the settings: dates in templates are
+:data:`CHAT_DATE` or a date that is given.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ CHAT_DATE = "2025-01-01"
 """The date that templates are told where none is given."""
 
 ThinkingMode = Literal["off", "on", "keep"]
-"""``off``: the template is asked for no thoughts of its own. ``on``: it is, and a turn's thought is dropped when the next turn begins.
-``keep``: it is, and thoughts stay in the conversation."""
+"""``off``: the template is asked for no thoughts of its own. ``on``: it is, and a turn's thought is dropped when the
+next turn begins. ``keep``: it is, and thoughts stay in the conversation."""
 
 _THOUGHTS = (
     ("<think>", "</think>"),
@@ -142,7 +143,8 @@ class ChatFormat:
         Args:
             message: the next user message.
             stopped: the response ended with a stop token; otherwise (cut by length) the end token is added here.
-            last: the response's last id. Without it, a response that stopped is taken to have ended as the template ends one.
+            last: the response's last id. Without it, a response that stopped is taken to have ended as the template
+                ends one.
         """
         ids = self._continuation.ids(message)
         if not stopped:
@@ -154,7 +156,7 @@ class ChatFormat:
         return ids if said is None else ids[ids.index(said) + 1 :]
 
     def extend(self, conversation: Sequence[int], message: str) -> list[int]:
-        """The next prompt: a conversation that ends with a response (see :meth:`remember`), and the next user message."""
+        """The next prompt: a conversation that ends with a response (see :meth:`remember`), then the user's message."""
         last = conversation[-1]
         return [*conversation, *self.continuation(message, last in self.stop_ids, last)]
 
@@ -246,7 +248,7 @@ class ChatFormat:
         return False
 
     def _ends(self) -> tuple[int | None, int | None, int | None]:
-        """The token that ends an earlier response; where there is none, the one that begins the next message; and what ends the last."""
+        """The token that ends an earlier response, or else begins the next message; and what ends the last one."""
         last = self._render(self._exchange(None), generates=False).partition(_RESPONSE)[2]
         between = self._continuation.before
         first = next(iter(self._plain.controls(self._plain.read(between))), None)
@@ -285,7 +287,7 @@ class ChatFormat:
 
 
 def _opened(prompt: str) -> tuple[str, str]:
-    """The thought that the end of a prompt leaves open, and what closes it; what closes one anyhow where none is open."""
+    """The thought that the end of a prompt leaves open and what closes it; what closes one where none is open."""
     for opens, closes in _THOUGHTS:
         _, found, after = prompt.rpartition(opens)
         if found and closes not in after:
@@ -303,8 +305,8 @@ def _generation_ends(model: Any, special: set[int]) -> list[int]:
 def first_difference(a: Any, b: Any) -> str | None:
     """Say how two tokenizers differ, or None if they give the same ids for everything.
 
-    Compared are the vocabularies (padded rows of the models' embedding do not matter), the end-of-sequence token, and the
-    ids of a sample text.
+    Compared are the vocabularies (padded rows of the models' embedding do not matter), the end-of-sequence token, and
+    the ids of a sample text.
     """
     vocabulary_a, vocabulary_b = a.get_vocab(), b.get_vocab()
     if vocabulary_a != vocabulary_b:

@@ -1,7 +1,7 @@
 """The scripted experts of the environments, behind the one ``Agent`` protocol.
 
-An expert knows what the agent has been shown and nothing else; it can be asked for its advice in any state that another agent's
-actions have led to, which is what learning from corrections needs.
+An expert knows what the agent has been shown and nothing else; it can be asked for its advice in any state that another
+agent's actions have led to, which is what learning from corrections needs.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def expert_for(env: gym.Env[str, str], *, brief: bool = False) -> ExpertAgent:
 
     Args:
         env: the environment, wrapped or not.
-        brief: prefer actions that are short to say, for demonstrations; matters where the expert has a choice (WebShop).
+        brief: prefer actions that are short to say, for demonstrations; matters where the expert has a choice
+            (WebShop).
 
     Raises:
         UnknownName: the environment has none.

@@ -1,7 +1,8 @@
 """GGUF files as models: dequantized once by transformers, kept as a folder in the cache, and known by their checksums.
 
-The invariant: what is loaded was converted from this very file (its checksum names the folder) and is what was written then (every
-file's checksum is compared). A cache that cannot be written is done without: the conversion then lives as long as the process.
+The invariant: what is loaded was converted from this very file (its checksum names the folder) and is what was written
+then (every file's checksum is compared). A cache that cannot be written is done without: the conversion then lives as
+long as the process.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Hidden states to logits exactly as a model's own ``forward`` does it, and the check that a model is understood.
 
-Rollouts, scoring and training run a model's decoder and its output layer apart: only states that predict a sampled token become
-logits. Some models do more behind the output layer (Granite and Cohere scale, Gemma 2 and NanoChat cap). The invariant: a model is
-used only after its logits, made here, equalled ``model(ids).logits`` on a probe; anything else is refused by name. One function,
-:func:`logit_head`, decides it for engine, learner, scorers and weight check.
+Rollouts, scoring and training run a model's decoder and its output layer apart: only states that predict a sampled
+token become logits. Some models do more behind the output layer (Granite and Cohere scale, Gemma 2 and NanoChat cap).
+The invariant: a model is used only after its logits, made here, equalled ``model(ids).logits`` on a probe; anything
+else is refused by name. One function, :func:`logit_head`, decides it for engine, learner, scorers and weight check.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def text_config(model: Any) -> Any:
 
 
 def decoder_of(model: Any) -> Any:
-    """The module that turns ids into states: transformers' own answer, where that is part of the model and reads ids."""
+    """The module that turns ids into states: transformers' own answer, if it is part of the model and reads ids."""
     found = model.get_decoder()
     embedding = model.get_input_embeddings()
     if found is not model and any(part is embedding for part in found.modules()):
@@ -130,7 +130,7 @@ def longest_context(model: Any) -> int:
 
 
 def attends_fully(model: Any, length: int | None = None) -> bool:
-    """Whether every layer attends to the whole context, as far as the configuration says; up to ``length`` positions if given."""
+    """Whether the configuration says that every layer attends to the whole context, or to ``length`` positions."""
     config = text_config(model)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windows = [getattr(config, name, None) for name in _WINDOWS]
@@ -148,8 +148,8 @@ def attends_fully(model: Any, length: int | None = None) -> bool:
 def limit_vocabulary(model: Any, ids: Iterable[int]) -> None:
     """Let a model give probability to these ids alone; what was shut out before stays out.
 
-    Models have more rows than their tokenizer has tokens, to fill up tiles or a family's largest vocabulary. The rows were never
-    trained, and the ids mean nothing.
+    Models have more rows than their tokenizer has tokens, to fill up tiles or a family's largest vocabulary. The rows
+    were never trained, and the ids mean nothing.
     """
     before = getattr(model, _MISSING, None)
     shut, allowed = set() if before is None else set(before.tolist()), set(ids)
@@ -227,8 +227,8 @@ class _Decoded(torch.nn.Module):
 def _through_forward(model: Any, states: torch.Tensor) -> torch.Tensor:
     """Run a model's own ``forward`` from its decoder's states on.
 
-    The model's modules are used as they are; only a shallow copy of the outer model is told of another decoder, so nothing is
-    changed that another thread could be using.
+    The model's modules are used as they are; only a shallow copy of the outer model is told of another decoder, so
+    nothing is changed that another thread could be using.
     """
     decoder = decoder_of(model)
     outer = copy.copy(model)

@@ -1,7 +1,8 @@
-"""Loading language models and tokenizers: from a folder, a GGUF file, a package, the hub, or the small ones that come with the project.
+"""Loading language models and tokenizers: from a folder, a GGUF file, a package, the hub, or this project.
 
-The invariant: a model is returned with the tokenizer that belongs to it, in evaluation mode, its log-probs checked against its own
-forward pass and its vocabulary limited to ids that have a token; or an error says in one line what was looked for and where.
+The invariant: a model is returned with the tokenizer that belongs to it, in evaluation mode, its log-probs checked
+against its own forward pass and its vocabulary limited to ids that have a token; or an error says in one line what was
+looked for and where.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def load_model(
     """Load a model.
 
     Args:
-        name: a folder, a hub id, a GGUF file, a model in a package (``"smollm2-135m"``), or ``"builtin"`` for the reference model of
-            the role.
+        name: a folder, a hub id, a GGUF file, a model in a package (``"smollm2-135m"``), or ``"builtin"`` for the
+            reference model of the role.
         role: ``"student"`` or ``"teacher"``.
         world: the environment's key (``"alfworld"``), for ``"builtin"``.
         device: where it goes.
@@ -167,10 +168,11 @@ def share_vocabulary(models: Iterable[Any], tokenizer: Any) -> int:
 
 
 def _adapted(source: str) -> tuple[str, dict[str, Any]]:
-    """The model that a folder's adapters belong to, with options for loading it; the folder itself where it holds no adapters.
+    """The model that a folder's adapters belong to, with options for loading it; else the folder itself.
 
-    A name in an adapter's configuration is a folder (as it stands, or seen from the adapter's own folder), or a model that the hub's
-    cache holds. A hub is never asked for it: the name may be a folder that is not here, and its name there is free for any user to take.
+    A name in an adapter's configuration is a folder (as it stands, or seen from the adapter's own folder), or a model
+    that the hub's cache holds. A hub is never asked for it: the name may be a folder that is not here, and its name
+    there is free for any user to take.
     """
     path = Path(source) / "adapter_config.json"
     if not path.is_file():

@@ -1,8 +1,9 @@
 """Text that stays text: encoding a message so that nothing in it becomes one of the tokenizer's control tokens.
 
-A tokenizer reads ``<|im_end|>`` in an observation as the token that ends a turn. The invariant: of the ids that are made here, those
-of control tokens are the chat template's own. A text without control tokens is encoded as ever; only where one would appear
-is the tokenizer copied with its control tokens under secret names, so that the template's can be told from the text's.
+A tokenizer reads ``<|im_end|>`` in an observation as the token that ends a turn. The invariant: of the ids that are
+made here, those of control tokens are the chat template's own. A text without control tokens is encoded as ever; only
+where one would appear is the tokenizer copied with its control tokens under secret names, so that the template's can be
+told from the text's.
 """
 
 from __future__ import annotations

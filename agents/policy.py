@@ -1,7 +1,8 @@
 """Who answers the prompts of an episode: a language model on an engine, or an agent whose actions are put into words.
 
-An ``Agent`` (``agents.base``) plays one episode. A ``Policy`` answers the turns of many episodes at once, because an engine is
-fastest when it runs many requests together. The one loop that plays either is ``atod_algos.rollout.episodes``.
+An ``Agent`` (``agents.base``) plays one episode. A ``Policy`` answers the turns of many episodes at once, because an
+engine is fastest when it runs many requests together. The one loop that plays either is
+``atod_algos.rollout.episodes``.
 """
 
 from __future__ import annotations

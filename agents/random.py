@@ -11,7 +11,7 @@ from agents.base import Decision
 
 
 class RandomAgent:
-    """Chooses uniformly; fills a pattern such as ``search[<your query>]`` with words of the task, and ``<number>`` with 1 to 9.
+    """Chooses uniformly; fills ``search[<your query>]`` with words of the task, and ``<number>`` with 1 to 9.
 
     Args:
         seed: of its own random numbers.

@@ -1,9 +1,9 @@
 """Primitives that algorithms share: group-relative advantage, mean by turn, min-max by trajectory, soft-or.
 
-Pure functions on arrays: nothing here knows a model, a file or a step's history. What one algorithm alone uses stands in its own
-file. Axes: M sampled tokens, K turns, N trajectories (see ``atod_algos.batch``); turns are in order of trajectory. Everything is
-float64 and detached: gradients flow through the importance ratio alone. Equation numbers are those of the ATOD paper
-(arXiv 2606.27814).
+Pure functions on arrays: nothing here knows a model, a file or a step's history. What one algorithm alone uses stands
+in its own file. Axes: M sampled tokens, K turns, N trajectories (see ``atod_algos.batch``); turns are in order of
+trajectory. Everything is float64 and detached: gradients flow through the importance ratio alone. Equation numbers are
+those of the ATOD paper (arXiv 2606.27814).
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ class GroupOptions:
     reward: Literal["success", "score"] = "success"
     """What is rewarded: 'success' (0/1, as published) or 'score' (partial credit where the environment has it)."""
     reward_scale: float = 10.0
-    """Multiplies the reward; 10 is the published scale. It cancels where rewards are divided by the group's deviation and nothing is
-    subtracted from them; it matters with --invalid-penalty, and without --group-std it scales the advantage."""
+    """Multiplies the reward; 10 is the published scale. It cancels where rewards are divided by the group's deviation
+    and nothing is subtracted from them; it matters with --invalid-penalty, and without --group-std it scales the
+    advantage."""
     group_stats: Literal["trajectory", "turn_row"] = "trajectory"
-    """Unit of the group's mean and deviation: 'trajectory' (eq 2) or 'turn_row' (released code: long episodes count more)."""
+    """Unit of the group's mean and deviation: 'trajectory' (eq 2) or 'turn_row' (released code: long episodes count
+    more)."""
     group_std: bool = True
     """Divide by the group's standard deviation (eq 2); off gives Dr. GRPO's advantage and GiGPO's mean_norm."""
     invalid_penalty: float = 0.0
@@ -78,8 +80,8 @@ def reward_advantage(
 ) -> np.ndarray:
     """Advantage of each turn from the rewards of its trajectory, in either unit of statistics.
 
-    With ``turn_row`` every turn is a row that carries its trajectory's reward less its own penalty. With ``trajectory`` a
-    trajectory's reward is reduced by the penalty times its share of invalid turns.
+    With ``turn_row`` every turn is a row that carries its trajectory's reward less its own penalty. With ``trajectory``
+    a trajectory's reward is reduced by the penalty times its share of invalid turns.
 
     Returns:
         Advantage of each turn (axis K).

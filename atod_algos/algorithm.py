@@ -1,9 +1,10 @@
 """What an algorithm is: a base class whose hooks do nothing, and the terms that an algorithm hands to the learner.
 
-The trainer knows no algorithm by name. An outside package adds one through the entry-point group ``atod.algorithms``: a frozen
-dataclass that derives from :class:`Algorithm` and overrides the hooks it needs. Its fields become its options.
+The trainer knows no algorithm by name. An outside package adds one through the entry-point group ``atod.algorithms``: a
+frozen dataclass that derives from :class:`Algorithm` and overrides the hooks it needs. Its fields become its options.
 
-This module, ``batch``, ``advantages`` and ``metrics`` are the method floor: numpy only, so that importing an algorithm loads no torch.
+This module, ``batch``, ``advantages`` and ``metrics`` are the method floor: numpy only, so that importing an algorithm
+loads no torch.
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ class Objective:
     clip_high: float = 0.2
     """Ratios above 1 + clip_high are clipped (eq 4); DAPO raises it to 0.28."""
     dual_clip: float = 0.0
-    """Bounds the loss of tokens with a negative advantage at dual_clip x |A|: 0 is off (paper), 3 in the released code."""
+    """Bounds the loss of tokens with a negative advantage at dual_clip x |A|: 0 is off (paper), 3 in the released
+    code."""
     loss_agg: Literal["trajectory_mean", "turn_mean", "token_mean", "constant"] = "trajectory_mean"
-    """Average: 'trajectory_mean' of token means (eq 4), 'turn_mean' of token means (verl's seq-mean-token-mean, whose sequences
-    are turns), 'token_mean' over a mini-batch (released code, DAPO), or 'constant': trajectory sums over --length-divisor (Dr. GRPO)."""
+    """Average: 'trajectory_mean' of token means (eq 4), 'turn_mean' of token means (verl's seq-mean-token-mean, whose
+    sequences are turns), 'token_mean' over a mini-batch (released code, DAPO), or 'constant': trajectory sums over
+    --length-divisor (Dr. GRPO)."""
     length_divisor: float = 512.0
     """What a trajectory's token sum is divided by under 'constant'; 512 is the published longest response."""
     entropy_coef: float = 0.0
@@ -63,8 +66,8 @@ class RolloutLimits:
 
     Attributes:
         max_turns: turns before an episode is cut; ``None`` leaves the environment's own limit.
-        rounds: how often a step may play further tasks until it has enough groups that the algorithm learns from; 1 plays once and
-            takes every group.
+        rounds: how often a step may play further tasks until it has enough groups that the algorithm learns from; 1
+            plays once and takes every group.
         who: who plays which turn; ``None`` lets the student play them all.
     """
 
@@ -80,11 +83,12 @@ class Advantages:
     Attributes:
         distillation_M: the teacher's term of each sampled token, coefficients included; ``None`` without a teacher.
         reward_M: the reward's term, coefficients included; ``None`` where reward is not learned from.
-        teacher_weight_M: weight of the teacher at each token, coefficients included: ``distillation_M`` is this times the gap, and under
-            ``--gap exact`` it weighs the reverse KL instead. ``None``: the method is tied to the sampled token.
+        teacher_weight_M: weight of the teacher at each token, coefficients included: ``distillation_M`` is this times
+            the gap, and under ``--gap exact`` it weighs the reverse KL instead. ``None``: the method is tied to the
+            sampled token.
         turn_weight_K: weight of each turn's teacher supervision, where turns are weighted.
-        left_out_N: why a trajectory's turn weights stay at 1: 0 they do not, 1 too few turns, 2 too little disagreement; ``None``
-            where weights have no such exceptions.
+        left_out_N: why a trajectory's turn weights stay at 1: 0 they do not, 1 too few turns, 2 too little
+            disagreement; ``None`` where weights have no such exceptions.
         coefficients: published numbers of the step, by name.
         notes: further quantities by name; the mean of each is published.
     """
@@ -122,19 +126,20 @@ class Algorithm(ABC):
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"paper": {}})
     """What ``--rules`` presets: name of the rule set -> option -> value."""
     needs_student: ClassVar[bool] = True
-    """Whether :meth:`advantages` looks at ``scores.student_M``. Where it does not, and a step has one update, the pass that makes the
-    update gives these log-probs: a pass less."""
+    """Whether :meth:`advantages` looks at ``scores.student_M``. Where it does not, and a step has one update, the pass
+    that makes the update gives these log-probs: a pass less."""
     exact_gap: ClassVar[bool] = False
-    """Whether ``--gap exact`` may act: :meth:`advantages` gives ``teacher_weight_M``, and the method does not need the sampled gap."""
+    """Whether ``--gap exact`` may act: :meth:`advantages` gives ``teacher_weight_M``, and the method does not need the
+    sampled gap."""
     objective: Objective = field(default_factory=Objective)
 
     @property
     def scores(self) -> frozenset[str]:
         """Which log-probs it wants besides the student's; none by default.
 
-        A subset of {"teacher", "reference", "base", "divergence", "support", "privileged"}. "base" is a third model's; "divergence"
-        compares the whole distributions of student and teacher; "support" keeps the teacher's top-k tokens for
-        :meth:`support_loss`; "privileged" scores the student with :meth:`privileged_text` in front.
+        A subset of {"teacher", "reference", "base", "divergence", "support", "privileged"}. "base" is a third model's;
+        "divergence" compares the whole distributions of student and teacher; "support" keeps the teacher's top-k tokens
+        for :meth:`support_loss`; "privileged" scores the student with :meth:`privileged_text` in front.
         """
         return frozenset()
 
@@ -145,7 +150,7 @@ class Algorithm(ABC):
 
     @property
     def base_model(self) -> str | None:
-        """The third model, read where ``scores`` name "base": a folder or a hub id; ``None`` for the initial student."""
+        """The third model, read if ``scores`` name "base": a folder or a hub id; ``None`` for the initial student."""
         return None
 
     def limits(self, step: int) -> RolloutLimits:
@@ -157,7 +162,7 @@ class Algorithm(ABC):
         return task_reward(batch, GroupOptions())
 
     def informative(self, batch: TokenBatch) -> np.ndarray:
-        """Which groups are worth learning from (booleans, axis G); the others are played again if ``limits`` allow more rounds."""
+        """Which groups to learn from (booleans, axis G); the others are played again if ``limits`` allow rounds."""
         return np.ones(int(batch.group_N.max(initial=-1)) + 1, dtype=bool)
 
     @abstractmethod
@@ -175,7 +180,7 @@ class Algorithm(ABC):
         return None
 
     def support_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
-        """A further loss for each of some tokens, from the student's current log-probs [m, S] of the teacher's top-k."""
+        """A further loss for each of some tokens, from the student's log-probs [m, S] of the teacher's top-k."""
         return None
 
     def privileged_text(self, trajectory: Trajectory, group: Group) -> str:

@@ -1,21 +1,23 @@
 """ATOD: annealed turn-aware on-policy distillation (arXiv 2606.27814, Algorithm 1).
 
 Objective
-    Delta_t  = log pi_T - log pi_old                    the teacher's opinion of a sampled token                 (eq 6)
-    A_t      = kappa Delta_t w_k(t) + rho A^GRPO        in the place of A in GRPO's clipped surrogate            (eqs 8, 9)
-    p(s)     = min(s / T, 1)                            training step s counts from 1                            (eq 10)
-    kappa(s) = max(kappa_min, kappa_init - (kappa_init - kappa_min) p)     the teacher first ...                 (eq 11)
-    rho(s)   = rho_init + (rho_max - rho_init) p                           ... the reward later                  (eq 12)
-    d_k      = mean_t |Delta_t|,   h_k = mean_t (-log pi_old)              over the tokens of turn k             (eqs 13, 14)
-    w_k      = 1 - (1 - d~_k)(1 - h~_k)                 d~, h~: min-max within the trajectory                    (eqs 15, 16)
+    Delta_t  = log pi_T - log pi_old                    the teacher's opinion of a sampled token                (eq 6)
+    A_t      = kappa Delta_t w_k(t) + rho A^GRPO        in place of A in GRPO's clipped surrogate           (eqs 8, 9)
+    p(s)     = min(s / T, 1)                            training step s counts from 1                          (eq 10)
+    kappa(s) = max(kappa_min, kappa_init - (kappa_init - kappa_min) p)     the teacher first ...               (eq 11)
+    rho(s)   = rho_init + (rho_max - rho_init) p                           ... the reward later                (eq 12)
+    d_k      = mean_t |Delta_t|,   h_k = mean_t (-log pi_old)              over the tokens of turn k      (eqs 13, 14)
+    w_k      = 1 - (1 - d~_k)(1 - h~_k)                 d~, h~: min-max within the trajectory             (eqs 15, 16)
 
-``--gap exact`` departs from the paper: the teacher's term leaves the advantage and becomes a loss of its own, the reverse KL
+``--gap exact`` departs from the paper: the teacher's term leaves the advantage and becomes a loss of its own, the
+reverse KL
     L_T = E_t kappa w_k(t) KL(pi_theta(. | s_t) || pi_T(. | s_t))
-whose gradient is the expectation, over all tokens that could have been sampled, of the one that kappa Delta_t w_k(t) gives on the
-sampled token. It has no noise of sampling, no ratio and no clip, so it bears many updates a step (--gap-minibatches, --gap-epochs)
-where the sampled gap does not. kappa and w_k act on it unchanged.
+whose gradient is the expectation, over all tokens that could have been sampled, of the one that kappa Delta_t w_k(t)
+gives on the sampled token. It has no noise of sampling, no ratio and no clip, so it bears many updates a step
+(--gap-minibatches, --gap-epochs) where the sampled gap does not. kappa and w_k act on it unchanged.
 
-Everything in A_t is detached. There is no KL penalty. pi_old is the policy that rolled out, recomputed by the learner's model.
+Everything in A_t is detached. There is no KL penalty. pi_old is the policy that rolled out, recomputed by the learner's
+model.
 
 Where the paper and the released code differ (``--rules paper`` is the default, ``--rules released`` presets the other):
     group statistics     over trajectories (eq 2)           | over all turn rows of the group      --group-stats
@@ -27,12 +29,12 @@ Where the paper and the released code differ (``--rules paper`` is the default, 
     dual clip            none                               | 3                                    --dual-clip
 
 The three ablations of section 5.3:
-    token-level reweighting   --weighting token         weights per token, normalised over the whole batch, as released (the
-                                                        paper says "at the token level" and no more)
-    without T-DUR             --weighting none          w = 1. T-DUR's weights are at most 1, so this also makes distillation
-                                                        stronger; ``--tdur-mean-preserve`` compares at equal strength
-    without annealing         --coef-anneal-steps 0     kappa and rho stay at --kappa-init and --rho-init: 1 and 1 in the
-                                                        released scripts; the paper does not give its constants
+    token-level reweighting   --weighting token        weights per token, normalised over the whole batch, as released
+                                                       (the paper says "at the token level" and no more)
+    without T-DUR             --weighting none         w = 1. T-DUR's weights are at most 1, so distillation grows
+                                                       stronger; --tdur-mean-preserve compares at equal strength
+    without annealing         --coef-anneal-steps 0    kappa and rho stay at --kappa-init and --rho-init: 1 and 1 in
+                                                       the released scripts; the paper does not give its constants
 
     python -m atod_algos.atod --env atod/ALFWorld-v0
 """
@@ -79,7 +81,8 @@ class ATOD(RewardAlgorithm):
     tdur_min_divergence: float = 0.0
     """Trajectories whose largest d_k is below it keep weight 1: 0 (paper), 0.01 (released code)."""
     tdur_mean_preserve: bool = False
-    """Rescale each trajectory's turn weights to a mean of 1 over its tokens (an option of the released code, off in its scripts)."""
+    """Rescale each trajectory's turn weights to a mean of 1 over its tokens (an option of the released code, off in its
+    scripts)."""
 
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """The hybrid advantage of every sampled token.
@@ -122,7 +125,7 @@ class ATOD(RewardAlgorithm):
     def _exceptions(
         self, w: np.ndarray, d: np.ndarray, delta: np.ndarray, log_pi: np.ndarray, batch: TokenBatch
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Weight of each turn and of each token under the released code's rules and the ablations; see ``Advantages.left_out_N``."""
+        """Weight of each turn and token under the released rules and ablations; see ``Advantages.left_out_N``."""
         k, tau = batch.turn_M, batch.trajectory_K
         if self.weighting == "none":
             return np.ones_like(w), np.ones(batch.n_tokens), None
@@ -142,8 +145,8 @@ class ATOD(RewardAlgorithm):
 def token_weights(log_pi: np.ndarray, delta: np.ndarray, *, min_divergence: float = 0.01) -> np.ndarray:
     """The token-level ablation: soft-or of min-max normalised |Delta| and -log pi over all tokens of the batch.
 
-    As released: uncertainty is first cut at its 0.98 quantile, and all weights are 1 if no token reaches ``min_divergence``. (The
-    paper only says "at the token level".)
+    As released: uncertainty is first cut at its 0.98 quantile, and all weights are 1 if no token reaches
+    ``min_divergence``. (The paper only says "at the token level".)
 
     Returns:
         One weight in [0, 1] for each token (axis M).
@@ -155,8 +158,8 @@ def token_weights(log_pi: np.ndarray, delta: np.ndarray, *, min_divergence: floa
 def mean_preserving(weight_K: np.ndarray, n_K: np.ndarray, trajectory_K: np.ndarray) -> np.ndarray:
     """Rescale each trajectory's weights so that their mean over tokens is 1 (released code, off by default).
 
-    Weights relative to their mean are first clipped to [0.5, 2], so no turn falls silent. It keeps the strength of distillation as it
-    is without weights, which the plain weights, being at most 1, lower.
+    Weights relative to their mean are first clipped to [0.5, 2], so no turn falls silent. It keeps the strength of
+    distillation as it is without weights, which the plain weights, being at most 1, lower.
 
     Args:
         weight_K: weight of each turn.

@@ -1,8 +1,8 @@
 """Groups of trajectories -> ``TokenBatch``: training rows, and flat arrays over the tokens that the policy sampled.
 
-Every quantity that is computed per token lives in an array with one entry for each *sampled* token (axis M), in the order
-trajectory, turn, token. Prompts and observations have no entry at all, so they cannot leak into a mean, a minimum or a
-loss. The invariant: ``rows[row_M[i]][column_M[i]]`` is the id that was sampled.
+Every quantity that is computed per token lives in an array with one entry for each *sampled* token (axis M), in the
+order trajectory, turn, token. Prompts and observations have no entry at all, so they cannot leak into a mean, a minimum
+or a loss. The invariant: ``rows[row_M[i]][column_M[i]]`` is the id that was sampled.
 
 Only the policy's own turns are on axis K. Turns of another actor (an expert's, before the policy took over) are part of
 the prompt that follows them, and of nothing else.
@@ -23,7 +23,8 @@ class RowLayout(StrEnum):
     """How trajectories become training rows."""
 
     MERGED = "merged"
-    """A turn whose prompt continues the turn before shares its row: one row for a conversation, one a turn otherwise."""
+    """A turn whose prompt continues the turn before shares its row: one row for a conversation, one a turn
+    otherwise."""
     PER_TURN = "per_turn"
     """Every turn has its own row, its whole prompt included."""
 
@@ -187,8 +188,8 @@ class Scores:
         entropy_M: entropy of the student's whole distribution at each token, in nats.
         teacher_entropy_M: the same of the teacher's.
         reverse_kl_M: KL(student || teacher) over the whole vocabulary at each token, in nats.
-        support_MS: ids of the teacher's S top-k tokens in the place of each token; ``None`` with ``teacher_support_MS`` given: S is the
-            whole vocabulary, in its order.
+        support_MS: ids of the teacher's S top-k tokens in the place of each token; ``None`` with ``teacher_support_MS``
+            given: S is the whole vocabulary, in its order.
         teacher_support_MS: their log-probs under the teacher.
         vocabulary: how many ids student and teacher share; 0 where their distributions were not compared.
     """
@@ -206,7 +207,10 @@ class Scores:
     vocabulary: int = 0
 
     def require(self, name: str) -> np.ndarray:
-        """An array by name: "teacher", "reference", "base", "privileged", "entropy", "teacher_entropy", "reverse_kl", "teacher_support".
+        """An array by its name.
+
+        Names: "teacher", "reference", "base", "privileged", "entropy", "teacher_entropy", "reverse_kl" and
+        "teacher_support".
 
         Raises:
             ValueError: the algorithm's ``scores`` do not name it, so it was not scored.

@@ -1,8 +1,8 @@
 """``atod``: one command over the modules that ``python -m`` runs.
 
-It holds no behaviour of its own: ``atod play ...`` is ``python -m agents.human ...``, and so on. Modules are named, not imported, so
-nothing heavy is loaded before it is needed. A module that is run
-here has ``main(arguments)``, which returns an exit status or None.
+It holds no behaviour of its own: ``atod play ...`` is ``python -m agents.human ...``, and so on. Modules are named, not
+imported, so nothing heavy is loaded before it is needed. A module that is run here has ``main(arguments)``, which
+returns an exit status or None.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Command:
 
     Attributes:
         about: what it does, in a few words.
-        modules: what it can run: first word after the command -> module, and the words to put before the user's own; ``""``
-            where there is no such word.
+        modules: what it can run: first word after the command -> module, and the words to put before the user's own;
+            ``""`` where there is no such word.
     """
 
     about: str

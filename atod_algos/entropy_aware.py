@@ -1,20 +1,22 @@
 """Entropy-aware OPD: the teacher's whole distribution where the teacher itself hesitates (arXiv 2603.07079).
 
-Reverse KL makes a student settle on one of the teacher's choices. Where the teacher has several, this adds the forward KL, which asks
-for all of them.
+Reverse KL makes a student settle on one of the teacher's choices. Where the teacher has several, this adds the forward
+KL, which asks for all of them.
 
 Objective
     A_t = log pi_T - log pi_old                                         on every sampled token, as in OPD
     F_t = 1[H(pi_T) > tau] sum_v p_T(v) (log p_T(v) - log p_theta(v))   v over the teacher's top-k tokens
     L   = clipped surrogate(A_t) + alpha mean_t F_t
-The gradient of F_t goes through the student's whole distribution (log p_theta is normalised over the vocabulary) and not through a
-ratio. Only k numbers a token are kept of the teacher, so no tensor of rows x positions x vocabulary exists.
+The gradient of F_t goes through the student's whole distribution (log p_theta is normalised over the vocabulary) and
+not through a ratio. Only k numbers a token are kept of the teacher, so no tensor of rows x positions x vocabulary
+exists.
 
-What is uncertain: of the paper we know the abstract; that the two terms are added (rather than switched), the threshold of 0.8 nats on
-the entropy over the whole vocabulary, k = 16, alpha = 1, and that the truncated teacher is not made to sum to 1, come from other people's
-accounts of the authors' code, which agree with each other but were not checked against it. Without the rest of the teacher's mass F_t
-can be a little below 0; its gradient is that of the cross-entropy with the kept part. The mean is over all tokens, marked or not.
-``--rules released`` presets OPD's token mean, dual clip and entropy bonus.
+What is uncertain: of the paper we know the abstract; that the two terms are added (rather than switched), the threshold
+of 0.8 nats on the entropy over the whole vocabulary, k = 16, alpha = 1, and that the truncated teacher is not made to
+sum to 1, come from other people's accounts of the authors' code, which agree with each other but were not checked
+against it. Without the rest of the teacher's mass F_t can be a little below 0; its gradient is that of the
+cross-entropy with the kept part. The mean is over all tokens, marked or not. ``--rules released`` presets OPD's token
+mean, dual clip and entropy bonus.
 
     python -m atod_algos.entropy_aware --env atod/ALFWorld-v0
 """

@@ -1,13 +1,13 @@
 """GiGPO: group-in-group policy optimisation (Feng et al. 2025, arXiv 2505.10978).
 
-GRPO says which attempts at a task went well; GiGPO also says at which point. Attempts at the same task pass through the same states:
-the turns of a group that answer the very same observation, an anchor state, form a group inside the group, and the actions taken there are
-compared by what followed.
+GRPO says which attempts at a task went well; GiGPO also says at which point. Attempts at the same task pass through the
+same states: the turns of a group that answer the very same observation, an anchor state, form a group inside the group,
+and the actions taken there are compared by what followed.
 
 Objective
-    A^E_i  = F(R_i - mean R)              over the G attempts at a task                                    episode advantage
+    A^E_i  = F(R_i - mean R)              over the G attempts at a task                              episode advantage
     R_t    = sum_j gamma^j r_(t+j)        discounted return from turn t to the end of its episode
-    A^S_t  = F(R_t - mean R)              over the turns of the group with the observation of turn t       step advantage
+    A^S_t  = F(R_t - mean R)              over the turns of the group with the observation of turn t    step advantage
     A_t    = A^E_i + omega A^S_t          for every token of turn t
     L      = the clipped surrogate of GRPO with A_t
     F(x)   = x, verl-agent's mean_norm, or x / (std + 1e-6), its mean_std_norm                            --group-std
@@ -16,15 +16,16 @@ A turn whose observation occurs once has nothing to be compared with: A^S_t = 0.
 Differences from the public implementation (verl-agent, core_gigpo):
     unit of A^E          the trajectory                     | the turn row: long episodes count more      --group-stats
     loss average         mean over trajectories             | mean over tokens                            --loss-agg
-    reward               the task's                         | minus 0.1 on turns with an invalid action   --invalid-penalty
+    reward               the task's                         | minus 0.1 on invalid turns          --invalid-penalty
     dual clip            none                               | 3                                           --dual-clip
     entropy bonus        none                               | 0.001                                       --entropy-coef
     KL to the start      none                               | 0.01 (k3)                                   --kl-coef
 
-The left column is ``--rules paper`` (the default), the right ``--rules released``. Where it is on, the penalty is taken off the
-return of its own turn after the discounting, as published, so it is not passed on to the turns before. Rows that were duplicated to fill a
-batch enter the published means; here there are none. Its grouping of *similar* observations (off by default) is left out. With
-``--reward success`` the reward stands on an episode's last turn; with ``--reward score`` each turn has the environment's own.
+The left column is ``--rules paper`` (the default), the right ``--rules released``. Where it is on, the penalty is taken
+off the return of its own turn after the discounting, as published, so it is not passed on to the turns before. Rows
+that were duplicated to fill a batch enter the published means; here there are none. Its grouping of *similar*
+observations (off by default) is left out. With ``--reward success`` the reward stands on an episode's last turn; with
+``--reward score`` each turn has the environment's own.
 
     python -m atod_algos.gigpo --env atod/ALFWorld-v0
 """
@@ -114,7 +115,7 @@ def turns_of(batch: TokenBatch) -> list[Turn]:
 
 
 def anchor_states(batch: TokenBatch) -> np.ndarray:
-    """Number of each turn's anchor state: turns share one if they answer the same observation in the same group (axis K)."""
+    """Number of each turn's anchor state, axis K: equal for turns of a group that answer the same observation."""
     seen: dict[tuple[int, str], int] = {}
     groups_K = batch.group_N[batch.trajectory_K]
     states = zip(groups_K, turns_of(batch), strict=True)

@@ -1,19 +1,20 @@
 """G-OPD: on-policy distillation with an extrapolated reward, "ExOPD" (arXiv 2602.12125).
 
-Distillation seen as reinforcement learning: what the teacher learned, log pi_T - log pi_base against the model it was before, is a reward for
-each token, and the KL to that base model keeps the student near it. With lambda above 1 the student goes further than the teacher did.
+Distillation seen as reinforcement learning: what the teacher learned, log pi_T - log pi_base against the model it was
+before, is a reward for each token, and the KL to that base model keeps the student near it. With lambda above 1 the
+student goes further than the teacher did.
 
 Objective
     max  E[ lambda (log pi_T - log pi_base) ] - KL(pi_theta || pi_base)
-    A_t = lambda (log pi_T - log pi_base) - (log pi_old - log pi_base)          on tokens that the student sampled, detached
+    A_t = lambda (log pi_T - log pi_base) - (log pi_old - log pi_base)      on tokens that the student sampled, detached
     L   = the clipped surrogate of OPD with A_t
 lambda = 1 is OPD: the base model cancels. lambda = 0 pulls the student back to the base.
 
-Differences: the paper's base is the teacher before its own reinforcement learning (give it with ``--base``), or the student as it
-was, which is the default here. The released code caps the importance weight between sampler and trainer at 5; here the old
-log-probs are recomputed by the learner's model and the clip of eq 4 bounds the ratio. Its learning rate of 1e-5 and batch
-of 1024 are left to ``--lr`` and ``--tasks-per-step``. ``--gap-clip`` bounds log pi_T - log pi_old before anything else is made
-of it. ``--rules released`` presets OPD's token mean, dual clip and entropy bonus.
+Differences: the paper's base is the teacher before its own reinforcement learning (give it with ``--base``), or the
+student as it was, which is the default here. The released code caps the importance weight between sampler and trainer
+at 5; here the old log-probs are recomputed by the learner's model and the clip of eq 4 bounds the ratio. Its learning
+rate of 1e-5 and batch of 1024 are left to ``--lr`` and ``--tasks-per-step``. ``--gap-clip`` bounds log pi_T - log
+pi_old before anything else is made of it. ``--rules released`` presets OPD's token mean, dual clip and entropy bonus.
 
     python -m atod_algos.gopd --env atod/ALFWorld-v0 --extrapolation 1.25
 """

@@ -23,13 +23,13 @@ Objective
     released  the baseline as the ATOD authors ran it     dr_grpo   Dr. GRPO (arXiv 2503.20783)
                                                           dapo      DAPO (arXiv 2503.14476)
 
-Differences: the average of eq 4 is over whole trajectories, of which DeepSeekMath's single answer is the one-turn case; the
-deviation is the sample's (ddof 1; the papers are silent, the released code has it). Dr. GRPO's constant divisor is
---length-divisor for each trajectory; verl divides by the padded length and not by the number of trajectories, which is the same
-direction at another length. DAPO's dynamic sampling plays further tasks until --tasks-per-step groups hold both good and bad
-attempts; where DAPO's recipe stops the run after 10 rounds, the step goes on with the groups it has. What counts as different is
-the task's reward, without the penalty for invalid actions. DAPO's penalty for over-long answers is left out: a response is bounded by
---max-response, and its reward is the environment's.
+Differences: the average of eq 4 is over whole trajectories, of which DeepSeekMath's single answer is the one-turn case;
+the deviation is the sample's (ddof 1; the papers are silent, the released code has it). Dr. GRPO's constant divisor is
+--length-divisor for each trajectory; verl divides by the padded length and not by the number of trajectories, which is
+the same direction at another length. DAPO's dynamic sampling plays further tasks until --tasks-per-step groups hold
+both good and bad attempts; where DAPO's recipe stops the run after 10 rounds, the step goes on with the groups it has.
+What counts as different is the task's reward, without the penalty for invalid actions. DAPO's penalty for over-long
+answers is left out: a response is bounded by --max-response, and its reward is the environment's.
 
     python -m atod_algos.grpo --env atod/ALFWorld-v0
     python -m atod_algos.grpo --env atod/ALFWorld-v0 --rules dapo
@@ -65,9 +65,11 @@ class GRPO(RewardAlgorithm):
     }
 
     kl_coef: float = 0.0
-    """Weight of the KL to the initial student: 0 (ATOD paper, section 4.1), 0.01 (released scripts), 0.04 (DeepSeekMath)."""
+    """Weight of the KL to the initial student: 0 (ATOD paper, section 4.1), 0.01 (released scripts), 0.04
+    (DeepSeekMath)."""
     sampling_rounds: int = 1
-    """Rounds of episodes a step may play to find --tasks-per-step groups whose rewards differ; 1 takes every group, 10 is DAPO's bound."""
+    """Rounds of episodes a step may play to find --tasks-per-step groups whose rewards differ; 1 takes every group, 10
+    is DAPO's bound."""
 
     @property
     def scores(self) -> frozenset[str]:

@@ -79,7 +79,7 @@ def sigterm_closes() -> Iterator[None]:
 
 @contextmanager
 def dies_at_once() -> Iterator[None]:
-    """Let Ctrl-C end the process without an exception: one that is raised inside torch's own import aborts it with a dump."""
+    """Let Ctrl-C end the process without an exception: one raised inside torch's import aborts it with a dump."""
     with _handler(signal.SIGINT, signal.default_int_handler, signal.SIG_DFL):
         yield
 

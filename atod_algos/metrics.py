@@ -1,7 +1,7 @@
 """Every published quantity, computed once, under its published name.
 
-``step_metrics`` gives all that a step publishes, from the batch, the scores and the algorithm's terms; no algorithm computes a metric
-of its own. ``turn_table`` keeps what a turn needs for the figures to be redrawn offline.
+``step_metrics`` gives all that a step publishes, from the batch, the scores and the algorithm's terms; no algorithm
+computes a metric of its own. ``turn_table`` keeps what a turn needs for the figures to be redrawn offline.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def step_metrics(
 def batch_metrics(batch: TokenBatch, reward_N: np.ndarray, invalid_penalty: float = 0.0) -> dict[str, float]:
     """Success, reward, length and validity of a batch.
 
-    ``critic/rewards/mean`` averages the episode's reward less the turn's own penalty over turns, as published, so long episodes weigh
-    more; ``episode/reward/mean`` is per trajectory.
+    ``critic/rewards/mean`` averages the episode's reward less the turn's own penalty over turns, as published, so long
+    episodes weigh more; ``episode/reward/mean`` is per trajectory.
     """
     turns_N = batch.turns_N
     tokens_N = np.bincount(batch.trajectory_M, minlength=len(reward_N))
@@ -190,8 +190,8 @@ def turn_table(
     token_teacher           their log-probs under the teacher
     ======================  ====================================================================================
 
-    Columns of a teacher, of privileged text and of weights are there where the algorithm has them; those of tokens where they
-    are asked for (``--store tokens``).
+    Columns of a teacher, of privileged text and of weights are there where the algorithm has them; those of tokens
+    where they are asked for (``--store tokens``).
 
     Args:
         step: training step.

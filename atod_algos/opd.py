@@ -5,10 +5,11 @@ Objective
     A_t     = Delta_t                                             detached; no reward, no normalisation       (eq 7)
     L       = the clipped surrogate of eq 4 with A_t
 
-Differences from the paper: eq 5 writes the current log pi_theta inside the gap; differentiated through both factors it adds a
-score term of zero mean, so the detached gap is used, as in the released code. ``--rules released`` adds its token mean,
-dual clip and entropy bonus. The gap is teacher minus student; some code bases negate both. ``--gap exact`` takes the expectation of
-the gap over all tokens in place of the sampled one: the reverse KL KL(pi_theta || pi_T) as a loss, without ratio or clip.
+Differences from the paper: eq 5 writes the current log pi_theta inside the gap; differentiated through both factors it
+adds a score term of zero mean, so the detached gap is used, as in the released code. ``--rules released`` adds its
+token mean, dual clip and entropy bonus. The gap is teacher minus student; some code bases negate both. ``--gap exact``
+takes the expectation of the gap over all tokens in place of the sampled one: the reverse KL KL(pi_theta || pi_T) as a
+loss, without ratio or clip.
 
     python -m atod_algos.opd --env atod/ALFWorld-v0
 """

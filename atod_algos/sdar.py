@@ -1,4 +1,4 @@
-"""SDAR: self-distilled agentic reinforcement learning (arXiv 2605.15155): GRPO, and the student as its own better-informed teacher.
+"""SDAR: self-distilled agentic reinforcement learning (arXiv 2605.15155): GRPO, the student being its own teacher.
 
 Objective
     s+      = a skill text for the task, then everything that the student saw in s
@@ -7,27 +7,29 @@ Objective
     L_SDAR  = mean_t g_t delta_t
     L       = L_GRPO + lambda L_SDAR                                 L_GRPO as in grpo.py
 
-sg: no gradient. So d L_SDAR / d log pi_theta = -g_t / N on *every* sampled token: gated likelihood ascent, not a reverse KL. A token that
-the skills speak against is still pushed up, by a gate near 0; the loss may be negative. pi_theta is the current policy, not pi_old:
-there is no ratio and no clip in this term. The teacher is the policy that rolled out, scored once a step as the released code does.
+sg: no gradient. So d L_SDAR / d log pi_theta = -g_t / N on *every* sampled token: gated likelihood ascent, not a
+reverse KL. A token that the skills speak against is still pushed up, by a gate near 0; the loss may be negative.
+pi_theta is the current policy, not pi_old: there is no ratio and no clip in this term. The teacher is the policy that
+rolled out, scored once a step as the released code does.
 
-The skills are text files of the environments (``atod_envs/<environment>/skills.md``): general ones and those for the task's kind, both
-or an error. The student never sees them, neither in training nor in evaluation.
+The skills are text files of the environments (``atod_envs/<environment>/skills.md``): general ones and those for the
+task's kind, both or an error. The student never sees them, neither in training nor in evaluation.
 
 ``--rules paper`` is the objective above, ``--rules released`` the baseline as it was compared with ATOD:
 
                        paper         released
     --group-stats      trajectory    turn_row          unit of the reward's mean and deviation
     --invalid-penalty  0             0.1               subtracted on turns whose action was invalid
-    --loss-agg         token_mean    token_mean        L_SDAR is a mean over tokens in both, and one average serves both losses
+    --loss-agg         token_mean    token_mean        a mean over tokens for L_SDAR too: one average serves both losses
     --kl-coef          0             0.01              KL to the initial student, k3
     --dual-clip        0             3
     --entropy-coef     0             0.001
 
-Differences from the released code: it decodes the prompt, puts the skills before it, encodes the whole again and cuts it on the left at the
-prompt limit, which can cut the skills; here their ids stand in front of the row's own ids, nothing is encoded twice, and nothing is cut: a
-row too long for the model is an error. For some time its ALFWorld teacher was given the general skills only. Its skills are its own;
-ours were written for this project. The paper's other gates (by entropy, or by entropy and gap) are not here.
+Differences from the released code: it decodes the prompt, puts the skills before it, encodes the whole again and cuts
+it on the left at the prompt limit, which can cut the skills; here their ids stand in front of the row's own ids,
+nothing is encoded twice, and nothing is cut: a row too long for the model is an error. For some time its ALFWorld
+teacher was given the general skills only. Its skills are its own; ours were written for this project. The paper's other
+gates (by entropy, or by entropy and gap) are not here.
 
     python -m atod_algos.sdar --env atod/ALFWorld-v0
 """
@@ -70,7 +72,8 @@ class SDAR(RewardAlgorithm):
     gate_beta: float = 5.0
     """beta, sharpness of the gate (every released script)."""
     kl_coef: float = 0.0
-    """Weight of the KL to the initial student: 0 (ATOD paper, section 4.1), 0.01 (released scripts; 0.001 on Search-QA)."""
+    """Weight of the KL to the initial student: 0 (ATOD paper, section 4.1), 0.01 (released scripts; 0.001 on
+    Search-QA)."""
     skills: str | None = None
     """Markdown file of skills, with '# General' and '## kind' sections; by default the environment's own."""
 

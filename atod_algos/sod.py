@@ -1,17 +1,18 @@
 """SOD: step-wise on-policy distillation (arXiv 2605.07725), with GRPO as both of its implementations have it, or alone.
 
 Objective
-    d_k  = mean_t |log pi_old - log pi_T|                        over the tokens of turn k             (ATOD paper eq 13)
+    d_k  = mean_t |log pi_old - log pi_T|                        over the tokens of turn k          (ATOD paper eq 13)
     w_1  = 1,   w_k = min( prod_{u<k} (d_u + e) / (d_{u+1} + e),  1 + delta )                          (SOD eqs 6, 7)
          = min( (d_1 + e) / (d_k + e),  1 + delta )              the product telescopes
     A_t  = A_GRPO + c w_k(t) (log pi_T - log pi_old)             detached; A_GRPO as in grpo.py        (SOD section 3)
     L    = the clipped surrogate with A_t
 
-The teacher is believed most where it disagrees no more with the student than it did at the start: a turn on which they have drifted
-apart is one that the teacher would hardly have come to. The cap acts on each weight, not on the running product, so a turn of little
-disagreement does not raise those after it.
+The teacher is believed most where it disagrees no more with the student than it did at the start: a turn on which they
+have drifted apart is one that the teacher would hardly have come to. The cap acts on each weight, not on the running
+product, so a turn of little disagreement does not raise those after it.
 
-``--rules paper`` is the SOD authors' own setting, ``--rules released`` the baseline as ATOD's authors re-implemented it:
+``--rules paper`` is the SOD authors' own setting, ``--rules released`` the baseline as ATOD's authors re-implemented
+it:
 
                        paper         released
     --group-stats      trajectory    turn_row          unit of the reward's mean and deviation
@@ -21,9 +22,10 @@ disagreement does not raise those after it.
     --dual-clip        0             3
     --entropy-coef     0             0.001
 
-Differences from the SOD paper: it writes the distillation term as a loss, sum_t (log pi_theta - log pi_T), added to L_GRPO; here, as in
-its code, the detached gap is an advantage under the same clip. Its optional gated form, a regulariser of strength
-sigma(-gamma A), and its supervised cold start are not here. The first turn is the first that holds a token: one without has no d_k.
+Differences from the SOD paper: it writes the distillation term as a loss, sum_t (log pi_theta - log pi_T), added to
+L_GRPO; here, as in its code, the detached gap is an advantage under the same clip. Its optional gated form, a
+regulariser of strength sigma(-gamma A), and its supervised cold start are not here. The first turn is the first that
+holds a token: one without has no d_k.
 
     python -m atod_algos.sod --env atod/ALFWorld-v0
     python -m atod_algos.sod --env atod/ALFWorld-v0 --grpo-coef 0        # the teacher alone

@@ -1,19 +1,21 @@
 """TCOD: temporal curriculum for on-policy distillation (arXiv 2604.24005), front to back or back to front.
 
 Objective
-    A_t  = c (log pi_T - log pi_old)                              detached; no reward, as in opd.py             (eqs 2, 3)
+    A_t  = c (log pi_T - log pi_old)                              detached; no reward, as in opd.py         (eqs 2, 3)
     k(n) = min( k_start + floor(n / eta),  T_max )                turns the student plays, after n steps        (eq 4)
     L    = the clipped surrogate with A_t
 
     --curriculum front_to_back   the student plays an episode's first k turns, and all of them are distilled
-    --curriculum back_to_front   an expert plays the first L - k turns of its own solution of length L, the student the rest
+    --curriculum back_to_front   an expert plays the first L - k turns of its solution of length L, the student the rest
 
-Early in training the states that a weak student reaches late in an episode are ones on which its teacher has little to say. Front to
-back does not go there yet; back to front starts from states that an expert has reached. The expert's turns are executed,
-but they are not the student's: they have no tokens here and nothing is learned from them. Only training episodes are limited;
-evaluation plays every episode whole. T_max is the environment's own limit. An episode that is cut has no reward; none is used.
+Early in training the states that a weak student reaches late in an episode are ones on which its teacher has little to
+say. Front to back does not go there yet; back to front starts from states that an expert has reached. The expert's
+turns are executed, but they are not the student's: they have no tokens here and nothing is learned from them. Only
+training episodes are limited; evaluation plays every episode whole. T_max is the environment's own limit. An episode
+that is cut has no reward; none is used.
 
-``--rules paper`` is the TCOD paper's own setting, ``--rules released`` the baseline as ATOD's authors re-implemented it:
+``--rules paper`` is the TCOD paper's own setting, ``--rules released`` the baseline as ATOD's authors re-implemented
+it:
 
                         paper             released
     --turns-every       2                 3                (ALFWorld; 6 on WebShop, for Search-QA it is not known)
@@ -22,10 +24,10 @@ evaluation plays every episode whole. T_max is the environment's own limit. An e
     --dual-clip         0                 3
     --entropy-coef      0                 0.001
 
-Differences from the paper: it writes D(pi_T || pi_theta), but its code, and this, uses the sampled reverse gap teacher minus student.
-Its code takes the sampler's log-probs for pi_old, this the learner's (their difference is logged). Its expert is the best of ten
-stored attempts of the teacher; ours is the environment's scripted expert. A task that the expert does not solve is played from
-the start, as is one whose solution is no longer than k.
+Differences from the paper: it writes D(pi_T || pi_theta), but its code, and this, uses the sampled reverse gap teacher
+minus student. Its code takes the sampler's log-probs for pi_old, this the learner's (their difference is logged). Its
+expert is the best of ten stored attempts of the teacher; ours is the environment's scripted expert. A task that the
+expert does not solve is played from the start, as is one whose solution is no longer than k.
 
     python -m atod_algos.tcod --env atod/ALFWorld-v0
     python -m atod_algos.tcod --env atod/ALFWorld-v0 --curriculum back_to_front
@@ -60,7 +62,8 @@ class TCOD(Algorithm):
     opd_coef: float = 1.0
     """c, which multiplies the gap (paper and released code)."""
     curriculum: Literal["front_to_back", "back_to_front"] = "front_to_back"
-    """Which part of an episode the student plays: its beginning (released code), or its end after an expert; the paper has both."""
+    """Which part of an episode the student plays: its beginning (released code), or its end after an expert; the paper
+    has both."""
     turns_start: int = 1
     """k_start: turns that the student plays at first (paper)."""
     turns_every: int = 2

@@ -1,19 +1,20 @@
 """TIP: on-policy distillation on the important tokens only (arXiv 2604.14084).
 
-A token is worth learning from where the student is unsure, or where teacher and student disagree. ATOD's turn weights are the same idea
-at the level of turns, from sampled tokens; TIP looks at whole distributions.
+A token is worth learning from where the student is unsure, or where teacher and student disagree. ATOD's turn weights
+are the same idea at the level of turns, from sampled tokens; TIP looks at whole distributions.
 
 Objective
     h_t = H(pi_S(. | s_t)) / log |V|            entropy of the student over the vocabulary
     d_t = KL(pi_S(. | s_t) || pi_T(. | s_t))    over the vocabulary
-    s_t = h~_t + d~_t - h~_t d~_t               Soft-OR; h cut at its 0.98 quantile, both min-max normalised over the batch
+    s_t = h~_t + d~_t - h~_t d~_t            Soft-OR; h cut at its 0.98 quantile, both min-max normalised over the batch
     A_t = (log pi_T - log pi_old) M / |kept|    on the share rho of all M tokens with the largest s_t; 0 on the others
     L   = the clipped surrogate of OPD with A_t, averaged over tokens: the mean over the kept ones
 
-Differences: the paper averages the divergence of the kept tokens; this is its sampled form (one token's reverse-KL policy gradient,
-the same gradient in expectation), as OPD and ATOD have it. Among equal scores the earlier token is kept, so that exactly
-ceil(rho M) are. The published share is not known to us; 0.5 is our choice. Scores come from the weights that rolled out.
-Where padded vocabularies differ in size, distributions are compared over the ids that both models have.
+Differences: the paper averages the divergence of the kept tokens; this is its sampled form (one token's reverse-KL
+policy gradient, the same gradient in expectation), as OPD and ATOD have it. Among equal scores the earlier token is
+kept, so that exactly ceil(rho M) are. The published share is not known to us; 0.5 is our choice. Scores come from the
+weights that rolled out. Where padded vocabularies differ in size, distributions are compared over the ids that both
+models have.
 
     python -m atod_algos.tip --env atod/ALFWorld-v0 --keep 0.2
 """

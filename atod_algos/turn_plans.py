@@ -1,7 +1,8 @@
-"""Who plays a turn: the seam next to ``RolloutLimits`` through which an algorithm lets others play parts of a training episode.
+"""Who plays a turn: the seam through which an algorithm lets others play parts of a training episode.
 
-A turn is played by the student, by the environment's scripted expert, or by a decision that was made before (a stored episode). The
-invariant: a plan depends on the episode's spec alone, so that every worker and every resumed run plans alike.
+A turn is played by the student, by the environment's scripted expert, or by a decision that was made before (a stored
+episode). The invariant: a plan depends on the episode's spec alone, so that every worker and every resumed run plans
+alike.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class TurnPlan(Protocol):
 
         Args:
             spec: the episode.
-            solution: gives the decisions by which the expert solves this episode alone, none where it does not; ask it here or
-                never, because it plays the episode.
+            solution: gives the decisions by which the expert solves this episode alone, none where it does not; ask it
+                here or never, because it plays the episode.
         """
 
 
@@ -60,7 +61,8 @@ class TurnPlan(Protocol):
 class ExpertFirst:
     """The expert plays all but ``leaves`` of the last turns of its own solution; the student goes on from there.
 
-    A task that the expert does not solve has no such turns. What the expert plays depends on the task and the seed only.
+    A task that the expert does not solve has no such turns. What the expert plays depends on the task and the seed
+    only.
     """
 
     leaves: int

@@ -1,7 +1,7 @@
 """Folders of things that are built once per machine: where they lie, and who builds them.
 
-The invariant: of many processes that want the same folder one builds and the others wait, a folder appears under its name only when
-complete, and what a killed builder left behind is removed by the next one.
+The invariant: of many processes that want the same folder one builds and the others wait, a folder appears under its
+name only when complete, and what a killed builder left behind is removed by the next one.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def _require(condition: bool, message: str) -> None:
 def check_text_env(env: gym.Env[str, str], *, episodes: int = 3, seed: int = 0) -> None:
     """Play an environment and check the contract.
 
-    Checked: types and keys of everything returned, the same episode for the same task and seed, tasks drawn by the seed,
-    the turn limit, both flags of the end, nonsense actions, and the errors for misuse.
+    Checked: types and keys of everything returned, the same episode for the same task and seed, tasks drawn by the
+    seed, the turn limit, both flags of the end, nonsense actions, and the errors for misuse.
 
     Args:
         env: the environment, raw (not prompted).

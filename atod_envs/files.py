@@ -1,7 +1,8 @@
 """Reading files that may hold anything: JSON, JSON lines, gzip and Parquet, with one error for whatever is wrong.
 
-The invariant: whatever bytes a file holds, a reader here yields what they say or raises a ``DataError`` that names the file and the
-line or row. Nothing is skipped and nothing is guessed. A byte order mark and Windows line ends are understood.
+The invariant: whatever bytes a file holds, a reader here yields what they say or raises a ``DataError`` that names the
+file and the line or row. Nothing is skipped and nothing is guessed. A byte order mark and Windows line ends are
+understood.
 """
 
 from __future__ import annotations

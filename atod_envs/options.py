@@ -20,8 +20,8 @@ def read_options(pairs: Iterable[str], split: str | None = None) -> dict[str, An
     """``NAME=VALUE`` pairs as an environment's arguments; of two with the same name the later one counts.
 
     Args:
-        pairs: a value is a Python literal (a number, a string in quotes, a list), ``true``, ``false`` or ``none``, and text otherwise.
-            ``SPLIT.NAME=VALUE`` is for that split alone.
+        pairs: a value is a Python literal (a number, a string in quotes, a list), ``true``, ``false`` or ``none``, and
+            text otherwise. ``SPLIT.NAME=VALUE`` is for that split alone.
         split: the split that the environment will play; by default ``train``, as the environments themselves have it.
 
     Raises:

@@ -16,7 +16,7 @@ from gymnasium.utils import RecordConstructorArgs
 from atod_envs import snapshots
 from atod_envs.errors import EpisodeError, UnknownName
 from atod_envs.spaces import UnicodeText
-from atod_envs.styles import History, PromptStyle, read_response, retold
+from atod_envs.styles import History, PromptStyle, history_action, read_response
 from atod_envs.text_env import TextEnv
 
 
@@ -81,7 +81,7 @@ class Prompted(gym.Wrapper[str, str, str, str], RecordConstructorArgs):
         parsed = read_response(self.style, action, self.history)
         admissible = self.history.admissible
         observation, reward, terminated, truncated, info = self.env.step(parsed.action)
-        self.history.actions.append(retold(parsed.action))
+        self.history.actions.append(history_action(parsed.action))
         self.history.observations.append(observation)
         self.history.admissible = info["admissible"]
         self._info = {

@@ -1,9 +1,9 @@
 """Skills: what is worth knowing about an environment's tasks, in words, for prompts that may hold it.
 
-Each environment has one file, ``skills.md`` in its folder: a section ``# General`` for all tasks, and a section for each kind of task
-(ALFWorld's task type, WebShop's category, Search-QA's data set; the label that results are broken down by). A section's heading may
-name several kinds. The invariant: every task gets the general section *and* its own kind's, or an error; there is no falling back
-on the general one alone, which would go unnoticed.
+Each environment has one file, ``skills.md`` in its folder: a section ``# General`` for all tasks, and a section for
+each kind of task (ALFWorld's task type, WebShop's category, Search-QA's data set; the label that results are broken
+down by). A section's heading may name several kinds. The invariant: every task gets the general section *and* its own
+kind's, or an error; there is no falling back on the general one alone, which would go unnoticed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def read_skills(path: Path) -> SkillBook:
     """Read a file of skills.
 
     Args:
-        path: Markdown with ``# General`` and ``## kind, other kind`` sections; text before the first heading is for the reader.
+        path: Markdown with ``# General`` and ``## kind, other kind`` sections; text before the first heading is for the
+            reader.
 
     Raises:
         DataError: the file is missing, lacks the general section, or has an empty or a doubled one.

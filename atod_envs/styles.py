@@ -1,7 +1,7 @@
 """Prompt styles: from what an agent has seen to one user message, and from a response back to an action.
 
-A ``PromptStyle`` belongs to one environment and is a pair of pure functions. The invariant: a style never sees more than
-the agent has seen, and parsing never raises.
+A ``PromptStyle`` belongs to one environment and is a pair of pure functions. The invariant: a style never sees more
+than the agent has seen, and parsing never raises.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ class _AsConversation:
 def as_conversation(style: PromptStyle) -> PromptStyle:
     """The style for one growing conversation, in which each turn sees all that went before.
 
-    A dataclass with a field ``layout``, such as the styles that come with the environments, is told so and leaves out what the
-    conversation already holds; of any other style, the messages stay as they are.
+    A dataclass with a field ``layout``, such as the styles that come with the environments, is told so and leaves out
+    what the conversation already holds; of any other style, the messages stay as they are.
     """
     if style.layout is Layout.CONVERSATION:
         return style
@@ -134,7 +134,7 @@ def as_conversation(style: PromptStyle) -> PromptStyle:
     return _AsConversation(style)
 
 
-def retold(action: str) -> str:
+def history_action(action: str) -> str:
     """An executed action as a history tells it: whole, or the beginning of one that was too long to be read."""
     return action if len(action) <= LONGEST_ACTION else f"{action[:_LONGEST_TOLD]} ..."
 
@@ -143,9 +143,9 @@ def parse_tagged(response: str, tail: int) -> Parsed:
     """Read ``<action> ... </action>`` as the published code does.
 
     The action is the text between the first ``<action>`` and the first ``</action>``, lower-cased and stripped. Without
-    both tags the last ``tail`` characters are sent instead. The form is right if both action tags and both think tags are
-    there and no CJK ideograph (U+4E00 to U+9FFF) occurs. A ``</action>`` before ``<action>`` gives an empty action that
-    still counts as well-formed, as published.
+    both tags the last ``tail`` characters are sent instead. The form is right if both action tags and both think tags
+    are there and no CJK ideograph (U+4E00 to U+9FFF) occurs. A ``</action>`` before ``<action>`` gives an empty action
+    that still counts as well-formed, as published.
     """
     lowered = response.lower()
     start, end = lowered.find("<action>"), lowered.find("</action>")

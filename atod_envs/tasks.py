@@ -71,8 +71,8 @@ class TaskSet(Sequence[str]):
     def panel(self, size: int | None = None, name: str = "panel") -> tuple[str, ...]:
         """A fixed list of tasks for evaluation, the same on every machine.
 
-        Tasks are ranked by a hash of (name, id), so a smaller panel is a prefix of a larger one, and adding tasks to the
-        data only inserts them.
+        Tasks are ranked by a hash of (name, id), so a smaller panel is a prefix of a larger one, and adding tasks to
+        the data only inserts them.
 
         Args:
             size: number of tasks; ``None`` takes all.

@@ -2,7 +2,8 @@
 
 An environment supplies two things, how an episode begins and what an action does; everything that must be the same
 everywhere is here: choice of the task, the turn limit, the keys of ``info``, and the errors for misuse. The invariant:
-the same task id and seed give the same episode, byte for byte, and ``step`` never raises on anything a policy can write.
+the same task id and seed give the same episode, byte for byte, and ``step`` never raises on anything a policy can
+write.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class TextEnv(gym.Env[str, str]):
     splits: tuple[str, str, str] = ("train", "valid", "test")
     """Splits by purpose: to train on, to choose checkpoints on, to report on; an instance may differ with its data."""
     data_version: str = ""
-    """What the tasks are made of, e.g. ``"builtin/1"`` or ``"json_2.1.1/5f2c..."``: equal versions hold the same tasks. Recorded in
-    every trajectory and checkpoint."""
+    """What the tasks are made of, e.g. ``"builtin/1"`` or ``"json_2.1.1/5f2c..."``: equal versions hold the same tasks.
+    Recorded in every trajectory and checkpoint."""
     blocking: bool = False
     """A step may wait on something outside the process; rollouts then run it in a thread."""
 
@@ -260,10 +261,10 @@ class TextEnv(gym.Env[str, str]):
         return state.frame.observation, self._info(state.frame)
 
     def save_state(self) -> Any:
-        """What an episode of this environment consists of, beyond what this class keeps; picklable, never changed later.
+        """What an episode of this environment consists of, besides what this class keeps; picklable, never changed.
 
-        By default nothing: :meth:`load_state` then begins the episode again and repeats its actions. An environment that can copy
-        its state overrides the two, so that a snapshot costs no replay.
+        By default nothing: :meth:`load_state` then begins the episode again and repeats its actions. An environment
+        that can copy its state overrides the two, so that a snapshot costs no replay.
         """
         return None
 

@@ -49,7 +49,8 @@ class Turn:
         admissible: actions that would have had an effect.
         prompt_ids: token ids that the engine was given; empty for a policy without tokens.
         response_ids: token ids that it sampled, the stop token included.
-        logprobs: log-probability of each sampled token at sampling time, natural logarithm; as long as ``response_ids``.
+        logprobs: log-probability of each sampled token at sampling time, natural logarithm; as long as
+            ``response_ids``.
         response: the response as text.
         action: what the environment executed.
         format_ok: the response had the form that the prompt asks for.
@@ -260,7 +261,7 @@ def _shared_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 
 
 def write_jsonl(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
-    """Write one trajectory a line; a name that ends in ``.gz`` is compressed (with no time stamp: same bytes each time)."""
+    """Write one trajectory a line; ``.gz`` in the name compresses (no time stamp: the same bytes each time)."""
     path = Path(path)
     with open(path, "wb") as raw:
         packed = (
@@ -337,8 +338,8 @@ def _parquet_schema(pa: Any) -> Any:
 def write_parquet(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
     """Write one trajectory a row, turns as a list of structs.
 
-    Text is stored as UTF-8 bytes with surrogates passed through, because Arrow's strings refuse half a character, which a
-    policy can sample.
+    Text is stored as UTF-8 bytes with surrogates passed through, because Arrow's strings refuse half a character, which
+    a policy can sample.
     """
     pa = _arrow()
     records = []

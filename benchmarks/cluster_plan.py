@@ -1,7 +1,7 @@
 """How long a training step would take on other machines: arithmetic and a small simulator.
 
-    python benchmarks/cluster_plan.py --run runs/atod-ALFWorld-v0-seed0            # rates from a stored run: what would more workers bring?
-    python benchmarks/cluster_plan.py --preset paper-4b --env atod/ALFWorld-v0     # rates from a GPU's data sheet, for clusters of several sizes
+    python benchmarks/cluster_plan.py --run runs/atod-ALFWorld-v0-seed0    # rates from a stored run
+    python benchmarks/cluster_plan.py --preset paper-4b --env atod/ALFWorld-v0  # rates from a GPU's data sheet
 
 The second is arithmetic on published peaks and the utilisation given, not a measurement.
 """
@@ -82,10 +82,11 @@ def fit_engine(work: Workload, rates: Rates, rollout: float, few: tuple[int, flo
 
     Args:
         work: what was played.
-        rates: everything but the engine's three speeds, which are replaced; prompts are read eight times as fast as answers are written.
+        rates: everything but the engine's three speeds, which are replaced; prompts are read eight times as fast as
+            answers are written.
         rollout: seconds that were measured.
-        few: so many episodes, and the seconds that a turn of each took when they played alone; where that was not measured, a request
-            alone gets an eighth of what many get together.
+        few: so many episodes, and the seconds that a turn of each took when they played alone; where that was not
+            measured, a request alone gets an eighth of what many get together.
     """
     low, high = 1e-3, 1e9
     for _ in range(60):

@@ -1,9 +1,10 @@
 """How long a training step takes on a given cluster, and what holds it up: a small simulator of the pipeline.
 
-Engines take groups as in ``atod_algos.rollout.ray_pool``: each holds no more than its share, and takes more as its own end. An engine serves its
-running requests at once, each at the speed that so many together leave it: few requests leave an engine half idle, so twice the engines
-are less than twice as fast. Between two turns an environment takes its time, and the engine waits, for both are driven by one thread;
-then teacher and student score, the learner learns, and the new weights travel.
+Engines take groups as in ``atod_algos.rollout.ray_pool``: each holds no more than its share, and takes more as its own
+end. An engine serves its running requests at once, each at the speed that so many together leave it: few requests leave
+an engine half idle, so twice the engines are less than twice as fast. Between two turns an environment takes its time,
+and the engine waits, for both are driven by one thread; then teacher and student score, the learner learns, and the new
+weights travel.
 
 The invariant: with one engine and rates measured on a run, the step that was measured comes out.
 """
@@ -50,8 +51,8 @@ class Rates:
         slots: requests that an engine runs at the same time.
         prefill: prompt tokens a second of one engine.
         decode_one: tokens a second of a request that runs alone.
-        decode_all: tokens a second of a full engine, all requests together; between one and ``slots`` requests
-            a step of the engine takes time in a straight line (the weights are read once, and something for each request).
+        decode_all: tokens a second of a full engine, all requests together; between one and ``slots`` requests a step
+            of the engine takes time in a straight line (the weights are read once, and something for each request).
         env_seconds: of one environment step; environments of one worker and its engine take turns.
         learn: tokens a second of the learner, all its ranks together.
         score: tokens a second when the student scores.

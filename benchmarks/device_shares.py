@@ -94,7 +94,8 @@ def shares(args: argparse.Namespace) -> None:
     head = model.get_output_embeddings().weight.numel()
     body = sum(p.numel() for p in model.parameters()) - head
     width = shape["head_dim"] * shape["num_attention_heads"]
-    # Forward 2 operations a weight and token, backward 4; causal attention 2 x 2 x half the row, forward once, backward twice.
+    # Forward 2 operations a weight and token, backward 4; causal attention 2 x 2 x half the row, forward once, backward
+    # twice.
     attention = 3 * 2 * shape["num_hidden_layers"] * width * tokens * (prompt + response)
     operations = 6 * body * tokens + 6 * head * sampled + attention
     took = seconds(update, 2)

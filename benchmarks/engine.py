@@ -4,9 +4,9 @@
     python benchmarks/engine.py --engines transformers lock-step --workloads mixed
     python benchmarks/engine.py --products             # linear layers: PyTorch's default against oneDNN
 
-Engines: ``transformers`` (ours), ``vllm`` (where installed), and ``lock-step``: what a script does without an engine, one
-``model.generate()`` over all that wait, left-padded, until the longest is done. Lock-step is given every advantage: the
-largest batch, no log-probs to return, and it is told each length beforehand so that it stops exactly there.
+Engines: ``transformers`` (ours), ``vllm`` (where installed), and ``lock-step``: what a script does without an engine,
+one ``model.generate()`` over all that wait, left-padded, until the longest is done. Lock-step is given every advantage:
+the largest batch, no log-probs to return, and it is told each length beforehand so that it stops exactly there.
 
 Workloads, all with sampling at temperature 1 and lengths that are the same for every engine:
 

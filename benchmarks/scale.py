@@ -2,10 +2,10 @@
 
     python benchmarks/scale.py                    # the built-in ALFWorld student, 16 tasks x 8 attempts
 
-The simulator is fitted to the single process (all episodes, and one group alone) and to what one worker adds to it, and then asked about more workers.
-CPU seconds are those of the driver, which waits, plus the busiest worker: what the clock would show if each had a core of its own and nothing else
-ran, and what the simulator predicts. Wall seconds depend on what the machine has left. The least of ``--rounds`` rollouts each, for
-whatever else runs only ever adds.
+The simulator is fitted to the single process (all episodes, and one group alone) and to what one worker adds to it, and
+then asked about more workers. CPU seconds are those of the driver, which waits, plus the busiest worker: what the clock
+would show if each had a core of its own and nothing else ran, and what the simulator predicts. Wall seconds depend on
+what the machine has left. The least of ``--rounds`` rollouts each, for whatever else runs only ever adds.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def cpu_seconds(pid: int) -> float:
 def timed(
     pool: RolloutPool, specs: Sequence[EpisodeSpec], rounds: int, workers: Sequence[int] = ()
 ) -> tuple[float, float, list[Trajectory]]:
-    """Least wall and CPU seconds of a rollout, and its episodes; the first rollout, which fills caches, does not count."""
+    """Least wall and CPU seconds of a rollout, and its episodes; the first one fills caches and does not count."""
     played = pool.play(specs, "train", temperature=1.0)
     wall = cpu = float("inf")
     for _ in range(rounds):
@@ -75,7 +75,8 @@ def main() -> None:
     ]
     wall, seconds, episodes = timed(here, specs, given.rounds)
     turns = [turn for episode in episodes for turn in episode.turns]
-    # Environments are timed by the clock, which other programs on the machine hold up as much as they hold up the rollout.
+    # Environments are timed by the clock, which other programs on the machine hold up as much as they hold up the
+    # rollout.
     env = float(np.mean([turn.seconds_env for turn in turns])) * seconds / wall
     _, group, few = timed(here, specs[:8], 3 * given.rounds)
     turn = group / max(len(episode.turns) for episode in few)

@@ -1,9 +1,10 @@
-"""What ScienceWorld costs: the start of a simulator, a reset, a step, a list of valid actions, a gold path; and whether episodes leak.
+"""What ScienceWorld costs: a simulator's start, reset, step, valid actions, gold path; and whether episodes leak.
 
     python benchmarks/scienceworld.py                    # the costs, in CPU seconds of the Java process
-    python benchmarks/scienceworld.py --episodes 1000    # memory of the Java process and of this one, episode by episode
+    python benchmarks/scienceworld.py --episodes 1000    # memory of the Java process and of this one, by episode
 
-CPU seconds are those of the Java process; the rest is waiting. Run it on an idle machine for the ratios of wall and CPU time.
+CPU seconds are those of the Java process; the rest is waiting. Run it on an idle machine for the ratios of wall and CPU
+time.
 """
 
 from __future__ import annotations

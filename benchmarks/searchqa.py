@@ -6,8 +6,8 @@
     python benchmarks/searchqa.py --vectors 100000    build and search faiss indexes of that many vectors
     python benchmarks/searchqa.py --shards 4          serve the real passages in parts, against one index over all
 
-Real data is taken from --realdata (default: $ATOD_REALDATA, else ../shared/realdata next to the repository). Rows of one
-process count CPU time, so that other work on the machine does not count; the server's row counts wall time.
+Real data is taken from --realdata (default: $ATOD_REALDATA, else ../shared/realdata next to the repository). Rows of
+one process count CPU time, so that other work on the machine does not count; the server's row counts wall time.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _server(service: LocalSearch, queries: Sequence[str]) -> float:
 
 
 def shards(parts: int, data: Path, count: int) -> None:
-    """BM25 over random parts, each served by a process of its own behind one more: agreement with one index, and speed."""
+    """BM25 over parts, each in a server behind one more server: agreement with one index, and speed."""
     passages, queries = _texts(data, count)
     whole = LocalSearch(BM25Index.build(passages), Corpus.build(passages))
     exact = whole.retrieve(queries, 10)

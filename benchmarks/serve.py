@@ -2,9 +2,9 @@
 
     python benchmarks/serve.py --clients 64 --seconds 5
 
-The server runs in a process of its own, the clients in four. Printed: steps a second over all clients, and how long a step
-takes a client, and how much time of a core the server spends on it, which other work on the machine does not change. A
-local environment without a server is measured for comparison.
+The server runs in a process of its own, the clients in four. Printed: steps a second over all clients, and how long a
+step takes a client, and how much time of a core the server spends on it, which other work on the machine does not
+change. A local environment without a server is measured for comparison.
 """
 
 from __future__ import annotations

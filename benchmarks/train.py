@@ -1,12 +1,13 @@
-"""A training step here and in TRL: the same model, tasks, group size and update, side by side; and, on a GPU, shares of its peak.
+"""A training step here and in TRL: the same model, tasks, group size and update; on a GPU, shares of its peak.
 
-    python benchmarks/train.py                    ours, TRL's GRPOTrainer, and TRL with our engine behind its rollout_func
+    python benchmarks/train.py                    ours, TRL's GRPOTrainer, TRL with our engine as rollout_func
     python benchmarks/train.py --packing          padded and packed rows of the built-in run, ours alone
     python benchmarks/train.py --gpu              learner's share of peak arithmetic, engine's share of memory bandwidth
 
-Every contender runs in a process of its own and they take turns, so that whatever else the machine does meets all of them; ratios
-are of rounds that ran one after the other. TRL's rollout is written as its own loop over turns is: one ``generate()`` over all
-episodes still running, each turn's prompt the whole conversation. One update a step, on whole episodes, no reference model.
+Every contender runs in a process of its own and they take turns, so that whatever else the machine does meets all of
+them; ratios are of rounds that ran one after the other. TRL's rollout is written as its own loop over turns is: one
+``generate()`` over all episodes still running, each turn's prompt the whole conversation. One update a step, on whole
+episodes, no reference model.
 """
 
 from __future__ import annotations

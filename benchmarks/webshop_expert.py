@@ -1,7 +1,7 @@
 """How the scripted shopper does on all goals, compared with the most that any purchase could reach, and where it fails.
 
-    python benchmarks/webshop_expert.py --data /path/to/webshop     # the official files: 6,910 synthetic goals with 1,000 products
-    python benchmarks/webshop_expert.py --split test --brief        # the built-in shop, with the queries that are taught
+    python benchmarks/webshop_expert.py --data /path/to/webshop  # official files: 6,910 goals with 1,000 products
+    python benchmarks/webshop_expert.py --split test --brief     # the built-in shop, with the queries that are taught
 
 The shopper sees pages only; the ceilings see everything.
 """
@@ -32,7 +32,7 @@ class Ceiling:
         self._alike: dict[tuple[str, str], list[int]] = {}
 
     def rows(self, env: WebShopEnv) -> list[int]:
-        """Rows of the products that score 1 with the right choices, for the goal of the episode; the goal's own product first."""
+        """Rows of the products that score 1 with the right choices for the episode's goal; its own product first."""
         session = env.session
         assert session is not None
         goal, prices = session.goal, session.goals.prices

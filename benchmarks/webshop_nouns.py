@@ -4,9 +4,9 @@
     python benchmarks/webshop_nouns.py --data DIR        # official files
     python benchmarks/webshop_nouns.py                   # the built-in catalogue
 
-Both finders score the purchase of one product for a goal made from another one of the same category. Counted are the pairs whose
-type factor differs, which multiplies the whole reward, and those that lie within one noun of a cliff (0.1 and 0.2), where the rules
-alone cannot be trusted to the last step.
+Both finders score the purchase of one product for a goal made from another one of the same category. Counted are the
+pairs whose type factor differs, which multiplies the whole reward, and those that lie within one noun of a cliff (0.1
+and 0.2), where the rules alone cannot be trusted to the last step.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Rebuild the small models that come with the project: ``make models``, or ``python data/make_reference_models.py [WORLD ...]``.
+"""Rebuild the small models that come with the project: ``make models``, or this file with names of worlds.
 
 For each world (``alfworld``, ``searchqa``, ``webshop``; all by default):
 
     tokenizer   its tokens are the world's things, or the parts of its names, and its stock phrases
     student     a small Qwen3, stopped early in imitating the scripted expert: it speaks the language and often fails
-    teacher     a larger Qwen3 that imitates longer, mostly from states that its own actions led to; Search-QA's is of the student's size
+    teacher     a larger Qwen3 (Search-QA: of the student's size) that imitates longer, mostly from its own states
                 and differs in nothing but when it stopped
 
-One thread and fixed seeds: on the same machine the same version of the code gives the same bits. ALFWorld's two took 930 CPU-seconds
-(229 the student, 700 the teacher, on a busy core); all six take the better part of an hour on one core.
+One thread and fixed seeds: on the same machine the same version of the code gives the same bits. ALFWorld's two took
+930 CPU-seconds (229 the student, 700 the teacher, on a busy core); all six take the better part of an hour on one core.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def shape(layers: int, heads: int, key_value_heads: int, head_dim: int, mlp: int
     }
 
 
-# --- ALFWorld -----------------------------------------------------------------------------------------------------------
+# --- ALFWorld -----------------------------------------------------------------------------------------------------
 
 
 def household(number: int = 0) -> gym.Env[str, str]:
@@ -104,7 +104,7 @@ def household_words() -> list[str]:
     return sorted(f" {name.lower()}" for name in names)
 
 
-# --- Search-QA ----------------------------------------------------------------------------------------------------------
+# --- Search-QA ----------------------------------------------------------------------------------------------------
 
 
 SINGLE_ROUNDS = 6
@@ -112,16 +112,17 @@ SINGLE_ROUNDS = 6
 
 
 def encyclopedia(number: int) -> gym.Env[str, str]:
-    """Another encyclopedia every round, none of them the built-in one: of names that were never seen, only copies can be right."""
+    """Another encyclopedia every round, none the built-in one: with new names each time, only copies can be right."""
     dataset = "single" if number < SINGLE_ROUNDS else None
     options = read_options(builtin_profile("atod/SearchQA-v0")["option"])
     return gym.make("atod/SearchQA-v0", data=f"builtin:{100 + number}", split="train", dataset=dataset, **options)
 
 
 def encyclopedia_tokenizer() -> Any:
-    """A tokenizer from the grammar: syllables, words of titles, halves of years, stock phrases, and the searcher's thoughts.
+    """A tokenizer from the grammar: syllables, words of titles, halves of years, phrases, the searcher's thoughts.
 
-    It holds no name whole, so the names of the test questions are as new to the models as those of any other encyclopedia.
+    It holds no name whole, so the names of the test questions are as new to the models as those of any other
+    encyclopedia.
     """
     facts = sorted({fact.replace("_", " ") for known in FACTS.values() for fact in known})
     thoughts = [f" {verb} {fact}" for verb in ("find", "found") for fact in facts]
@@ -134,7 +135,7 @@ def encyclopedia_tokenizer() -> Any:
     )
 
 
-# --- WebShop ------------------------------------------------------------------------------------------------------------
+# --- WebShop ------------------------------------------------------------------------------------------------------
 
 
 def shop(number: int = 0) -> gym.Env[str, str]:
@@ -149,7 +150,7 @@ def shop(number: int = 0) -> gym.Env[str, str]:
 
 
 def shop_tokenizer() -> Any:
-    """A tokenizer from the product types: attributes, kinds and options whole, makers' names in parts, the shopper's thoughts."""
+    """A tokenizer from the product types: attributes, kinds, options, pieces of names, the shopper's thoughts."""
     names: set[str] = set()
     for product_type in read_product_types():
         names |= {
@@ -275,9 +276,9 @@ def new_model(tokenizer: Any, size: Mapping[str, int], seed: int, *, copying: bo
 def teach_copying(model: Any) -> None:
     """Put the circuit that continues a name (an induction head) into the first two layers.
 
-    A model learns this circuit by itself, from far more text than the little that is needed for the rest. One head of the first layer
-    looks at the token before; two of the second look for a place where the token before is the present one, and say what
-    stands there. It holds for any token, seen or not, and training may change all of it.
+    A model learns this circuit by itself, from far more text than the little that is needed for the rest. One head of
+    the first layer looks at the token before; two of the second look for a place where the token before is the present
+    one, and say what stands there. It holds for any token, seen or not, and training may change all of it.
     """
     config = model.config
     width, dim = config.hidden_size, config.head_dim

@@ -1,10 +1,10 @@
-"""Make the table of ``docs/models.md``: every causal language model of the installed transformers that can be built small, tried.
+"""Make the table of ``docs/models.md``: every causal language model of transformers that can be built small, tried.
 
     python docs/make_models.py             # all, some minutes
     python docs/make_models.py qwen3 bloom # these alone, printed
 
-Each is built with random weights at a few thousand parameters a layer. What is said of it is found by the checks that a run makes when
-it loads a model; nothing is looked up.
+Each is built with random weights at a few thousand parameters a layer. What is said of it is found by the checks that a
+run makes when it loads a model; nothing is looked up.
 """
 
 from __future__ import annotations

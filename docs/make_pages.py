@@ -1,4 +1,4 @@
-"""Write the page of each algorithm from its module: ``python docs/make_pages.py``; ``--check`` only says whether they are up to date."""
+"""Write each algorithm's page from its module: ``python docs/make_pages.py``; ``--check`` compares."""
 
 from __future__ import annotations
 

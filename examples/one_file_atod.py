@@ -1,7 +1,8 @@
 """ATOD in one file: rollout, scoring, advantage, update, with torch, transformers and ``gym.make`` (arXiv 2606.27814).
 
-For reading and for experiments: what the toolkit does in many rooms, fast and for any size, stands here in four functions, slowly and for
-small models. Teacher and student share a tokenizer. Axes: G attempts at a task, N attempts in a step, K turns, M sampled tokens.
+For reading and for experiments: what the toolkit does in many rooms, fast and for any size, stands here in four
+functions, slowly and for small models. Teacher and student share a tokenizer. Axes: G attempts at a task, N attempts in
+a step, K turns, M sampled tokens.
 
     python examples/one_file_atod.py --student FOLDER --teacher FOLDER --steps 20
     python examples/one_file_atod.py                       # the small models that come with the project
@@ -143,7 +144,7 @@ def min_max(x: np.ndarray) -> np.ndarray:
 def advantages(
     attempts: list[Attempt], student: list[np.ndarray], teacher: list[np.ndarray], step: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """A_t of each attempt's sampled tokens, and w_k of its turns. ``student`` and ``teacher`` hold log-probs, one array an attempt."""
+    """A_t of an attempt's sampled tokens, and w_k of its turns; ``student``, ``teacher``: log-probs, an array each."""
     p = min(step / ANNEAL_STEPS, 1.0)  # eq 10
     kappa = max(KAPPA_MIN, KAPPA_INIT - (KAPPA_INIT - KAPPA_MIN) * p)  # eq 11
     rho = RHO_INIT + (RHO_MAX - RHO_INIT) * p  # eq 12
@@ -166,7 +167,7 @@ def advantages(
 
 
 def gradient(model, attempts: list[Attempt], A: list[np.ndarray], old: list[np.ndarray]) -> float:
-    """Add up the gradient of the clipped surrogate (eq 4), a mean over trajectories of means over tokens; returns the loss."""
+    """Add up the gradient of the clipped surrogate (eq 4): mean over trajectories of means over tokens; the loss."""
     total = 0.0
     for attempt, advantage, old_log_pi in zip(attempts, A, old, strict=True):
         log_pi = log_probs(model, attempt)

@@ -1,4 +1,4 @@
-"""The one-file example computes what the trainer computes: the same advantages and the same gradient from the same episodes."""
+"""The one-file example computes what the trainer computes: equal advantages and gradients from equal episodes."""
 
 import importlib.util
 import sys

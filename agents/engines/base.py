@@ -119,8 +119,8 @@ def check_request(request_id: str, prompt_ids: Sequence[int], params: SamplingPa
 def uniform(seeds_N: np.ndarray, positions_N: np.ndarray) -> np.ndarray:
     """One number in [0, 1) for each (seed, position): the random streams of the requests.
 
-    A counter-based generator (the SplitMix64 finaliser over seed and position), so that a draw depends on nothing but its
-    own stream and place: batching, scheduling and resuming cannot change it.
+    A counter-based generator (the SplitMix64 finaliser over seed and position), so that a draw depends on nothing but
+    its own stream and place: batching, scheduling and resuming cannot change it.
 
     Args:
         seeds_N: uint64 seeds.

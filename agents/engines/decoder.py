@@ -1,7 +1,8 @@
 """A model's forward pass over ragged tokens: through its own modules, or, for the common family, written out.
 
-The invariant: all give what the model's own ``forward`` gives for each request alone, up to rounding. It is tried on every model
-before the model is trusted to a decoder; a model that neither ragged decoder can run goes through its own ``forward``.
+The invariant: all give what the model's own ``forward`` gives for each request alone, up to rounding. It is tried on
+every model before the model is trusted to a decoder; a model that neither ragged decoder can run goes through its own
+``forward``.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ _PACK_ELEMENTS = 1 << 16
 _PACK_ROWS = 32
 """Rows of a typical step, for which the packing is chosen; it serves any number."""
 _EVEN_ROWS = (8, 64)
-"""Passes are filled up to a multiple of the first number of rows, large ones of the second: oneDNN makes and keeps a kernel for each
-number of rows that it meets (half a millisecond and half a MiB each)."""
+"""Passes are filled up to a multiple of the first number of rows, large ones of the second: oneDNN makes and keeps a
+kernel for each number of rows that it meets (half a millisecond and half a MiB each)."""
 _LARGE_ROWS = 512
 
 _Map = Callable[[torch.Tensor], torch.Tensor]
@@ -129,7 +130,7 @@ def ragged_store(model: Any, slots: int) -> Store:
 def _reason(
     model: Any, head: LogitHead, make: Callable[[], Decoder], make_store: Callable[[int], Any], max_context: int
 ) -> str | None:
-    """Why a decoder cannot be used: what it raises on two small passes, or that its logits differ; None where it can."""
+    """Why a decoder cannot be used: it raises on two small passes, or its logits differ; None where it can."""
     longest = min(max_context, longest_context(model))
     was_training = model.training
     model.eval()
@@ -234,8 +235,8 @@ def _attention(
 class FamilyDecoder:
     """Qwen2, Qwen3, Llama and Mistral, written out.
 
-    For small models and few tokens most of a forward pass is the bookkeeping of modules and of unfused norms; written out it
-    takes a fraction. Projections that are more than a matrix (adapters) are called as the modules they are.
+    For small models and few tokens most of a forward pass is the bookkeeping of modules and of unfused norms; written
+    out it takes a fraction. Projections that are more than a matrix (adapters) are called as the modules they are.
     """
 
     def __init__(self, model: Any, max_context: int, head: LogitHead) -> None:

@@ -1,8 +1,8 @@
 """Keys and values of the running requests, and attention over them for one ragged forward pass.
 
-The new tokens of all requests, whether a whole prompt or a single token, are laid end to end: nothing but attention needs to
-know where one request ends, so no layer computes padding. Attention goes by blocks of rows that want a similar amount of
-work. The invariant: a token sees the positions of its own slot up to its own, and nothing else.
+The new tokens of all requests, whether a whole prompt or a single token, are laid end to end: nothing but attention
+needs to know where one request ends, so no layer computes padding. Attention goes by blocks of rows that want a similar
+amount of work. The invariant: a token sees the positions of its own slot up to its own, and nothing else.
 """
 
 from __future__ import annotations
@@ -194,8 +194,8 @@ class Store:
     def _split(self, segments: Sequence[Segment]) -> Iterator[np.ndarray]:
         """Divide rows with one new token, in order of slots, into blocks of similar length.
 
-        A block reads as many positions of every slot that it spans as its longest row has. Dividing saves reading and costs
-        a few more kernels.
+        A block reads as many positions of every slot that it spans as its longest row has. Dividing saves reading and
+        costs a few more kernels.
 
         Yields:
             Indices into ``segments``.
@@ -223,8 +223,8 @@ class Store:
     def _single_block(self, segments: Sequence[Segment], offsets: np.ndarray) -> _Block:
         """Rows with one new token.
 
-        Where most slots between the first and the last take part, the others are carried along: a contiguous view of the
-        store costs nothing, a gathered copy costs a pass over it. What they compute is dropped.
+        Where most slots between the first and the last take part, the others are carried along: a contiguous view of
+        the store costs nothing, a gathered copy costs a pass over it. What they compute is dropped.
         """
         rows = np.array([s.row for s in segments])
         starts = np.array([s.start for s in segments])

@@ -1,8 +1,9 @@
-"""Any causal language model through its own ``forward``, one request at a time: slow, and right for whatever transformers runs.
+"""Any causal language model through its own ``forward``, one request at a time: slow, and right for any model.
 
-For models whose attention cannot be given the ragged store: sliding windows, soft caps, sinks, recurrent layers, foreign attention
-code. Each slot keeps the cache object that the model itself makes. The invariant: a slot's cache is used only where it holds
-exactly the tokens before the new ones; in any other case the slot's tokens are read in again from the first.
+For models whose attention cannot be given the ragged store: sliding windows, soft caps, sinks, recurrent layers,
+foreign attention code. Each slot keeps the cache object that the model itself makes. The invariant: a slot's cache is
+used only where it holds exactly the tokens before the new ones; in any other case the slot's tokens are read in again
+from the first.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def cache_argument(module: Any) -> str:
 
 
 class OwnStore:
-    """The tokens and the cache of every slot; it has the verbs of the ragged :class:`~agents.engines.kv_cache.Store`."""
+    """The tokens and the cache of every slot, with the verbs of the ragged :class:`~agents.engines.kv_cache.Store`."""
 
     def __init__(self) -> None:
         self.ids: dict[int, list[int]] = {}

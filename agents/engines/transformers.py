@@ -1,10 +1,10 @@
 """The engine that works anywhere: continuous batching over a Hugging Face causal language model.
 
-Each running request owns a slot: one row of a preallocated key/value store. Every ``step`` is one ragged forward pass: the new
-tokens of requests that have just been admitted stand next to the single next tokens of all running ones, with no padding
-between them. So a finished request costs nothing more, and a waiting one starts at once. A slot keeps its keys and values
-when its request ends: the next turn of the same conversation, or another episode with the same opening, reads in only what
-is new.
+Each running request owns a slot: one row of a preallocated key/value store. Every ``step`` is one ragged forward pass:
+the new tokens of requests that have just been admitted stand next to the single next tokens of all running ones, with
+no padding between them. So a finished request costs nothing more, and a waiting one starts at once. A slot keeps its
+keys and values when its request ends: the next turn of the same conversation, or another episode with the same opening,
+reads in only what is new.
 
 The invariant: ``slot.cached`` is exactly the list of ids whose keys and values stand in the slot's row.
 """

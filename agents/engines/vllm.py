@@ -1,8 +1,8 @@
 """The vLLM engine: the same verbs, inside this process.
 
 The model is built from the configuration alone, with placeholder weights; real ones come in memory through vLLM's own
-``reload_weights``, before the first request and after every update. The invariant: log-probs are those of the distribution
-that was sampled from, after the temperature and with no truncation, and every request has its own seed.
+``reload_weights``, before the first request and after every update. The invariant: log-probs are those of the
+distribution that was sampled from, after the temperature and with no truncation, and every request has its own seed.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ class VllmEngine:
             self._asleep = True
 
     def wake(self) -> None:
-        """Nothing yet: memory is taken again by ``load_weights``, weights first, so that both never stand in it twice."""
+        """Nothing yet: ``load_weights`` takes memory again, weights first, so that both never stand in it twice."""
 
     def close(self) -> None:
         """Drop all requests and free what vLLM holds."""

@@ -1,7 +1,8 @@
 """Checking that an engine samples with the weights it should: one short probe after every load.
 
-An engine may keep copies that a load does not reach (packed or fused matrices, a tied output layer), and nothing but its
-numbers shows it. The invariant: after ``verify_weights`` returns, the engine's log-probs of the probe are the model's own.
+An engine may keep copies that a load does not reach (packed or fused matrices, a tied output layer), and nothing but
+its numbers shows it. The invariant: after ``verify_weights`` returns, the engine's log-probs of the probe are the
+model's own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A small tokenizer for a text world, made from a sample of its text.
 
-Text worlds speak in stock phrases about numbered things. One token for each thing (`` cabinet 1``) and each phrase between things
-(``. On the``) makes an episode five times shorter than letters would, and naming a thing a matter of copying one token. Anything
-else falls back to bytes, so every text can be encoded and comes back unchanged.
+Text worlds speak in stock phrases about numbered things. One token for each thing (`` cabinet 1``) and each phrase
+between things (``. On the``) makes an episode five times shorter than letters would, and naming a thing a matter of
+copying one token. Anything else falls back to bytes, so every text can be encoded and comes back unchanged.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Success on fixed, named panels of tasks, with intervals: ``python -m atod_algos.evaluate --env ... --agent ...``.
 
-The invariant: a result names its tasks, seeds and sampling, so that the same call gives the same number, and two policies can be
-compared task by task. Evaluation never uses an algorithm's limits, and an episode that could not be played is an error, not a failure
-of the policy.
+The invariant: a result names its tasks, seeds and sampling, so that the same call gives the same number, and two
+policies can be compared task by task. Evaluation never uses an algorithm's limits, and an episode that could not be
+played is an error, not a failure of the policy.
 
-    python -m atod_algos.evaluate --env atod/ALFWorld-v0 --agent expert
-    python -m atod_algos.evaluate --env atod/ALFWorld-v0 --agent runs/atod-ALFWorld-v0-seed0/checkpoints/best --seeds 0 1 2
-    python -m atod_algos.evaluate --env atod/WebShop-v0 --agent api:gpt-4o-mini --api-base https://api.openai.com/v1 --panels test/500
-    python -m atod_algos.evaluate --compare evaluations/A evaluations/B
+    python -m atod_algos.evaluate --env atod/ALFWorld-v0 --agent expert python -m atod_algos.evaluate --env
+    atod/ALFWorld-v0 --agent runs/atod-ALFWorld-v0-seed0/checkpoints/best --seeds 0 1 2 python -m atod_algos.evaluate
+    --env atod/WebShop-v0 --agent api:gpt-4o-mini --api-base https://api.openai.com/v1 --panels test/500 python -m
+    atod_algos.evaluate --compare evaluations/A evaluations/B
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Evaluation:
     def interval(self) -> tuple[float, float]:
         """95 % interval of the success rate.
 
-        Wilson's where every task was played once. With several seeds the episodes of a task depend on each other, so it is the
-        bootstrap's over tasks; Wilson's over all episodes would be too narrow.
+        Wilson's where every task was played once. With several seeds the episodes of a task depend on each other, so it
+        is the bootstrap's over tasks; Wilson's over all episodes would be too narrow.
         """
         by_task = self.by_task()
         if len(by_task) == len(self.trajectories):
@@ -150,8 +150,8 @@ class Comparison:
         length: paired difference of the number of turns over tasks.
         only_a: episodes (task and seed) that A alone solved.
         only_b: episodes that B alone solved.
-        mcnemar: p-value of the exact McNemar test on them; with several seeds it takes dependent episodes for independent ones, so
-            ``success.p_value``, which is over tasks, is the one to quote.
+        mcnemar: p-value of the exact McNemar test on them; with several seeds it takes dependent episodes for
+            independent ones, so ``success.p_value``, which is over tasks, is the one to quote.
         by_label: the difference of success by task type or data set.
     """
 

@@ -1,6 +1,6 @@
 """The command of ``atod_algos.evaluate``: who plays, on which panels, with which sampling, and what is stored.
 
-    OUT/config.json                   everything that defines the numbers: agent, sampling, panels with a digest of their tasks, versions
+    OUT/config.json                   all that defines the numbers: agent, sampling, panels with a digest of their tasks
     OUT/episodes/SPLIT-N-seedS.jsonl.gz    the episodes
     OUT/result.json                   the numbers
 

@@ -1,7 +1,7 @@
 """The journal of an evaluation: episodes are written down as they end.
 
-The invariant: an agent that fails to answer ends the whole evaluation with its error; episodes that had ended are kept, and nothing
-is counted that was not played.
+The invariant: an agent that fails to answer ends the whole evaluation with its error; episodes that had ended are kept,
+and nothing is counted that was not played.
 """
 
 from __future__ import annotations

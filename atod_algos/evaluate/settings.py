@@ -1,6 +1,7 @@
 """What defines an evaluation: the agent, its sampling, the panels. Equal settings give equal numbers.
 
-The invariant: nothing that changes a number is left out of ``settings_of``; a folder is refused to any other evaluation by comparing it.
+The invariant: nothing that changes a number is left out of ``settings_of``; a folder is refused to any other evaluation
+by comparing it.
 """
 
 from __future__ import annotations
@@ -35,17 +36,20 @@ class EvaluateConfig:
     env: str = "atod/ALFWorld-v0"
     """Registered id of the environment."""
     agent: str = "builtin"
-    """Who plays: random, expert, api:MODEL (an OpenAI-compatible server), builtin, builtin:teacher, or a model's folder or hub id."""
+    """Who plays: random, expert, api:MODEL (an OpenAI-compatible server), builtin, builtin:teacher, or a model's folder
+    or hub id."""
     data: str | None = None
     """Data folder of the environment; by default its own variable, else the built-in world."""
     panels: tuple[str, ...] = ()
-    """Panels, e.g. valid_seen/all valid_unseen/256; by default the splits for choosing and for reporting, up to 512 tasks each."""
+    """Panels, e.g. valid_seen/all valid_unseen/256; by default the splits for choosing and for reporting, up to 512
+    tasks each."""
     seeds: tuple[int, ...] = (0,)
     """Every panel is played once with each."""
     out: Path | None = None
     """Where to store it; by default evaluations/<agent>-<environment>."""
     style: str | None = None
-    """Prompt style; this, the next four and --option: by default those of the run that a checkpoint comes from, else of its profile."""
+    """Prompt style; this, the next four and --option: by default those of the run that a checkpoint comes from, else of
+    its profile."""
     max_turns: int | None = None
     """Turn limit."""
     max_response: int | None = None
@@ -61,7 +65,8 @@ class EvaluateConfig:
     concurrency: int = 64
     """Episodes at the same time; for a server: requests."""
     option: tuple[str, ...] = ()
-    """Any other arguments of the environment, as name=value; they stand after those of the run or the profile, and win."""
+    """Any other arguments of the environment, as name=value; they stand after those of the run or the profile, and
+    win."""
     api_base: str = ""
     """Server's address up to /v1; by default $OPENAI_BASE_URL. Its key is read from $OPENAI_API_KEY."""
     api_timeout: float = 120.0
@@ -104,7 +109,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How responses are asked for, of what environment; empty but for the latter for agents that are no language models."""
+    """How responses are asked for, of what environment; for agents without a model, the environment alone."""
 
     option: tuple[str, ...] = ()
     style: str | None = None

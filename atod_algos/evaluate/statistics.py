@@ -1,8 +1,9 @@
 """Intervals and tests for success rates: pure functions on arrays.
 
-Classical tests are scipy's (extra ``evaluate``), loaded where two policies are compared. The invariant: whatever is random here is drawn
-from a fixed seed, so the same results give the same interval everywhere. The unit that is resampled is the *task*: several episodes of
-one task are not independent, and treating them so makes intervals too narrow.
+Classical tests are scipy's (extra ``evaluate``), loaded where two policies are compared. The invariant: whatever is
+random here is drawn from a fixed seed, so the same results give the same interval everywhere. The unit that is
+resampled is the *task*: several episodes of one task are not independent, and treating them so makes intervals too
+narrow.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def paired(a_N: np.ndarray, b_N: np.ndarray) -> Paired:
     return Paired(float(gap_N.mean()) if len(gap_N) else 0.0, low, high, p_value, len(gap_N))
 
 
-# --- over training seeds: few values, so Student's t ----------------------------------------------------------------------
+# --- over training seeds: few values, so Student's t --------------------------------------------------------------
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:

@@ -95,7 +95,8 @@ class EvaluationWorker:
         Args:
             panel: the panel.
             seed: of episodes and sampling.
-            journal: where the episodes of a slow or costly agent are written down as they end; they are not played again.
+            journal: where the episodes of a slow or costly agent are written down as they end; they are not played
+                again.
             on_finish: called with the number of finished episodes.
         """
         config, sampling = self._config, self._sampling

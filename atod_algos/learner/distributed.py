@@ -1,9 +1,9 @@
 """Several processes, one run: who computes what, and how the parts are gathered (``torchrun``, PyTorch FSDP2).
 
-Every rank holds the whole batch of a step, which is small, and a shard of the weights, gradients and optimizer state, which are not.
-Groups are played, rows scored and micro-batches learned in shares. Their trajectories, log-probs and gradients are gathered or reduced,
-so everything between is computed alike on all ranks. The invariant: with any number of ranks the run is the one
-that a single process makes, up to the order in which numbers are added.
+Every rank holds the whole batch of a step, which is small, and a shard of the weights, gradients and optimizer state,
+which are not. Groups are played, rows scored and micro-batches learned in shares. Their trajectories, log-probs and
+gradients are gathered or reduced, so everything between is computed alike on all ranks. The invariant: with any number
+of ranks the run is the one that a single process makes, up to the order in which numbers are added.
 
 Without ``torchrun`` there is one rank, and every function here does nothing.
 """
@@ -105,7 +105,7 @@ def from_first(value: Result) -> Result:
 
 
 def all_reduce(arrays: Sequence[np.ndarray]) -> None:
-    """Add arrays up over the ranks, in place. Where each entry was filled by one rank, all have all of them afterwards."""
+    """Add arrays up over the ranks, in place. Entries that one rank filled are the same everywhere afterwards."""
     if size() > 1:
         for array in arrays:
             dist.all_reduce(torch.from_numpy(array))
@@ -114,8 +114,8 @@ def all_reduce(arrays: Sequence[np.ndarray]) -> None:
 def iter_shard(parts: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
     """This rank's share of some parts.
 
-    A forward pass of a sharded model is made by all ranks at once, so all of them get equally many parts: where they do not come
-    out even, a rank gets a part again that does not count.
+    A forward pass of a sharded model is made by all ranks at once, so all of them get equally many parts: where they do
+    not come out even, a rank gets a part again that does not count.
 
     Args:
         parts: the same on every rank, in the same order.

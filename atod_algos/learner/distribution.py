@@ -1,4 +1,4 @@
-"""A teacher's distribution at every sampled token: whole where the vocabulary is small, its top-k tokens where it is large.
+"""A teacher's distribution at every sampled token: whole for a small vocabulary, its top-k tokens for a large one.
 
 The invariant: of a large vocabulary only the top-k tokens of a chunk outlive the chunk.
 """

@@ -30,7 +30,8 @@ from atod_envs.errors import AtodError
 log = logging.getLogger(__name__)
 
 SANE_KL = 0.1
-"""Mean KL(old policy || new one) of a step's updates, in nats a token, above which a step is said to have moved too far."""
+"""Mean KL(old policy || new one) of a step's updates, in nats a token, above which a step is said to have moved too
+far."""
 SANE_CLIPPED = 0.3
 """The same for the share of tokens whose ratio was clipped."""
 
@@ -44,7 +45,8 @@ class SupportTerm:
 
     Attributes:
         ids_MS: S token ids in the place of each sampled token.
-        loss: their current log-probs [m, S] for some tokens, and the tokens' indices on axis M -> a loss for each token.
+        loss: their current log-probs [m, S] for some tokens, and the tokens' indices on axis M -> a loss for each
+            token.
     """
 
     ids_MS: np.ndarray
@@ -58,8 +60,8 @@ class DivergenceTerm:
     Attributes:
         teacher: what the teacher says in the place of each sampled token.
         weight_M: weight of each place; detached.
-        minibatches: optimizer updates that it has for itself in a pass over the step's trajectories, after the surrogate's; 0: it is
-            part of the surrogate's.
+        minibatches: optimizer updates that it has for itself in a pass over the step's trajectories, after the
+            surrogate's; 0: it is part of the surrogate's.
         epochs: passes in updates of its own.
     """
 
@@ -75,7 +77,8 @@ class Update:
 
     Attributes:
         metrics: numbers under ``actor/`` and ``memory/``.
-        old_logprobs_M: log-probs under the weights before the step: those that were given, or what the only update's own pass found.
+        old_logprobs_M: log-probs under the weights before the step: those that were given, or what the only update's
+            own pass found.
     """
 
     metrics: dict[str, float]
@@ -129,8 +132,8 @@ class Learner:
         Args:
             batch: the step's data.
             advantage_M: detached advantage of each sampled token.
-            old_logprobs_M: log-probs under the weights before the step; ``None`` has the pass of the step's only update give them:
-                before that update they are the current ones.
+            old_logprobs_M: log-probs under the weights before the step; ``None`` has the pass of the step's only update
+                give them: before that update they are the current ones.
             objective: the surrogate's options.
             step: training step, from 1 (for the warm-up).
             temperature: of the sampling.
@@ -140,8 +143,9 @@ class Learner:
             divergence: the reverse KL to the teacher, with the same weights times its own.
 
         Returns:
-            Metrics under ``actor/`` and the memory that was predicted and used; the old log-probs. A mini-batch whose gradient is
-            exactly zero moves nothing: neither momentum nor decay act on weights that nothing was learned for.
+            Metrics under ``actor/`` and the memory that was predicted and used; the old log-probs. A mini-batch whose
+            gradient is exactly zero moves nothing: neither momentum nor decay act on weights that nothing was learned
+            for.
 
         Raises:
             AtodError: an advantage, the loss or the gradient is not finite, or a single row does not fit into memory.
@@ -202,7 +206,7 @@ class Learner:
     def _plan(
         self, advantage_M: np.ndarray, divergence: DivergenceTerm | None, trajectories: int, seed: int
     ) -> list[tuple[np.ndarray, bool, DivergenceTerm | None]]:
-        """The step's updates: trajectories, whether the divergence is all that is learned from, and the divergence if it is part.
+        """The step's updates: trajectories, whether only the divergence is learned from, and the divergence if any.
 
         Where the divergence has updates of its own, those of a term that says nothing anywhere are left out.
         """
@@ -224,7 +228,7 @@ class Learner:
         return plan
 
     def _gradient(self, loss: _Minibatch, rows: np.ndarray, found_M: np.ndarray, budget: int) -> _Sums:
-        """Add up the gradient of a mini-batch, a micro-batch at a time; old log-probs that were not known go into ``found_M``."""
+        """Add up a mini-batch's gradient by micro-batches; old log-probs that were not known go into ``found_M``."""
         sums = _Sums()
         chosen = [loss.batch.rows[row] for row in rows]
         budget = distributed.per_rank_budget(budget, sum(len(row) for row in chosen))
@@ -232,7 +236,8 @@ class Learner:
             found = _Sums()
             with onednn_linear(self._device):
                 part = loss.of(self.model, rows[micro], found, found_M)
-                # A divided model's gradient is averaged over the ranks, but the weights of the loss sum to one over all.
+                # A divided model's gradient is averaged over the ranks, but the weights of the loss sum to one over
+                # all.
                 (part * (distributed.size() if counts else 0)).backward()  # type: ignore[no-untyped-call]
             if counts:
                 sums.merge(found)
@@ -305,7 +310,7 @@ class _Minibatch:
     alone: bool = False
 
     def of(self, model: Any, rows: np.ndarray, sums: _Sums, found_M: np.ndarray) -> torch.Tensor:
-        """These rows' share of the loss; what is to be reported is added to ``sums``, old log-probs that are found to ``found_M``."""
+        """These rows' share of the loss. Reported sums go to ``sums``, old log-probs that are found to ``found_M``."""
         objective, term = self.objective, self.divergence
         support = None if self.alone else self.support
         inside = int(self.chosen_N[self.batch.trajectory_M].sum())

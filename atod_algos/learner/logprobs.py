@@ -1,8 +1,9 @@
 """Log-probs of sampled tokens under a model: the same ids, the same temperature, bounded memory.
 
-The invariant: no tensor of rows x positions x vocabulary ever exists. The model's decoder gives hidden states; only those that
-predict a sampled token go through the output head (with all that the model does behind it, see ``agents.logits``), a bounded
-chunk at a time, and in training each chunk's logits are recomputed in the backward pass instead of kept.
+The invariant: no tensor of rows x positions x vocabulary ever exists. The model's decoder gives hidden states; only
+those that predict a sampled token go through the output head (with all that the model does behind it, see
+``agents.logits``), a bounded chunk at a time, and in training each chunk's logits are recomputed in the backward pass
+instead of kept.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def head_logprobs(
     support: torch.Tensor | None = None,
     teacher: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probability of each target and of each support token, the entropy of each distribution, its divergence from a teacher's.
+    """Log-probs of targets and support tokens, each distribution's entropy, its divergence from a teacher's.
 
     Args:
         hidden: [m, D] states that predict the targets.
@@ -84,11 +85,12 @@ def head_logprobs(
         temperature: divides the logits.
         entropy: whether entropies are wanted; zeros otherwise.
         support: [m, S] further token ids; ``None`` is the same as S = 0.
-        teacher: [m, T] token ids and the teacher's log-probs of them; ids [m, 0] stand for the first of the vocabulary, in order.
+        teacher: [m, T] token ids and the teacher's log-probs of them; ids [m, 0] stand for the first of the vocabulary,
+            in order.
 
     Returns:
-        [m] log-probs, [m] entropies in nats, [m, S] log-probs of the support, and [m] reverse KLs to the teacher in nats (zeros
-        without one), float32.
+        [m] log-probs, [m] entropies in nats, [m, S] log-probs of the support, and [m] reverse KLs to the teacher in
+        nats (zeros without one), float32.
     """
     none = targets.new_empty((len(targets), 0))
     asked = none if support is None else support
@@ -122,7 +124,7 @@ def head_logprobs(
 
 
 def entropies(logprobs: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of each distribution of log-probs [m, V]; an id without any probability adds nothing: 0 log 0 = 0."""
+    """Entropy in nats of each distribution of log-probs [m, V]; an impossible id adds nothing: 0 log 0 = 0."""
     spread = -(logprobs.exp() * logprobs).sum(-1)
     if not bool(torch.isnan(spread).any()):
         return spread
@@ -284,9 +286,9 @@ def compare(
 ) -> Scores:
     """Compare two models' whole distributions at every sampled token, without gradients and in bounded memory.
 
-    Both distributions of a chunk of tokens exist at the same time, and of each only its statistics are kept. Models of one
-    family pad their vocabularies differently; ids that only one of them has are never sampled, so the divergence is taken over
-    the ids that both have, both distributions made to sum to 1 there.
+    Both distributions of a chunk of tokens exist at the same time, and of each only its statistics are kept. Models of
+    one family pad their vocabularies differently; ids that only one of them has are never sampled, so the divergence is
+    taken over the ids that both have, both distributions made to sum to 1 there.
 
     Args:
         student: the learner's model.

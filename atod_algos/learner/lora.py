@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA) through peft: few weights learn, the model underneath stays what it was.
 
-The invariant: the model object stays the one that was loaded, with adapters put into its linear layers, so that the learner,
-scoring and packing never know. With adapters off it *is* the initial student; no further model is loaded as reference.
-Engines know nothing of adapters: they are given the sums.
+The invariant: the model object stays the one that was loaded, with adapters put into its linear layers, so that the
+learner, scoring and packing never know. With adapters off it *is* the initial student; no further model is loaded as
+reference. Engines know nothing of adapters: they are given the sums.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from atod_envs.errors import AtodError, DataError
 def add_adapters(model: Any, *, rank: int, alpha: float, seed: int) -> Any:
     """Put an adapter into every linear layer but the output head and routers; only adapters stay trainable.
 
-    In a mixture of experts the routers stay as they are (an adapter there moves tokens between experts instead of teaching them), and so
-    do experts whose matrices stand in one tensor.
+    In a mixture of experts the routers stay as they are (an adapter there moves tokens between experts instead of
+    teaching them), and so do experts whose matrices stand in one tensor.
 
     Args:
         model: a ``transformers`` model; changed in place.

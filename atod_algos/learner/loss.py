@@ -1,7 +1,7 @@
 """The loss of a training step: the clipped surrogate, and how tokens are averaged.
 
-The one file with torch in it that an algorithm's reader opens. Advantages are detached; the gradient flows through the importance
-ratio eta = pi_theta / pi_old alone.
+The one file with torch in it that an algorithm's reader opens. Advantages are detached; the gradient flows through the
+importance ratio eta = pi_theta / pi_old alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from atod_algos.algorithm import Objective
 from atod_algos.batch import TokenBatch
 
 LARGEST_LOG_RATIO = 20.0
-"""Log-ratios are cut to +-20 before the exponential: beyond it a ratio is a number without meaning, and soon infinite."""
+"""Log-ratios are cut to +-20 before the exponential: beyond it a ratio is a number without meaning, and soon
+infinite."""
 
 SMALLEST_BUCKET = 1e-6
 """Probability that the bucket of all other tokens has at least: below it float32 sums are rounding."""
@@ -76,8 +77,8 @@ class TeacherTokens:
 def reverse_kl(own: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     """Reverse KL of each place, in nats: KL(pi_theta || pi_T) = sum_v pi_theta(v) (log pi_theta(v) - log pi_T(v)).
 
-    All tokens but these S are one bucket, which makes it a lower bound; it is exact where the S tokens are all that can be said, or the
-    rest of both models is divided alike.
+    All tokens but these S are one bucket, which makes it a lower bound; it is exact where the S tokens are all that can
+    be said, or the rest of both models is divided alike.
 
     Args:
         own: [m, S] log-probs under the student, with gradients.

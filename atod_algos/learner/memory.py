@@ -1,8 +1,8 @@
 """What a step will need of memory, what it used, and what to do when there is not enough.
 
 The prediction is not a formula of one architecture: one small forward pass counts the bytes that the backward pass will
-want back, for each token, on the model itself. The invariant: splitting a batch changes rounding alone, so running out of
-memory costs time and never a result.
+want back, for each token, on the model itself. The invariant: splitting a batch changes rounding alone, so running out
+of memory costs time and never a result.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def _field(path: Path, name: str) -> int | None:
 def bytes_per_token(model: Any) -> float:
     """Bytes that the backward pass wants kept for each token of a micro-batch, the output head apart.
 
-    Counted on a small pass. With recomputed layers (gradient checkpointing) only a layer's input is kept, and one layer's
-    inside at a time.
+    Counted on a small pass. With recomputed layers (gradient checkpointing) only a layer's input is kept, and one
+    layer's inside at a time.
     """
     decoder = decoder_of(model)
     recomputes = bool(getattr(decoder, "gradient_checkpointing", False)) and model.training

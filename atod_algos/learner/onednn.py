@@ -1,8 +1,8 @@
 """Linear layers of the learner on a CPU, through oneDNN.
 
-PyTorch gives float32 matmuls on a CPU to MKL, which leaves half of the vector units of some makers' CPUs idle. oneDNN is in
-the same build and does not. The invariant: inside :func:`onednn_linear` a linear layer and its gradients are what they are
-outside, up to rounding. They depend on nothing but their inputs, so runs stay repeatable to the bit.
+PyTorch gives float32 matmuls on a CPU to MKL, which leaves half of the vector units of some makers' CPUs idle. oneDNN
+is in the same build and does not. The invariant: inside :func:`onednn_linear` a linear layer and its gradients are what
+they are outside, up to rounding. They depend on nothing but their inputs, so runs stay repeatable to the bit.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 _SMALLEST = 1 << 12
 """Smaller weights stay with PyTorch: calling oneDNN would cost more than it saves."""
 _EVEN = 64
-"""Rows are padded to a multiple of this. oneDNN keeps a kernel for each number of rows that it meets: with batches of every
-length, kernels would lie scattered among large tensors, and the memory between them could not be used again."""
+"""Rows are padded to a multiple of this. oneDNN keeps a kernel for each number of rows that it meets: with batches of
+every length, kernels would lie scattered among large tensors, and the memory between them could not be used again."""
 _ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
 """The operator is private to PyTorch: a build without it uses its default."""
 
@@ -45,7 +45,7 @@ def row_padding(rows: int, device: torch.device) -> int:
 
 
 def recompute_context() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
-    """For checkpointed layers (``context_fn``): computed again in the backward pass, they use oneDNN where the forward pass did."""
+    """For checkpointed layers (``context_fn``): the recomputation uses oneDNN where the forward pass did."""
     return contextlib.nullcontext(), _Replaced() if _replaced.depth else contextlib.nullcontext()
 
 

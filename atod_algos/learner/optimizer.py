@@ -1,8 +1,8 @@
 """AdamW, its schedule, and full-precision copies of half-precision weights.
 
-The invariant: an update is computed in float32, whatever the model's own type is. A half-precision weight has a float32 original
-here; gradients are added up in float32, the optimizer moves the original, and the model gets it rounded. Without this a
-learning rate of 1e-6 is lost in rounding: bfloat16 has eight bits.
+The invariant: an update is computed in float32, whatever the model's own type is. A half-precision weight has a float32
+original here; gradients are added up in float32, the optimizer moves the original, and the model gets it rounded.
+Without this a learning rate of 1e-6 is lost in rounding: bfloat16 has eight bits.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class UpdateOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions(UpdateOptions):
-    """All that the learner needs to know; a run's settings (``atod_algos.training.config.RunConfig``) are such options."""
+    """All that the learner must know; ``atod_algos.training.config.RunConfig``, a run's settings, extends it."""
 
     lr: float
     """Learning rate."""

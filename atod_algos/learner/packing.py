@@ -1,12 +1,14 @@
 """Rows of different length in one forward pass: no padding, no attention across rows, shared prefixes computed once.
 
-Rows are laid end to end in one stream. Where two rows begin alike (the attempts of a group share their first prompt, the turns of an
-episode their history), the shared prefix stands in the stream once: a causal model's states there are the same for both. Positions
-restart with every row. Everything but attention works on single tokens and never notices; attention is given the rows' places in
-the stream and looks at one row at a time: a loop over scaled-dot-product calls on a CPU, one variable-length flash kernel on a GPU.
+Rows are laid end to end in one stream. Where two rows begin alike (the attempts of a group share their first prompt,
+the turns of an episode their history), the shared prefix stands in the stream once: a causal model's states there are
+the same for both. Positions restart with every row. Everything but attention works on single tokens and never notices;
+attention is given the rows' places in the stream and looks at one row at a time: a loop over scaled-dot-product calls
+on a CPU, one variable-length flash kernel on a GPU.
 
-The invariant: a token's state equals that of its row run alone, up to rounding. It is checked on each model once, before the
-model is trusted with packed rows; a model that fails (recurrent layers, sliding windows, foreign attention code) runs padded.
+The invariant: a token's state equals that of its row run alone, up to rounding. It is checked on each model once,
+before the model is trusted with packed rows; a model that fails (recurrent layers, sliding windows, foreign attention
+code) runs padded.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ _NAME = "atod_packed"
 _SHORTEST_SHARED = 8
 """Shorter shared prefixes are computed twice; gathering them would cost more."""
 _ROW_TOKENS = 4
-"""A pack's rows, counted with their shared prefixes, hold at most this many times its budget: attention sees them in full."""
+"""A pack's rows, counted with their shared prefixes, hold at most this many times its budget: attention sees them in
+full."""
 
 
 @dataclass(frozen=True, slots=True)

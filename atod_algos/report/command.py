@@ -38,7 +38,8 @@ class ReportConfig:
     turns: int = TURNS
     """Most turns on the page."""
     score: bool = True
-    """Let the teacher score the shown episodes where the run did not keep it (loads the teacher once; kept in RUN/scores)."""
+    """Let the teacher score the shown episodes where the run did not keep it (loads the teacher once; kept in
+    RUN/scores)."""
     teacher: str | None = None
     """Another teacher to score with, also for runs that had none."""
     figures: bool = True
@@ -120,7 +121,7 @@ def _scorer(run: Run, compute: bool, teacher: str | None) -> Scorer:
     return Scorer(run, teacher, compute and (taught or teacher is not None))
 
 
-# --- following a run ------------------------------------------------------------------------------------------------------
+# --- following a run ----------------------------------------------------------------------------------------------
 
 
 def watch(config: ReportConfig, console: Console, stop: threading.Event) -> None:

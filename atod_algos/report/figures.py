@@ -1,7 +1,7 @@
 """The paper's Figures 2, 4, 5, 6, 13 and 14, drawn from stored runs as PNG and SVG.
 
-Runs that differ in their seed alone are drawn as one line, their mean, with the span between the lowest and the highest. The
-invariant: a figure is drawn from stored data alone, and left out where the runs do not hold what it needs.
+Runs that differ in their seed alone are drawn as one line, their mean, with the span between the lowest and the
+highest. The invariant: a figure is drawn from stored data alone, and left out where the runs do not hold what it needs.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _figure6(plt: Any, runs: Sequence[Run]) -> Any:
 
 
 def _figure13(plt: Any, runs: Sequence[Run], scorers: Mapping[Path, Scorer]) -> Any:
-    """d_k, h_k and w_k by turn index on the validation panel, before and after training; dashed: episodes still going on."""
+    """d_k, h_k and w_k by turn index on the validation panel, before and after training; dashed: open episodes."""
     for run in sorted(runs, key=lambda run: run.method != "ATOD"):
         steps = run.steps("valid")
         if len(steps) < 2 or run.path not in scorers:

@@ -1,7 +1,7 @@
 """The page: one self-contained HTML file with curves, tables and every turn, which opens offline.
 
-The data travel as compressed JSON in base64, so no text of a run ever stands in the page's own markup; the script puts text on the
-page as text. The invariant: a page holds at most the asked number of turns, and says what it left out.
+The data travel as compressed JSON in base64, so no text of a run ever stands in the page's own markup; the script puts
+text on the page as text. The invariant: a page holds at most the asked number of turns, and says what it left out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How the figures look: palette, panels, lines, bars. What they show is in ``figures``.
 
-The invariant: lines differ in colour, in dash and in marker, in a palette that colour-blind readers can tell apart (Okabe and Ito 2008), so
-that a figure survives a grey printer; the same data give the same bytes.
+The invariant: lines differ in colour, in dash and in marker, in a palette that colour-blind readers can tell apart
+(Okabe and Ito 2008), so that a figure survives a grey printer; the same data give the same bytes.
 """
 
 from __future__ import annotations

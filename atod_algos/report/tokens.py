@@ -1,8 +1,9 @@
 """Scores of single tokens for the episodes that are shown: what teacher and student thought of each.
 
-The student's values were stored when it sampled (they differ from the learner's by rounding, see ``sampler/logprob_gap_*``); the
-teacher's were stored too if the run kept them (``--store tokens``), and are computed here otherwise. The invariant: the teacher reads
-the very ids that were sampled, at the temperature they were sampled at, with the bound on the gap that the run trained with.
+The student's values were stored when it sampled (they differ from the learner's by rounding, see
+``sampler/logprob_gap_*``); the teacher's were stored too if the run kept them (``--store tokens``), and are computed
+here otherwise. The invariant: the teacher reads the very ids that were sampled, at the temperature they were sampled
+at, with the bound on the gap that the run trained with.
 """
 
 from __future__ import annotations

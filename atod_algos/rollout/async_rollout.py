@@ -1,15 +1,17 @@
 """Asynchronous rollout: while step s is learned, the episodes of later steps are already being played.
 
-With a staleness of k, step s learns from episodes that the weights after step max(0, s - 1 - k) played: always exactly those, however
-fast either side happens to be. So the results do not depend on timing, and a checkpoint that holds the weights of the last k steps
-resumes bit for bit. One thread plays, in order of steps; it alone touches the engine.
+With a staleness of k, step s learns from episodes that the weights after step max(0, s - 1 - k) played: always exactly
+those, however fast either side happens to be. So the results do not depend on timing, and a checkpoint that holds the
+weights of the last k steps resumes bit for bit. One thread plays, in order of steps; it alone touches the engine.
 
-Episodes of older weights are corrected by truncated importance weights (Ionides 2008; for language models Yao et al. 2025):
+Episodes of older weights are corrected by truncated importance weights (Ionides 2008; for language models Yao et al.
+2025):
 
     w_t = min(cap, pi_old(a_t | s_t) / mu(a_t | s_t))
 
-with mu the engine's own probability at sampling time and pi_old the learner's at the beginning of the step. The weight multiplies
-the token's advantage; the clipped surrogate's ratio stays pi / pi_old. On-policy, mu is pi_old and no weight is applied.
+with mu the engine's own probability at sampling time and pi_old the learner's at the beginning of the step. The weight
+multiplies the token's advantage; the clipped surrogate's ratio stays pi / pi_old. On-policy, mu is pi_old and no weight
+is applied.
 """
 
 from __future__ import annotations

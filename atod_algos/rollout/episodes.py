@@ -1,13 +1,13 @@
 """The turn loop: plays many episodes at once, whichever actor answers their turns.
 
-Every episode asks for its next turn as soon as its own environment has answered. Nothing waits for the slowest, and a finished
-episode costs nothing more. The invariant: what an episode samples depends on its task, its seed and the weights, not on which other
-episodes run at the same time, because each request draws from its own random stream.
+Every episode asks for its next turn as soon as its own environment has answered. Nothing waits for the slowest, and a
+finished episode costs nothing more. The invariant: what an episode samples depends on its task, its seed and the
+weights, not on which other episodes run at the same time, because each request draws from its own random stream.
 
-A turn is answered by the student (a language model on an engine, many turns in one forward pass), by an agent (a scripted expert, a
-random agent, a model behind a server), or by a decision that was made before (a stored episode). An algorithm's ``TurnPlan`` says
-which. Turns of others than the one who is learned from are executed and recorded, but they have no token ids: they are part of the
-prompt that follows them, and nothing is learned from them.
+A turn is answered by the student (a language model on an engine, many turns in one forward pass), by an agent (a
+scripted expert, a random agent, a model behind a server), or by a decision that was made before (a stored episode). An
+algorithm's ``TurnPlan`` says which. Turns of others than the one who is learned from are executed and recorded, but
+they have no token ids: they are part of the prompt that follows them, and nothing is learned from them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ OnFinish = Callable[[int], None]
 """Told the number of finished episodes."""
 
 Play = Callable[..., Sequence[Trajectory]]
-"""(specs, limits=..., on_finish=...) -> one trajectory each: ``Rollout.play``, or a pool's with split and temperature chosen."""
+"""(specs, limits=..., on_finish=...) -> one trajectory each: ``Rollout.play``, or a pool's with split and temperature
+chosen."""
 
 MoreEpisodes = Callable[[int, int], "Sequence[EpisodeSpec] | None"]
 """(places free, episodes finished) -> episodes to go on with: none of them for the moment, or None for never again."""
@@ -80,7 +81,8 @@ class Rollout:
         max_tokens: longest response, in tokens.
         temperature: of the sampling; 0 is greedy.
         concurrency: episodes that run at the same time.
-        tolerated: share of the episodes whose environment may raise; they end as aborted, and nothing is learned from them.
+        tolerated: share of the episodes whose environment may raise; they end as aborted, and nothing is learned from
+            them.
         agent: makes the agent that plays every turn, instead of the student.
         agent_waits: that agent waits for something (a server), so it is asked in a thread.
         seed_of_turn: (episode's seed, turn) -> seed of the sampling.

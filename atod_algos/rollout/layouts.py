@@ -4,8 +4,8 @@
 ``turns``       (b) each turn's prompt is the whole conversation so far; a row for every turn.
 ``trajectory``  (c) the same prompts; one row for the whole episode, in which only the sampled tokens are learned from.
 
-The invariant: the rows hold the ids that the policy saw and sampled. Chat templates that rewrite earlier turns would break it;
-they are recognised, and the conversation is kept as it was sampled instead, which is said once, aloud.
+The invariant: the rows hold the ids that the policy saw and sampled. Chat templates that rewrite earlier turns would
+break it; they are recognised, and the conversation is kept as it was sampled instead, which is said once, aloud.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pools of rollout workers: this process, all ranks in shares, or the workers of a Ray cluster.
 
-The invariant: what an episode is follows from its ``EpisodeSpec`` and the weights alone. So every pool gives the same trajectories (up
-to rounding where other episodes share a forward pass), in the order of the specs.
+The invariant: what an episode is follows from its ``EpisodeSpec`` and the weights alone. So every pool gives the same
+trajectories (up to rounding where other episodes share a forward pass), in the order of the specs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class RolloutPool(Protocol):
         Args:
             weights: by the model's own names; must be gone through, for gathering them may take all ranks.
             version: recorded in the trajectories.
-            truth: the model whose log-probs the engine is then checked against; by default the one that got the weights.
+            truth: the model whose log-probs the engine is then checked against; by default the one that got the
+                weights.
         """
 
     def play(
@@ -204,7 +205,7 @@ def local_pool(config: RunConfig, style: PromptStyle, model: Any, chat: ChatForm
 
 
 def worker_pool(config: RunConfig, env_key: str, style: PromptStyle, ids: Iterable[int] | None = None) -> LocalPool:
-    """What a worker of a cluster plays with; its weights come from the learner, and it says these ids alone, if given."""
+    """What a cluster's worker plays with; the learner sends its weights; it says these ids alone, if given."""
     device = device_of(config.device)
     if device == "cpu":
         torch.set_num_threads(1)

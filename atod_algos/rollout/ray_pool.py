@@ -1,11 +1,12 @@
 """Episodes on a Ray cluster: workers hold environments and an engine each, groups are work.
 
-A worker takes groups as it has room for them, and takes more as its own end, so a slow one holds up nothing but what it holds. Weights go
-through Ray's object store: once a step into it, once for each node out of it. A worker that dies or falls silent is replaced, and what it
-had taken is played again. Every process of the cluster is started once and stays: starting one costs more than a small rollout.
+A worker takes groups as it has room for them, and takes more as its own end, so a slow one holds up nothing but what it
+holds. Weights go through Ray's object store: once a step into it, once for each node out of it. A worker that dies or
+falls silent is replaced, and what it had taken is played again. Every process of the cluster is started once and stays:
+starting one costs more than a small rollout.
 
-The invariant: every group is in the result exactly once, played with the weights of that call. Seeds come from the specs, so who played
-makes no difference.
+The invariant: every group is in the result exactly once, played with the weights of that call. Seeds come from the
+specs, so who played makes no difference.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class RayPool:
         self._start(workers)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int, truth: Any | None = None) -> None:
-        """Put the weights into the object store; workers fetch them with their next groups, and check their engines then."""
+        """Put the weights into the object store; workers fetch and check them with their next groups."""
         self._weights = self._ray.put({name: tensor.detach().cpu() for name, tensor in weights})
         self._version = version
 

@@ -1,7 +1,7 @@
 """Which episodes a training step plays, and how often it tries to find groups that teach something.
 
-The invariant: tasks and seeds follow from (run's seed, step, round) alone. How many rounds one step took changes nothing about
-the next, so a resumed run plays what an uninterrupted one would have.
+The invariant: tasks and seeds follow from (run's seed, step, round) alone. How many rounds one step took changes
+nothing about the next, so a resumed run plays what an uninterrupted one would have.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class StepSampler:
     ) -> tuple[list[Group], dict[str, float]]:
         """Play the groups that a step learns from.
 
-        Where the algorithm asks for several rounds, further tasks are played until there are ``tasks_per_step`` groups that it
-        learns from. If the rounds run out the step goes on with those there are, or, if there is none, with the first round's.
+        Where the algorithm asks for several rounds, further tasks are played until there are ``tasks_per_step`` groups
+        that it learns from. If the rounds run out the step goes on with those there are, or, if there is none, with the
+        first round's.
 
         Args:
             step: training step, from 1.

@@ -1,8 +1,8 @@
 """TRL: its GRPO trainer on these environments, through ``rollout_func``.
 
-TRL asks for the completions of a batch of prompts; the episodes behind them are played here, by the trainer's own model on
-this project's engine. The invariant: what TRL trains on are the ids that were sampled, with the log-probs they were sampled
-with, and everything that the environment said is masked.
+TRL asks for the completions of a batch of prompts; the episodes behind them are played here, by the trainer's own model
+on this project's engine. The invariant: what TRL trains on are the ids that were sampled, with the log-probs they were
+sampled with, and everything that the environment said is masked.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ except ImportError as error:
 class TRLRollout:
     """A ``rollout_func`` for ``trl.GRPOTrainer``.
 
-    Each prompt of the data set names a task (:meth:`prompts` makes them); what the model sees is the prompt style's. TRL keeps
-    one sequence an episode, so the style is used as one growing conversation. Every sampled response counts; ``env_mask`` leaves
-    out what the environment said. The returned extras ``episode_reward``, ``episode_success``, ``episode_score`` and
-    ``episode_turns`` reach every reward function; :func:`environment_reward` is the one that returns the environment's.
+    Each prompt of the data set names a task (:meth:`prompts` makes them); what the model sees is the prompt style's.
+    TRL keeps one sequence an episode, so the style is used as one growing conversation. Every sampled response counts;
+    ``env_mask`` leaves out what the environment said. The returned extras ``episode_reward``, ``episode_success``,
+    ``episode_score`` and ``episode_turns`` reach every reward function; :func:`environment_reward` is the one that
+    returns the environment's.
 
     Args:
         env_id: registered id of the environment.
@@ -41,7 +42,8 @@ class TRLRollout:
         max_tokens: longest response of a turn. TRL's ``max_completion_length`` does not apply to a ``rollout_func``.
         max_context: longest episode in tokens; ``None`` takes the model's own limit.
         concurrency: episodes that run at the same time.
-        thinking: what the chat template is asked for; one sequence an episode holds thoughts that stay, so 'off' or 'keep'.
+        thinking: what the chat template is asked for; one sequence an episode holds thoughts that stay, so 'off' or
+            'keep'.
         chat_date: what templates that tell the date are told.
         **options: of the environment.
 
@@ -87,7 +89,8 @@ class TRLRollout:
         """Play one episode for each prompt with the trainer's current weights.
 
         Raises:
-            ValueError: the trainer's settings ask for what cannot be represented, or an episode does not fit one sequence.
+            ValueError: the trainer's settings ask for what cannot be represented, or an episode does not fit one
+                sequence.
         """
         self._check(trainer)
         task_ids = [self.tasks.require(_task_of(prompt)) for prompt in prompts]

@@ -1,7 +1,8 @@
 """What is left of a step's episodes, and who has taken which: the list that a cluster's workers take from.
 
-It runs in a process of its own next to the driver, so that workers need not wait for either; it imports nothing, so that this process is
-small. The invariant: an episode is with one call at most, whole groups at a time, until that call is given up.
+It runs in a process of its own next to the driver, so that workers need not wait for either; it imports nothing, so
+that this process is small. The invariant: an episode is with one call at most, whole groups at a time, until that call
+is given up.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Sequence
 class WorkQueue:
     """The groups of a step that no consumer has taken yet.
 
-    A consumer is known by the number of its call, which is never used again: one that was given up, or that still plays an earlier
-    step, gets nothing.
+    A consumer is known by the number of its call, which is never used again: one that was given up, or that still plays
+    an earlier step, gets nothing.
     """
 
     def __init__(self) -> None:

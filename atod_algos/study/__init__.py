@@ -2,9 +2,10 @@
 
     python -m atod_algos.study --preset laptop
 
-trains what is not yet trained, evaluates it on fixed panels, and writes the paper's Table 1 and Figure 4 in our terms. The invariant:
-methods differ in nothing but themselves. Student, teacher, tasks, episodes' seeds, steps, panels and sampling are shared, and each
-method's learning rate is chosen from the same grid, on the same split, with a seed that the study itself does not use.
+trains what is not yet trained, evaluates it on fixed panels, and writes the paper's Table 1 and Figure 4 in our terms.
+The invariant: methods differ in nothing but themselves. Student, teacher, tasks, episodes' seeds, steps, panels and
+sampling are shared, and each method's learning rate is chosen from the same grid, on the same split, with a seed that
+the study itself does not use.
 """
 
 from __future__ import annotations
@@ -98,10 +99,10 @@ ANNEALING_SHARE = 80 / 150
 
 
 def _world(name: str, env: str, *, steps: int, report_tasks: int, **train: Any) -> World:
-    """A world of the reference models, with the turns that they know, whose schedules are scaled to its number of steps.
+    """A world of the reference models, with the turns that they know, whose schedules fit its number of steps.
 
-    ATOD's annealing ends at the published share of the training; TCOD's window reaches the turn limit half-way (its paper: after a
-    quarter, ATOD's re-implementation: at the end).
+    ATOD's annealing ends at the published share of the training; TCOD's window reaches the turn limit half-way (its
+    paper: after a quarter, ATOD's re-implementation: at the end).
     """
     annealing = {"coef_anneal_steps": round(ANNEALING_SHARE * steps)}
     scaled = {"atod": annealing, "atod-uniform": annealing, "atod-token": annealing}
@@ -112,10 +113,10 @@ def _world(name: str, env: str, *, steps: int, report_tasks: int, **train: Any) 
 
 
 def _laptop() -> Preset:
-    """The reference models on one core: about 160 seconds a run of ALFWorld, so two hours for all of it with three seeds.
+    """The reference models on one core: about 160 seconds a run of ALFWorld, two hours in all with three seeds.
 
-    Eight tasks a step are half of the built-in run's. Gradients are noisier for it: at the built-in run's learning rate reward alone
-    unlearns within ten steps what the student knew, hence the lower rates and the warm-up.
+    Eight tasks a step are half of the built-in run's. Gradients are noisier for it: at the built-in run's learning rate
+    reward alone unlearns within ten steps what the student knew, hence the lower rates and the warm-up.
     """
     common: dict[str, Any] = {
         "data": "builtin",
@@ -137,7 +138,7 @@ def _laptop() -> Preset:
 
 
 def _paper(name: str) -> Preset:
-    """The published settings of a model size; ALFWorld's unseen games in full, and a larger panel elsewhere than was published."""
+    """The published settings of a model size: all unseen games of ALFWorld, larger panels elsewhere."""
     panels = {
         "alfworld": ("atod/ALFWorld-v0", 134),
         "webshop": ("atod/WebShop-v0", 512),

@@ -5,8 +5,8 @@
     STUDY/WORLD/METHOD/seedS/cell.json  the numbers; a cell without it is not finished
     STUDY/WORLD/tuning/METHOD/lrX/      the runs that chose the learning rate, with validation alone
 
-The invariant: a cell is computed from its settings alone, whatever was interrupted; two processes may share a study, each takes
-cells that the other does not hold.
+The invariant: a cell is computed from its settings alone, whatever was interrupted; two processes may share a study,
+each takes cells that the other does not hold.
 """
 
 from __future__ import annotations

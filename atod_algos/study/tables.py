@@ -1,8 +1,8 @@
 """The study's tables: the paper's Table 1 and Figure 4 in our terms, and what decides each of its claims.
 
-The invariant: a mean over training seeds is never shown without its spread, and a claim is decided by two tests at once, over tasks (are these
-policies different on such tasks?) and over training seeds (would training again give the same order?). Three seeds decide large
-differences only; where they do not, the table says so.
+The invariant: a mean over training seeds is never shown without its spread, and a claim is decided by two tests at
+once, over tasks (are these policies different on such tasks?) and over training seeds (would training again give the
+same order?). Three seeds decide large differences only; where they do not, the table says so.
 """
 
 from __future__ import annotations

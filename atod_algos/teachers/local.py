@@ -1,8 +1,8 @@
 """Models that are asked but never trained: teacher, reference, base; and the scores of a step under all of them.
 
-The invariant: a model that can be had twice is held once. Two roles that name the same model share it; a role that names the
-student's own starting point is the student with its adapters off, where it has adapters; on a GPU a frozen model lies in the
-computer's memory and visits the GPU for the scoring alone.
+The invariant: a model that can be had twice is held once. Two roles that name the same model share it; a role that
+names the student's own starting point is the student with its adapters off, where it has adapters; on a GPU a frozen
+model lies in the computer's memory and visits the GPU for the scoring alone.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ class StepScorer:
         device: where models score.
 
     Attributes:
-        late: the student's log-probs are the sampler's until the step's only update, whose own pass gives them: the algorithm does not
-            look at them before.
+        late: the student's log-probs are the sampler's until the step's only update, whose own pass gives them: the
+            algorithm does not look at them before.
         exact: the teacher's distribution is scored, for its divergence to be a loss.
 
     Raises:

@@ -1,11 +1,12 @@
 """A model behind an HTTP server as a teacher: prompt log-probs from OpenAI-compatible completions, as vLLM serves them.
 
-The invariant: a number that comes back belongs to the id that was sent, from a model with the student's tokenizer, at the sampling
-temperature; anything else is an error that names what differs. A row is asked for once: answers are kept, so a step that is
-scored again, or a row that two trajectories share, costs nothing.
+The invariant: a number that comes back belongs to the id that was sent, from a model with the student's tokenizer, at
+the sampling temperature; anything else is an error that names what differs. A row is asked for once: answers are kept,
+so a step that is scored again, or a row that two trajectories share, costs nothing.
 
 The address is ``http://HOST:PORT/v1#MODEL``; without ``#MODEL`` it is the server's first. Two forms of answer are read:
-``prompt_logprobs`` (vLLM, and ``python -m atod_algos.teachers.server``), else ``logprobs.token_logprobs`` with ``echo``.
+``prompt_logprobs`` (vLLM, and ``python -m atod_algos.teachers.server``), else ``logprobs.token_logprobs`` with
+``echo``.
 """
 
 from __future__ import annotations

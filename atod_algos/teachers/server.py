@@ -1,7 +1,8 @@
 """Serve a model's prompt log-probs over HTTP: a teacher on another machine, where vLLM is not installed.
 
-It answers the three requests that a teacher needs, in vLLM's form: ``POST /v1/completions`` with ``prompt_logprobs``, ``POST /tokenize``
-and ``GET /v1/models``. Unlike vLLM's, its log-probs are at the temperature of the request. It does not write texts.
+It answers the three requests that a teacher needs, in vLLM's form: ``POST /v1/completions`` with ``prompt_logprobs``,
+``POST /tokenize`` and ``GET /v1/models``. Unlike vLLM's, its log-probs are at the temperature of the request. It does
+not write texts.
 
     atod serve teacher PATH_OR_HUB_ID --port 8765
     atod train opd --teacher http://HOST:8765/v1 ...

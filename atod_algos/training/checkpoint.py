@@ -1,8 +1,8 @@
 """Checkpoints: written aside and renamed, so that a run never holds half of one; checked byte for byte when read.
 
-A checkpoint is a folder that ``from_pretrained`` loads as a model (or, of a run with adapters, as adapters), with the optimizer's
-state and the step next to it, and a list of every file's checksum written last. No generator's state is needed: every
-random choice of a step is derived from the run's seed and the step's number.
+A checkpoint is a folder that ``from_pretrained`` loads as a model (or, of a run with adapters, as adapters), with the
+optimizer's state and the step next to it, and a list of every file's checksum written last. No generator's state is
+needed: every random choice of a step is derived from the run's seed and the step's number.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def save_checkpoint(
         tokenizer: written into the same folder.
         state: tensors that training needs besides the weights.
         extra: JSON-compatible values, the step among them.
-        updater: the optimizer of a model that is divided among ranks: each writes its part of both. Without it such a model is written
-            whole, for use and not for resuming.
+        updater: the optimizer of a model that is divided among ranks: each writes its part of both. Without it such a
+            model is written whole, for use and not for resuming.
 
     Returns:
         The checkpoint's folder.
@@ -169,9 +169,9 @@ def load_checkpoint(
 
 # --- of a model that is divided among ranks ----------------------------------------------------------------------
 #
-# Each rank writes its own part (torch.distributed.checkpoint), by the weights' names, whole tensors in any number of pieces, so that
-# another number of ranks, or a single process, reads them as well. What is kept is what is moved: float32 weights, AdamW's two
-# moments, its count of steps.
+# Each rank writes its own part (torch.distributed.checkpoint), by the weights' names, whole tensors in any number of
+# pieces, so that another number of ranks, or a single process, reads them as well. What is kept is what is moved:
+# float32 weights, AdamW's two moments, its count of steps.
 
 
 def save_shards(folder: Path, model: Any, updater: Updater) -> None:
@@ -219,7 +219,7 @@ def _tensors_by_name(model: Any, updater: Updater) -> dict[str, torch.Tensor]:
     return found
 
 
-# --- a run's checkpoints ------------------------------------------------------------------------------------------------
+# --- a run's checkpoints ------------------------------------------------------------------------------------------
 
 
 def recover(folder: Path) -> None:

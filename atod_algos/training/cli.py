@@ -1,7 +1,8 @@
 """The command line of every algorithm: ``python -m atod_algos.<name> [options]``.
 
-Options are the fields of ``TrainConfig``, in groups, and of the algorithm's own dataclass; their help is the text under each field.
-Errors that a user can fix are answered in one line; a traceback means a bug. Only training itself loads torch.
+Options are the fields of ``TrainConfig``, in groups, and of the algorithm's own dataclass; their help is the text under
+each field. Errors that a user can fix are answered in one line; a traceback means a bug. Only training itself loads
+torch.
 """
 
 from __future__ import annotations
@@ -49,11 +50,14 @@ GONE: Mapping[str, str] = MappingProxyType(
 @dataclass(frozen=True)
 class _RunOptions(RunOptions):
     rules: str = "paper"
-    """Presets where sources differ: 'paper' follows the equations, 'released' the authors' code; some algorithms know more."""
+    """Presets where sources differ: 'paper' follows the equations, 'released' the authors' code; some algorithms know
+    more."""
     preset: str | None = None
-    """Published settings of a model size: paper-0.6b, paper-1.7b or paper-4b (docs/presets.md). Other options given win over it."""
+    """Published settings of a model size: paper-0.6b, paper-1.7b or paper-4b (docs/presets.md). Other options given win
+    over it."""
     dry_run: bool = False
-    """Print the effective settings, the memory that they need and the tokens of a step, and stop; needs no GPU and no weights."""
+    """Print the effective settings, the memory that they need and the tokens of a step, and stop; needs no GPU and no
+    weights."""
     verbose: bool = False
     """Log more."""
 

@@ -1,8 +1,8 @@
 """The settings of a training run, and the two profiles that fill in what was not given.
 
-Every default stands once: in a group of options here, in ``atod_algos.learner.options``, or, where it depends on the size of the
-models, in ``BUILTIN`` (the reference models that come with the project; ``BUILTIN_WORLDS`` where environments differ) or
-``PUBLISHED`` (real checkpoints; the values of the released scripts). Nothing here loads torch.
+Every default stands once: in a group of options here, in ``atod_algos.learner.options``, or, where it depends on the
+size of the models, in ``BUILTIN`` (the reference models that come with the project; ``BUILTIN_WORLDS`` where
+environments differ) or ``PUBLISHED`` (real checkpoints; the values of the released scripts). Nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class RunOptions:
     data: str | None = None
     """Data folder of the environment; by default its own variable (e.g. $ALFWORLD_DATA), else the built-in world."""
     option: tuple[str, ...] = ()
-    """Any other arguments of the environment, as key=value: --option dataset=nq,hotpotqa split_style=verl-agent. With a split before
-    it, for that split alone: train.dataset=nq:2,hotpotqa:1."""
+    """Any other arguments of the environment, as key=value: --option dataset=nq,hotpotqa split_style=verl-agent. With a
+    split before it, for that split alone: train.dataset=nq:2,hotpotqa:1."""
     run: str | None = None
     """Run folder; by default runs/<algorithm>-<environment>-seed<seed>. An unfinished run in it is resumed."""
     seed: int = 0
@@ -45,7 +45,8 @@ class ModelOptions:
     student: str = "builtin"
     """Model to train: a folder, a hub id, or 'builtin'."""
     teacher: str = "builtin"
-    """Frozen teacher, for algorithms that ask for one: a folder, a hub id, 'builtin', or a server (http://HOST:PORT/v1#MODEL)."""
+    """Frozen teacher, for algorithms that ask for one: a folder, a hub id, 'builtin', or a server
+    (http://HOST:PORT/v1#MODEL)."""
     teacher_engine: Literal["transformers", "vllm"] = "transformers"
     """What scores a teacher that is no server; 'vllm' needs the package and --temperature 1."""
     lora_rank: int = 0
@@ -53,7 +54,8 @@ class ModelOptions:
     lora_alpha: float = 32.0
     """The adapters' outputs are scaled by this over --lora-rank."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights that compute; 'auto' is bfloat16 on a GPU, float32 elsewhere. Updates are made in float32 either way."""
+    """Type of the weights that compute; 'auto' is bfloat16 on a GPU, float32 elsewhere. Updates are made in float32
+    either way."""
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass instead of keeping them: a third more time, a fraction of the memory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -73,8 +75,9 @@ class RolloutOptions:
     style: str | None = None
     """Prompt style: 'atod' (the paper's) or 'compact' (for small models)."""
     layout: Literal["auto", "window", "turns", "trajectory"] = "auto"
-    """How episodes become prompts and rows: 'window' (a sliding-window prompt and a row each turn), 'turns' (the whole conversation as
-    prompt, a row each turn), 'trajectory' (one row an episode, observations not learned from); 'auto' is what the style is made for."""
+    """How episodes become prompts and rows: 'window' (a sliding-window prompt and a row each turn), 'turns' (the whole
+    conversation as prompt, a row each turn), 'trajectory' (one row an episode, observations not learned from); 'auto'
+    is what the style is made for."""
     max_turns: int | None = None
     """Turn limit of training and evaluation episodes; by default the environment's own."""
     max_response: int | None = None
@@ -84,8 +87,9 @@ class RolloutOptions:
     temperature: float = 1.0
     """Sampling temperature of training; student, teacher and reference are scored at the same."""
     thinking: ThinkingMode = "off"
-    """Thoughts that the chat template knows: 'off' asks for none (prompts ask in their own words); 'on' asks for them and drops a turn's when
-    the next begins; 'keep' asks for them and leaves them in the conversation. What the template opens counts as said."""
+    """Thoughts that the chat template knows: 'off' asks for none (prompts ask in their own words); 'on' asks for them
+    and drops a turn's when the next begins; 'keep' asks for them and leaves them in the conversation. What the template
+    opens counts as said."""
     chat_date: str = CHAT_DATE
     """Date that chat templates are told, so that prompts are the same tomorrow and on every worker."""
     engine: Literal["transformers", "vllm"] = "transformers"
@@ -95,7 +99,8 @@ class RolloutOptions:
     slots: int = 128
     """Requests that the engine runs at the same time."""
     staleness: Literal[0, 1, 2] = 0
-    """Steps by which the weights that sample lag behind, so that rollout and learning overlap; 0 is exactly on-policy."""
+    """Steps by which the weights that sample lag behind, so that rollout and learning overlap; 0 is exactly
+    on-policy."""
 
 
 @dataclass(frozen=True)
@@ -109,18 +114,23 @@ class LearningOptions(UpdateOptions):
     adam_beta2: float | None = None
     """AdamW's second decay rate; 0.999 (released code) remembers the first, large gradients for a thousand updates."""
     gap_clip: float | None = None
-    """Largest gap between the teacher's and the student's log-prob of a token that is learned from; 0 is no limit (published)."""
+    """Largest gap between the teacher's and the student's log-prob of a token that is learned from; 0 is no limit
+    (published)."""
     gap: Literal["sampled", "exact"] = "sampled"
-    """How the teacher is learned from: 'sampled' puts its gap at the sampled token into the advantage (the paper's); 'exact' makes a loss
-    of the reverse KL over all tokens, or over the teacher's top-k tokens and one bucket for the rest where the vocabulary is large."""
+    """How the teacher is learned from: 'sampled' puts its gap at the sampled token into the advantage (the paper's);
+    'exact' makes a loss of the reverse KL over all tokens, or over the teacher's top-k tokens and one bucket for the
+    rest where the vocabulary is large."""
     gap_topk: int = 64
-    """Tokens of the teacher that --gap exact keeps at each place of a vocabulary above 4,096; smaller ones are kept whole."""
+    """Tokens of the teacher that --gap exact keeps at each place of a vocabulary above 4,096; smaller ones are kept
+    whole."""
     gap_minibatches: int = 0
-    """Optimizer updates that --gap exact has for itself in each pass, after the reward's; 0 makes it part of the reward's."""
+    """Optimizer updates that --gap exact has for itself in each pass, after the reward's; 0 makes it part of the
+    reward's."""
     gap_epochs: int = 1
     """Passes over the step's trajectories in the updates of --gap-minibatches."""
     old_logprobs: Literal["learner", "sampler"] = "learner"
-    """Log-probs before the update: recomputed by the learner, or the engine's own, which saves a pass (where they agree to rounding)."""
+    """Log-probs before the update: recomputed by the learner, or the engine's own, which saves a pass (where they agree
+    to rounding)."""
 
 
 @dataclass(frozen=True)
@@ -144,10 +154,11 @@ class StorageOptions:
     checkpoint_every: int = 1
     """Steps between checkpoints, so the most that a killed run loses; the last two and the best are kept."""
     store: str = "trajectories"
-    """What is stored of the steps: 'trajectories', 'tokens' (trajectories and every sampled token's log-probs under student and
-    teacher) or 'nothing'. With /N, of every N-th step alone: trajectories/10."""
+    """What is stored of the steps: 'trajectories', 'tokens' (trajectories and every sampled token's log-probs under
+    student and teacher) or 'nothing'. With /N, of every N-th step alone: trajectories/10."""
     wandb: str | None = None
-    """Project to log to in Weights & Biases as well, where it is installed (WANDB_MODE=offline keeps it on this machine)."""
+    """Project to log to in Weights & Biases as well, where it is installed (WANDB_MODE=offline keeps it on this
+    machine)."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +166,8 @@ class ClusterOptions:
     """Rollout workers on Ray."""
 
     cluster: str = "none"
-    """Where episodes are played: 'ray' has rollout workers do it, on the cluster that $RAY_ADDRESS names or on this machine. Each worker
-    takes one CPU core and no GPU, unless said: ray:cpus=2,gpus=0.5."""
+    """Where episodes are played: 'ray' has rollout workers do it, on the cluster that $RAY_ADDRESS names or on this
+    machine. Each worker takes one CPU core and no GPU, unless said: ray:cpus=2,gpus=0.5."""
     workers: int = 2
     """Rollout workers, each with environments and an engine."""
 
@@ -212,8 +223,8 @@ BUILTIN_WORLDS: dict[str, dict[str, Any]] = {
     "atod/WebShop-v0": {"steps": 100, "max_turns": 6, "max_response": 32, "lr": 1.5e-3},
     "atod/SearchQA-v0": {"steps": 150, "max_turns": 4, "lr": 5e-4, "option": ("topk=1",)},
 }
-"""Registered id -> what the reference models of that environment need as well as, or instead of, ``BUILTIN``. Its ``option`` stands
-before the options that were given, so that those win."""
+"""Registered id -> what the reference models of that environment need as well as, or instead of, ``BUILTIN``. Its
+``option`` stands before the options that were given, so that those win."""
 
 PUBLISHED: dict[str, Any] = {
     "steps": 150,

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live panel in a terminal, plain lines where the output is a file or a pipe."""
+"""What a person sees while a run goes on: a live panel in a terminal, plain lines in a file or a pipe."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Episodes to learn from by supervision: played by the expert with the student mixed in, or read from files.
 
-The invariant: in what is handed on, exactly the turns that are learned from carry token ids. All other turns are context.
+The invariant: in what is handed on, exactly the turns that are learned from carry token ids. All other turns are
+context.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class ImitationOptions:
     """How a model is fitted to demonstrations."""
 
     rounds: int = 40
-    """Rounds; each plays fresh episodes with the current model, or takes the next recorded ones, and fits it to them."""
+    """Rounds; each plays fresh episodes with the current model, or takes the next recorded ones, and fits it to
+    them."""
     episodes: int = 256
     """Episodes a round."""
     epochs: int = 2
@@ -67,7 +69,8 @@ class Mixture:
     """The expert answers every turn, but the student plays a share of them, from wherever that leads.
 
     Attributes:
-        coin_NT: whether the student plays turn t of episode n, whose group id is n; the last column holds for all later turns.
+        coin_NT: whether the student plays turn t of episode n, whose group id is n; the last column holds for all later
+            turns.
     """
 
     coin_NT: np.ndarray
@@ -197,8 +200,8 @@ def read_recorded(paths: Iterable[str | Path], *, only: Literal["all", "success"
     """Read and choose recorded episodes.
 
     Args:
-        paths: files (``.jsonl``, ``.jsonl.gz``, ``.parquet``), or folders of runs and evaluations, whose ``trajectories/`` and
-            ``episodes/`` are taken.
+        paths: files (``.jsonl``, ``.jsonl.gz``, ``.parquet``), or folders of runs and evaluations, whose
+            ``trajectories/`` and ``episodes/`` are taken.
         only: keep all episodes, or solved ones alone; those that were aborted never count.
         best_of: keep so many of each task, the highest score first, then the fewest turns; 0 keeps all.
 
@@ -247,9 +250,9 @@ def tokenized(
 ) -> list[Trajectory]:
     """Recorded episodes with the ids that a student would have been shown and is to say; every turn is learned from.
 
-    Prompts are written by the style, whatever the episode was played with. A response is kept as it stands where the style reads the
-    recorded action in it and in the right form; else the action is phrased by the style. Turns whose prompt and response do not fit
-    are left out, and in a conversation everything after them.
+    Prompts are written by the style, whatever the episode was played with. A response is kept as it stands where the
+    style reads the recorded action in it and in the right form; else the action is phrased by the style. Turns whose
+    prompt and response do not fit are left out, and in a conversation everything after them.
 
     Args:
         trajectories: the episodes.

@@ -1,9 +1,10 @@
-"""What a run will need, before it runs: memory by part, and tokens a step. No GPU, no weights and no download are needed.
+"""What a run will need, before it runs: memory by part, and tokens a step. It loads and downloads nothing.
 
-Architectures come from a folder's ``config.json`` or, for the models of the presets, from the table below; the number of weights is that of
-the model built without memory (torch's meta device), so it is exact. The invariant: every number is an upper bound up to rounding, because
-lengths are taken at their limits: how long the answers will be is not known yet. What the learner itself predicts at work
-(``atod_algos.learner.memory``) knows the model and the answers, and is closer.
+Architectures come from a folder's ``config.json`` or, for the models of the presets, from the table below; the number
+of weights is that of the model built without memory (torch's meta device), so it is exact. The invariant: every number
+is an upper bound up to rounding, because lengths are taken at their limits: how long the answers will be is not known
+yet. What the learner itself predicts at work (``atod_algos.learner.memory``) knows the model and the answers, and is
+closer.
 """
 
 from __future__ import annotations
@@ -148,9 +149,10 @@ def _shape(config: Any) -> Shape:
 def activation_bytes(shape: Shape, tokens: int, number: int) -> int:
     """What the decoder keeps of a micro-batch for the backward pass.
 
-    A layer of the usual kind (two norms, gated feed-forward, normalised queries and keys) keeps of each token: the input of a norm, which
-    is worked out in float32, the normalised input and the scaled one; queries before, inside and after their norm, and what
-    attention gives, as it comes and as it goes on; keys three times and values once; the four arrays of the feed-forward part.
+    A layer of the usual kind (two norms, gated feed-forward, normalised queries and keys) keeps of each token: the
+    input of a norm, which is worked out in float32, the normalised input and the scaled one; queries before, inside and
+    after their norm, and what attention gives, as it comes and as it goes on; keys three times and values once; the
+    four arrays of the feed-forward part.
 
     Args:
         shape: of the model.
@@ -194,7 +196,8 @@ class Part:
         name: what it is.
         size: its bytes; ``None`` where they are not known.
         how: how they were worked out.
-        phase: when it is there: ``always``, in the ``update``, in the ``scoring``, or in the ``computer``'s memory, apart from a GPU's.
+        phase: when it is there: ``always``, in the ``update``, in the ``scoring``, or in the ``computer``'s memory,
+            apart from a GPU's.
     """
 
     name: str
@@ -285,7 +288,7 @@ def _scorer_models(config: RunConfig, algorithm: Algorithm, world: str) -> list[
 
 
 def peak(parts: Sequence[Part]) -> int:
-    """The most that is there at one time, of the parts that are known: update and scoring take turns, and so do frozen models."""
+    """The most that is there at one time, of the known parts: update and scoring take turns, so do scored models."""
 
     def of(phase: str) -> list[int]:
         return [part.size for part in parts if part.phase == phase and part.size is not None]
@@ -294,7 +297,7 @@ def peak(parts: Sequence[Part]) -> int:
 
 
 def tokens(config: RunConfig, algorithm: Algorithm) -> dict[str, int | None]:
-    """Sizes of one training step, with resolved settings; lengths at their limits, ``None`` where a limit is not known."""
+    """Sizes of a training step, with resolved settings; lengths at their limits, ``None`` where no limit is known."""
     limits = algorithm.limits(config.steps)
     own = WORLDS[config.env].settings["max_turns"] if config.env in WORLDS else None
     bounds = [bound for bound in (config.max_turns or own, limits.max_turns) if bound]

@@ -1,8 +1,9 @@
 """``--preset paper-0.6b | paper-1.7b | paper-4b``: the published settings of each model size on each environment.
 
-What is given on the command line wins over the preset, the preset over the models' profile (``atod_algos.training.config``), the profile over plain
-defaults. The source of each value is in docs/presets.md. A preset names models by where their architecture is known; the paper's
-teachers are such models after GRPO, and they have no public name, so a run that wants one must be told where it is.
+What is given on the command line wins over the preset, the preset over the models' profile
+(``atod_algos.training.config``), the profile over plain defaults. The source of each value is in docs/presets.md. A
+preset names models by where their architecture is known; the paper's teachers are such models after GRPO, and they have
+no public name, so a run that wants one must be told where it is.
 """
 
 from __future__ import annotations
@@ -133,8 +134,8 @@ def preset_config(preset: str, env: str) -> TrainConfig:
 def fit_algorithm(algorithm: Any, preset: str, env: str) -> Any:
     """An algorithm whose options differ by model or environment, set as published.
 
-    Only what the rules have switched on is fitted: a penalty, a KL term or a curriculum of the released rules. The annealing horizon T holds
-    under any rules.
+    Only what the rules have switched on is fitted: a penalty, a KL term or a curriculum of the released rules. The
+    annealing horizon T holds under any rules.
 
     Args:
         algorithm: with its rules already applied.

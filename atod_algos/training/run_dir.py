@@ -10,8 +10,8 @@
     checkpoints/              see ``atod_algos.training.checkpoint``
     result.json               the final table
 
-The invariant: after a resume the files hold what an uninterrupted run would have written; lines of steps that were lost with
-the process are dropped before they are written again.
+The invariant: after a resume the files hold what an uninterrupted run would have written; lines of steps that were lost
+with the process are dropped before they are written again.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class RunFolder:
         self._wandb: Any = None
 
     def begin(self, step: int) -> None:
-        """Drop what was logged after ``step`` and open the event file. What is missing of the steps before is said in one line.
+        """Drop what was logged after ``step`` and open the event file. One line says what is missing of earlier steps.
 
         Raises:
             AtodError: Weights & Biases was asked for and is not installed.
@@ -146,8 +146,8 @@ class RunFolder:
             import wandb
         except ImportError as error:
             raise AtodError("--wandb needs Weights & Biases: pip install wandb, or leave the option out") from error
-        # The name of the folder is the run's id there: a resumed run goes on in the same place, and steps that were lost with the
-        # process are written over.
+        # The name of the folder is the run's id there: a resumed run goes on in the same place, and steps that were
+        # lost with the process are written over.
         identity = {"project": project, "id": self.path.resolve().name, "name": self.path.name, "resume": "allow"}
         self._wandb = wandb.init(**identity, config=self._settings, dir=str(self.path))
 
@@ -333,7 +333,7 @@ def written(path: Path) -> Iterator[Path]:
 
 
 def _of_this_version(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run that an earlier version began, in the words of this one; what it did not know yet stands at its default.
+    """Settings of an earlier version's run, in the words of this one; what it did not know stands at its default.
 
     A setting that has one value now, but had another in that run, stays, so that the run is refused by its name.
     """

@@ -3,16 +3,17 @@
 Objective
     L = -mean over learned tokens of log pi_theta(response | conversation so far)
 
-Demonstrations come from the environment's scripted expert, or from recorded episodes: a run's, an evaluation's, an API model's. The
-conversation is not always the expert's. Each turn, with probability ``beta``, the student's own sample is executed instead (and is not
-learned from), and the expert, who has watched, answers from wherever that led (Ross et al. 2011, dataset aggregation). Without
-this a small model never learns to recover: it repeats itself after "Nothing happens.".
+Demonstrations come from the environment's scripted expert, or from recorded episodes: a run's, an evaluation's, an API
+model's. The conversation is not always the expert's. Each turn, with probability ``beta``, the student's own sample is
+executed instead (and is not learned from), and the expert, who has watched, answers from wherever that led (Ross et al.
+2011, dataset aggregation). Without this a small model never learns to recover: it repeats itself after "Nothing
+happens.".
 
-    python -m atod_algos.training.sft --student PATH --out FOLDER --env atod/ALFWorld-v0
-    python -m atod_algos.training.sft --student PATH --out FOLDER --source evaluations/gpt-ALFWorld-v0 --only success --best-of 2
+    python -m atod_algos.training.sft --student PATH --out FOLDER --env atod/ALFWorld-v0 python -m
+    atod_algos.training.sft --student PATH --out FOLDER --source evaluations/gpt-ALFWorld-v0 --only success --best-of 2
 
-OUT is a folder that ``from_pretrained`` loads. OUT/training holds settings, metrics and checkpoints, one a round: the same command goes
-on where an earlier one ended, to the same weights.
+OUT is a folder that ``from_pretrained`` loads. OUT/training holds settings, metrics and checkpoints, one a round: the
+same command goes on where an earlier one ended, to the same weights.
 """
 
 from __future__ import annotations
@@ -209,7 +210,8 @@ class SftCommand:
     style: str = "compact"
     """Prompt style."""
     layout: LayoutName = "auto"
-    """How episodes become prompts and rows, as in training: window, turns, trajectory, or what the style is made for."""
+    """How episodes become prompts and rows, as in training: window, turns, trajectory, or what the style is made
+    for."""
     max_turns: int | None = None
     """Turn limit of the episodes."""
     max_response: int = 64

@@ -1,7 +1,7 @@
 """The one training loop: rollout -> score -> advantage -> update -> log -> checkpoint.
 
-It knows no algorithm by name. The invariant: everything random in a step is derived from (seed, step), so a run that was killed and
-resumed from a checkpoint computes exactly what an uninterrupted one does.
+It knows no algorithm by name. The invariant: everything random in a step is derived from (seed, step), so a run that
+was killed and resumed from a checkpoint computes exactly what an uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Trainer:
         self.adapters = None
         policy = self.student.model
         if config.lora_rank or config.staleness or distributed.size() > 1:
-            # The engine samples from weights that the learner does not have: sums with adapters, older ones, or all of them.
+            # The engine samples from weights that the learner does not have: merged, older or unsharded ones.
             policy = copy.deepcopy(self.student.model).to(compute)
         if config.lora_rank:
             seed = derive_seed(config.seed, "adapters")
@@ -204,7 +204,7 @@ class Trainer:
         return metrics | clock.metrics(batch)
 
     def _sync(self, version: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Hand weights, by default the student's present ones, to the engine; their version is the step that made them."""
+        """Hand weights, by default the student's own, to the engine, with the step that made them as version."""
         if weights is not None:
             self.pool.load_weights(weights.items(), version)
             return

@@ -1,7 +1,8 @@
 """How ALFWorld is put to a language model: the paper's prompt (Figure 7) and a compact conversation.
 
-The two templates of the ``atod`` style and the way its slots are filled are a published format and are reproduced to the
-byte (see NOTICE for their origin); the compact style is ours, for small models that cannot read two thousand tokens a turn.
+The two templates of the ``atod`` style and the way its slots are filled are a published format and are reproduced to
+the byte (see NOTICE for their origin); the compact style is ours, for small models that cannot read two thousand tokens
+a turn.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Downloading: resumed where it broke off, checked, and moved into place whole.
 
-The invariant: a file under its final name is complete, its checksum is in ``atod-data.json`` next to it, and where the publisher's
-server or an earlier record names a checksum, it has that one.
+The invariant: a file under its final name is complete, its checksum is in ``atod-data.json`` next to it, and where the
+publisher's server or an earlier record names a checksum, it has that one.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _record(folder: Path, name: str, done: Downloaded) -> None:
 
 
 def _transfer(source: Source, part: Path, report: Report | None, pause: float) -> str | None:
-    """Fill ``part``; go on where an earlier attempt broke off. Returns the checksum that the server announced, if any."""
+    """Fill ``part``, going on where an earlier attempt broke off; returns the checksum that the server announced."""
     for attempt in range(_ATTEMPTS):
         try:
             return _attempt(source, part, report)
@@ -255,7 +255,7 @@ def _checksums(headers: Any) -> dict[str, str]:
 
 
 def _unpack(archive: Path, folder: Path, url: str) -> dict[str, str]:
-    """Unpack a zip archive; returns path -> sha256 of what it held. Nothing is written before all of it has been checked."""
+    """Unpack a zip archive once all of it has been checked; returns path -> sha256 of what it held."""
     files: dict[str, str] = {}
     try:
         with zipfile.ZipFile(archive) as packed:

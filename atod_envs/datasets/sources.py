@@ -1,7 +1,7 @@
 """The official files of each environment, and who publishes them.
 
-The invariant: a source names the publisher's own address and the file's place in the data folder, and nothing else is ever written
-there but ``atod-data.json``, the record of what was downloaded.
+The invariant: a source names the publisher's own address and the file's place in the data folder, and nothing else is
+ever written there but ``atod-data.json``, the record of what was downloaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ class Source:
 
     Attributes:
         url: the publisher's address.
-        path: its place in the data folder, with ``/`` separators; for an archive, the name that it is kept under until unpacked.
+        path: its place in the data folder, with ``/`` separators; for an archive, the name that it is kept under until
+            unpacked.
         megabytes: about how much is downloaded, in 10^6 bytes.
         unpack: a zip archive, unpacked into the data folder and then deleted.
     """

@@ -1,8 +1,8 @@
 """``HttpClient``: asks an HTTP server for JSON until it answers.
 
-Whatever may pass by itself (a refused or lost connection, a time-out, a busy server, an answer that is cut off) is tried again;
-whatever will not (a refusal, a redirect, a page instead of JSON) is said at once. A redirect is never followed, so that no key
-and no request goes to a host that was not named.
+Whatever may pass by itself (a refused or lost connection, a time-out, a busy server, an answer that is cut off) is
+tried again; whatever will not (a refusal, a redirect, a page instead of JSON) is said at once. A redirect is never
+followed, so that no key and no request goes to a host that was not named.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class Retry:
         retries: further tries after the first.
         pause: seconds before the second try; doubled each time.
         longest: longest pause, in seconds, also where the server asks for more.
-        jitter: share of a pause that is random, so that clients that were turned away together do not come back together.
+        jitter: share of a pause that is random, so that clients that were turned away together do not come back
+            together.
         passing: statuses that are tried again.
     """
 
@@ -253,7 +254,8 @@ class HttpClient:
         if self._proxy is not None and self._parts.scheme == "http":
             path = f"http://{self._parts.netloc}{path}"
         try:
-            # A server that refuses a message closes the connection before all of it is sent; its answer is there to read.
+            # A server that refuses a message closes the connection before all of it is sent; its answer is there to
+            # read.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request("GET" if body is None else "POST", path, body, self._headers)
             response = connection.getresponse()

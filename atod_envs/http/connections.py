@@ -18,7 +18,8 @@ class Watched:
     """The watch that is kept on a connection.
 
     Attributes:
-        since: when its client last got on, on the loop's clock: it connected, began a request, was answered, or took something.
+        since: when its client last got on, on the loop's clock: it connected, began a request, was answered, or took
+            something.
     """
 
     transport: asyncio.Transport

@@ -1,4 +1,4 @@
-"""What is checked of every request before a server's own code sees it; :mod:`atod_envs.http.server` says what is promised."""
+"""What is checked of every request before a server's own code sees it; see :mod:`atod_envs.http.server`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ class Access:
     """Who may ask.
 
     Attributes:
-        token: what clients send as ``Authorization: Bearer <token>``; empty asks for none, and refuses the web pages of others.
+        token: what clients send as ``Authorization: Bearer <token>``; empty asks for none, and refuses the web pages of
+            others.
         pages: the server has pages of its own, which may send forms to it.
         open_paths: what everybody may read.
     """

@@ -1,7 +1,7 @@
 """JSON as both sides read it, the refusal of a request, and the names that this machine goes by.
 
-Only what RFC 8259 calls JSON is read: no ``NaN``, no ``Infinity``, no number that overflows to one. What cannot be read is a
-``ValueError`` that says why, whatever its shape.
+Only what RFC 8259 calls JSON is read: no ``NaN``, no ``Infinity``, no number that overflows to one. What cannot be read
+is a ``ValueError`` that says why, whatever its shape.
 """
 
 from __future__ import annotations

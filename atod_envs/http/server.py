@@ -1,9 +1,11 @@
 """What lies under every HTTP server of this project: limits, checks, and a stop that loses nothing.
 
-- **A slow client costs nothing but its own connection.** Headers, bodies and the taking of answers have a time; where all connections
-  are taken, the one that has kept the server waiting longest makes room.
-- **No more is read of a client than is answered.** A connection has one request under way, and bodies have a size, each and together.
-- **Web pages of others cannot use a server without a token**: no foreign ``Origin``, on this machine no foreign ``Host``, no frames.
+- **A slow client costs nothing but its own connection.** Headers, bodies and the taking of answers have a time; where
+  all connections are taken, the one that has kept the server waiting longest makes room.
+- **No more is read of a client than is answered.** A connection has one request under way, and bodies have a size, each
+  and together.
+- **Web pages of others cannot use a server without a token**: no foreign ``Origin``, on this machine no foreign
+  ``Host``, no frames.
 - **No request gets a traceback**: what is wrong with it is said in the server's own form, with status and reason.
 - ``SIGTERM`` and ``SIGINT`` end a server after the answers under way; a second one ends it at once.
 """

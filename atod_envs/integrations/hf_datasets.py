@@ -1,7 +1,7 @@
 """Trajectories as Hugging Face ``datasets``: whole episodes, or data for supervised and preference training.
 
-Whole episodes keep everything and read back equal. Training data comes as chat messages, written by the prompt style that
-the episodes were played with, or as the recorded token ids with labels on the sampled ones alone.
+Whole episodes keep everything and read back equal. Training data comes as chat messages, written by the prompt style
+that the episodes were played with, or as the recorded token ids with labels on the sampled ones alone.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def trajectories(dataset: Iterable[dict[str, Any]]) -> Iterator[Trajectory]:
 def supervised(
     trajectories: Iterable[Trajectory], style: str | PromptStyle = "atod", *, successful: bool = True
 ) -> datasets.Dataset:
-    """Chats for supervised training: ``prompt`` and ``completion`` where turns stand alone, ``messages`` for conversations.
+    """Chats for supervised training: ``prompt`` and ``completion`` of single turns, ``messages`` of conversations.
 
     Args:
         trajectories: episodes of any agent; bare actions (of an expert) are phrased by the style.
@@ -114,8 +114,8 @@ def preferences(groups: Iterable[Group], style: str | PromptStyle = "atod") -> d
     """Pairs for preference training: ``prompt``, ``chosen`` and ``rejected``, as chats.
 
     Two attempts at a task with different returns are compared where they first part: up to there the same was shown and
-    answered, so the pair is two responses in one situation, and no observation stands in what is compared. Attempts that
-    were shown different things before they answered differently (other episode seeds) make no pair.
+    answered, so the pair is two responses in one situation, and no observation stands in what is compared. Attempts
+    that were shown different things before they answered differently (other episode seeds) make no pair.
     """
     rows: list[dict[str, Any]] = []
     seen: set[tuple[str, ...]] = set()

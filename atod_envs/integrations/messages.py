@@ -1,7 +1,7 @@
 """Trajectories as chat messages: the prompts that the policy was shown, and what it answered.
 
-Prompts are not stored as text; a prompt style is a pure function of what the agent has seen, so they are written again by
-the style that the episode was played with. Text that no text format can hold (half a character, which a policy can
+Prompts are not stored as text; a prompt style is a pure function of what the agent has seen, so they are written again
+by the style that the episode was played with. Text that no text format can hold (half a character, which a policy can
 sample) becomes U+FFFD; the ids, where they are wanted, stay exact.
 """
 
@@ -14,7 +14,7 @@ from typing import TypeAlias, cast
 import gymnasium as gym
 
 from atod_envs.errors import UnknownName
-from atod_envs.styles import History, Layout, PromptStyle, retold
+from atod_envs.styles import History, Layout, PromptStyle, history_action
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Trajectory
 
@@ -71,7 +71,7 @@ def turn_prompts(trajectory: Trajectory, style: PromptStyle) -> list[str]:
         history.observations.append(turn.observation)
         history.admissible = turn.admissible
         prompts.append(style.prompt(history))
-        history.actions.append(retold(turn.action))
+        history.actions.append(history_action(turn.action))
     return prompts
 
 

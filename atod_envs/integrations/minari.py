@@ -26,8 +26,8 @@ def write_dataset(
 ) -> Any:
     """Write a Minari data set of the environment's own texts: observations, actions, rewards, both flags of the end.
 
-    An episode has one observation more than actions. ``infos`` holds ``success`` and ``score`` (at the end), ``valid``, and
-    ``response`` where a policy wrote more than the action.
+    An episode has one observation more than actions. ``infos`` holds ``success`` and ``score`` (at the end), ``valid``,
+    and ``response`` where a policy wrote more than the action.
 
     Args:
         dataset_id: Minari's name of it, e.g. ``"alfworld/expert-v0"``; it lies where ``$MINARI_DATASETS_PATH`` says.

@@ -2,8 +2,8 @@
 
     uvicorn --factory atod_envs.integrations.openenv:alfworld          # or webshop, searchqa, textcraft, scienceworld
 
-One WebSocket is one session is one environment. The invariant: observations are the environment's own, and nothing but an action,
-a task id and a seed comes from the client.
+One WebSocket is one session is one environment. The invariant: observations are the environment's own, and nothing but
+an action, a task id and a seed comes from the client.
 """
 
 from __future__ import annotations

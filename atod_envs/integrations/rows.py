@@ -1,7 +1,8 @@
 """Trajectories as rows of token ids with a mask: the common form behind the trainers' own formats.
 
-A turn whose prompt continues the turn before shares its row, as everywhere in this project. The invariant: ``prompt_ids``
-followed by ``response_ids`` is exactly what the engine saw and sampled, and ``mask`` is 1 on the sampled ids alone.
+A turn whose prompt continues the turn before shares its row, as everywhere in this project. The invariant:
+``prompt_ids`` followed by ``response_ids`` is exactly what the engine saw and sampled, and ``mask`` is 1 on the sampled
+ids alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The environments as objects whose methods are tools, for trainers that let a model call functions.
 
-TRL's ``environment_factory`` takes them as they are: public methods become the tools, ``reset(**row)`` begins the episode of a
-data set's row, ``get_reward()`` is the episode's return. Nothing here imports TRL. The invariant: a tool call is one action of
-the environment and answers with its text; a call after the end says that the episode is over and changes nothing.
+TRL's ``environment_factory`` takes them as they are: public methods become the tools, ``reset(**row)`` begins the
+episode of a data set's row, ``get_reward()`` is the episode's return. Nothing here imports TRL. The invariant: a tool
+call is one action of the environment and answers with its text; a call after the end says that the episode is over and
+changes nothing.
 """
 
 from __future__ import annotations
@@ -317,7 +318,8 @@ class ScienceWorldTools(ToolEnv):
         """Do something in the world.
 
         Args:
-            action: such as "open door to kitchen", "go to kitchen", "pick up thermometer", "use thermometer on water", "wait1".
+            action: such as "open door to kitchen", "go to kitchen", "pick up thermometer", "use thermometer on water",
+                "wait1".
 
         Returns:
             What happened.

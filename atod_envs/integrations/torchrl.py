@@ -1,7 +1,7 @@
 """TorchRL: the environments as a ``GymWrapper``.
 
-TorchRL carries text as non-tensor data. Actions arrive as strings; what a policy needs of ``info`` (task, admissible actions,
-success, ...) is read into the tensordict next to the observation.
+TorchRL carries text as non-tensor data. Actions arrive as strings; what a policy needs of ``info`` (task, admissible
+actions, success, ...) is read into the tensordict next to the observation.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def torchrl_env(env_id: str, style: str | PromptStyle | None = None, **options: 
     """A text environment as a TorchRL environment.
 
     The tensordict holds ``observation``, and from ``info``: ``task_id``, ``task``, ``split``, ``admissible`` (a list of
-    strings), ``success``, ``valid``, ``score``, ``turn``. ``env.reset(task_id=...)`` plays a task, ``env.set_seed(seed)`` then
-    ``env.reset()`` a drawn one.
+    strings), ``success``, ``valid``, ``score``, ``turn``. ``env.reset(task_id=...)`` plays a task,
+    ``env.set_seed(seed)`` then ``env.reset()`` a drawn one.
 
     Args:
         env_id: registered id of the environment.

@@ -1,9 +1,9 @@
 """verifiers: the environments as a taskset, with the environment that plays it and a harness that needs no sandbox.
 
-``vf-eval atod_verifiers --env.taskset.environment atod/ALFWorld-v0 ...`` evaluates any model that an OpenAI-compatible server
-offers; the module ``atod_verifiers`` exists because verifiers finds plugins by the name of a top-level module. The text
-environment plays the user: its first prompt opens the exchange, each answer is its next turn. The invariant: the recorded reward
-is the episode's return, and an episode that the model could not finish is worth what it had earned.
+``vf-eval atod_verifiers --env.taskset.environment atod/ALFWorld-v0 ...`` evaluates any model that an OpenAI-compatible
+server offers; the module ``atod_verifiers`` exists because verifiers finds plugins by the name of a top-level module.
+The text environment plays the user: its first prompt opens the exchange, each answer is its next turn. The invariant:
+the recorded reward is the episode's return, and an episode that the model could not finish is worth what it had earned.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class AtodEnvConfig(vf.EnvConfig):  # type: ignore[misc]
     """The environment's settings; ``--env.player.*`` sets who plays."""
 
     player: vf.AgentConfig = vf.AgentConfig(runtime={"type": "subprocess"})
-    """Who plays: by default the evaluated model, asked by :class:`AtodHarness` (the harness that comes with this taskset)."""
+    """Who plays: by default the evaluated model, asked by :class:`AtodHarness` (the harness that comes with this
+    taskset)."""
 
 
 class AtodEnv(vf.Env[AtodEnvConfig]):  # type: ignore[misc]

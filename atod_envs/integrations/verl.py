@@ -1,10 +1,10 @@
 """verl and verl-agent: one row a turn, with the keys that their trainers read.
 
 verl-agent's actors, reward manager, GRPO, GiGPO and SDAR read: the padded tensors ``prompts``, ``responses``,
-``input_ids``, ``attention_mask``, ``position_ids``, ``response_mask``, ``rollout_log_probs``; and by row ``uid`` (group),
-``traj_uid``, ``turn_step``, ``index``, ``data_source``, ``anchor_obs``, ``raw_prompt_ids``, ``is_action_valid``, ``rewards``,
-``active_masks``, ``episode_rewards``, ``episode_lengths``, ``tool_callings``. Prompts are padded on the left, responses on the
-right. The invariant: unpadding a row gives back the recorded ids.
+``input_ids``, ``attention_mask``, ``position_ids``, ``response_mask``, ``rollout_log_probs``; and by row ``uid``
+(group), ``traj_uid``, ``turn_step``, ``index``, ``data_source``, ``anchor_obs``, ``raw_prompt_ids``,
+``is_action_valid``, ``rewards``, ``active_masks``, ``episode_rewards``, ``episode_lengths``, ``tool_callings``. Prompts
+are padded on the left, responses on the right. The invariant: unpadding a row gives back the recorded ids.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """ScienceWorld: elementary-school science in a house with a garden and a workshop, on the published simulator.
 
-Invariant: observations, scores and ends are the simulator's; what this module adds is the choice of the task, a score in [0, 1], and the
-form of the list of actions.
+Invariant: observations, scores and ends are the simulator's; what this module adds is the choice of the task, a score
+in [0, 1], and the form of the list of actions.
 """
 
 from __future__ import annotations
@@ -60,16 +60,17 @@ CHOICE: Final = re.compile(r"^(\d+):\t", re.MULTILINE)
 class ScienceWorldEnv(TextEnv):
     """ScienceWorld.
 
-    ``score`` is the simulator's, from 0 to 1, and 0 after a mistake that ends the task (the simulator's -100). ``reward`` is paid at the end of the
-    episode, the turn limit included: the score at that moment. ``info`` has ``scienceworld/task_type`` (one of 30) and ``scienceworld/variation``.
+    ``score`` is the simulator's, from 0 to 1, and 0 after a mistake that ends the task (the simulator's -100).
+    ``reward`` is paid at the end of the episode, the turn limit included: the score at that moment. ``info`` has
+    ``scienceworld/task_type`` (one of 30) and ``scienceworld/variation``.
 
     Args:
         data: None or ``"builtin"``: there is nothing but the package's own.
         split: ``train``, ``dev`` or ``test``: the simulator's own.
         tasks: play only these of the 30 tasks.
         simplifications: names of the simulator's, with commas; ``"easy"`` is all that suit a task.
-        admissible: ``"templates"``, the forms of action; ``"valid"``, every action that the simulator accepts now, often thousands
-            (they cost more than a step).
+        admissible: ``"templates"``, the forms of action; ``"valid"``, every action that the simulator accepts now,
+            often thousands (they cost more than a step).
         simulators: Java processes of this process at most; by default one for each CPU core.
         max_turns: turn limit; the simulator's own default is 100.
         render_mode: None or ``"ansi"``.

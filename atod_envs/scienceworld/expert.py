@@ -1,6 +1,7 @@
 """The simulator's own solution of a task, as an expert.
 
-It does not look at what happens: after actions of anybody else it goes on with the first of its own that has not been done.
+It does not look at what happens: after actions of another agent it goes on with the first of its own that has not been
+done.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class ScienceWorldExpert:
         self._gold, self._done = self._env.gold_actions(), 0
 
     def observe(self, action: str, observation: str, admissible: Sequence[str] = ()) -> None:
-        """Take note of an action, anybody's."""
+        """Take note of an action of any agent."""
         if self._done < len(self._gold) and action == self._gold[self._done]:
             self._done += 1
 

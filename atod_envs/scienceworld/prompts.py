@@ -48,7 +48,7 @@ class AtodStyle:
         )
 
     def parse(self, response: str) -> Parsed:
-        """Read the action; see :func:`atod_envs.styles.parse_tagged`. The simulator does not mind the case of letters."""
+        """Read the action; see :func:`atod_envs.styles.parse_tagged`. The simulator ignores the case of letters."""
         return parse_tagged(response, FALLBACK_TAIL)
 
     def respond(self, action: str, thought: str) -> str:

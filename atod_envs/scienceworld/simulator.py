@@ -1,8 +1,9 @@
 """The published simulator: Java processes, lent to episodes.
 
-A simulator plays one episode at a time, because its random numbers and identifiers are global to a process. Simulators are few, episodes
-may be many: an episode whose simulator was lent to another is loaded again and its actions are repeated. Invariant: what an episode
-is told depends on its task and its actions alone, not on which simulator plays it, nor on what that one played before.
+A simulator plays one episode at a time, because its random numbers and identifiers are global to a process. Simulators
+are few, episodes may be many: an episode whose simulator was lent to another is loaded again and its actions are
+repeated. Invariant: what an episode is told depends on its task and its actions alone, not on which simulator plays it,
+nor on what that one played before.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from typing import Any, Final
 from atod_envs.errors import AtodError, DataError
 
 JAVA_OPTIONS: Final = ("-Xmx384m", "-XX:+UseSerialGC", "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2")
-"""The last makes the simulator repeatable. It lists some things in the order of Java's identity hashes, which are drawn anew for every object:
-doors and choices change places from one play of an episode to the next. With equal hashes the order is that in which things were made."""
+"""The last makes the simulator repeatable. It lists some things in the order of Java's identity hashes, which are drawn
+anew for every object: doors and choices change places from one play of an episode to the next. With equal hashes the
+order is that in which things were made."""
 LONGEST: Final = 1000
 """Characters of an action that are parsed; the simulator's parser is not made for more."""
 UNKNOWN: Final = "No known action matches that input."
@@ -168,7 +170,8 @@ class Simulators:
 
         Args:
             holder: who wants it; if the simulator's ``holder`` is another, its episode has to be loaded.
-            limit: simulators that there may be; beyond it, the block waits, or takes one from an episode that is not acting.
+            limit: simulators that there may be; beyond it, the block waits, or takes one from an episode that is not
+                acting.
 
         Raises:
             SimulatorError: the simulator has ended; another is started the next time.

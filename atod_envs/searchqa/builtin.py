@@ -1,8 +1,8 @@
 """The built-in world: an encyclopedia of fictional things and questions about it, made on first use.
 
 The invariant: the same seed and scale give the same passages and questions on every machine; the questions of train,
-dev and test are about disjoint entities, in one shared corpus that also holds entities that no question is about and passages
-that only mention names.
+dev and test are about disjoint entities, in one shared corpus that also holds entities that no question is about and
+passages that only mention names.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ YEAR_SLOTS: Final = frozenset({"born_in", "released", "founded", "held_in", "set
 """Slots that hold a year; all others hold names or words."""
 
 LONGEST_SENTENCE: Final = 400
-"""Characters that a sentence or question of ours may have (the longest has 110); what is longer is not of ours, and not tried."""
+"""Characters that a sentence or question of ours may have (the longest has 110); what is longer is not of ours, and not
+tried."""
 
 POINTS_TO: Final[Mapping[str, str]] = {
     "birthplace": "city",

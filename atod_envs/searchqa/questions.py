@@ -91,7 +91,7 @@ def load_questions(path: str | Path) -> list[Question]:
 
 
 def question_files(path: Path) -> list[Path]:
-    """The question files that a path names, sorted: itself, the folder's ``questions.jsonl``, or all that lie below the folder.
+    """The question files that a path names, sorted: itself, the folder's ``questions.jsonl``, or all below it.
 
     Raises:
         DataError: nothing is there, or a file that may hold questions cannot be read.
@@ -189,8 +189,8 @@ def _text_of(row: Mapping[str, Any], where: str) -> str:
 def _answers_of(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """The gold answers, however the public sets write them.
 
-    Understood are text, a list of texts, SQuAD's ``{"text": [...]}``, TriviaQA's ``{"value": ..., "aliases": [...]}``, MuSiQue's
-    ``answer_aliases`` next to ``answer``, and Search-R1's ``reward_model.ground_truth.target``.
+    Understood are text, a list of texts, SQuAD's ``{"text": [...]}``, TriviaQA's ``{"value": ..., "aliases": [...]}``,
+    MuSiQue's ``answer_aliases`` next to ``answer``, and Search-R1's ``reward_model.ground_truth.target``.
     """
     found = {key: _gold(row[key], f"{where}: {key}") for key in _ANSWER_KEYS[:3] if row.get(key) not in (None, "", [])}
     model = row.get("reward_model")

@@ -1,7 +1,7 @@
-"""Exact match and F1 by data set, from stored episodes: `python -m atod_envs.searchqa.report EPISODES... [--data DATA]`.
+"""Exact match and F1 by data set, from stored episodes: `python -m atod_envs.searchqa.report EPISODES...`.
 
-Training runs and evaluations store episodes (`trajectories/step_*.jsonl.gz`, `episodes/*.jsonl.gz`); any of them can be scored. The
-invariant: an episode counts with what it answered, and without an answer as wrong; nothing is left out.
+Training runs and evaluations store episodes (`trajectories/step_*.jsonl.gz`, `episodes/*.jsonl.gz`); any of them can be
+scored. The invariant: an episode counts with what it answered, and without an answer as wrong; nothing is left out.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The HTTP and WebSocket server around :class:`~atod_envs.serve.sessions.Sessions`.
 
-Every call is ``POST /v1/<call>`` with a JSON object, or a message ``{"id": ..., "call": ..., ...}`` on the WebSocket ``/v1/ws``,
-answered with the same ``id``. Sessions belong to no connection: a client that lost its connection goes on over another one.
-The invariant: nothing is done for a client without the token, and nothing more is read of a client while its answers wait.
+Every call is ``POST /v1/<call>`` with a JSON object, or a message ``{"id": ..., "call": ..., ...}`` on the WebSocket
+``/v1/ws``, answered with the same ``id``. Sessions belong to no connection: a client that lost its connection goes on
+over another one. The invariant: nothing is done for a client without the token, and nothing more is read of a client
+while its answers wait.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def make_server(
 
     Args:
         sessions: carries out the calls.
-        token: what clients send as ``Authorization: Bearer <token>``; empty asks for none, and then refuses the pages of others.
+        token: what clients send as ``Authorization: Bearer <token>``; empty asks for none, and then refuses the pages
+            of others.
         certificate: file with the TLS certificate; ``None`` for plain HTTP.
         key: file with its key.
     """

@@ -1,7 +1,7 @@
 """``RemoteEnv``: an environment on a server, as a ``gymnasium.Env[str, str]`` like any other.
 
-It needs nothing beyond this package over HTTP, and ``websockets`` over WebSocket. The invariant: what it returns equals what the
-environment would return here; a call whose answer was lost is sent again and never carried out twice.
+It needs nothing beyond this package over HTTP, and ``websockets`` over WebSocket. The invariant: what it returns equals
+what the environment would return here; a call whose answer was lost is sent again and never carried out twice.
 """
 
 from __future__ import annotations
@@ -62,11 +62,12 @@ class RemoteTasks(TaskSet):
 class RemoteEnv(TextEnv):
     """A text environment on a server (``python -m atod_envs.serve``).
 
-    Everything that takes an environment takes it: ``prompted``, ``RecordTurns``, ``TextVectorEnv``, rollouts (which step it in
-    threads, so that episodes do not wait for each other's network).
+    Everything that takes an environment takes it: ``prompted``, ``RecordTurns``, ``TextVectorEnv``, rollouts (which
+    step it in threads, so that episodes do not wait for each other's network).
 
     Args:
-        url: the server: ``http://host:port`` or ``https://...``; ``ws://...`` or ``wss://...`` for one WebSocket instead.
+        url: the server: ``http://host:port`` or ``https://...``; ``ws://...`` or ``wss://...`` for one WebSocket
+            instead.
         env_id: registered id of the environment; ``None`` takes the server's first.
         split: one that the server offers; ``None`` takes its first.
         max_turns: turn limit; ``None`` takes the server's.
@@ -146,7 +147,8 @@ class RemoteEnv(TextEnv):
         """Carry out one action; see :meth:`TextEnv.step`.
 
         Raises:
-            SessionLost: the session expired or the server was started anew; the episode is lost, ``reset()`` begins another.
+            SessionLost: the session expired or the server was started anew; the episode is lost, ``reset()`` begins
+                another.
         """
         if self._frame is None:
             raise EpisodeError("step() was called before reset(); call reset() first")

@@ -1,7 +1,7 @@
 """What travels: JSON in ASCII, so that any text survives, half a character (a lone surrogate) included.
 
-Python's tuples become arrays, as they are the rule in ``info``; arrays that were lists are named in ``lists``, so that a
-Python client gets back exactly what the environment returned, and everybody else sees plain JSON.
+Python's tuples become arrays, as they are the rule in ``info``; arrays that were lists are named in ``lists``, so that
+a Python client gets back exactly what the environment returned, and everybody else sees plain JSON.
 """
 
 from __future__ import annotations

@@ -85,8 +85,8 @@ class Session:
 class Sessions:
     """Carries out the calls of all clients.
 
-    Environments that compute are stepped by one thread, since they share data in this process; those that wait on something
-    outside (``blocking``) by several.
+    Environments that compute are stepped by one thread, since they share data in this process; those that wait on
+    something outside (``blocking``) by several.
 
     Args:
         offers: what clients may play.

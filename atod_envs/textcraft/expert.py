@@ -1,7 +1,7 @@
 """A scripted crafter: reads the commands, works back from the goal, fetches and crafts.
 
-The invariant: it knows what this episode has shown and nothing else. It works out its next step from what is held, so it can take over
-after any actions of anybody.
+The invariant: it knows what this episode has shown and nothing else. It works out its next step from what is held, so
+it can take over after any agent's actions.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TextCraftExpert:
         self._commands = [_Command(made[2], int(made[1]), _amounts(made[3])) for made in found if made]
 
     def observe(self, action: str, observation: str, admissible: Sequence[str] = ()) -> None:
-        """Take note of what an action, anybody's, has changed."""
+        """Take note of what an action of any agent has changed."""
         if got := re.fullmatch(r"Got (\d+) (.+)", observation):
             self._add(got[2], int(got[1]))
         elif made := re.fullmatch(r"Crafted (\d+) minecraft:(.+)", observation):

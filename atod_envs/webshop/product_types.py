@@ -1,7 +1,7 @@
 """What the generated shops sell: product types, attributes, options and the words of their texts.
 
-Pure data, in a compact notation that ``read_product_types`` spells out. The invariant: every attribute and option value reads
-as it would in a seller's text, and all names of makers are invented.
+Pure data, in a compact notation that ``read_product_types`` spells out. The invariant: every attribute and option value
+reads as it would in a seller's text, and all names of makers are invented.
 """
 
 from __future__ import annotations

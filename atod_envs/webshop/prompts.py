@@ -116,9 +116,10 @@ class CompactStyle:
     """One growing conversation in few words.
 
     The first message is the instruction; later ones are the page in lower case, without the instruction and without the
-    navigation that every page has: results one a line and numbered, an item's options one name a line. A result is clicked by its
-    number, ``click[#1]``. A page that has not changed is not told again. The response is the bare action after a short thought;
-    blanks inside its brackets do not count, so that whatever can be named is written as it stands on the page, after a blank.
+    navigation that every page has: results one a line and numbered, an item's options one name a line. A result is
+    clicked by its number, ``click[#1]``. A page that has not changed is not told again. The response is the bare action
+    after a short thought; blanks inside its brackets do not count, so that whatever can be named is written as it
+    stands on the page, after a blank.
     """
 
     layout: Layout = Layout.CONVERSATION

@@ -2,8 +2,8 @@
 
     python -m atod_envs.webshop.serve --split test --record sessions.jsonl
 
-Every button is an action of the environment, and each finished visit is appended to a file in the trajectory format. The
-invariant: a person and an agent play the same environment; nothing here knows a rule of the shop.
+Every button is an action of the environment, and each finished visit is appended to a file in the trajectory format.
+The invariant: a person and an agent play the same environment; nothing here knows a rule of the shop.
 """
 
 from __future__ import annotations

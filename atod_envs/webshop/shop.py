@@ -1,7 +1,7 @@
 """The shop: from an action to the next page.
 
-``Shop`` holds what all customers share, ``ShopSession`` one customer's visit. The invariant: for every action the page, its
-address, its clickables and the reward are those of the original's simulated server, its quirks included; where the
+``Shop`` holds what all customers share, ``ShopSession`` one customer's visit. The invariant: for every action the page,
+its address, its clickables and the reward are those of the original's simulated server, its quirks included; where the
 original would crash, the action counts as not understood and the page stays.
 """
 
@@ -51,8 +51,8 @@ class SearchEngine(Protocol):
 def parse_action(action: str) -> tuple[str, str | None]:
     r"""Split ``name[argument]``; text of another form is a name without argument.
 
-    As the original's greedy ``(.+)\[(.+)\]`` on the first line, in linear time: the argument ends at the last ``]`` and begins at the
-    last ``[`` that leaves it a character.
+    As the original's greedy ``(.+)\[(.+)\]`` on the first line, in linear time: the argument ends at the last ``]`` and
+    begins at the last ``[`` that leaves it a character.
     """
     line = action.partition("\n")[0]
     end = line.rfind("]")

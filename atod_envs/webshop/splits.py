@@ -2,9 +2,9 @@
 
 - ``disjoint`` (default). Human goals: the original's ranges of goal numbers, test 0 to 500, dev 500 to 1500, train the
   rest. Synthetic goals, of which the original gives one for every combination of a product's options, are split by
-  product: all goals of a product, and of products with the same title or the same instruction, lie in one split
-  (5 % test, 10 % dev, 85 % train of the product families). ``all`` holds every goal, for replays and for looking around;
-  who trains on it trains on the test.
+  product: all goals of a product, and of products with the same title or the same instruction, lie in one split (5 %
+  test, 10 % dev, 85 % train of the product families). ``all`` holds every goal, for replays and for looking around; who
+  trains on it trains on the test.
 - ``verl-agent``: the protocol behind published numbers. Every worker shuffles the goals with its own seed, then takes
   numbers 0 to 499 for validation and the rest for training, so validation tasks are trained on. Kept for comparison,
   and said in a warning.

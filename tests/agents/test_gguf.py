@@ -26,7 +26,7 @@ TEMPLATE = (
 
 
 def write(path, *, tied=True, seed=0):
-    """A two-layer Llama with a byte vocabulary, in the quantization that llama.cpp calls Q8_0; its weights as they can be read back."""
+    """A two-layer Llama with a byte vocabulary, quantized as llama.cpp's Q8_0; its weights as they can be read back."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "Ġt"]

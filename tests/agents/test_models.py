@@ -1,4 +1,4 @@
-"""Every model's log-probs are its own forward pass's, in engine, learner, scorers and weight check, or it is refused by name."""
+"""Every model's log-probs are its own forward pass's, in engine, learner, scorers weight check, or it is refused."""
 
 import copy
 import json

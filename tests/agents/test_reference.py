@@ -1,4 +1,4 @@
-"""The models that come with the project: they load by name, fit each other, and differ as a student and a teacher should."""
+"""The models that come with the project load by name, fit each other, and differ as student and teacher should."""
 
 import gymnasium as gym
 import pytest

@@ -1,4 +1,4 @@
-"""Search-QA's reference models: they copy names they have never seen, differ as student and teacher should, and can be trained."""
+"""Search-QA's reference models copy names they have never seen, differ as they should, and can be trained."""
 
 import json
 import sys
@@ -64,7 +64,7 @@ def test_the_profile_shows_one_passage_a_search_unless_told_otherwise():
     assert config.option == ("topk=1",) and resolve(config) == config
     asked = resolve(TrainConfig(env=ENV, option=("topk=3", "dataset=single")))
     assert read_options(asked.option) == {"topk": 3, "dataset": "single"} and vars(resolve(asked)) == vars(asked)
-    assert resolve(TrainConfig(env=ENV, student="somebody/model")).option == ()
+    assert resolve(TrainConfig(env=ENV, student="owner/model")).option == ()
 
 
 def test_a_name_is_the_same_tokens_wherever_it_stands(student):

@@ -1,4 +1,4 @@
-"""The chat templates that TRL carries, with a small tokenizer of our own and with real ones where they are installed."""
+"""The chat templates that TRL carries, with a small tokenizer of our own and with real ones that are installed."""
 
 import importlib.util
 import os

@@ -121,7 +121,7 @@ def test_sdar_loss_gate_and_gradient(golden, rules):
 
 
 def test_sdar_gradient_by_finite_differences():
-    """The gate is held where it was: the derivative of g (T - s) in s alone, which is not that of sigma(b (T - s)) (T - s)."""
+    """The gate is held where it was: the derivative of g (T - s) in s alone, not of sigma(b (T - s)) (T - s)."""
     rng = np.random.default_rng(0)
     student, teacher, reference = (-rng.exponential(1.0, 6) for _ in range(3))
     scores = Scores(student, privileged_M=teacher, reference_M=reference)

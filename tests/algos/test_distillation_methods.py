@@ -190,7 +190,7 @@ def test_the_largest_share_is_exact_and_on_top(values, share):
 
 
 def test_forward_kl_and_its_gradient_by_finite_differences():
-    """Two places, five tokens; the whole vocabulary as support: the textbook KL(p_T || p_theta) and its gradient p_theta - p_T."""
+    """Two places, five tokens, all as support: the textbook KL(p_T || p_theta) and its gradient p_theta - p_T."""
     rng = np.random.default_rng(1)
     logits = torch.tensor(rng.normal(size=(2, 5)), dtype=torch.float64, requires_grad=True)
     teacher = torch.log_softmax(torch.tensor([[0.1, 0.2, 0.0, 0.1, 0.3], [9.0, 0, 0, 0, 0]]).double(), -1).numpy()

@@ -179,7 +179,7 @@ def test_terms_are_measured_where_the_paper_measures_them():
 
 
 def test_an_example_worked_by_hand():
-    """Step 40 of 80, so kappa 0.55 and rho 1.5; rewards 10, 0, 10, 0 give advantages of +-sqrt(3)/2; the last trajectory holds a
+    """Step 40 of 80: kappa 0.55, rho 1.5. Rewards 10, 0, 10, 0: advantages +-sqrt(3)/2. The last trajectory holds a
     masked token with extreme log-probs, which must not be felt anywhere."""
 
     def turn(student, teacher, mask=None):

@@ -1,4 +1,4 @@
-"""What algorithms may ask of rollout, scoring and storage besides the usual: expert beginnings, privileged text, tables."""
+"""What algorithms may ask of rollout, scoring and storage: expert beginnings, privileged text, tables."""
 
 import gymnasium as gym
 import numpy as np

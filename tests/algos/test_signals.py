@@ -1,4 +1,4 @@
-"""Each algorithm does what it is for: short seeded runs of the reference models on a few games of the built-in household world.
+"""Each algorithm does what it is for: short seeded runs of the reference models on games of the built-in household.
 
 Few games, because a step then plays the same ones as the step before, and what changes is the student.
 """
@@ -155,7 +155,7 @@ def test_tcods_expert_hands_over_earlier_and_earlier(learn):
 
 
 def test_sdars_gate_opens(learn, models, tokenizer, tmp_path):
-    """A student that would do better with a hint becomes what it would be with it, though it plays without and earns nothing."""
+    """A student that would do better with a hint becomes what it would be with it, playing without, earning nothing."""
     skills = tmp_path / "skills.md"
     skills.write_text("# General\n\nSpeak.\n\n" + "".join(f"## {word}\n\nYou say {word}.\n\n" for word in WORDS))
     algorithm = SDAR(group=GroupOptions(reward_scale=0.0), sdar_coef=1.0, skills=str(skills))

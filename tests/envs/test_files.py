@@ -1,4 +1,4 @@
-"""Files that may hold anything: every reader reads what is there, or says which file and place it does not understand."""
+"""Files that may hold anything: every reader reads what is there, or names the file and place that it cannot read."""
 
 import gzip
 import json

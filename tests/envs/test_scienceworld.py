@@ -1,4 +1,4 @@
-"""ScienceWorld: equal to the package's own interface, few simulators for many episodes, killed simulators, the contract."""
+"""ScienceWorld: the package's own interface, few simulators for many episodes, killed simulators, the contract."""
 
 import os
 import pickle

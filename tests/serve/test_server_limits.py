@@ -230,7 +230,7 @@ def test_a_slow_reader_gets_all_of_its_answer():
 
 
 def test_pipelined_requests_that_nobody_reads_hold_up_nobody():
-    """A few answers fill what lies between the two sockets; the server then waits for this client, and others do not."""
+    """A few answers fill what lies between two sockets; the server then waits for this client, others do not."""
     server = ShopServer(("127.0.0.1", 0), {"split": "test", "goals": "synthetic"}, None)
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
     with serving(server) as port, connected(port, receive=1 << 12) as deaf:

@@ -55,7 +55,7 @@ def test_a_server_that_never_answers_is_given_up(kind):
 
 
 def test_a_server_that_drips_is_given_up():
-    """Each byte arrives in time, the whole answer never does: a client without a limit for the whole would wait for two minutes."""
+    """Each byte arrives in time, the whole answer never: a client without a limit for the whole waits two minutes."""
     with socket.create_server(("127.0.0.1", 0)) as dripping:
 
         def drip():

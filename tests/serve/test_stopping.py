@@ -1,4 +1,4 @@
-"""Commands that are stopped in every phase, whose output has no reader, whose port is taken, whose packages are missing."""
+"""Commands that are stopped in any phase, whose output has no reader, whose port is taken, that lack packages."""
 
 import contextlib
 import os

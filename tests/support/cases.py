@@ -1,4 +1,4 @@
-"""Scored batches made by hand, without models or environments; shared by the tests of the equations and of their properties."""
+"""Scored batches made by hand, without models or environments, for tests of equations and their properties."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ def close(a, b, tolerance=1e-6):
 
 
 def one_token_a_turn(d, h):
-    """A scored batch whose only trajectory has these disagreements and uncertainties: one token a turn, -h under the student."""
+    """A scored batch of one trajectory with these d and h, a token a turn, -h under the student."""
     turns = [{"student_logp": [-u], "teacher_logp": [-u + gap], "mask": [1]} for gap, u in zip(d, h, strict=True)]
     return batch_of([{"group": "x", "reward": 0.0, "turns": turns}])[:2]
 

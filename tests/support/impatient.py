@@ -1,8 +1,8 @@
 """A retriever that dies, and Search-QA whose clients soon give it up.
 
-As a program it serves the built-in passages at a port, and dies at the first query after a path has come to exist. Imported by a
-worker (an environment's id may name a module), it makes the worker's clients try three times in a moment, where they would try six times
-in a quarter of a minute.
+As a program it serves the built-in passages at a port, and dies at the first query after a path has come to exist.
+Imported by a worker (an environment's id may name a module), it makes the worker's clients try three times in a moment,
+where they would try six times in a quarter of a minute.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""HTTP by hand: a server that answers with given bytes, a request as bytes, and every server of this project on a free port."""
+"""HTTP by hand: a server that answers with given bytes, a request as bytes, and each of our servers on a free port."""
 
 import contextlib
 import socket
@@ -9,7 +9,7 @@ from servers import TOY_OFFERS, running
 
 
 class Scripted:
-    """Answers the requests of all connections with the given bytes in turn, the last for ever; ``None`` closes without a word.
+    """Answers requests with the given bytes in turn, the last for ever; ``None`` closes without a word.
 
     Attributes:
         requests: heads and bodies that came, as text.

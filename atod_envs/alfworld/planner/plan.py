@@ -1,7 +1,8 @@
 """An omniscient planner: shortest plans for compiled games, from the start or from any moment of an episode.
 
 The invariant: a plan's length is the least number of commands that wins, and every command of it is admissible when its
-turn comes. What makes plans short is :mod:`atod_envs.alfworld.planner.shortest_plan`; here a game's facts are read off for it.
+turn comes. What makes plans short is :mod:`atod_envs.alfworld.planner.shortest_plan`; here a game's facts are read off
+for it.
 """
 
 from __future__ import annotations

@@ -233,7 +233,8 @@ def _goal_weights(combinations: list[int], wanted: list[tuple[int, ...]], n_attr
     for count, attributes in zip(combinations, wanted, strict=True):
         for attribute in attributes:
             counts[attribute] += count
-    # Added one after another in the attributes' order, so that the last bit is the original's: from Python 3.12 on, sum() is more exact.
+    # Added one after another in the attributes' order, so that the last bit is the original's: from Python 3.12 on,
+    # sum() is more exact.
     return np.array(
         [reduce(add, (1.0 / counts[a] for a in w)) / len(w) if w else 0.0 for w in wanted], dtype=np.float64
     )

@@ -1,8 +1,8 @@
 """What a record of the official files may look like; anything else is refused before it is read.
 
-``product`` reads what the original reads and leaves empty what is missing. Here a field that is there but is not of the published
-form ends in a ``DataError`` with the file and the record's place, because whatever would be made of it is a guess: a price that is a
-number would become 100 dollars, an option whose value is no text would vanish.
+``product`` reads what the original reads and leaves empty what is missing. Here a field that is there but is not of the
+published form ends in a ``DataError`` with the file and the record's place, because whatever would be made of it is a
+guess: a price that is a number would become 100 dollars, an option whose value is no text would vanish.
 """
 
 from __future__ import annotations

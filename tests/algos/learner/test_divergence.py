@@ -1,4 +1,4 @@
-"""The teacher's term as a loss (``--gap exact``): its gradient against the plain formula, its updates, and what it may be used with."""
+"""The teacher's term as a loss (``--gap exact``): its gradient against the plain formula, its updates, its limits."""
 
 import copy
 import dataclasses

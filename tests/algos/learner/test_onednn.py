@@ -1,4 +1,4 @@
-"""The learner's linear layers through oneDNN against plain ones, and the pass that is saved where a step has one update."""
+"""The learner's linear layers through oneDNN against plain ones, and the pass that a single update saves."""
 
 import copy
 

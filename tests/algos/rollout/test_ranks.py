@@ -1,4 +1,4 @@
-"""Several ranks under torchrun: the run of a single process, its checkpoints at any number of ranks, and its end with a lost rank."""
+"""Several ranks under torchrun: one process's run, checkpoints at any number of ranks, the end with a lost rank."""
 
 import json
 import os
@@ -210,7 +210,8 @@ EVERY = "entropy_aware,gigpo,gopd,grpo,opd,sdar,sod,tcod,tip"
 @pytest.mark.parametrize(
     "names, extra",
     [
-        # Each a second time: a finished run is shown again. The built-in student's run ends with a page that scores tokens.
+        # Each a second time: a finished run is shown again. The built-in student's run ends with a page that scores
+        # tokens.
         pytest.param("atod,atod", [], id="builtin"),
         pytest.param(EVERY, ["--dtype", "bfloat16"], id="every algorithm in bfloat16", marks=pytest.mark.slow),
     ],

@@ -1,7 +1,7 @@
-"""Whatever happens to a run: it says what, and the same command goes on to the result of a run to which nothing happened.
+"""Whatever happens to a run: it says what, and the same command goes on to the undisturbed run's result.
 
-Runs are killed with SIGKILL at places that are named and at moments that are not, and disks are really full (a limit on the
-size of files makes the system refuse the write).
+Runs are killed with SIGKILL at places that are named and at moments that are not, and disks are really full (a limit on
+the size of files makes the system refuse the write).
 """
 
 import gzip
@@ -119,7 +119,8 @@ NAMED = [
     ("rollout", 20, False), ("scoring", 1, False), ("update", 1, True), ("store", 1, False), ("log", 1, True),
     ("fsync", 12, False), ("rename", 1, True), ("rename", 3, True), ("update", 3, False), ("remove", 1, False),
 ]  # fmt: skip
-"""Function (see faults_runner.py), at which call, and whether just after it. Each run goes on where the one before was killed."""
+"""Function (see faults_runner.py), at which call, and whether just after it. Each run goes on where the one before was
+killed."""
 
 
 def test_killed_at_named_places_and_resumed_equals_uninterrupted(whole, runner, tmp_path):

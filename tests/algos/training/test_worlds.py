@@ -1,4 +1,4 @@
-"""The algorithms that need something from an environment (skills, an expert) run everywhere, through the one trainer."""
+"""Algorithms that need something from an environment (skills, an expert) run everywhere, through the one trainer."""
 
 import gzip
 import json

@@ -290,7 +290,7 @@ def test_comments_and_case_do_not_matter_in_pddl():
     domain = parse_domain("(define (domain D) ; (broken\n (:types a b - c c) (:predicates (P ?x - A)))")
     assert domain.predicates == {"p": 1}
     assert domain.subtypes("c") == {"a", "b", "c"}
-    assert domain.subtypes("nobody,") == frozenset()
+    assert domain.subtypes("nothing,") == frozenset()
 
 
 def test_grammar_comments_are_skipped():

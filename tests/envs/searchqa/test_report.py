@@ -16,7 +16,7 @@ def test_episodes_are_scored_by_data_set(tmp_path, capsys):
     for place, task_id in enumerate(tasks.panel(24)):
         env.reset(seed=0, options={"task_id": task_id})
         question = tasks.questions[task_id]
-        env.step("<search>nobody</search>")
+        env.step("<search>no name</search>")
         answer = (question.answers[0], f"{question.answers[0]} indeed", "nothing")[place % 3]
         *_, info = env.step(f"<answer>{answer}</answer>")
         played.append(info["trajectory"])

@@ -228,7 +228,7 @@ def test_a_connection_that_the_server_closed_is_opened_anew():
 
 
 def test_an_answer_that_drips_is_given_up():
-    """Each byte arrives in time, the whole answer never does: a client without a limit for the whole would wait for two minutes."""
+    """Each byte arrives in time, the whole answer never: a client without a limit for the whole waits two minutes."""
     body = json.dumps({"result": [[]]}).encode().ljust(1200)
     with socket.create_server(("127.0.0.1", 0)) as listener:
 

@@ -37,7 +37,8 @@ def test_built_in_tasks_are_solved(split, mode, brief):
 def test_real_goals_are_solved(webshop_data):
     """Of the real goals that can be solved at all; see the next test for those that cannot.
 
-    The weights were fitted to goals of even place; these are of odd place. ``benchmarks/webshop_expert.py`` plays all of them.
+    The weights were fitted to goals of even place; these are of odd place. ``benchmarks/webshop_expert.py`` plays all
+    of them.
     """
     env = WebShopEnv("all", data=webshop_data)
     panel = [task for task in env.tasks[1::14] if solvable(env, task)]

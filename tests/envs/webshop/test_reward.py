@@ -47,7 +47,7 @@ def test_recorded_parts_and_totals_agree(real_store, read_golden):
 
 
 def test_real_purchases_agree(purchases):
-    """Options, price, type factor and total of 50 real purchases; their products' texts are not at hand."""
+    """Options, price, type factor and total of 50 real purchases; their products' texts are not here."""
     assert len(purchases) == 50
     for row in purchases:
         goal, info, bought = row["goal"], row["reward_info"], row["content"]
@@ -65,9 +65,9 @@ def test_real_purchases_agree(purchases):
 def test_rule_nouns_agree_with_the_recorded_title_scores(purchases):
     """What can be compared without the titles of foreign products.
 
-    Where the goal's own product was bought, the score is the share of distinct nouns: all seven within 0.05. Elsewhere a
-    score is a fraction whose denominator divides the number of nouns in the goal's title; where the reduced denominator
-    is 11 or more (26 titles), the rules' count is on average within 2 % of it, and 19 are within 10 %.
+    Where the goal's own product was bought, the score is the share of distinct nouns: all seven within 0.05. Elsewhere
+    a score is a fraction whose denominator divides the number of nouns in the goal's title; where the reduced
+    denominator is 11 or more (26 titles), the rules' count is on average within 2 % of it, and 19 are within 10 %.
     """
     own, counts = [], []
     for row in purchases:

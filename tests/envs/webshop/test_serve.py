@@ -167,7 +167,8 @@ def test_in_headless_chromium(server, chrome):
     words = wanted(find("header #task").text)
     find("#query").send_keys(words)
     press(find("#search"))
-    # Each result is one card with a place for a picture, a title and a price, and one click; the ways through are apart.
+    # Each result is one card with a place for a picture, a title and a price, and one click; the ways through are
+    # apart.
     assert chrome.find_element(By.XPATH, "//nav/p[text()='Page 1 (Total results: 50)']")
     cards = chrome.find_elements(By.CSS_SELECTOR, "ul.cards > li > button.product")
     assert len(cards) == 10 == len(chrome.find_elements(By.CSS_SELECTOR, "ul.cards button"))
