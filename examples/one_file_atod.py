@@ -52,7 +52,7 @@ class Attempt:
 
 
 def message_ids(tokenizer, message: str, talk: list[dict] = NEW) -> list[int]:
-    """Ids of a user message with what the chat template puts around it; behind a response (``talk=LATER``), from its end on.
+    """Ids of a user message with the chat template around it; after a response (``talk=LATER``), from its end on.
 
     No text of the message becomes a control token: what would is cut in two before it is encoded.
     """

@@ -105,7 +105,7 @@ def smollm2():
 
 
 def chosen():
-    """A tokenizer of somebody's own choice, e.g. Qwen3's."""
+    """A tokenizer of the user's choice, e.g. Qwen3's."""
     folder = os.environ.get("ATOD_TEST_TOKENIZER")
     if not folder:
         pytest.skip("set ATOD_TEST_TOKENIZER to a folder with a real model's tokenizer, e.g. Qwen3's")
