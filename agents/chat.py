@@ -228,7 +228,7 @@ class ChatFormat:
         return between
 
     def _facts(self) -> dict[str, Any]:
-        """What templates are told besides the messages: the date, and "" for special tokens that the tokenizer lacks."""
+        """What templates are told besides the messages: the date, and "" for special tokens that it lacks."""
         template, known = str(self.tokenizer.get_chat_template()), self.tokenizer.special_tokens_map
         facts: dict[str, Any] = {name: "" for name in _SPECIAL if name not in known}
         if "strftime_now" in template:
