@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -261,14 +263,28 @@ def _ray() -> Any:
     return ray
 
 
+def worker_env(variables: Mapping[str, str]) -> dict[str, Any]:
+    """Ray's ``runtime_env`` for workers with these environment variables.
+
+    Ray starts workers through a shell and does not quote the path of Python, so a path with a blank is quoted here. On a cluster
+    that runs already, the path is the cluster's own affair.
+    """
+    quoted = shlex.quote(sys.executable)
+    if quoted == sys.executable or os.environ.get("RAY_ADDRESS"):
+        return {"env_vars": dict(variables)}
+    return {"env_vars": dict(variables), "py_executable": quoted}
+
+
 def _connect(ray: Any) -> None:
     # By default Ray's workers give way to everything else on a machine (niceness 15): here the learner waits for them.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Workers must find what the driver finds: a registered environment may live in the folder it was started from.
     paths = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}}
+    variables = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
+        ray.init(
+            include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, runtime_env=worker_env(variables)
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = os.environ.get("RAY_ADDRESS", "this machine")
         raise AtodError(

@@ -24,7 +24,7 @@ from atod_algos.atod import ATOD
 from atod_algos.grpo import GRPO
 from atod_algos.rollout.episodes import EpisodeSpec, collect_groups, derive_seed
 from atod_algos.rollout.pools import local_pool, worker_pool
-from atod_algos.rollout.ray_pool import RayPool
+from atod_algos.rollout.ray_pool import RayPool, worker_env
 from atod_algos.rollout.work_queue import WorkQueue
 from atod_algos.training.cli import main
 from atod_algos.training.config import TrainConfig, resolve
@@ -48,17 +48,15 @@ def play(pool, specs, **options):
 @pytest.fixture(scope="module")
 def cluster():
     """A cluster on this machine with room for more workers than it has cores."""
-    environment = {
-        "env_vars": {
-            "PYTHONPATH": os.pathsep.join([str(SUPPORT), str(REPOSITORY)]),
-            "OMP_NUM_THREADS": "1",
-            "IMPATIENT": "1",
-        }
+    variables = {
+        "PYTHONPATH": os.pathsep.join([str(SUPPORT), str(REPOSITORY)]),
+        "OMP_NUM_THREADS": "1",
+        "IMPATIENT": "1",
     }
     os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=100 << 20,
-        runtime_env=environment,
+        runtime_env=worker_env(variables),
     )  # fmt: skip
     yield ray
     ray.shutdown()
