@@ -207,17 +207,19 @@ def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool 
     with nullcontext() if quiet else held(folder), sigterm_closes():
         run = Onlooker(folder) if quiet else RunFolder(folder, settings)
         result = _finish(config, algorithm, run, progress)
-    if result is None or quiet:
+    if quiet:
+        distributed.barrier()  # see its docstring
         return result
     progress.console.print(result_table(list(result["table"].items()), result["panel"]))
     with distributed.alone():  # the other ranks have nothing more to do
         page = _report(folder, config)
     progress.console.print(f"run folder: {folder}", highlight=False)
     progress.console.print(f"every turn and why it was weighted: {page}", highlight=False, soft_wrap=True)
+    distributed.barrier()
     return result
 
 
-def _finish(config: RunConfig, algorithm: Algorithm, run: RunFolder, progress: Progress) -> dict[str, Any] | None:
+def _finish(config: RunConfig, algorithm: Algorithm, run: RunFolder, progress: Progress) -> dict[str, Any]:
     """Train to the end of the run, from its last checkpoint if there is one; return the final table."""
     from atod_algos.learner import distributed
     from atod_algos.training.console import Progress
