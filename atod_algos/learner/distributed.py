@@ -87,8 +87,8 @@ def size() -> int:
 def barrier() -> None:
     """Wait for all ranks.
 
-    It also has to be the last thing that ranks do together. Gloo's threads may still hold the tensors of any other operation; one
-    that lets go of them while the interpreter ends aborts the process. A barrier has none.
+    It also has to be the last thing that ranks do together. Gloo's threads may still hold the tensors of any other
+    operation; one that lets go of them while the interpreter ends aborts the process. A barrier has none.
     """
     if size() > 1:
         dist.barrier()

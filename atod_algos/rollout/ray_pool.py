@@ -266,8 +266,8 @@ def _ray() -> Any:
 def worker_env(variables: Mapping[str, str]) -> dict[str, Any]:
     """Ray's ``runtime_env`` for workers with these environment variables.
 
-    Ray starts workers through a shell and does not quote the path of Python, so a path with a blank is quoted here. On a cluster
-    that runs already, the path is the cluster's own affair.
+    Ray starts workers through a shell and does not quote the path of Python, so a path with a blank is quoted here.
+    On a cluster that runs already, the path is the cluster's own affair.
     """
     quoted = shlex.quote(sys.executable)
     if quoted == sys.executable or os.environ.get("RAY_ADDRESS"):
