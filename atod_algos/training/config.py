@@ -2,7 +2,8 @@
 
 Every default stands once: in a group of options here, in ``atod_algos.learner.options``, or, where it depends on the
 size of the models, in ``BUILTIN`` (the reference models that come with the project; ``BUILTIN_WORLDS`` where
-environments differ) or ``PUBLISHED`` (real checkpoints; the values of the released scripts). Nothing here loads torch.
+environments differ) or ``PUBLISHED`` (real checkpoints; the values of the released scripts). What a single algorithm
+needs with the reference models is in ``presets.BUILTIN_RUNS``. Nothing here loads torch.
 """
 
 from __future__ import annotations

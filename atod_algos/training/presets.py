@@ -4,6 +4,8 @@ What is given on the command line wins over the preset, the preset over the mode
 (``atod_algos.training.config``), the profile over plain defaults. The source of each value is in docs/presets.md. A
 preset names models by where their architecture is known; the paper's teachers are such models after GRPO, and they have
 no public name, so a run that wants one must be told where it is.
+
+Without a preset, runs of the built-in models take ``BUILTIN_RUNS``: an algorithm's own settings on an environment.
 """
 
 from __future__ import annotations
@@ -107,6 +109,40 @@ MODELS: Mapping[str, tuple[str, str]] = MappingProxyType(
     }
 )
 """Preset -> student, and the model that its teacher was before GRPO."""
+
+
+BUILTIN_RUNS: Mapping[tuple[str, str], tuple[Mapping[str, Any], Mapping[str, Any]]] = MappingProxyType(
+    {
+        ("atod", "atod/ALFWorld-v0"): (
+            {"steps": 80, "gap": "exact", "minibatches": 8, "warmup_steps": 5, "old_logprobs": "sampler"},
+            {"coef_anneal_steps": 50, "objective": {"clip_high": 0.28}},
+        )
+    }
+)
+"""(Algorithm, registered id) -> settings of a run and options of the algorithm, for the built-in student and teacher
+under the paper's rules. Where nothing stands, an algorithm has its own defaults and the profile that all share."""
+
+
+def override(options: Any, values: Mapping[str, Any]) -> Any:
+    """A frozen dataclass with some fields changed; a mapping changes fields of a nested one."""
+    changed = {
+        name: override(getattr(options, name), value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+    }
+    return dataclasses.replace(options, **changed)
+
+
+def builtin_run(algorithm: Any, env: str, *, stale: bool) -> tuple[TrainConfig, Any]:
+    """Defaults of a run of the built-in student and teacher: settings, and the algorithm with its options.
+
+    Args:
+        algorithm: with the paper's rules.
+        env: registered id of the environment.
+        stale: older weights will play, so that the sampler's log-probs are not the learner's.
+    """
+    settings, options = BUILTIN_RUNS.get((algorithm.name, env), ({}, {}))
+    config = TrainConfig(**settings)
+    return dataclasses.replace(config, old_logprobs="learner") if stale else config, override(algorithm, options)
 
 
 def _world(preset: str, env: str) -> World:

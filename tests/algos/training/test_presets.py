@@ -339,6 +339,29 @@ def test_what_cannot_be_run_is_refused_in_one_line(arguments, words, capsys):
     assert stop.value.code == 1 and words in said and said.count("\n") == 1
 
 
+def test_the_built_in_run_has_settings_of_its_own_and_flags_win(capsys):
+    run = {"steps": 80, "gap": "exact", "minibatches": 8, "warmup_steps": 5, "old_logprobs": "sampler"}
+
+    def settings(algorithm, *arguments):
+        found, _ = dry(algorithm, arguments, capsys)
+        method = found["algorithm"]
+        return {name: found["train"][name] for name in run}, method.get("coef_anneal_steps"), method["objective"]
+
+    train, annealing, objective = settings(ATOD)
+    assert (train, annealing, objective["clip_high"]) == (run, 50, 0.28)
+    train, annealing, objective = settings(
+        ATOD, "--steps", "9", "--minibatches=2", "--coef-anneal-steps", "7", "--clip-high", "0.2"
+    )
+    assert (train, annealing, objective["clip_high"]) == (run | {"steps": 9, "minibatches": 2}, 7, 0.2)
+    assert settings(ATOD, "--staleness", "1")[0] == run | {"old_logprobs": "learner"}
+    plain = {name: getattr(resolve(TrainConfig()), name) for name in run}
+    for algorithm, *arguments in ((GRPO,), (ATOD, "--rules", "released"), (ATOD, "--student", "tiny", "--lr", "1e-4")):
+        train, annealing, objective = settings(algorithm, *arguments)
+        assert (train, annealing, objective["clip_high"]) == (plain, None if algorithm is GRPO else 80, 0.2)
+    shop = {name: getattr(resolve(TrainConfig(env=WEBSHOP)), name) for name in run}
+    assert settings(ATOD, "--env", WEBSHOP)[:2] == (shop, 80)
+
+
 def test_what_store_and_cluster_say():
     config = resolve(TrainConfig(store="tokens/10", cluster="ray:gpus=0.5"))
     assert storage_of(config) == (10, True) and worker_resources(config) == (1.0, 0.5)
