@@ -1,19 +1,82 @@
-"""What every command answers to errors and signals: one line for what a user can fix; a traceback means a bug."""
+"""What every command does alike: its help, and what it answers to errors and signals.
+
+An error that a user can fix is one line; a traceback means a bug.
+"""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import errno
+import inspect
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, NoReturn, get_type_hints
+
+import tyro
 
 from atod_envs.errors import AtodError
+from atod_envs.options import program
 
 _MEMORY = "out of memory; lower --token-budget, --slots or --tasks-per-step"
+
+
+def parse(kind: Callable[..., Any], arguments: Sequence[str] | None, module: str, description: str | None) -> Any:
+    """Read a command line into a dataclass, or a function's arguments; the help is the text under each field.
+
+    Args:
+        kind: the dataclass; nested ones are groups of options, without a prefix.
+        arguments: by default those of the process.
+        module: name of the command's module, for the usage line.
+        description: shown above the options.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:] if arguments is None else arguments):
+        _put_help(kind)
+    omit = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(kind, args=arguments, prog=program(module), description=_paragraphs(description), config=omit)
+
+
+def _paragraphs(text: str | None) -> str:
+    """A docstring with its prose in one line a paragraph: tyro would join prose to the formula above it."""
+    lines: list[str] = []
+    prose = False
+    for line in (text or "").strip().splitlines():
+        before, prose = prose, bool(line) and not line[0].isspace()
+        if prose and before:
+            lines[-1] += f" {line}"
+        else:
+            lines += ["", line] if prose and lines and lines[-1] else [line]
+    return "\n".join(lines)
+
+
+def _put_help(kind: Any) -> None:
+    """Give tyro each field's text in one line; on its own it keeps the line breaks of the source."""
+    for part in get_type_hints(kind).values():
+        if dataclasses.is_dataclass(part):
+            _put_help(part)
+    if dataclasses.is_dataclass(kind):
+        texts = explanations(kind)
+        for field in dataclasses.fields(kind):
+            field.metadata = MappingProxyType({"help": texts.get(field.name)})
+
+
+def explanations(kind: type[Any]) -> dict[str, str]:
+    """The text under each field of a dataclass, in one line."""
+    found: dict[str, str] = {}
+    owners: list[type[Any]] = [owner for owner in kind.__mro__ if dataclasses.is_dataclass(owner)]
+    for owner in reversed(owners):
+        body = ast.parse(inspect.cleandoc(inspect.getsource(owner))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for here, below in zip(body.body, body.body[1:], strict=False):
+            match here, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
+    return found
 
 
 class Terminated(KeyboardInterrupt):

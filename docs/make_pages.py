@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import sys
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+
+from atod_algos.guard import explanations
 
 FOLDER = Path(__file__).parent / "algorithms"
 
@@ -21,9 +21,7 @@ def page(name: str, algorithm: type[Any]) -> str:
     lines = [f"# {algorithm.__name__}", "", said[0], "", f"`atod train {name}` is `python -m {module.__name__}`.", ""]
     lines += ["```text", *said[2:], "```", "", "## Options", "", "| option | default | |", "|---|---|---|"]
     for option, default, text in options(algorithm()):
-        lines.append(
-            f"| `--{option.replace('_', '-')}` | `{default}` | {' '.join(text.split()).replace('|', chr(92) + '|')} |"
-        )
+        lines.append(f"| `--{option.replace('_', '-')}` | `{default}` | {text.replace('|', chr(92) + '|')} |")
     lines += ["", "The settings of a run (models, steps, learning rate, ...) are [TrainConfig](../api/algos.md)'s.", ""]
     return "\n".join(lines)
 
@@ -37,18 +35,6 @@ def options(settings: Any) -> Iterator[tuple[str, Any, str]]:
             yield from options(value)
         else:
             yield field.name, value, texts.get(field.name, "")
-
-
-def explanations(kind: type[Any]) -> dict[str, str]:
-    """The text under each field of a dataclass."""
-    body = ast.parse(inspect.getsource(kind)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for here, below in zip(body.body, body.body[1:], strict=False):
-        match here, below:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                found[name] = text
-    return found
 
 
 def main() -> int:

@@ -4,10 +4,10 @@ The invariant: a result names its tasks, seeds and sampling, so that the same ca
 policies can be compared task by task. Evaluation never uses an algorithm's limits, and an episode that could not be
 played is an error, not a failure of the policy.
 
-    python -m atod_algos.evaluate --env atod/ALFWorld-v0 --agent expert python -m atod_algos.evaluate --env
-    atod/ALFWorld-v0 --agent runs/atod-ALFWorld-v0-seed0/checkpoints/best --seeds 0 1 2 python -m atod_algos.evaluate
-    --env atod/WebShop-v0 --agent api:gpt-4o-mini --api-base https://api.openai.com/v1 --panels test/500 python -m
-    atod_algos.evaluate --compare evaluations/A evaluations/B
+    python -m atod_algos.evaluate --env atod/ALFWorld-v0 --agent expert
+    python -m atod_algos.evaluate --env atod/ALFWorld-v0 --agent runs/atod-ALFWorld-v0-seed0/checkpoints/best
+    python -m atod_algos.evaluate --env atod/WebShop-v0 --agent api:gpt-4o-mini --panels test/500
+    python -m atod_algos.evaluate --compare evaluations/A evaluations/B
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -25,18 +24,16 @@ from atod_algos.evaluate.journal import EpisodeJournal
 from atod_algos.evaluate.paired_command import show_comparison
 from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, sampling_of, settings_of
 from atod_algos.evaluate.worker import EvaluationWorker
+from atod_algos.guard import guarded, parse
 from atod_algos.training.console import result_table
 from atod_algos.training.run_dir import read_settings, replace_text, versions
 from atod_envs.errors import AtodError
-from atod_envs.options import program
 from atod_envs.trajectory import read_jsonl, write_jsonl
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    from atod_algos.guard import guarded
-
-    config = tyro.cli(EvaluateConfig, args=arguments, prog=program("atod_algos.evaluate"), description=__doc__)
+    config = parse(EvaluateConfig, arguments, "atod_algos.evaluate", __doc__)
     logging.basicConfig(level=logging.INFO if config.verbose else logging.WARNING, format="%(levelname)s %(message)s")
     guarded(lambda: show_comparison(*config.compare) if config.compare else run(config))
 

@@ -12,13 +12,12 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from atod_algos.guard import guarded
+from atod_algos.guard import guarded, parse
 from atod_algos.report.data import Run, read_run
 from atod_algos.report.page import TURNS, write_page
 from atod_algos.report.tokens import Scorer
 from atod_envs.errors import AtodError
 from atod_envs.http.messages import is_local_name
-from atod_envs.options import program
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class ReportConfig:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    config = tyro.cli(ReportConfig, args=arguments, prog=program("atod_algos.report"), description=ReportConfig.__doc__)
+    config = parse(ReportConfig, arguments, "atod_algos.report", ReportConfig.__doc__)
     logging.basicConfig(level=logging.INFO if config.verbose else logging.WARNING, format="%(levelname)s %(message)s")
     guarded(lambda: _run(config))
 

@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 from rich.console import Console
 
 from atod_algos.evaluate.settings import held_out_splits
-from atod_algos.guard import guarded
+from atod_algos.guard import guarded, parse
 from atod_algos.study import METHODS, PRESETS, Method, Preset, World
 from atod_algos.study.cells import finish_cell, read_study, tune
 from atod_algos.training.run_dir import Busy, replace_text
 from atod_envs.errors import UnknownName
-from atod_envs.options import program
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class StudyConfig:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    config = tyro.cli(StudyConfig, args=arguments, prog=program("atod_algos.study"), description=StudyConfig.__doc__)
+    config = parse(StudyConfig, arguments, "atod_algos.study", StudyConfig.__doc__)
     logging.basicConfig(level=logging.INFO if config.verbose else logging.WARNING, format="%(levelname)s %(message)s")
     try:
         guarded(lambda: run(config))

@@ -25,11 +25,11 @@ import tyro
 from agents.logits import longest_context
 from agents.models import LoadedModel, load_model
 from atod_algos.batch import TokenBatch
-from atod_algos.guard import guarded
+from atod_algos.guard import guarded, parse
 from atod_algos.learner.logprobs import score
 from atod_algos.learner.options import UpdateOptions
 from atod_envs.http.messages import Refused, parse_object
-from atod_envs.options import needed_imports, program
+from atod_envs.options import needed_imports
 
 with needed_imports("serve", __name__):
     from starlette.applications import Starlette
@@ -198,7 +198,7 @@ def _are_ids(prompt: Any, size: int) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until interrupted."""
-    options = tyro.cli(ServeOptions, args=arguments, prog=program("atod_algos.teachers.server"), description=__doc__)
+    options = parse(ServeOptions, arguments, "atod_algos.teachers.server", __doc__)
 
     def run() -> None:
         loaded = load_model(options.model, "teacher", world=options.world, device=options.device)

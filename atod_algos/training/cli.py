@@ -20,9 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
-import tyro
-
-from atod_algos.guard import Terminated, dies_at_once, exit_code, fail, guarded, sigterm_closes
+from atod_algos.guard import Terminated, dies_at_once, exit_code, fail, guarded, parse, sigterm_closes
 from atod_algos.training.config import GROUPS, RunConfig, RunOptions, TrainConfig, resolve
 from atod_algos.training.presets import (
     builtin_run,
@@ -33,7 +31,6 @@ from atod_algos.training.presets import (
     require_teacher,
 )
 from atod_envs.errors import AtodError, UnknownName
-from atod_envs.options import program
 
 if TYPE_CHECKING:
     from atod_algos.algorithm import Algorithm
@@ -140,13 +137,7 @@ def _parse(
         ]
     )
     entry.__annotations__ = dict(kinds)
-    parsed = tyro.cli(
-        entry,
-        args=arguments,
-        prog=program(f"atod_algos.{algorithm.name}"),
-        description=(sys.modules[algorithm.__module__].__doc__ or "").strip(),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    parsed = parse(entry, arguments, f"atod_algos.{algorithm.name}", sys.modules[algorithm.__module__].__doc__)
     values = {
         field.name: getattr(parsed[name], field.name) for name in GROUPS for field in dataclasses.fields(GROUPS[name])
     }

@@ -9,8 +9,8 @@ executed instead (and is not learned from), and the expert, who has watched, ans
 2011, dataset aggregation). Without this a small model never learns to recover: it repeats itself after "Nothing
 happens.".
 
-    python -m atod_algos.training.sft --student PATH --out FOLDER --env atod/ALFWorld-v0 python -m
-    atod_algos.training.sft --student PATH --out FOLDER --source evaluations/gpt-ALFWorld-v0 --only success --best-of 2
+    atod train sft --student PATH --out FOLDER --env atod/ALFWorld-v0
+    atod train sft --student PATH --out FOLDER --source evaluations/gpt-ALFWorld-v0 --only success --best-of 2
 
 OUT is a folder that ``from_pretrained`` loads. OUT/training holds settings, metrics and checkpoints, one a round: the
 same command goes on where an earlier one ended, to the same weights.
@@ -34,6 +34,7 @@ import torch
 from agents.chat import CHAT_DATE, ChatFormat, ThinkingMode
 from atod_algos.algorithm import Objective
 from atod_algos.batch import RowLayout, make_batch
+from atod_algos.guard import guarded, parse
 from atod_algos.learner.learner import Learner
 from atod_algos.learner.logprobs import micro_batches
 from atod_algos.learner.lora import add_adapters
@@ -42,7 +43,6 @@ from atod_algos.rollout.episodes import derive_seed
 from atod_algos.rollout.layouts import LayoutName, choose_layout
 from atod_algos.training.demonstrations import Expert, ImitationOptions, Recorded, read_recorded, tokenized
 from atod_envs.errors import AtodError
-from atod_envs.options import program
 from atod_envs.styles import PromptStyle
 from atod_envs.trajectory import Group, Trajectory
 
@@ -228,7 +228,7 @@ class SftCommand:
     """Folder of settings, metrics and checkpoints; by default OUT/training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model is trained."""
-    options: ImitationOptions = field(default_factory=ImitationOptions)
+    fit: ImitationOptions = field(default_factory=ImitationOptions)
 
 
 def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
@@ -251,7 +251,7 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise AtodError("sft trains in one process; start it without torchrun")
-    options = command.options
+    options = command.fit
     config = resolve(_train_config(command, TrainConfig))
     run = RunFolder(_folder(command), _settings(command, config))
     recover(run.checkpoints)
@@ -321,7 +321,7 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
 def _train_config(command: SftCommand, make: type[TrainConfig]) -> TrainConfig:
     """The part of the settings that training has as well, so that an evaluation of a checkpoint finds it."""
     names = {part.name for part in dataclasses.fields(make)} & {part.name for part in dataclasses.fields(command)}
-    return make(seed=command.options.seed, **{name: getattr(command, name) for name in names})
+    return make(seed=command.fit.seed, **{name: getattr(command, name) for name in names})
 
 
 def _folder(command: SftCommand) -> Path:
@@ -329,7 +329,7 @@ def _folder(command: SftCommand) -> Path:
 
 
 def _settings(command: SftCommand, config: Any) -> dict[str, Any]:
-    options = dataclasses.asdict(command.options)
+    options = dataclasses.asdict(command.fit)
     options.pop("stop")  # a training that stopped early may go on
     own = {"source": list(command.source), "only": command.only, "best_of": command.best_of}
     return {"train": dataclasses.asdict(config), "algorithm": {"name": "sft", **own, **options}}
@@ -337,18 +337,9 @@ def _settings(command: SftCommand, config: Any) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train a model on demonstrations from the command line."""
-    import tyro
-
-    from atod_algos.guard import guarded
     from atod_algos.training.run_dir import held
 
-    command = tyro.cli(
-        SftCommand,
-        args=arguments,
-        prog=program("atod_algos.training.sft"),
-        description=__doc__,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    command = parse(SftCommand, arguments, "atod_algos.training.sft", __doc__)
 
     def run() -> None:
         with held(_folder(command)):

@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("status", help="where each environment looks, what is there, what is missing")
     get = commands.add_parser("get", help="download the official files")
     get.add_argument("name", choices=tuple(DATASETS))
-    get.add_argument("--bundle", help="; ".join(f"{name}: {', '.join(d.bundles)}" for name, d in DATASETS.items()))
+    get.add_argument(
+        "--bundle", help="; ".join(f"{name}: {', '.join(d.bundles)}" for name, d in DATASETS.items() if d.bundles)
+    )
     get.add_argument("--to", type=Path, help="data folder; by default the environment's variable, else ./data-NAME")
     get.add_argument("--mirror", help="take the files from MIRROR/<file name> instead of their publishers")
     get.add_argument("--like", type=Path, help=f"an {RECORD} whose checksums the files must have (e.g. a colleague's)")

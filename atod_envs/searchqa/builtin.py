@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
+from atod_envs.options import program
 from atod_envs.retrieval.corpus import contents_of
 
 from .generate import Dice, Entity, Names, check_part, make_part, write_distractors, write_passage
@@ -163,7 +164,7 @@ def write_encyclopedia(made: Encyclopedia, directory: str | Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write a world to a folder; returns the exit status."""
-    parser = argparse.ArgumentParser("python -m atod_envs.searchqa.builtin", description="Write an encyclopedia.")
+    parser = argparse.ArgumentParser(program("atod_envs.searchqa.builtin"), description="Write an encyclopedia.")
     parser.add_argument("--out", required=True, help="folder for corpus.jsonl and questions.jsonl")
     parser.add_argument("--seed", type=int, default=SEED, help="default: %(default)s, the built-in world")
     parser.add_argument("--scale", type=float, default=1.0, help="size; default: %(default)s, about 3,300 passages")

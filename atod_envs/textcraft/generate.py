@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from atod_envs.options import program
+
 from .recipes import NAMESPACE
 
 SEED: Final = 7
@@ -80,7 +82,7 @@ def _named(use: str, names: dict[str, str]) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write a world's recipes to a folder; returns the exit status."""
-    parser = argparse.ArgumentParser("python -m atod_envs.textcraft.generate", description="Write a world of recipes.")
+    parser = argparse.ArgumentParser(program("atod_envs.textcraft.generate"), description="Write a world of recipes.")
     parser.add_argument("--out", required=True, help="data folder; the files go to its folder 'recipes'")
     parser.add_argument("--seed", type=int, default=SEED, help="default: %(default)s, the built-in world")
     options = parser.parse_args(arguments)

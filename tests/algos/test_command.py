@@ -1,5 +1,6 @@
 """The `atod` command: what it runs, what it answers to mistakes, and that the shell completes it."""
 
+import dataclasses
 import importlib
 import os
 import shutil
@@ -12,6 +13,8 @@ from paths import REPOSITORY
 
 from atod_algos import command
 from atod_algos.command import commands, main
+from atod_algos.guard import explanations
+from atod_algos.training.config import GROUPS
 
 
 def shell(*words, **environment):
@@ -57,9 +60,25 @@ def test_usage_lines_say_what_was_typed(capsys):
         (["train", "atod", "--help"], "usage: atod train atod"),
         (["data", "get", "--help"], "usage: atod data get"),
         (["make", "games", "--help"], "usage: atod make games"),
+        (["make", "encyclopedia", "--help"], "usage: atod make encyclopedia"),
+        (["make", "recipes", "--help"], "usage: atod make recipes"),
     ):
         assert main(words) == 0
         assert capsys.readouterr().out.startswith(usage)
+
+
+def test_the_help_has_a_box_a_topic_and_no_line_breaks_of_the_source(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2000")
+    assert main(["train", "atod", "--help"]) == 0
+    shown = capsys.readouterr().out
+    boxes = ["run", "models", "rollout", "optimizer", "evaluation", "storage", "cluster", "atod"]
+    places = [shown.index(f"{box} options") for box in boxes]
+    assert places == sorted(places)
+    for name, texts in ((name, explanations(kind)) for name, kind in GROUPS.items()):
+        fields = {field.name for field in dataclasses.fields(GROUPS[name])}
+        assert set(texts) == fields, "every option is explained"
+        flat = " ".join(shown.replace("│", " ").split())
+        assert all(text in flat for text in texts.values())
 
 
 def test_it_runs_what_it_names(tmp_path, capsys):
