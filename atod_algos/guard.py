@@ -65,7 +65,7 @@ def _put_help(kind: Any) -> None:
             field.metadata = MappingProxyType({"help": texts.get(field.name)})
 
 
-def explanations(kind: type[Any]) -> dict[str, str]:
+def explanations(kind: Any) -> dict[str, str]:
     """The text under each field of a dataclass, in one line."""
     found: dict[str, str] = {}
     owners: list[type[Any]] = [owner for owner in kind.__mro__ if dataclasses.is_dataclass(owner)]
