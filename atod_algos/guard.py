@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, cast, get_type_hints
 
 import tyro
 
@@ -68,9 +68,10 @@ def _put_help(kind: Any) -> None:
 def explanations(kind: Any) -> dict[str, str]:
     """The text under each field of a dataclass, in one line."""
     found: dict[str, str] = {}
-    owners: list[type[Any]] = [owner for owner in kind.__mro__ if dataclasses.is_dataclass(owner)]
-    for owner in reversed(owners):
-        body = ast.parse(inspect.cleandoc(inspect.getsource(owner))).body[0]
+    for owner in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(owner):
+            continue
+        body = ast.parse(inspect.cleandoc(inspect.getsource(cast("type", owner)))).body[0]
         assert isinstance(body, ast.ClassDef)
         for here, below in zip(body.body, body.body[1:], strict=False):
             match here, below:
