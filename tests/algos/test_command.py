@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -153,7 +154,7 @@ def test_a_command_that_moved_says_where_it_is(capsys):
 
 def test_a_reader_that_stops_early_is_no_error():
     done = subprocess.run(
-        f"{sys.executable} -m atod_algos.command train atod --help | head -1",
+        f"{shlex.quote(sys.executable)} -m atod_algos.command train atod --help | head -1",
         shell=True,
         capture_output=True,
         text=True,
