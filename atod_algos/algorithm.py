@@ -137,9 +137,10 @@ class Algorithm(ABC):
     def scores(self) -> frozenset[str]:
         """Which log-probs it wants besides the student's; none by default.
 
-        A subset of {"teacher", "reference", "base", "divergence", "support", "privileged"}. "base" is a third model's;
-        "divergence" compares the whole distributions of student and teacher; "support" keeps the teacher's top-k tokens
-        for :meth:`support_loss`; "privileged" scores the student with :meth:`privileged_text` in front.
+        A subset of {"teacher", "reference", "base", "entropy", "divergence", "support", "privileged"}. "base" is a
+        third model's; "entropy" is that of the student's own distribution; "divergence" compares the whole
+        distributions of student and teacher; "support" keeps the teacher's top-k tokens for :meth:`support_loss`;
+        "privileged" scores the student with :meth:`privileged_text` in front.
         """
         return frozenset()
 
@@ -206,11 +207,13 @@ class RewardAlgorithm(Algorithm):
         """R(tau), scaled (axis N)."""
         return task_reward(batch, self.group)
 
+    def grpo_by_turn(self, batch: TokenBatch) -> np.ndarray:
+        """A^GRPO of each turn, eq 2 (axis K)."""
+        return reward_advantage(self.reward(batch), batch.group_N, batch.trajectory_K, batch.valid_K, self.group)
+
     def grpo(self, batch: TokenBatch) -> np.ndarray:
         """A^GRPO of each sampled token, eq 2 (axis M)."""
-        reward_N = self.reward(batch)
-        advantage_K = reward_advantage(reward_N, batch.group_N, batch.trajectory_K, batch.valid_K, self.group)
-        return np.asarray(advantage_K[batch.turn_M])
+        return np.asarray(self.grpo_by_turn(batch)[batch.turn_M])
 
 
 def find_algorithm(name: str) -> type[Algorithm]:

@@ -16,6 +16,10 @@ whose gradient is the expectation, over all tokens that could have been sampled,
 gives on the sampled token. It has no noise of sampling, no ratio and no clip, so it bears many updates a step
 (--gap-minibatches, --gap-epochs) where the sampled gap does not. kappa and w_k act on it unchanged.
 
+``--baseline kl`` departs from it, too: kappa w_k(t) multiplies Delta_t + KL(pi_old(. | s_t) || pi_T(. | s_t)), the
+sampled gap less its mean (vOPD, signals/vopd.py). The gradient's expectation stays, its noise falls; d_k and h_k are
+those of eqs 13 and 14.
+
 Everything in A_t is detached. There is no KL penalty. pi_old is the policy that rolled out, recomputed by the learner's
 model.
 
@@ -57,7 +61,6 @@ class ATOD(RewardAlgorithm):
     """Annealed turn-aware on-policy distillation."""
 
     name: ClassVar[str] = "atod"
-    scores: ClassVar[frozenset[str]] = frozenset({"teacher"})
     exact_gap: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
@@ -83,6 +86,13 @@ class ATOD(RewardAlgorithm):
     tdur_mean_preserve: bool = False
     """Rescale each trajectory's turn weights to a mean of 1 over its tokens (an option of the released code, off in its
     scripts)."""
+    baseline: Literal["none", "kl"] = "none"
+    """What is taken from the sampled gap: 'none' (paper), or 'kl', its exact mean, minus the reverse KL (vOPD)."""
+
+    @property
+    def scores(self) -> frozenset[str]:
+        """The teacher; whole distributions where the baseline needs them."""
+        return frozenset({"teacher", "divergence"} if self.baseline == "kl" else {"teacher"})
 
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """The hybrid advantage of every sampled token.
@@ -102,6 +112,8 @@ class ATOD(RewardAlgorithm):
         d_norm, h_norm = (min_max_by_trajectory(x, tau, spoken) for x in (d, h))  # eq 15
         w = 1 - (1 - d_norm) * (1 - h_norm)  # eq 16: high if either is
         w, w_token, left_out = self._exceptions(w, d, delta, log_pi, batch)  # none under the paper's rules
+        if self.baseline == "kl":
+            delta = delta + scores.require("reverse_kl")
 
         # Stage III: the teacher first, the reward later.
         p = min(step / self.coef_anneal_steps, 1.0) if self.coef_anneal_steps > 0 else 0.0  # eq 10

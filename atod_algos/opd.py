@@ -9,7 +9,8 @@ Differences from the paper: eq 5 writes the current log pi_theta inside the gap;
 adds a score term of zero mean, so the detached gap is used, as in the released code. ``--rules released`` adds its
 token mean, dual clip and entropy bonus. The gap is teacher minus student; some code bases negate both. ``--gap exact``
 takes the expectation of the gap over all tokens in place of the sampled one: the reverse KL KL(pi_theta || pi_T) as a
-loss, without ratio or clip.
+loss, without ratio or clip. ``--baseline kl`` adds KL(pi_old || pi_T) to the gap, which is vOPD (signals/vopd.py): the
+same gradient in expectation, with less noise.
 
     python -m atod_algos.opd --env atod/ALFWorld-v0
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -31,19 +32,26 @@ class OPD(Algorithm):
     """On-policy distillation, teacher only."""
 
     name: ClassVar[str] = "opd"
-    scores: ClassVar[frozenset[str]] = frozenset({"teacher"})
     exact_gap: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "released": RELEASED}
 
     opd_coef: float = 1.0
     """Multiplies the gap (released code: 1)."""
+    baseline: Literal["none", "kl"] = "none"
+    """What is taken from the sampled gap: 'none' (paper), or 'kl', its exact mean, minus the reverse KL (vOPD)."""
+
+    @property
+    def scores(self) -> frozenset[str]:
+        """The teacher; whole distributions where the baseline needs them."""
+        return frozenset({"teacher", "divergence"} if self.baseline == "kl" else {"teacher"})
 
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """A_t = Delta_t (eq 7)."""
         weight_M = np.full(batch.n_tokens, self.opd_coef)
-        return Advantages(
-            distillation_M=weight_M * (scores.require("teacher") - scores.student_M), teacher_weight_M=weight_M
-        )
+        delta_M = scores.require("teacher") - scores.student_M
+        if self.baseline == "kl":
+            delta_M = delta_M + scores.require("reverse_kl")
+        return Advantages(distillation_M=weight_M * delta_M, teacher_weight_M=weight_M)
 
 
 if __name__ == "__main__":

@@ -83,16 +83,8 @@ class SDAR(RewardAlgorithm):
         return frozenset({"privileged", "reference"} if self.kl_coef else {"privileged"})
 
     def privileged_text(self, trajectory: Trajectory, group: Group) -> str:
-        """The skills for the trajectory's task, general ones and its kind's.
-
-        Raises:
-            AtodError: there are none for this kind of task.
-        """
-        if not trajectory.labels:
-            raise DataError(f"task {trajectory.task_id!r} has no kind (no label), so no skills can be chosen for it")
-        label, kind = next(iter(trajectory.labels.items()))
-        book = read_skills(Path(self.skills)) if self.skills else skills_of(label.split("/")[0])
-        return f"{HEADING}\n{book.text_for(kind)}\n\n"
+        """The skills for the trajectory's task; see :func:`skill_text`."""
+        return skill_text(trajectory, self.skills)
 
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """The reward's advantage alone; the skills act through ``auxiliary_loss``."""
@@ -114,6 +106,23 @@ class SDAR(RewardAlgorithm):
         gate = (self.gate_beta * delta.detach()).sigmoid()
         kl = kl_to_reference(logprobs, index_M, scores, self.kl_coef)
         return self.sdar_coef * gate * delta + (0.0 if kl is None else kl)
+
+
+def skill_text(trajectory: Trajectory, skills: str | None = None) -> str:
+    """The skills for a trajectory's task, general ones and its kind's.
+
+    Args:
+        trajectory: its labels name the environment and the kind of task.
+        skills: file of skills; ``None`` for the environment's own.
+
+    Raises:
+        AtodError: there are none for this kind of task.
+    """
+    if not trajectory.labels:
+        raise DataError(f"task {trajectory.task_id!r} has no kind (no label), so no skills can be chosen for it")
+    label, kind = next(iter(trajectory.labels.items()))
+    book = read_skills(Path(skills)) if skills else skills_of(label.split("/")[0])
+    return f"{HEADING}\n{book.text_for(kind)}\n\n"
 
 
 if __name__ == "__main__":

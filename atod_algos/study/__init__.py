@@ -27,6 +27,7 @@ class Method:
         algorithm: name in the entry-point group ``atod.algorithms``; empty for a policy that is not trained.
         options: the algorithm's options that differ from its rule set.
         tuned_as: the method whose learning rate it takes: an ablation changes one thing only.
+        asked_for: it is run only where the command names it.
     """
 
     name: str
@@ -34,6 +35,11 @@ class Method:
     algorithm: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     tuned_as: str = ""
+    asked_for: bool = False
+
+
+def _signal(name: str, label: str, algorithm: str, **options: Any) -> Method:
+    return Method(name, label, algorithm, options, asked_for=True)
 
 
 METHODS: Mapping[str, Method] = {
@@ -50,9 +56,16 @@ METHODS: Mapping[str, Method] = {
         Method("atod-constant", "ATOD w/o annealing", "atod", {"coef_anneal_steps": 0}, "atod"),
         Method("atod-uniform", "ATOD w/o T-DUR", "atod", {"weighting": "none"}, "atod"),
         Method("atod-token", "ATOD token-level", "atod", {"weighting": "token"}, "atod"),
+        Method("atod-level", "ATOD, weights of mean 1", "atod", {"tdur_mean_preserve": True}, "atod", asked_for=True),
+        _signal("vopd", "vOPD", "vopd"),
+        _signal("opsa", "no teacher, fixed", "opsa"),
+        _signal("opsa-entropy", "no teacher, by entropy", "opsa", adapt="entropy"),
+        _signal("iw-opd", "IW-OPD", "iw_opd"),
+        _signal("iw-opd-level", "IW-OPD, weights of mean 1", "iw_opd", mean_preserve=True),
     )
 }
-"""Every row, the untrained student and the teacher first; ablations as in section 5.3 of the paper."""
+"""Every row, the untrained student and the teacher first; ablations as in section 5.3 of the paper. The signals of 2026
+come last, and are run where they are asked for."""
 
 ABLATIONS = ("atod", "atod-token", "atod-uniform", "atod-constant")
 """Bars of Figure 4."""
@@ -105,7 +118,7 @@ def _world(name: str, env: str, *, steps: int, report_tasks: int, **train: Any) 
     paper: after a quarter, ATOD's re-implementation: at the end).
     """
     annealing = {"coef_anneal_steps": round(ANNEALING_SHARE * steps)}
-    scaled = {"atod": annealing, "atod-uniform": annealing, "atod-token": annealing}
+    scaled = {name: annealing for name in ("atod", "atod-uniform", "atod-token", "atod-level")}
     max_turns = builtin_profile(env)["max_turns"]
     window = {"turns_every": max(1, steps // (2 * (max_turns - 1)))}
     settings = {"env": env, "steps": steps, "max_turns": max_turns, **train}

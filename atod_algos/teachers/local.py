@@ -175,11 +175,12 @@ class StepScorer:
             and not config.staleness
             and distributed.size() == 1
             and not algorithm.needs_student
-            and not algorithm.scores & {"teacher", "divergence", "support"}
+            and not algorithm.scores & {"teacher", "entropy", "divergence", "support"}
             and not drops_out(student.model)
         )
         wanted = algorithm.scores
-        self.exact = config.gap == "exact" and "teacher" in wanted and algorithm.exact_gap
+        compared = bool(wanted & {"divergence", "support"})
+        self.exact = config.gap == "exact" and "teacher" in wanted and algorithm.exact_gap and not compared
         if config.gap == "exact" and "teacher" in wanted and not self.exact:
             log.warning("%s is tied to the sampled token; --gap exact does not act on it", algorithm.name)
         self.teacher = self._scorer_for(config.teacher, "teacher") if "teacher" in wanted else None
@@ -221,10 +222,12 @@ class StepScorer:
             with self._local_teacher().on_device() as teacher:
                 scores = compare(model, teacher, batch, temperature=temperature, budget=budget, support=size)
         else:
-            if self.config.old_logprobs == "sampler" or self.late:
-                student_M = batch.sampler_logprobs_M
-            else:
-                student_M = score(model, batch, temperature=temperature, budget=budget)[0]
+            sampled = self.config.old_logprobs == "sampler" or self.late
+            student_M, entropy_M = batch.sampler_logprobs_M, None
+            if "entropy" in wanted or not sampled:
+                passes = score(model, batch, temperature=temperature, budget=budget, entropy="entropy" in wanted)
+                student_M = student_M if sampled else passes[0]
+                entropy_M = passes[1] if "entropy" in wanted else None
             if self.exact:
                 with self._local_teacher().on_device() as teacher:
                     theirs_M, tokens = distribution(
@@ -233,6 +236,7 @@ class StepScorer:
                 scores = Scores(student_M, theirs_M, support_MS=tokens.ids_MS, teacher_support_MS=tokens.logprobs_MS)
             else:
                 scores = Scores(student_M, under(self.teacher))
+            scores = dataclasses.replace(scores, entropy_M=entropy_M)
         limit, teacher_M = self.config.gap_clip, scores.teacher_M
         if teacher_M is not None and limit:
             teacher_M = scores.student_M + np.clip(teacher_M - scores.student_M, -limit, limit)
@@ -266,7 +270,7 @@ class StepScorer:
             self.algorithm.privileged_text(trajectory, groups[int(n)])
             for n, trajectory in zip(batch.group_N, batch.trajectories, strict=True)
         ]
-        shown = put_in_front(batch, [self._chat.encode(text) for text in texts])
+        shown = put_in_front(batch, [self._chat.encode(text) if text else [] for text in texts])
         longest, limit = max(len(row) for row in shown.rows), longest_context(self.student.model)
         if longest > limit:
             raise AtodError(

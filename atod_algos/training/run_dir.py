@@ -29,6 +29,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from atod_algos.algorithm import find_algorithm
 from atod_algos.training.config import TrainConfig
 from atod_envs import files
 from atod_envs.errors import AtodError, DataError
@@ -93,7 +94,7 @@ class RunFolder:
         # A run that ended before its first step (a slip in an option) binds no later one.
         begun = (path / "metrics.jsonl").exists() or any(self.checkpoints.iterdir())
         if known is not None and begun:
-            changed = _difference(_of_this_version(known), plain)
+            changed = _difference(_of_this_version(known, plain["algorithm"]), plain)
             if changed:
                 name, old, new = changed
                 raise AtodError(
@@ -332,7 +333,7 @@ def written(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def _of_this_version(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _of_this_version(settings: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of an earlier version's run, in the words of this one; what it did not know stands at its default.
 
     A setting that has one value now, but had another in that run, stays, so that the run is refused by its name.
@@ -347,6 +348,14 @@ def _of_this_version(settings: Mapping[str, Any]) -> dict[str, Any]:
         base = train.pop("base")
         if algorithm["name"] == "gopd":
             algorithm["base"] = base
+    if unknown := options.keys() - algorithm.keys():
+        try:
+            kind: Any = find_algorithm(str(algorithm["name"]))
+        except AtodError:  # nobody offers it by this name, so its defaults cannot be told
+            kind = None
+        algorithm |= {
+            name: getattr(kind, name) for name in unknown if isinstance(getattr(kind, name, None), str | int | float)
+        }
     return {**settings, "train": dataclasses.asdict(TrainConfig()) | train, "algorithm": algorithm}
 
 

@@ -54,3 +54,27 @@ def batch_of(trajectories) -> tuple[TokenBatch, Scores, np.ndarray]:
         trajectories=(),
     )
     return batch, Scores(np.array(student), np.array(teacher)), reward_N
+
+
+def _turn(student, teacher, valid=True):
+    return {"student_logp": student, "teacher_logp": teacher, "mask": [1] * len(student), "valid": valid}
+
+
+RAGGED = [
+    {
+        "group": "x",
+        "reward": 10.0,
+        "turns": [
+            _turn([-0.5, -1.5], [-0.1, -0.9]),
+            _turn([-0.2], [-0.3]),
+            _turn([-0.4, -0.8, -0.6], [-0.7, -0.2, -0.6]),
+        ],
+    },
+    {"group": "x", "reward": 0.0, "turns": [_turn([-1.0, -0.5], [-0.8, -0.7]), _turn([-0.3], [-0.5], False)]},
+    {"group": "x", "reward": 10.0, "turns": [_turn([-0.9, -0.1], [-0.4, -0.3])]},
+    {"group": "y", "reward": 0.0, "turns": [_turn([-0.7, -0.3], [-0.2, -0.6]), _turn([-1.6], [-2.1])]},
+]
+"""A small ragged batch: three episodes of one group, one of another, of one to three turns of one to three tokens."""
+
+GAPS = np.array([0.4, 0.6, -0.1, -0.3, 0.6, 0.0, 0.2, -0.2, -0.2, 0.5, -0.2, 0.5, -0.3, -0.5])
+"""Teacher minus student of its 14 tokens."""

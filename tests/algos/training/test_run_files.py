@@ -151,6 +151,15 @@ def test_a_run_of_the_last_version_resumes(tmp_path):
     assert "keep_tokens" not in read_settings(tmp_path)["train"]
 
 
+def test_an_option_that_an_algorithm_got_later_stands_at_its_default(tmp_path):
+    begun(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"settings": {**SETTINGS, "algorithm": {"name": "opd"}}}))
+    RunFolder(tmp_path, {**SETTINGS, "algorithm": {"name": "opd", "baseline": "none"}})
+    (tmp_path / "config.json").write_text(json.dumps({"settings": {**SETTINGS, "algorithm": {"name": "opd"}}}))
+    with pytest.raises(AtodError, match=r"algorithm\.baseline='none', but now it is 'kl'"):
+        RunFolder(tmp_path, {**SETTINGS, "algorithm": {"name": "opd", "baseline": "kl"}})
+
+
 def test_one_with_a_setting_that_went_is_refused_by_its_name(tmp_path):
     begun(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"settings": old_settings(importance_cap=3.0)}))

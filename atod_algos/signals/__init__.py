@@ -1,0 +1,10 @@
+"""The signals of 2026: short relatives of on-policy distillation and of group-relative reward, one file each.
+
+Each file is an algorithm like those next to this room: ``atod train NAME`` and ``python -m atod_algos.signals.NAME``
+run it. A file of this room answers one question about the signal of a token or a turn, and takes everything else from
+the method floor.
+
+    vopd         the sampled gap less its exact mean                       is the noise of sampling what hurts?
+    opsa         a negative advantage on unlikely tokens, no teacher       does a teacher matter at all?
+    iw_opd       the gap, weighted by how far the episode has drifted      by position, or by turn?
+"""
