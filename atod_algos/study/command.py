@@ -32,7 +32,7 @@ class StudyConfig:
     worlds: tuple[str, ...] = ()
     """Environments, by the preset's names; by default all of them."""
     methods: tuple[str, ...] = ()
-    """Methods; by default the paper's. The signals of 2026 are run where they are named: vopd opsa ... (docs/study.md)."""
+    """Methods; by default the paper's. The signals of 2026 run where they are named (docs/study.md)."""
     seeds: tuple[int, ...] = ()
     """Training seeds; by default the preset's."""
     lrs: tuple[float, ...] = ()
