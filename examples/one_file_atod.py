@@ -67,7 +67,9 @@ def message_ids(tokenizer, message: str, talk: list[dict] = NEW) -> list[int]:
 
     added, template = tokenizer.added_tokens_decoder, tokenizer.chat_template
     control = {
-        i: t.content for i, t in added.items() if t.special or ("think" not in t.content and t.content in template)
+        i: t.content
+        for i, t in added.items()
+        if t.special or t.content[:2] == "<|" or ("think" not in t.content and t.content in template)
     }
     ids, before, after = read(render(message)), *render("{0}").split("{0}")
     if [i for i in ids if i in control] == [i for i in read(before) + read(after) if i in control]:
