@@ -1,24 +1,33 @@
 """Folders of things that are built once per machine: where they lie, and who builds them.
 
 The invariant: of many processes that want the same folder one builds and the others wait, a folder appears under its
-name only when complete, and what a killed builder left behind is removed by the next one.
+name only when complete, and what a killed builder left behind is removed by the next one. A folder is described by a
+file that holds size and checksum of each of its files and a checksum of itself; what is opened is what was built.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from atod_envs.errors import DataError
 
 VARIABLE = "ATOD_CACHE"
 """Environment variable that names the folder of caches."""
 
+SMALL = 1 << 28
+"""Bytes of a folder up to which every file is compared with its checksum whenever it is opened."""
+
+_CHECKED = "checked.json"
+"""Beside the files of a larger folder: their sizes and times when they were last compared."""
 _PART = ".part-"
 _log = logging.getLogger(__name__)
 
@@ -91,3 +100,85 @@ def _hold(descriptor: int, folder: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except (ImportError, OSError):  # no such locks here: at worst it is built twice
         _log.debug("no file lock for %s on process %d", folder, os.getpid())
+
+
+def sealed(folder: Path, about: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The description of a folder that is finished: what it says, size and checksum of each file, and a checksum of itself.
+
+    Args:
+        folder: where the files are, all of them written.
+        about: what the description says.
+        names: the files, relative to the folder.
+    """
+    files = {name: [(folder / name).stat().st_size, file_checksum(folder / name)] for name in sorted(names)}
+    _remember(folder, {name: _times(folder / name) for name in files})
+    about = {**about, "files": files}
+    return {**about, "checksum": _own_checksum(about)}
+
+
+def check_sealed(folder: Path, about: Mapping[str, Any], source: Path, advice: str, *, whole: bool = False) -> None:
+    """Compare a folder with its description.
+
+    Of a folder above ``SMALL`` bytes the files are read only if size, time of change or time of status differ from those at the
+    last comparison: bytes cannot be written in place without moving the latter.
+
+    Args:
+        folder: where the files are.
+        about: the description that :func:`sealed` made.
+        source: the file that it was read from.
+        advice: what to do if something differs.
+        whole: read every file in any case.
+
+    Raises:
+        DataError: a file is missing, or it or the description is not what was built.
+    """
+    if about.get("checksum") != _own_checksum({name: value for name, value in about.items() if name != "checksum"}):
+        raise DataError(f"{source} is damaged: it is not what was written; {advice}")
+    files: dict[str, list[Any]] = about["files"]
+    try:
+        found = {name: _times(folder / name) for name in files}
+        for name, (size, _) in files.items():
+            if found[name][0] != size:
+                raise DataError(f"{folder / name} is damaged: {found[name][0]:,} bytes, built were {size:,}; {advice}")
+        if not whole and sum(size for size, _ in files.values()) > SMALL and _remembered(folder) == found:
+            return
+        for name, (_, checksum) in files.items():
+            if file_checksum(folder / name) != checksum:
+                raise DataError(f"{folder / name} is damaged: it is not what was built; {advice}")
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename} is missing; {advice}") from None
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}); {advice}") from None
+    _remember(folder, found)
+
+
+def file_checksum(path: Path) -> str:
+    """BLAKE2b of a file, sixteen hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+
+def _own_checksum(about: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _times(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _remember(folder: Path, times: Mapping[str, list[int]]) -> None:
+    """Write down what was just compared, where the folder is large and can be written."""
+    if sum(size for size, _, _ in times.values()) <= SMALL:
+        return
+    part = folder / f"{_CHECKED}.{os.getpid()}{_PART}"
+    with contextlib.suppress(OSError):
+        part.write_text(json.dumps(times), encoding="utf-8")
+        part.replace(folder / _CHECKED)
+
+
+def _remembered(folder: Path) -> object:
+    try:
+        return json.loads((folder / _CHECKED).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

@@ -9,7 +9,6 @@ made from.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from array import array
@@ -25,7 +24,7 @@ import numpy.typing as npt
 from atod_envs.errors import DataError
 
 from .analyzer import term_of, tokenize
-from .storage import load_array, read_description
+from .storage import load_array, read_description, write_description
 from .strings import Digest, Strings, StringTable, pack_strings
 
 DEFAULT_K1: Final = 0.9
@@ -267,6 +266,11 @@ def _merge(
     small = _small_arrays(corpus, offsets, norms, ranks)
     small["bounds"] = np.maximum.reduceat(impacts, offsets[:-1]) if postings else np.zeros(0, np.float32)
     arrays = {"docs": docs, "frequencies": frequencies, "impacts": impacts, **small}
+    for name, values in (("docs", docs), ("frequencies", frequencies), ("impacts", impacts)):
+        if isinstance(values, np.memmap):
+            values.flush()
+        else:
+            small[name] = values
     result = IndexArrays(k1, b, count, total, corpus.checksum, arrays)
     if directory is not None:
         for name, values in small.items():
@@ -327,7 +331,7 @@ def _write_description(arrays: IndexArrays, directory: Path) -> None:
         "total": arrays.total,
         "corpus_sha256": arrays.checksum,
     }
-    (directory / "index.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    write_description(directory / "index.json", description, [f"{name}.npy" for name in _ARRAYS])
 
 
 def save_arrays(arrays: IndexArrays, directory: Path) -> None:

@@ -23,6 +23,7 @@ from .hybrid import HybridRetriever
 from .lucene import LuceneIndex
 from .progress import progress
 from .protocol import LocalSearch, Retriever
+from .storage import verify
 
 BACKENDS: Final = ("bm25", "lucene", "dense")
 HYBRID: Final = "hybrid"
@@ -134,6 +135,17 @@ def _open_one(folder: Path, backend: str, corpus: Corpus) -> Retriever:
     return index
 
 
+def _verified(root: Path) -> int:
+    descriptions = [root / "corpus" / "corpus.json", *(root / backend / "index.json" for backend in BACKENDS)]
+    present = [file for file in descriptions if file.is_file()]
+    if not present:
+        raise DataError(f"{root} holds no corpus and no index; expected a folder written by this command")
+    for file in present:
+        count = verify(file)
+        print(f"{file.parent}: " + (f"{count} files as built" if count else "built before there were checksums"))
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog=program("atod_envs.retrieval.build"), description="Build a retrieval index.")
@@ -145,9 +157,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kind", default="flat", help=f"faiss index: {', '.join(KINDS)}, or a factory string; default: %(default)s"
     )
+    parser.add_argument(
+        "--verify", action="store_true", help="build nothing: compare every file in --out with its checksum"
+    )
     parser.add_argument("--half", action="store_true", help="encode in bfloat16: faster, a little less exact")
     options = parser.parse_args(arguments)
     try:
+        if options.verify:
+            return _verified(Path(options.out))
         passages = read_passages(options.corpus) if options.corpus else None
         if options.part:
             if passages is None:

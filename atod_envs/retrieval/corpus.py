@@ -7,7 +7,6 @@ the checksum of the whole, by which an index recognises its corpus.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from atod_envs.errors import DataError, UnknownName
 from atod_envs.files import json_lines, parquet_rows
 
-from .storage import load_array, read_description
+from .storage import load_array, read_description, write_description
 from .strings import Digest, Strings, StringTable, pack_strings
 
 _ARRAYS: Final = ("passage_bytes", "passage_offsets", "id_bytes", "id_offsets", "id_hashes", "id_numbers")
@@ -118,7 +117,8 @@ class Corpus:
         for name, values in zip(_ARRAYS[2:], parts, strict=True):
             np.save(folder / f"{name}.npy", values)
         description = {"kind": "corpus", "passages": len(ids), "sha256": digest.value()}
-        (folder / "corpus.json").write_text(json.dumps(description) + "\n", encoding="utf-8")
+        names = ["passage_bytes.bin", *(f"{name}.npy" for name in _ARRAYS[1:])]
+        write_description(folder / "corpus.json", description, names)
         return cls.open(folder)
 
     @classmethod

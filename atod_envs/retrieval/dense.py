@@ -7,7 +7,6 @@ are part of the index's description), vectors have unit length, and scores are i
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from atod_envs.errors import DataError
 
 from .protocol import Hit, check_depth
-from .storage import load_array, read_description
+from .storage import load_array, read_description, write_description
 from .strings import Digest, Strings, pack_strings
 
 if TYPE_CHECKING:
@@ -229,7 +228,7 @@ class DenseIndex:
             "encoder": asdict(encoder.settings),
             "corpus_sha256": digest.value(),
         }
-        (folder / "index.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        write_description(folder / "index.json", description, ["dense.faiss", "docid_bytes.npy", "docid_offsets.npy"])
         return cls.open(folder, encoder=encoder)
 
     @classmethod

@@ -24,7 +24,7 @@ from atod_envs.errors import DataError
 
 from .bm25_build import DEFAULT_B, DEFAULT_K1
 from .protocol import Hit, answer_once, check_depth
-from .storage import read_description
+from .storage import read_description, write_description
 from .strings import Digest
 
 _log = logging.getLogger(__name__)
@@ -169,7 +169,9 @@ class LuceneIndex:
                 raise DataError(f"Anserini's indexer failed with status {done.returncode}: {last}")
             _log.info("indexed %s with Anserini", folder)
         description = {"kind": "lucene", "corpus_sha256": digest.value()}
-        (folder / "index.json").write_text(json.dumps(description) + "\n", encoding="utf-8")
+        write_description(
+            folder / "index.json", description, [f"lucene/{f.name}" for f in (folder / "lucene").iterdir()]
+        )
         return cls(folder)
 
     def search(self, query: str, k: int) -> list[Hit]:

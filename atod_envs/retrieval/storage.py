@@ -1,19 +1,46 @@
-"""Reading what the index commands wrote: descriptions and arrays, with errors that say which file to make again.
+"""What the index commands write: descriptions and arrays, with errors that say which file to make again.
 
-The invariant: whatever is missing, cut off or of another kind ends in a `DataError` that names the file.
+The invariant: whatever is missing, cut off, changed or of another kind ends in a `DataError` that names the file.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
 from atod_envs import files
+from atod_envs.caches import check_sealed, sealed
 from atod_envs.errors import DataError
 
 _AGAIN = "build the index again"
+
+
+def write_description(file: Path, about: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Describe an index whose files are written.
+
+    Args:
+        file: the JSON file, beside them.
+        about: what it says.
+        names: the index's files, relative to its folder.
+    """
+    description = sealed(file.parent, about, names)
+    file.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+def verify(file: Path) -> int:
+    """Read every file that a description names and compare it; how many there are (0: it was written before there were checksums).
+
+    Raises:
+        DataError: one is missing, or is not what was built.
+    """
+    description = files.read_object(file, _AGAIN)
+    if "files" in description or "checksum" in description:
+        check_sealed(file.parent, description, file, _AGAIN, whole=True)
+    return len(description.get("files", ()))
 
 
 def read_description(file: Path, **expected: object) -> dict[str, Any]:
@@ -33,6 +60,8 @@ def read_description(file: Path, **expected: object) -> dict[str, Any]:
         found = description.get(name)
         if found != value:
             raise DataError(f"{file} has {name} {found!r}; expected {value!r}: build the index again")
+    if "files" in description or "checksum" in description:  # older indexes have neither
+        check_sealed(file.parent, description, file, _AGAIN)
     return description
 
 

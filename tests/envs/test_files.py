@@ -2,17 +2,22 @@
 
 import gzip
 import json
+import os
 import random
+import shutil
+import time
 
 import numpy as np
 import pytest
 
+from atod_envs import caches
 from atod_envs.alfworld.engine.game import Game
 from atod_envs.alfworld.generate import generate
 from atod_envs.alfworld.index import TRAJECTORY_FILE, read_trajectory
 from atod_envs.datasets.download import RECORD, read_record
 from atod_envs.errors import DataError
 from atod_envs.files import json_lines, load_array, parquet_rows, read_json, read_object, read_text
+from atod_envs.retrieval import build
 from atod_envs.retrieval.bm25 import BM25Index
 from atod_envs.retrieval.corpus import Corpus, read_passages
 from atod_envs.searchqa.questions import load_questions
@@ -181,22 +186,74 @@ def test_random_changes_of_a_store_are_noticed(tmp_path):
     assert len(Store(folder)) == 12
 
 
-def test_random_changes_of_an_index_end_in_an_index_or_in_the_one_error(tmp_path):
+def an_index(root):
     passages = [(str(n), f"passage {n} of things") for n in range(50)]
-    Corpus.write(passages, tmp_path / "corpus")
-    BM25Index.build(passages, directory=tmp_path / "bm25")
+    Corpus.write(passages, root / "corpus")
+    BM25Index.build(passages, directory=root / "bm25")
+    return (root / "corpus", Corpus.open), (root / "bm25", BM25Index.open)
+
+
+def test_random_changes_of_an_index_are_noticed(tmp_path):
     rng = random.Random(6)
-    for folder, open_it in ((tmp_path / "corpus", Corpus.open), (tmp_path / "bm25", BM25Index.open)):
+    for folder, open_it in an_index(tmp_path):
         for path in sorted(folder.iterdir()):
             whole = path.read_bytes()
             for _ in range(8):
-                path.write_bytes(whole[: rng.randrange(len(whole))] if rng.random() < 0.5 else changed(whole, rng))
-                try:
-                    open_it(folder)
-                except DataError as error:
-                    assert path.name in str(error)
+                path.write_bytes(
+                    data := whole[: rng.randrange(len(whole))] if rng.random() < 0.5 else changed(whole, rng)
+                )
+                if data != whole:
+                    with pytest.raises(DataError, match=path.name.replace(".", r"\.")):
+                        open_it(folder)
             path.write_bytes(whole)
             open_it(folder)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_changed_value_is_noticed_whatever_the_size_and_the_clock(large, tmp_path, monkeypatch):
+    monkeypatch.setattr(caches, "SMALL", 0 if large else 1 << 20)
+    for folder, open_it in an_index(tmp_path):
+        path = next(folder / name for name in ("impacts.npy", "passage_bytes.bin") if (folder / name).exists())
+        whole, status = path.read_bytes(), path.stat()
+        time.sleep(0.02)  # file systems tell times in steps of some milliseconds
+        path.write_bytes(bytes([*whole[:-3], whole[-3] ^ 1, *whole[-2:]]))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        with pytest.raises(DataError, match=f"{path.name} is damaged"):
+            open_it(folder)
+        path.write_bytes(whole)
+        open_it(folder)
+
+
+def test_a_large_index_is_read_whole_only_where_it_may_have_changed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(caches, "SMALL", 0)
+    (_, _), (folder, open_it) = an_index(tmp_path / "wiki")
+    read, checksum = [], caches.file_checksum
+    monkeypatch.setattr(caches, "file_checksum", lambda path: read.append(path.name) or checksum(path))
+    open_it(folder)
+    assert not read  # as it was built
+    shutil.copytree(tmp_path / "wiki", tmp_path / "copy")
+    for expected in (13, 0):
+        open_it(tmp_path / "copy" / "bm25")
+        assert len(read) == expected
+        read.clear()
+    (tmp_path / "copy" / "bm25" / "checked.json").write_text("[" * 9)
+    open_it(tmp_path / "copy" / "bm25")
+    assert len(read) == 13
+    assert build.main(["--out", str(tmp_path / "copy"), "--verify"]) == 0
+    assert "bm25: 13 files as built" in capsys.readouterr().out
+    (tmp_path / "copy" / "corpus" / "id_numbers.npy").unlink()
+    assert build.main(["--out", str(tmp_path / "copy"), "--verify"]) == 1
+    assert "id_numbers.npy is missing" in capsys.readouterr().err
+
+
+def test_an_index_from_before_there_were_checksums_opens(tmp_path, capsys):
+    for folder, open_it in an_index(tmp_path):
+        path = folder / ("corpus.json" if folder.name == "corpus" else "index.json")
+        about = json.loads(path.read_text())
+        path.write_text(json.dumps({name: about[name] for name in about if name not in ("files", "checksum")}))
+        assert len(open_it(folder)) == 50
+    assert build.main(["--out", str(tmp_path), "--verify"]) == 0
+    assert capsys.readouterr().out.count("before there were checksums") == 2
 
 
 @pytest.mark.parametrize(

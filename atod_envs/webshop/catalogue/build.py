@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from atod_envs.caches import sealed
 from atod_envs.errors import DataError
 from atod_envs.webshop.catalogue.blobs import BlobWriter
 from atod_envs.webshop.catalogue.files import CatalogueFiles, stream_array, stream_object
@@ -36,7 +37,7 @@ from atod_envs.webshop.catalogue.product import (
     read_reviews,
 )
 from atod_envs.webshop.catalogue.records import pack
-from atod_envs.webshop.catalogue.store import FOLDS, STORE_VERSION, Array, Store, checksums, digest
+from atod_envs.webshop.catalogue.store import FOLDS, STORE_VERSION, Array, Store, digest
 
 MOST_COMBINATIONS = 1_000_000
 """A product with more combinations of options than this gets no synthetic goals."""
@@ -60,8 +61,8 @@ def build_store(files: CatalogueFiles, folder: Path) -> Store:
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}.part-"))
     try:
         _write_products(read_products(files), _read_packed(files.human, check_human), part)
-        about = {"version": STORE_VERSION, "content": _content(files), "files": checksums(part)}
-        (part / "store.json").write_text(json.dumps(about), encoding="utf-8")
+        about = {"version": STORE_VERSION, "content": _content(files)}
+        _write_json(part / "store.json", sealed(part, about, [file.name for file in part.iterdir()]))
         store = Store(part)
         if not len(store):
             raise DataError(f"{files.items}: holds no usable product")

@@ -14,13 +14,14 @@ import logging
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from atod_envs.caches import check_sealed
 from atod_envs.errors import DataError
 from atod_envs.files import load_array, read_object
 from atod_envs.webshop.catalogue.blobs import Blobs
@@ -30,13 +31,11 @@ from atod_envs.webshop.catalogue.records import unpack
 if TYPE_CHECKING:
     from atod_envs.retrieval import BM25Index
 
-STORE_VERSION = 4
+STORE_VERSION = 5
 """Version of the layout; raising it makes every cached store be built anew."""
 KEPT_PRODUCTS = 2048
 """Decoded products that a process keeps in memory."""
 _ANEW = "delete the folder to have it built anew"
-_SMALL = 1 << 28
-"""Bytes of a store up to which its checksums are compared whenever it is opened; of a larger one, the sizes are."""
 FOLDS = 20
 """Number of parts from which splits are made."""
 
@@ -77,7 +76,9 @@ class Store:
         if about.get("version") != STORE_VERSION:
             version = about.get("version")
             raise DataError(f"{folder}: store version {version!r}, expected {STORE_VERSION}; delete the folder")
-        check_files(folder, about)
+        if not isinstance(about.get("files"), dict) or not isinstance(about.get("content"), str):
+            raise DataError(f"{folder / 'store.json'} does not describe a store; {_ANEW}")
+        check_sealed(folder, about, folder / "store.json", _ANEW)
         self.name = f"products/{about['content']}"
         self._cards = Blobs(folder / "cards")
         self._details = Blobs(folder / "details")
@@ -166,39 +167,6 @@ class Store:
             except OSError:
                 return array
         return load_array(path, f"delete {path} to have it made anew")
-
-
-def checksums(folder: Path) -> dict[str, list[Any]]:
-    """Size and checksum of every file that a store consists of; an index keeps its own."""
-    return {path.name: [path.stat().st_size, _checksum(path)] for path in sorted(folder.iterdir()) if path.is_file()}
-
-
-def check_files(folder: Path, about: Mapping[str, Any]) -> None:
-    """Compare a store's files with what was written down when it was built.
-
-    Raises:
-        DataError: one is missing, or is not what was built.
-    """
-    stated = about.get("files")
-    if not isinstance(stated, dict) or not isinstance(about.get("content"), str):
-        raise DataError(f"{folder / 'store.json'} does not describe a store; {_ANEW}")
-    try:
-        whole = sum(size for size, _ in stated.values()) <= _SMALL
-        for name, (size, checksum) in stated.items():
-            path = folder / Path(name).name
-            if path.stat().st_size != size or (whole and _checksum(path) != checksum):
-                raise DataError(f"{path} is damaged: it is not what was built; {_ANEW}")
-    except OSError as error:
-        raise DataError(f"{folder}: {error.filename} cannot be read ({error.strerror}); {_ANEW}") from None
-    except (TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{folder / 'store.json'} does not describe a store; {_ANEW}") from None
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
 def digest(value: object) -> str:
