@@ -103,7 +103,7 @@ def _hold(descriptor: int, folder: Path) -> None:
 
 
 def sealed(folder: Path, about: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """The description of a folder that is finished: what it says, size and checksum of each file, and a checksum of itself.
+    """The description of a finished folder: what it says, size and checksum of each file, a checksum of itself.
 
     Args:
         folder: where the files are, all of them written.
@@ -119,8 +119,8 @@ def sealed(folder: Path, about: Mapping[str, Any], names: Iterable[str]) -> dict
 def check_sealed(folder: Path, about: Mapping[str, Any], source: Path, advice: str, *, whole: bool = False) -> None:
     """Compare a folder with its description.
 
-    Of a folder above ``SMALL`` bytes the files are read only if size, time of change or time of status differ from those at the
-    last comparison: bytes cannot be written in place without moving the latter.
+    Of a folder above ``SMALL`` bytes the files are read only if size, time of change or time of status differ from
+    those at the last comparison: bytes cannot be written in place without moving the latter.
 
     Args:
         folder: where the files are.

@@ -32,7 +32,7 @@ def write_description(file: Path, about: Mapping[str, Any], names: Iterable[str]
 
 
 def verify(file: Path) -> int:
-    """Read every file that a description names and compare it; how many there are (0: it was written before there were checksums).
+    """Read every file that a description names and compare it; how many there are (none, if it is from before 0.2).
 
     Raises:
         DataError: one is missing, or is not what was built.
