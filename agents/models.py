@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -63,7 +63,12 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, role: str, *, world: str = "", device: str = "cpu", dtype: torch.dtype = torch.float32
+    name: str,
+    role: str,
+    *,
+    world: str = "",
+    device: str = "cpu",
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
 ) -> LoadedModel:
     """Load a model.
 
@@ -73,7 +78,7 @@ def load_model(
         role: ``"student"`` or ``"teacher"``.
         world: the environment's key (``"alfworld"``), for ``"builtin"``.
         device: where it goes.
-        dtype: of its weights.
+        dtype: of its weights; ``"auto"`` is what its files hold.
 
     Raises:
         AtodError: it cannot be found or read; says where was looked and what to do.

@@ -51,6 +51,7 @@ def commands() -> dict[str, Command]:
             },
         ),
         "eval": Command("play fixed panels of tasks, or compare two results", {"": "atod_algos.evaluate.command"}),
+        "export": Command("write a run's model for other programs", {"": "atod_algos.export.command"}),
         "report": Command("show every turn of a run, and why it was weighted", {"": "atod_algos.report.command"}),
         "study": Command("compare methods over environments and seeds", {"": "atod_algos.study.command"}),
         "data": Command(

@@ -217,7 +217,7 @@ def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, A
         "data": config.data,
         "option": list(sampling.option),
         "agent": config.agent,
-        "weights": _weights(config.agent),
+        "weights": weights_digest(config.agent),
         "api_extra": config.api_extra,
         "sampling": {
             name: value
@@ -232,8 +232,8 @@ def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, A
     return settings, panels
 
 
-def _weights(agent: str) -> str | None:
-    """Digest of a model's weights in a folder or file: a checkpoint that changed is another policy."""
+def weights_digest(agent: str) -> str | None:
+    """Digest of a model's weights in a folder or file: a checkpoint that changed is another policy. None where there are none."""
     packed = gguf_file(agent)
     files = (
         [packed] if packed else sorted(Path(agent).expanduser().glob("*.safetensors")) if Path(agent).is_dir() else []

@@ -27,6 +27,7 @@ from atod_envs.errors import AtodError, DataError
 _STATE = "trainer_state.pt"
 _DONE = "complete.json"
 _SHARDS = "shards"
+_ADVICE = "delete it to go back to an earlier one"
 
 
 def save_checkpoint(
@@ -81,9 +82,9 @@ def save_checkpoint(
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
         recover(folder)
-        if not isinstance(error, OSError) and not _about_files(error):
+        reason = write_failure(error)
+        if reason is None:
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise AtodError(
             f"checkpoint {target} could not be written: {reason}; earlier ones are kept. Make room and run the same command again"
         ) from error
@@ -127,10 +128,7 @@ def load_checkpoint(
     from safetensors.torch import load_file
 
     try:
-        extra = read_object(path / _DONE, "delete the checkpoint to go back to an earlier one", files=dict, step=int)
-        for name, checksum in extra.pop("files").items():
-            if _checksum(path / name) != checksum:
-                raise ValueError(f"{name} is not as it was written")
+        extra = require_whole(path)
         state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
         if (path / _SHARDS).is_dir():
             load_shards(path, model, updater)
@@ -153,9 +151,7 @@ def load_checkpoint(
         UnpicklingError,
         SafetensorError,
     ) as error:
-        raise DataError(
-            f"{path} is not a complete checkpoint ({error}); delete it to go back to an earlier one"
-        ) from error
+        raise DataError(f"{path} is not a complete checkpoint ({error}); {_ADVICE}") from error
     own = model.state_dict()
     weights = {name: distributed.divided_like(tensor, own.get(name)) for name, tensor in weights.items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -165,6 +161,23 @@ def load_checkpoint(
             f"{path} holds another model: parameter {[*unexpected, *(set(missing) - tied)][0]!r} does not fit"
         )
     return state, extra
+
+
+def require_whole(path: Path) -> dict[str, Any]:
+    """Check that every file of a checkpoint is as it was written; return the extra values, the step among them.
+
+    Raises:
+        DataError: the folder is not a complete checkpoint, or a byte of it has changed.
+    """
+    extra = read_object(path / _DONE, _ADVICE, files=dict, step=int)
+    for name, checksum in extra.pop("files").items():
+        try:
+            same = _checksum(path / name) == checksum
+        except OSError as error:
+            raise DataError(f"{path} is not a complete checkpoint ({error}); {_ADVICE}") from error
+        if not same:
+            raise DataError(f"{path} is not a complete checkpoint ({name} is not as it was written); {_ADVICE}")
+    return extra
 
 
 # --- of a model that is divided among ranks ----------------------------------------------------------------------
@@ -281,7 +294,13 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _about_files(error: Exception) -> bool:
-    """Torch and safetensors report a failed write as errors of their own kinds."""
+def write_failure(error: Exception) -> str | None:
+    """Why a file could not be written, in a line; None if the error is of another kind.
+
+    Torch and safetensors report a failed write as errors of their own kinds.
+    """
     text = str(error).lower()
-    return any(word in text for word in ("write", "i/o", "os error", "no space", "file too large", "iostream"))
+    words = ("write", "i/o", "os error", "no space", "file too large", "iostream")
+    if not isinstance(error, OSError) and not any(word in text for word in words):
+        return None
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]

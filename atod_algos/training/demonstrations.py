@@ -155,7 +155,8 @@ class Expert:
         # Adapters' sums are weights that the student itself does not have.
         adapted = any(".lora_" in name for name, _ in model.named_parameters())
         self._acting = _without_adapters(model) if adapted else model
-        self._engine = TransformersEngine(self._acting, slots=256, max_context=max_context)
+        # As many slots as a round has episodes: every slot costs the memory of a whole conversation.
+        self._engine = TransformersEngine(self._acting, slots=min(256, options.episodes), max_context=max_context)
 
     def __call__(self, number: int) -> list[Trajectory]:
         """The episodes of a round (from 0), played with the student's present weights."""

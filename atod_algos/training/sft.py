@@ -228,6 +228,9 @@ class SftCommand:
     """Folder of settings, metrics and checkpoints; by default OUT/training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model is trained."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights that compute, as in training: 'auto' is bfloat16 on a GPU, float32 elsewhere; updates are made
+    in float32. On a processor with bfloat16 instructions it halves the time."""
     fit: ImitationOptions = field(default_factory=ImitationOptions)
 
 
@@ -244,7 +247,7 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
     from agents.logits import longest_context
     from agents.models import load_model
     from atod_algos.rollout.environments import describe, make_env
-    from atod_algos.rollout.pools import device_of
+    from atod_algos.rollout.pools import device_of, dtype_of
     from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint
     from atod_algos.training.config import TrainConfig, resolve
     from atod_algos.training.run_dir import RunFolder
@@ -256,7 +259,9 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
     run = RunFolder(_folder(command), _settings(command, config))
     recover(run.checkpoints)
     facts = describe(config)
-    loaded = load_model(command.student, "student", world=facts.env_key, device=device_of(command.device))
+    device = device_of(command.device)
+    dtype = dtype_of(config, device)
+    loaded = load_model(command.student, "student", world=facts.env_key, device=device, dtype=dtype)
     model, chat = loaded.model, loaded.chat(command.thinking, command.chat_date)
     context = min(command.max_context, longest_context(model))
     style, rows = choose_layout(command.layout, facts.style, chat)

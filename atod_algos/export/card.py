@@ -1,0 +1,102 @@
+"""The model card: what the model is, how well it plays and on what, and how that was made. Numbers come with their intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from atod_algos.export.folder import Exported
+from atod_algos.export.source import PanelRow, Source
+
+_PLACES = ("run", "data", "wandb", "device", "threads", "cluster", "workers")
+"""Settings of a machine rather than of a model."""
+
+
+def card(source: Source, exported: Exported, rows: Sequence[PanelRow]) -> str:
+    """The card's text.
+
+    Args:
+        source: the checkpoint.
+        exported: what was written.
+        rows: the panel numbers that belong to it.
+    """
+    train = source.train
+    unit = "rounds of demonstrations" if source.algorithm == "sft" else "steps"
+    kind = f"Adapters for `{_named(exported.base)}`" if exported.base else f"`{exported.architecture}`"
+    head = [
+        "---",
+        "library_name: " + ("peft" if exported.base else "transformers"),
+        "pipeline_tag: text-generation",
+        "tags: [atod, agent]",
+        "---",
+    ]
+    lines = [
+        *head,
+        "",
+        f"# {source.algorithm} on {train['env']}",
+        "",
+        f"{kind}, {exported.parameters:,} weights in {exported.dtype}. Trained from `{_named(train['student'])}` with {source.algorithm} for "
+        f"{source.step} {unit}" + _teacher(source) + f". Tasks: data `{source.data_version}`.",
+        "",
+        f"The exported files gave the trained model's log-probs to {exported.difference:.2g} nats in float32 on {exported.positions} places "
+        + ("of episodes that the run played." if exported.own_rows else "of a random row."),
+        "",
+        "## Panels",
+        "",
+        *_panels(rows),
+        "## How it is prompted",
+        "",
+        f"Prompt style `{train.get('style')}`, thoughts `{train.get('thinking')}`, layout `{train.get('layout')}`; responses up to "
+        f"{train.get('max_response')} tokens, prompt and response up to {train.get('max_context')}. The chat template is part of the tokenizer.",
+        "",
+        "## Settings",
+        "",
+        "```json",
+        json.dumps(
+            {"train": _settings(train), "algorithm": source.settings["algorithm"], "versions": source.versions},
+            indent=1,
+        ),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _teacher(source: Source) -> str:
+    if source.algorithm in ("sft", "grpo", "gigpo"):
+        return ""
+    return f"; teacher `{_named(source.train.get('teacher'))}`"
+
+
+def _panels(rows: Sequence[PanelRow]) -> list[str]:
+    if not rows:
+        return ["None was played with these weights: `atod eval --agent FOLDER`, then `atod export --evaluation`.", ""]
+    lines: list[str] = []
+    for panel in dict.fromkeys(row.panel for row in rows):
+        here = [row for row in rows if row.panel == panel]
+        lines += [
+            f"{panel}:",
+            "",
+            "| policy | success | 95 % interval | episodes | turns |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for row in here:
+            s = row.summary
+            lines.append(
+                f"| {row.policy} | {s['success']:.1%} | {100 * s['low']:.1f} - {100 * s['high']:.1f} | {s['n']} | {s['length']:.1f} |"
+            )
+        lines.append("")
+    return lines
+
+
+def _settings(train: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in train.items() if name not in _PLACES}
+    return kept | {name: _named(kept[name]) for name in ("student", "teacher") if name in kept}
+
+
+def _named(model: Any) -> str:
+    """A model's name; of a folder on this machine its own name alone."""
+    name = str(model)
+    return Path(name).name if Path(name).is_absolute() or name.startswith((".", "~")) else name
