@@ -233,7 +233,7 @@ def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, A
 
 
 def weights_digest(agent: str) -> str | None:
-    """Digest of a model's weights in a folder or file: a checkpoint that changed is another policy. None where there are none."""
+    """Digest of a model's weights in a folder or file: a checkpoint that changed is another policy."""
     packed = gguf_file(agent)
     files = (
         [packed] if packed else sorted(Path(agent).expanduser().glob("*.safetensors")) if Path(agent).is_dir() else []

@@ -1,4 +1,4 @@
-"""The model card: what the model is, how well it plays and on what, and how that was made. Numbers come with their intervals."""
+"""The model card: what the model is, how well it plays, and how it was made. Numbers come with their intervals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write a run's model as a folder that transformers, vLLM and llama.cpp's converter read, checked against what was trained.
+"""Write a run's model as a folder that transformers and other programs read, checked against what was trained.
 
 atod export RUN --to FOLDER [--checkpoint best] [--merge] [--card] [--evaluation EVALUATION ...]
 """
@@ -27,7 +27,7 @@ class ExportCommand:
     checkpoint: str = "last"
     """Which checkpoint: last, best, or a folder's name in RUN/checkpoints."""
     merge: bool = False
-    """Add adapters into the model. Without it a checkpoint of adapters is written as adapters; a whole model is always written whole."""
+    """Add adapters into the model. Without it a checkpoint of adapters is written as adapters."""
     card: bool = False
     """Write README.md: panel numbers with intervals, settings, data version."""
     evaluation: tuple[Path, ...] = ()
@@ -42,7 +42,8 @@ def export(command: ExportCommand, say: Callable[[str], None]) -> None:
         say: gets what a user is told.
 
     Raises:
-        AtodError: no run, no checkpoint, a target in use or that cannot be written, or a result that is not the trained model.
+        AtodError: no run, no checkpoint, a target in use or that cannot be written, or a result that is not the trained
+        model.
     """
     from atod_algos.export.card import card
     from atod_algos.export.folder import TOLERANCE, refuse_target, write_folder

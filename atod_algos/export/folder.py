@@ -1,8 +1,8 @@
 """Writing the folder, and the check that it holds the trained model.
 
-The invariant: everything is written aside and checked there; the folder gets its name last. What is compared: log-probs of the whole
-vocabulary on rows that the run itself played, in float32, the trained model as evaluations load it against the folder as transformers
-alone loads it.
+The invariant: everything is written aside and checked there; the folder gets its name last. What is compared: log-probs
+of the whole vocabulary on rows that the run itself played, in float32, the trained model as evaluations load it against
+the folder as transformers alone loads it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def write_folder(source: Source, to: Path, *, merge: bool, card: Callable[[Expor
         What was written, and how close it is to the trained model.
 
     Raises:
-        AtodError: the target is in use, cannot be written, or the folder does not give the trained model's log-probs. Nothing is left.
+        AtodError: the target is in use, cannot be written, or the folder does not give the trained model's log-probs.
+        Nothing is left.
     """
     refuse_target(to)
     train = source.train
@@ -137,7 +138,7 @@ def _write_model(trained: LoadedModel, part: Path, train: Mapping[str, Any]) -> 
 
 
 def _for_older_readers(part: Path) -> None:
-    """Say again, in the words of transformers 4 and of programs that read its files, what release 5 writes in its own."""
+    """Say what release 5 of transformers writes in its own words in those of release 4, too, for what reads these."""
     path = part / "config.json"
     if path.is_file():
         config = json.loads(path.read_text())
@@ -159,7 +160,7 @@ def _for_older_readers(part: Path) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-# --- the check ----------------------------------------------------------------------------------------------------------
+# --- the check -----------------------------------------------------------------------------------------------------
 
 
 def _check(trained: LoadedModel, part: Path, source: Source, alone: bool) -> Exported:

@@ -1,6 +1,7 @@
 """What is exported: the run, one of its checkpoints, and what is known about both.
 
-The invariant: every file of the checkpoint is as it was written (their checksums), and every number belongs to this very checkpoint.
+The invariant: every file of the checkpoint is as it was written (their checksums), and every number belongs to this
+very checkpoint.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def open_source(run: Path, checkpoint: str) -> Source:
     )
 
 
-# --- numbers ------------------------------------------------------------------------------------------------------------
+# --- numbers -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class PanelRow:
 
 
 def panel_rows(source: Source, evaluations: Sequence[Path]) -> list[PanelRow]:
-    """Every panel number that belongs to the checkpoint: the run's final table, its validation, evaluations that are named.
+    """Every panel number of the checkpoint: the run's final table, its validation, evaluations that are named.
 
     Args:
         source: the checkpoint.

@@ -229,8 +229,8 @@ class SftCommand:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model is trained."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights that compute, as in training: 'auto' is bfloat16 on a GPU, float32 elsewhere; updates are made
-    in float32. On a processor with bfloat16 instructions it halves the time."""
+    """Type of the weights that compute, as in training: 'auto' is bfloat16 on a GPU, float32 elsewhere; updates are
+    made in float32. On a processor with bfloat16 instructions it halves the time."""
     fit: ImitationOptions = field(default_factory=ImitationOptions)
 
 

@@ -1,4 +1,4 @@
-"""``atod export``: what it writes is the trained model, read by transformers alone; or it writes nothing and says why."""
+"""``atod export``: what it writes is the trained model, or it writes nothing and says why."""
 
 import json
 import resource
