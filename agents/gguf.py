@@ -104,11 +104,8 @@ def converted(path: Path) -> Path:
 
 def checksum(path: Path) -> str:
     """BLAKE2b of a file, 32 hexadecimal digits."""
-    whole = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            whole.update(block)
-    return whole.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _move_into_place(part: Path, target: Path, digest: str) -> Path:

@@ -26,7 +26,7 @@ from agents.chat import ChatFormat
 from agents.models import load_model
 from atod_algos.rollout.environments import describe
 from atod_algos.rollout.episodes import EpisodeSpec, derive_seed
-from atod_algos.rollout.pools import RolloutPool, local_pool, worker_pool
+from atod_algos.rollout.pools import Conditions, RolloutPool, local_pool, worker_pool
 from atod_algos.rollout.ray_pool import RayPool
 from atod_algos.training.config import TrainConfig, resolve
 from atod_envs.trajectory import Trajectory
@@ -44,12 +44,12 @@ def timed(
     pool: RolloutPool, specs: Sequence[EpisodeSpec], rounds: int, workers: Sequence[int] = ()
 ) -> tuple[float, float, list[Trajectory]]:
     """Least wall and CPU seconds of a rollout, and its episodes; the first one fills caches and does not count."""
-    played = pool.play(specs, "train", temperature=1.0)
+    played = pool.play(specs, Conditions("train", temperature=1.0))
     wall = cpu = float("inf")
     for _ in range(rounds):
         before = [cpu_seconds(pid) for pid in workers]
         started, driver = time.perf_counter(), time.process_time()
-        played = pool.play(specs, "train", temperature=1.0)
+        played = pool.play(specs, Conditions("train", temperature=1.0))
         wall = min(wall, time.perf_counter() - started)
         used = [cpu_seconds(pid) - old for pid, old in zip(workers, before, strict=True)]
         cpu = min(cpu, time.process_time() - driver + max(used, default=0.0))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from atod_envs.errors import DataError
+from atod_envs.files import parse_json
 from atod_envs.trajectory import Trajectory, from_record, to_record
 
 
@@ -30,8 +31,8 @@ class EpisodeJournal:
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 try:
-                    kept.append(from_record(json.loads(line), str(self.path)))
-                except (json.JSONDecodeError, DataError):
+                    kept.append(from_record(parse_json(line, str(self.path)), str(self.path)))
+                except DataError:
                     break
             self.path.write_text("".join(_line(trajectory) for trajectory in kept), encoding="utf-8")
         return kept

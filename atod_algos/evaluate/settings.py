@@ -241,8 +241,7 @@ def weights_digest(agent: str) -> str | None:
     whole = hashlib.blake2b(digest_size=8)
     for path in files:
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                whole.update(block)
+            hashlib.file_digest(file, lambda: whole)
     return whole.hexdigest() if files else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,6 +13,7 @@ from atod_algos.evaluate.journal import EpisodeJournal
 from atod_algos.evaluate.settings import EvaluateConfig, Panel, Sampling, make_env
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
 from atod_envs.errors import AtodError
+from atod_envs.files import parse_json
 from atod_envs.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -38,10 +38,7 @@ class EvaluationWorker:
         if kind == "api":
             from agents.api import ApiOptions, ChatClient
 
-            try:
-                extra = json.loads(config.api_extra)
-            except ValueError as error:
-                raise AtodError(f"--api-extra is not JSON: {error}") from error
+            extra = parse_json(config.api_extra, "--api-extra", "give a JSON object")
             options = ApiOptions(config.api_base, config.api_timeout, config.api_retries, extra)
             self._client = ChatClient(
                 name,

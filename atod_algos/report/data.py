@@ -6,7 +6,6 @@ The invariant: only complete files are read, so a run may be read while it is be
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 
 from atod_algos.evaluate.settings import episodes_path
 from atod_algos.training.run_dir import read_metrics, read_object
+from atod_envs import files
 from atod_envs.errors import DataError
 from atod_envs.trajectory import Trajectory, read_jsonl
 
@@ -266,6 +266,6 @@ def read_episodes(path: Path) -> list[Trajectory]:
 def read_packed(path: Path) -> dict[str, list[Any]] | None:
     """A compressed JSON file, or None where it is missing or not complete yet."""
     try:
-        return dict(json.loads(gzip.decompress(path.read_bytes())))
-    except (FileNotFoundError, EOFError, ValueError, TypeError, RecursionError, zlib.error, gzip.BadGzipFile):
+        return files.read_object(path)
+    except DataError:
         return None

@@ -7,6 +7,7 @@ trajectories (up to rounding where other episodes share a forward pass), in the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,11 +28,29 @@ from atod_envs.errors import AtodError
 from atod_envs.styles import PromptStyle
 from atod_envs.trajectory import Trajectory
 
+Weights = Iterable[tuple[str, torch.Tensor]]
+"""A model's tensors by its own names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What the episodes of one call have in common.
+
+    Attributes:
+        split: the split of the tasks.
+        temperature: of the sampling.
+        tolerated: share of the episodes that may be lost to an environment that raises.
+    """
+
+    split: str
+    temperature: float
+    tolerated: float = 0.0
+
 
 class RolloutPool(Protocol):
     """Rollout workers that play with one set of weights."""
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int, truth: Any | None = None) -> None:
+    def load_weights(self, weights: Weights, version: int, truth: Any | None = None) -> None:
         """Play with these weights from now on.
 
         Args:
@@ -44,10 +63,7 @@ class RolloutPool(Protocol):
     def play(
         self,
         specs: Sequence[EpisodeSpec],
-        split: str,
-        *,
-        temperature: float,
-        tolerated: float = 0.0,
+        under: Conditions,
         limits: RolloutLimits | None = None,
         on_finish: OnFinish | None = None,
     ) -> list[Trajectory]:
@@ -55,9 +71,7 @@ class RolloutPool(Protocol):
 
         Args:
             specs: what to play.
-            split: the split of the tasks.
-            temperature: of the sampling.
-            tolerated: share of the episodes that may be lost to an environment that raises.
+            under: which split is played, and how.
             limits: an algorithm's limits.
             on_finish: called with the number of finished episodes.
         """
@@ -75,15 +89,15 @@ class LocalPool:
     Args:
         engine: samples.
         policy: the plain model that the engine was made from.
-        make_rollout: (split, temperature, tolerated) -> a rollout with the engine.
+        make_rollout: gives a rollout with the engine under some conditions.
     """
 
-    def __init__(self, engine: Engine, policy: Any, make_rollout: Callable[[str, float, float], Rollout]) -> None:
+    def __init__(self, engine: Engine, policy: Any, make_rollout: Callable[[Conditions], Rollout]) -> None:
         self.engine, self.policy = engine, policy
         self._make = make_rollout
-        self._rollouts: dict[tuple[str, float, float], Rollout] = {}
+        self._rollouts: dict[Conditions, Rollout] = {}
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int, truth: Any | None = None) -> None:
+    def load_weights(self, weights: Weights, version: int, truth: Any | None = None) -> None:
         """Hand the weights to the engine, and check that it samples with them."""
         if truth is None:
             own = dict(self.policy.named_parameters())
@@ -100,19 +114,15 @@ class LocalPool:
     def play(
         self,
         specs: Sequence[EpisodeSpec],
-        split: str,
-        *,
-        temperature: float,
-        tolerated: float = 0.0,
+        under: Conditions,
         limits: RolloutLimits | None = None,
         on_finish: OnFinish | None = None,
         more: MoreEpisodes | None = None,
     ) -> list[Trajectory]:
         """See :class:`RolloutPool`. The environments of a split stay open; ``more`` is asked for further episodes."""
-        key = (split, temperature, tolerated)
-        if key not in self._rollouts:
-            self._rollouts[key] = self._make(*key)
-        return self._rollouts[key].play(specs, limits, on_finish, more)
+        if under not in self._rollouts:
+            self._rollouts[under] = self._make(under)
+        return self._rollouts[under].play(specs, limits, on_finish, more)
 
     def rest(self) -> None:
         """Let the engine sleep."""
@@ -136,7 +146,7 @@ class RankPool:
     def __init__(self, own: RolloutPool | None, *, divided: bool) -> None:
         self._own, self._divided = own, divided
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int, truth: Any | None = None) -> None:
+    def load_weights(self, weights: Weights, version: int, truth: Any | None = None) -> None:
         """Load the weights where there is a pool; gathering them takes all ranks."""
         if self._own is not None:
             self._own.load_weights(weights, version, truth)
@@ -147,10 +157,7 @@ class RankPool:
     def play(
         self,
         specs: Sequence[EpisodeSpec],
-        split: str,
-        *,
-        temperature: float,
-        tolerated: float = 0.0,
+        under: Conditions,
         limits: RolloutLimits | None = None,
         on_finish: OnFinish | None = None,
     ) -> list[Trajectory]:
@@ -160,9 +167,7 @@ class RankPool:
         mine = [spec for spec, rank in zip(specs, owner, strict=True) if rank == distributed.rank()]
         played: list[Trajectory] = []
         if self._own is not None and mine:
-            played = self._own.play(
-                mine, split, temperature=temperature, tolerated=tolerated, limits=limits, on_finish=on_finish
-            )
+            played = self._own.play(mine, under, limits, on_finish)
         everything = [iter(part) for part in distributed.gather(played)]
         return [next(everything[rank]) for rank in owner]
 
@@ -189,16 +194,16 @@ def local_pool(config: RunConfig, style: PromptStyle, model: Any, chat: ChatForm
     context = min(config.max_context, longest_context(model))
     engine = make_engine(config.engine, model, slots=config.slots, max_context=context, memory=config.engine_memory)
 
-    def rollout(split: str, temperature: float, tolerated: float) -> Rollout:
+    def rollout(under: Conditions) -> Rollout:
         return Rollout(
             engine,
             chat,
-            lambda: make_env(config, split),
+            lambda: make_env(config, under.split),
             style=style,
             max_tokens=config.max_response,
-            temperature=temperature,
+            temperature=under.temperature,
             concurrency=config.slots,
-            tolerated=tolerated,
+            tolerated=under.tolerated,
         )
 
     return LocalPool(engine, model, rollout)

@@ -16,20 +16,17 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from atod_algos.algorithm import RolloutLimits
 from atod_algos.rollout.episodes import OnFinish
-from atod_algos.rollout.pools import LocalPool
+from atod_algos.rollout.pools import Conditions, LocalPool, Weights
 from atod_algos.rollout.work_queue import WorkQueue
 from atod_algos.turn_plans import EpisodeSpec
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Trajectory
-
-if TYPE_CHECKING:
-    import torch
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +47,7 @@ class _Worker:
 
     def play(
         self,
-        how: tuple[str, float, float],
+        under: Conditions,
         specs: Sequence[EpisodeSpec],
         limits: RolloutLimits | None,
         weights: list[Any],
@@ -80,10 +77,7 @@ class _Worker:
                 places.extend(taken)
                 return [specs[place] for place in taken]
 
-            split, temperature, tolerated = how
-            return places, self._pool.play(
-                (), split, temperature=temperature, tolerated=tolerated, limits=limits, more=more
-            )
+            return places, self._pool.play((), under, limits, more=more)
         except Exception as error:  # not every exception survives the way to the driver; its words do
             raise AtodError(f"{type(error).__name__}: {error}") from None
 
@@ -133,7 +127,7 @@ class RayPool:
         self.pids: list[int] = []
         self._start(workers)
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int, truth: Any | None = None) -> None:
+    def load_weights(self, weights: Weights, version: int, truth: Any | None = None) -> None:
         """Put the weights into the object store; workers fetch and check them with their next groups."""
         self._weights = self._ray.put({name: tensor.detach().cpu() for name, tensor in weights})
         self._version = version
@@ -154,24 +148,20 @@ class RayPool:
     def play(
         self,
         specs: Sequence[EpisodeSpec],
-        split: str,
-        *,
-        temperature: float,
-        tolerated: float = 0.0,
+        under: Conditions,
         limits: RolloutLimits | None = None,
         on_finish: OnFinish | None = None,
     ) -> list[Trajectory]:
         """Play all episodes on whichever workers are free; see ``RolloutPool.play``."""
         if self._weights is None:
             raise AtodError("the workers have no weights yet; call load_weights before play")
-        how = split, temperature, tolerated
         work, everything = self._work, self._ray.put(list(specs))
         self._ray.get(work.begin.remote([spec.group_id for spec in specs], len(self._workers), self._calls))
         finished: dict[int, Trajectory] = {}
         running: dict[Any, _Call] = {}
 
         def give(worker: Any) -> None:
-            future = worker.play.remote(how, everything, limits, [self._weights], self._version, work, self._calls)
+            future = worker.play.remote(under, everything, limits, [self._weights], self._version, work, self._calls)
             running[future] = _Call(worker, self._calls, time.monotonic())
             self._calls += 1
 
@@ -298,7 +288,7 @@ def _require_resources(ray: Any, workers: int, cpus: float, gpus: float) -> None
         if each * workers > held.get(kind, 0.0) + 1e-6:
             raise AtodError(
                 f"{workers} rollout workers of {each:g} {kind} each do not fit: the cluster has {_resources(ray)}; lower --workers "
-                f"or --worker-{kind.lower()}s"
+                f"or take less for each: --cluster ray:{kind.lower()}s=N"
             )
 
 

@@ -208,6 +208,6 @@ def lrs_of(study: Path, world: World) -> Mapping[str, dict[str, float]]:
     """What tuning found: score of each learning rate by method."""
     found: dict[str, dict[str, float]] = {}
     for path in sorted((study / world.name / "tuning").glob("*/lr*/tuned.json")):
-        one = json.loads(path.read_text())
+        one = read_object(path, "delete it to choose again", lr=float, score=float)
         found.setdefault(path.parent.parent.name, {})[f"{one['lr']:g}"] = one["score"]
     return found

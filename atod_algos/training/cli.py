@@ -51,6 +51,10 @@ GONE: Mapping[str, str] = MappingProxyType(
 """Options of earlier versions, and what to do instead."""
 
 
+_BUILTIN = ("student", "teacher", "data")
+"""Options that all say 'builtin', or nothing, in the built-in run."""
+
+
 @dataclass(frozen=True)
 class _RunOptions(RunOptions):
     rules: str = "paper"
@@ -101,7 +105,7 @@ def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
     if preset is not None:
         config_default = preset_config(preset, env)
         options_default = fit_algorithm(options_default, preset, env)
-    elif rules == "paper" and all(_ahead(arguments, name) in (None, "builtin") for name in ("--student", "--teacher")):
+    elif rules == "paper" and all(_ahead(arguments, f"--{name}") in (None, "builtin") for name in _BUILTIN):
         stale = _ahead(arguments, "--staleness") not in (None, "0")
         config_default, options_default = builtin_run(options_default, env, stale=stale)
 

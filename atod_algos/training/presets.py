@@ -119,7 +119,7 @@ BUILTIN_RUNS: Mapping[tuple[str, str], tuple[Mapping[str, Any], Mapping[str, Any
         )
     }
 )
-"""(Algorithm, registered id) -> settings of a run and options of the algorithm, for the built-in student and teacher
+"""(Algorithm, registered id) -> settings of a run and options of the algorithm, for the built-in models and data
 under the paper's rules. Where nothing stands, an algorithm has its own defaults and the profile that all share."""
 
 
@@ -133,7 +133,7 @@ def override(options: Any, values: Mapping[str, Any]) -> Any:
 
 
 def builtin_run(algorithm: Any, env: str, *, stale: bool) -> tuple[TrainConfig, Any]:
-    """Defaults of a run of the built-in student and teacher: settings, and the algorithm with its options.
+    """Defaults of a run of the built-in models and data: settings, and the algorithm with its options.
 
     Args:
         algorithm: with the paper's rules.

@@ -35,7 +35,7 @@ from atod_algos.rollout.environments import describe
 from atod_algos.rollout.episodes import Play, derive_seed
 from atod_algos.rollout.layouts import choose_layout
 from atod_algos.rollout.make_pool import make_pool
-from atod_algos.rollout.pools import RankPool, RolloutPool, device_of, dtype_of, local_pool
+from atod_algos.rollout.pools import Conditions, RankPool, RolloutPool, device_of, dtype_of, local_pool
 from atod_algos.rollout.task_sampler import StepSampler, solved_at_least_once
 from atod_algos.teachers.local import LocalScorer, StepScorer
 from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint, strays
@@ -108,7 +108,7 @@ class Trainer:
         )
 
     def _training(self) -> Play:
-        return partial(self.pool.play, split=self.splits[0], temperature=self.config.temperature, tolerated=_TOLERATED)
+        return partial(self.pool.play, under=Conditions(self.splits[0], self.config.temperature, _TOLERATED))
 
     def _load(self, name: str, role: str, dtype: torch.dtype | None = None) -> LoadedModel:
         dtype = dtype or dtype_of(self.config, self.device)
@@ -259,7 +259,7 @@ class Trainer:
         """Play the fixed panel of a split with whatever weights the pool holds."""
         tasks = self.facts.tasks(split)
         panel = tasks.panel(min(n_tasks, len(tasks)))
-        play = partial(pool.play, split=split, temperature=self.config.eval_temperature)
+        play = partial(pool.play, under=Conditions(split, self.config.eval_temperature))
         return evaluate(play, panel, on_finish=lambda n: progress.phase(f"evaluation {n}/{len(panel)}"))
 
     def report(self, progress: Progress) -> dict[str, Any]:

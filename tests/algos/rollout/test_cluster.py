@@ -23,7 +23,7 @@ from atod_algos.algorithm import RolloutLimits
 from atod_algos.atod import ATOD
 from atod_algos.grpo import GRPO
 from atod_algos.rollout.episodes import EpisodeSpec, collect_groups, derive_seed
-from atod_algos.rollout.pools import local_pool, worker_pool
+from atod_algos.rollout.pools import Conditions, local_pool, worker_pool
 from atod_algos.rollout.ray_pool import RayPool, worker_env
 from atod_algos.rollout.work_queue import WorkQueue
 from atod_algos.training.cli import main
@@ -42,7 +42,7 @@ def worker(config):
 
 
 def play(pool, specs, **options):
-    return pool.play(specs, "train", temperature=1.0, **options)
+    return pool.play(specs, Conditions("train", 1.0), **options)
 
 
 @pytest.fixture(scope="module")

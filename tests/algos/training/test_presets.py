@@ -355,7 +355,12 @@ def test_the_built_in_run_has_settings_of_its_own_and_flags_win(capsys):
     assert (train, annealing, objective["clip_high"]) == (run | {"steps": 9, "minibatches": 2}, 7, 0.2)
     assert settings(ATOD, "--staleness", "1")[0] == run | {"old_logprobs": "learner"}
     plain = {name: getattr(resolve(TrainConfig()), name) for name in run}
-    for algorithm, *arguments in ((GRPO,), (ATOD, "--rules", "released"), (ATOD, "--student", "tiny", "--lr", "1e-4")):
+    for algorithm, *arguments in (
+        (GRPO,),
+        (ATOD, "--rules", "released"),
+        (ATOD, "--student", "tiny", "--lr", "1e-4"),
+        (ATOD, "--data", "real"),
+    ):
         train, annealing, objective = settings(algorithm, *arguments)
         assert (train, annealing, objective["clip_high"]) == (plain, None if algorithm is GRPO else 80, 0.2)
     shop = {name: getattr(resolve(TrainConfig(env=WEBSHOP)), name) for name in run}
