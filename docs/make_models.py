@@ -110,12 +110,12 @@ def try_one(kind: Any) -> tuple[str, str, str, str]:
         head = "plain" if logit_head(model).plain else "its own"
         learner = "packed" if packable(model) else "padded"
         engine = TransformersEngine(model, slots=2, max_context=128)
-        decoder: Any = engine._decoder
+        decoder: Any = engine.decoder
         verify_weights(engine, model)
     except UnsupportedModel as error:
         return name, "", "refused", str(error).partition(": ")[2].partition(". Use")[0]
     kinds = {FamilyDecoder: "written out", ModuleDecoder: "its own modules"}
-    cached = "own forward" if getattr(decoder, "_caches", True) else "own forward, no cache"
+    cached = "own forward" if getattr(decoder, "caches", True) else "own forward, no cache"
     return name, head, learner, kinds.get(type(decoder), cached)
 
 

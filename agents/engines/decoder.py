@@ -44,7 +44,7 @@ _STATIC_ROTARY = ("default", "linear", "llama3", "yarn")
 _PACK_BYTES = 2 << 30
 """Models up to this size have their matrices packed, which is one more copy of them."""
 _ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-_PACK_ELEMENTS = 1 << 16
+PACK_ELEMENTS = 1 << 16
 """Smaller matrices are faster as they are."""
 _PACK_ROWS = 32
 """Rows of a typical step, for which the packing is chosen; it serves any number."""
@@ -245,13 +245,13 @@ class FamilyDecoder:
         self._own_head = head
         self._layers: list[_Layer] = []
         self._head: _Map | None = None
-        self._packed: list[tuple[torch.Tensor, int]] = []
+        self.packed: list[tuple[torch.Tensor, int]] = []
         self._angles: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def rebind(self) -> None:
         """Look the modules up again; they may have been wrapped or moved, and packed matrices are copies."""
         size = sum(p.numel() * p.element_size() for p in self._model.parameters())
-        self._packed = []
+        self.packed = []
         project = self._pack if size <= _PACK_BYTES else _projection
         self._layers = [_Layer.of(layer, project) for layer in self._model.get_decoder().layers]
         self._head = project(self._model.get_output_embeddings()) if self._own_head.plain else self._own_head.raw
@@ -260,12 +260,12 @@ class FamilyDecoder:
     def _pack(self, module: Any) -> _Map:
         """A projection whose matrix is laid out for matmuls of few rows on a CPU."""
         weight: Any = getattr(module, "weight", None)
-        fits = type(module) is torch.nn.Linear and weight is not None and weight.numel() >= _PACK_ELEMENTS
+        fits = type(module) is torch.nn.Linear and weight is not None and weight.numel() >= PACK_ELEMENTS
         if not fits or weight.device.type != "cpu" or weight.dtype != torch.float32 or not _ONEDNN:
             return _projection(module)
         operations, bias = torch.ops.mkldnn, module.bias
         packed = operations._reorder_linear_weight(weight.detach(), _PACK_ROWS)
-        self._packed.append((weight, weight._version))
+        self.packed.append((weight, weight._version))
         return lambda x: cast("torch.Tensor", operations._linear_pointwise(x, packed, bias, "none", [], ""))
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -282,12 +282,12 @@ class FamilyDecoder:
 
     def _row_padding(self, rows: int) -> int:
         """How many rows to add to a pass."""
-        return -rows % _EVEN_ROWS[rows >= _LARGE_ROWS] if self._packed and rows >= _EVEN_ROWS[0] else 0
+        return -rows % _EVEN_ROWS[rows >= _LARGE_ROWS] if self.packed and rows >= _EVEN_ROWS[0] else 0
 
     def __call__(self, ids_T: torch.Tensor, positions_T: torch.Tensor, store: Store) -> torch.Tensor:
         """Run the layers."""
         # Weights that were changed in place without being loaded must not leave old copies behind.
-        if not self._layers or any(weight._version != version for weight, version in self._packed):
+        if not self._layers or any(weight._version != version for weight, version in self.packed):
             self.rebind()
         body = self._model.get_decoder()
         length = len(ids_T)

@@ -19,7 +19,7 @@ _GROWTH = 256
 """The store grows in steps of this many positions, so that short episodes do not pay for the longest context."""
 _WIDE = 64
 """Rows with at least this many new tokens attend on their own: nothing is padded, and a fused kernel pays."""
-_BLOCK_SCORES = 1 << 22
+BLOCK_SCORES = 1 << 22
 """Most attention scores of a block that stand in memory at once."""
 _BLOCK_COST = (1 << 19, 1 << 26)
 """What one more block costs, as bytes that could be read meanwhile: on a CPU, on a GPU."""
@@ -129,7 +129,7 @@ class Store:
             span = max(segments[i].start + segments[i].width for i in narrow)
             count = 1
             while count < len(narrow) and segments[narrow[count]].width <= 2 * segments[narrow[0]].width:
-                if (count + 1) * segments[narrow[count]].width * span * heads > _BLOCK_SCORES:
+                if (count + 1) * segments[narrow[count]].width * span * heads > BLOCK_SCORES:
                     break
                 count += 1
             part, narrow = narrow[:count], narrow[count:]

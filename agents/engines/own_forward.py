@@ -70,7 +70,7 @@ class OwnDecoder:
     """
 
     def __init__(self, model: Any, head: LogitHead, *, caches: bool) -> None:
-        self._model, self._head, self._caches = model, head, caches
+        self._model, self._head, self.caches = model, head, caches
         names = inspect.signature(type(model).forward).parameters
         self._cache_name = cache_argument(model)
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
@@ -100,9 +100,9 @@ class OwnDecoder:
         return torch.stack(found)
 
     def _forward(self, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-        options: dict[str, Any] = {"use_cache": self._caches} | self._last
+        options: dict[str, Any] = {"use_cache": self.caches} | self._last
         if cache is not None:
             options[self._cache_name] = cache
         output = self._model(input_ids=ids[None], **options)
-        kept = getattr(output, self._cache_name, None) if self._caches else None
+        kept = getattr(output, self._cache_name, None) if self.caches else None
         return cast("torch.Tensor", output.logits[0, -1]), kept

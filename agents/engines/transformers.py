@@ -26,7 +26,7 @@ from agents.engines.decoder import make_decoder
 from agents.engines.kv_cache import Segment
 from agents.logits import logit_head, longest_context
 
-_PASS_TOKENS = 8192
+PASS_TOKENS = 8192
 """Most new tokens of one forward pass; bounds its activations. A single longer prompt is read in on its own."""
 _SHARED = 8
 """A common opening is copied from another slot from this many tokens on."""
@@ -86,7 +86,7 @@ class TransformersEngine:
         self.max_context = int(max_context or longest_context(base))
         self.device = next(model.parameters()).device
         self._head = logit_head(base)
-        self._decoder, self._store = make_decoder(model, slots, self.max_context)
+        self.decoder, self.store = make_decoder(model, slots, self.max_context)
         self._slots = [_Slot(row) for row in range(slots)]
         self._queue: deque[_Request] = deque()
         self._clock = 0
@@ -145,7 +145,7 @@ class TransformersEngine:
                     own[name].copy_(tensor)
         # A fresh start, so that what follows does not depend, not even in rounding, on what ran before.
         self._drop_finished()
-        self._decoder.rebind()
+        self.decoder.rebind()
         self.model.eval()
         self.version += 1
 
@@ -162,7 +162,7 @@ class TransformersEngine:
         self._queue.clear()
         for slot in self._slots:
             slot.request, slot.cached = None, []
-        self._store.clear()
+        self.store.clear()
 
     def _require_idle(self, what: str) -> None:
         if any(slot.request is not None for slot in self._slots) or self._queue:
@@ -170,7 +170,7 @@ class TransformersEngine:
 
     def _drop_finished(self) -> None:
         self._slots = [_Slot(row) for row in range(len(self._slots))]
-        self._store.clear()
+        self.store.clear()
         self._clock = 0
 
     # --- admission ------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class TransformersEngine:
             slot.used = self._clock
             admitted.append(slot)
         if admitted:
-            self._store.grow(max(len(s.request.prompt) + s.request.params.max_tokens for s in admitted if s.request))
+            self.store.grow(max(len(s.request.prompt) + s.request.params.max_tokens for s in admitted if s.request))
         return admitted
 
     def _place(self, prompt: list[int], free: list[_Slot]) -> tuple[_Slot, int]:
@@ -212,7 +212,7 @@ class TransformersEngine:
         if donor is None:
             return oldest, 0
         shared = min(shared, len(prompt) - 1)
-        self._store.copy_prefix(donor.row, [oldest.row], shared)
+        self.store.copy_prefix(donor.row, [oldest.row], shared)
         oldest.cached = donor.cached[:shared]
         return oldest, shared
 
@@ -234,7 +234,7 @@ class TransformersEngine:
         for slot in todo:
             width = len(slot.new_ids())
             self.prefilled += width
-            if part and size + width > _PASS_TOKENS:
+            if part and size + width > PASS_TOKENS:
                 self._pass(part, copies)
                 part, size = [], 0
             part = [*part, slot]
@@ -249,17 +249,17 @@ class TransformersEngine:
         segments = [Segment(slot.row, len(slot.cached), len(ids)) for slot, ids in zip(slots, new, strict=True)]
         ids_T = np.fromiter(itertools.chain.from_iterable(new), dtype=np.int64)
         columns_T = np.concatenate([np.arange(s.start, s.start + s.width) for s in segments])
-        self._store.begin(segments, columns_T)
+        self.store.begin(segments, columns_T)
         device = self.device
         tokens, columns = torch.from_numpy(ids_T).to(device), torch.from_numpy(columns_T).to(device)
         last = torch.from_numpy(np.cumsum([s.width for s in segments]) - 1).to(device)
-        logits = self._decoder.next_logits(tokens, columns, self._store, last)
+        logits = self.decoder.next_logits(tokens, columns, self.store, last)
         drawn, source = list(slots), list(range(len(slots)))
         for place, (slot, ids) in enumerate(zip(slots, new, strict=True)):
             slot.cached += ids
             followers = copies.pop(slot.row, [])
             if followers:
-                self._store.copy_prefix(slot.row, [other.row for other in followers], len(slot.cached))
+                self.store.copy_prefix(slot.row, [other.row for other in followers], len(slot.cached))
             for other in followers:
                 other.cached = list(slot.cached)
                 drawn.append(other)

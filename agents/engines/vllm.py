@@ -101,7 +101,7 @@ class VllmEngine:
                     disable_log_stats=True,
                     seed=0,
                 )
-                self._llm: Any = vllm.LLMEngine.from_engine_args(arguments)
+                self.llm: Any = vllm.LLMEngine.from_engine_args(arguments)
             except Exception as error:
                 reason = (str(error).strip().splitlines() or ["no message"])[0]
                 raise AtodError(
@@ -134,7 +134,7 @@ class VllmEngine:
             output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
         self._running[request_id] = time.perf_counter()
-        self._guard(lambda: self._llm.add_request(request_id, {"prompt_token_ids": list(prompt_ids)}, sampling))
+        self._guard(lambda: self.llm.add_request(request_id, {"prompt_token_ids": list(prompt_ids)}, sampling))
 
     def step(self) -> list[Completion]:
         """Advance all running requests; return those that have finished.
@@ -145,7 +145,7 @@ class VllmEngine:
         self._require_alive()
         if not self._running:
             return []
-        outputs = self._guard(self._llm.step)
+        outputs = self._guard(self.llm.step)
         return [self._completion(output) for output in outputs if output.finished]
 
     def prompt_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -171,10 +171,10 @@ class VllmEngine:
         for place, ids in enumerate(prompts):
             check_request(str(place), ids, SamplingParams(1), self.max_context)
             prompt = {"prompt_token_ids": list(ids)}
-            self._guard(lambda request=str(place), prompt=prompt: self._llm.add_request(request, prompt, sampling))
+            self._guard(lambda request=str(place), prompt=prompt: self.llm.add_request(request, prompt, sampling))
         found: dict[int, list[float]] = {}
         while len(found) < len(prompts):
-            for output in self._guard(self._llm.step):
+            for output in self._guard(self.llm.step):
                 if output.finished:
                     places = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
                     found[int(output.request_id)] = [math.nan, *(float(at[token].logprob) for token, at in places)]
@@ -190,21 +190,21 @@ class VllmEngine:
         self._require_alive()
         self._require_idle("weights were loaded")
         if self._asleep:
-            self._guard(lambda: self._llm.wake_up(tags=["weights"]))
+            self._guard(lambda: self.llm.wake_up(tags=["weights"]))
         # Ids without a token are not there at all: neither sampled nor part of any distribution.
         tensors = [
             (name, tensor.detach()[: self._rows] if name in self._vocabulary else tensor.detach())
             for name, tensor in named_tensors
         ]
-        self._guard(lambda: self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)}))
+        self._guard(lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)}))
         if self._tied and not self._gpu:
             # The CPU's matrix library holds a packed copy of the output matrix, which reloading a tied embedding
             # does not reach.
-            self._guard(lambda: self._llm.apply_model(_pack_output))
+            self._guard(lambda: self.llm.apply_model(pack_output))
         if self._asleep:
-            self._guard(lambda: self._llm.wake_up(tags=["kv_cache"]))
+            self._guard(lambda: self.llm.wake_up(tags=["kv_cache"]))
             self._asleep = False
-        self._guard(self._llm.reset_prefix_cache)
+        self._guard(self.llm.reset_prefix_cache)
         self.version += 1
 
     def sleep(self) -> None:
@@ -212,7 +212,7 @@ class VllmEngine:
         self._require_alive()
         self._require_idle("the engine was put to sleep")
         if self._gpu and not self._asleep:
-            self._guard(lambda: self._llm.sleep(level=2))
+            self._guard(lambda: self.llm.sleep(level=2))
             self._asleep = True
 
     def wake(self) -> None:
@@ -222,10 +222,10 @@ class VllmEngine:
         """Drop all requests and free what vLLM holds."""
         self._running.clear()
         if getattr(self, "_llm", None) is not None:
-            shutdown = getattr(self._llm.engine_core, "shutdown", None)
+            shutdown = getattr(self.llm.engine_core, "shutdown", None)
             if shutdown is not None:
                 shutdown()
-            self._llm = None
+            self.llm = None
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -250,7 +250,7 @@ class VllmEngine:
     def _require_alive(self) -> None:
         if self._dead is not None:
             raise EngineDied("vLLM", self._dead)
-        if self._llm is None:
+        if self.llm is None:
             raise RuntimeError("the engine was closed")
 
     def _require_idle(self, what: str) -> None:
@@ -277,7 +277,8 @@ def spoken_rows(model: Any) -> tuple[int, frozenset[str]]:
     return len(ids), frozenset(names)
 
 
-def _pack_output(model: Any) -> None:
+def pack_output(model: Any) -> None:
+    """Pack the output matrix again, as vLLM does when it loads a model on a CPU."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
     dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)

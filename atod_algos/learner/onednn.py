@@ -16,12 +16,12 @@ import torch
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-_SMALLEST = 1 << 12
+SMALLEST = 1 << 12
 """Smaller weights stay with PyTorch: calling oneDNN would cost more than it saves."""
-_EVEN = 64
+EVEN_ROWS = 64
 """Rows are padded to a multiple of this. oneDNN keeps a kernel for each number of rows that it meets: with batches of
 every length, kernels would lie scattered among large tensors, and the memory between them could not be used again."""
-_ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
+AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
 """The operator is private to PyTorch: a build without it uses its default."""
 
 
@@ -32,7 +32,7 @@ def onednn_linear(device: torch.device) -> Iterator[None]:
     Args:
         device: of the model; anything but a CPU is left alone.
     """
-    if device.type != "cpu" or not _ONEDNN:
+    if device.type != "cpu" or not AVAILABLE:
         yield
         return
     with _Replaced():
@@ -41,7 +41,7 @@ def onednn_linear(device: torch.device) -> Iterator[None]:
 
 def row_padding(rows: int, device: torch.device) -> int:
     """How many rows to add to a large batch so that few different numbers of rows occur."""
-    return -rows % _EVEN if device.type == "cpu" and _ONEDNN and rows >= 8 * _EVEN else 0
+    return -rows % EVEN_ROWS if device.type == "cpu" and AVAILABLE and rows >= 8 * EVEN_ROWS else 0
 
 
 def recompute_context() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
@@ -79,7 +79,7 @@ class _Replaced(TorchFunctionMode):
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     if not (type(weight) in _PLAIN and type(x) in _PLAIN and x.dtype == weight.dtype == torch.float32):
         return linear(x, weight, bias)
-    if weight.numel() < _SMALLEST or not x.numel():
+    if weight.numel() < SMALLEST or not x.numel():
         return linear(x, weight, bias)
     output = cast("torch.Tensor", _Linear.apply(x, weight))  # type: ignore[no-untyped-call]
     return output if bias is None else output + bias
@@ -95,22 +95,22 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return _matmul(x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[0])
+        return matmul(x.flatten(0, -2), weight).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         x, weight = ctx.saved_tensors
         rows, flat = gradient.reshape(-1, weight.shape[0]), x.flatten(0, -2)
-        of_x = _matmul(rows, weight.t()).view(x.shape) if ctx.needs_input_grad[0] else None
+        of_x = matmul(rows, weight.t()).view(x.shape) if ctx.needs_input_grad[0] else None
         of_weight = None
         if ctx.needs_input_grad[1]:
             # The longer side as rows of the result is the faster of two equal ways.
             wide = weight.shape[0] > weight.shape[1]
-            of_weight = _matmul(flat.t(), rows.t()).t() if wide else _matmul(rows.t(), flat.t())
+            of_weight = matmul(flat.t(), rows.t()).t() if wide else matmul(rows.t(), flat.t())
         return of_x, of_weight
 
 
-def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Matmul a @ b.T of two matrices, either of which may be a transposed view."""
     try:
         return cast("torch.Tensor", torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))

@@ -48,13 +48,13 @@ class Updater:
             {"params": [p for p in master_weights if p.ndim >= 2], "weight_decay": options.weight_decay},
             {"params": [p for p in master_weights if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self._optimizer: Any = _adamw([group for group in groups if group["params"]], options)
+        self.optimizer: Any = make_adamw([group for group in groups if group["params"]], options)
         self.moment_bytes = 1 if options.optimizer == "adamw8bit" else 4
 
     @property
     def moved(self) -> bool:
         """Whether the optimizer's state exists already (it is made by the first update)."""
-        return bool(self._optimizer.state)
+        return bool(self.optimizer.state)
 
     @property
     def master_weights(self) -> list[torch.Tensor]:
@@ -70,11 +70,11 @@ class Updater:
         Returns:
             The gradient's norm before clipping. Where it is not finite, or exactly zero, nothing has moved.
         """
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = float(distributed.full(torch.nn.utils.clip_grad_norm_(self.master_weights, self.options.grad_clip)))
         if math.isfinite(norm) and norm > 0:  # momentum and decay must not move weights that nothing was learned for
-            self._optimizer.step()
+            self.optimizer.step()
             self.copy_to_model()
         self.zero_grad()
         return norm
@@ -89,14 +89,14 @@ class Updater:
     def moments(self) -> list[dict[str, torch.Tensor]]:
         """The optimizer's state of each weight by its own names, made if the first update is still to come."""
         if not self.moved:
-            for group in self._optimizer.param_groups:
+            for group in self.optimizer.param_groups:
                 for weight in group["params"]:
-                    self._optimizer.state[weight] = {
+                    self.optimizer.state[weight] = {
                         "step": torch.tensor(0.0),
                         "exp_avg": torch.zeros_like(weight),
                         "exp_avg_sq": torch.zeros_like(weight),
                     }
-        return [dict(self._optimizer.state[original]) for original in self.master_weights]
+        return [dict(self.optimizer.state[original]) for original in self.master_weights]
 
     def zero_grad(self) -> None:
         """Drop the gradient gathered so far."""
@@ -106,7 +106,7 @@ class Updater:
     def state(self) -> dict[str, Any]:
         """What a resumed run needs besides the model's weights."""
         kept = [original.detach() for weight, original in self._pairs if original is not weight]
-        return {"optimizer": self._optimizer.state_dict(), "originals": kept}
+        return {"optimizer": self.optimizer.state_dict(), "originals": kept}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state` gave, of half-precision weights to float32 shards of them as well."""
@@ -117,7 +117,7 @@ class Updater:
             for original, saved in zip(halves, state["originals"], strict=True):
                 original.copy_(distributed.divided_like(saved, original))
         given = dict(state["optimizer"])
-        order = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+        order = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         given["state"] = {
             place: {
                 kind: distributed.divided_like(value, order[place]) if kind != "step" else value
@@ -125,7 +125,7 @@ class Updater:
             }
             for place, of in given["state"].items()
         }
-        self._optimizer.load_state_dict(given)
+        self.optimizer.load_state_dict(given)
 
 
 def _master(weight: torch.nn.Parameter) -> torch.Tensor:
@@ -144,7 +144,8 @@ def _collector(original: torch.Tensor) -> Any:
     return collect
 
 
-def _adamw(groups: list[dict[str, Any]], options: OptimizerOptions) -> Any:
+def make_adamw(groups: list[dict[str, Any]], options: OptimizerOptions) -> Any:
+    """AdamW with these groups of parameters."""
     betas = (0.9, options.adam_beta2)
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=options.lr, betas=betas, fused=True)

@@ -31,7 +31,7 @@ from atod_algos.learner.onednn import row_padding
 
 log = logging.getLogger(__name__)
 
-_NAME = "atod_packed"
+ATTENTION = "atod_packed"
 """Name of our attention among those of ``transformers``."""
 _SHORTEST_SHARED = 8
 """Shorter shared prefixes are computed twice; gathering them would cost more."""
@@ -163,9 +163,9 @@ def packed_states(model: Any, packed: Pack) -> tuple[torch.Tensor, torch.Tensor]
         padding,
     )
     decoder = decoder_of(model)
-    if decoder.config._attn_implementation != _NAME:
+    if decoder.config._attn_implementation != ATTENTION:
         _register()
-        decoder.config._attn_implementation = _NAME
+        decoder.config._attn_implementation = ATTENTION
     output = decoder(
         input_ids=ids[None],
         position_ids=F.pad(torch.from_numpy(packed.position_T).to(device), (0, padding))[None],
@@ -203,18 +203,19 @@ def _attention(
     if packed_rows.place_R is not None:
         states = [tensor.index_select(0, packed_rows.place_R) for tensor in states]
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and half and dropout == 0.0 and _flash() is not None:
+    if query.is_cuda and half and dropout == 0.0 and flash_kernel() is not None:
         output = _flash_rows(states, packed_rows, scaling)
     else:
-        output = _loop_rows(states, packed_rows.bounds, scaling, dropout)
+        output = loop_rows(states, packed_rows.bounds, scaling, dropout)
     if packed_rows.keep_T is not None:
         output = output.index_select(0, packed_rows.keep_T)
     return F.pad(output, (0, 0, 0, 0, 0, packed_rows.padding))[None], None
 
 
-def _loop_rows(
+def loop_rows(
     states: list[torch.Tensor], bounds: tuple[int, ...], scaling: float | None, dropout: float
 ) -> torch.Tensor:
+    """Attention row by row; states are [T, heads, width]."""
     # Divided at once: a slice for each row would be given back a gradient of the whole stream for each row.
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     divided = ((tensor.transpose(0, 1)[None] for tensor in torch.split(tensor, lengths)) for tensor in states)
@@ -230,14 +231,14 @@ def _loop_rows(
 
 def _flash_rows(states: list[torch.Tensor], rows: _Rows, scaling: float | None) -> torch.Tensor:
     query, key, value = (tensor.contiguous() for tensor in states)
-    options: dict[str, Any] = {"window_size": (-1, 0)} if _flash_has("window_size") else {"is_causal": True}
+    options: dict[str, Any] = {"window_size": (-1, 0)} if flash_has("window_size") else {"is_causal": True}
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and _flash_has("enable_gqa"):
+    if groups > 1 and flash_has("enable_gqa"):
         options["enable_gqa"] = True
     elif groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     longest = max(end - start for start, end in itertools.pairwise(rows.bounds))
-    kernel = cast("Any", _flash())
+    kernel = cast("Any", flash_kernel())
     return cast(
         "torch.Tensor",
         kernel(query, key, value, rows.offsets, rows.offsets, longest, longest, scale=scaling, **options),
@@ -245,7 +246,7 @@ def _flash_rows(states: list[torch.Tensor], rows: _Rows, scaling: float | None) 
 
 
 @cache
-def _flash() -> Any:
+def flash_kernel() -> Any:
     """The variable-length flash attention, where this torch has it with the scale that we need."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -255,8 +256,9 @@ def _flash() -> Any:
 
 
 @cache
-def _flash_has(option: str) -> bool:
-    return option in inspect.signature(_flash()).parameters
+def flash_has(option: str) -> bool:
+    """Whether the flash kernel of this torch takes an option."""
+    return option in inspect.signature(flash_kernel()).parameters
 
 
 @cache
@@ -264,20 +266,20 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 # --- may this model be packed? ------------------------------------------------------------------------------------
 
-_PACKABLE: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+PACKABLE: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def packable(model: Any) -> bool:
     """Whether packed rows give this model's own states; found out once for each model, by trying."""
-    known = _PACKABLE.get(model)
+    known = PACKABLE.get(model)
     if known is None:
-        known = _PACKABLE[model] = _try(model)
+        known = PACKABLE[model] = _try(model)
         if not known:
             log.warning("%s cannot run packed rows; rows are padded instead, which is slower", type(model).__name__)
     return known

@@ -199,7 +199,7 @@ def _figure13(plt: Any, runs: Sequence[Run], scorers: Mapping[Path, Scorer]) -> 
             alive = axis.twinx()
             alive.grid(False)
             for place, (name, scores) in enumerate(tables.items()):
-                turns, means, counts = _by_index(scores, quantity)
+                turns, means, counts = by_turn_index(scores, quantity)
                 axis.plot(turns, means, color=COLOURS[place], marker=MARKERS[place], markersize=3.5, label=name)
                 alive.plot(turns, counts, color=COLOURS[place], linestyle="--", linewidth=0.9)
             alive.set_ylim(bottom=0)
@@ -213,7 +213,9 @@ def _figure13(plt: Any, runs: Sequence[Run], scorers: Mapping[Path, Scorer]) -> 
     return None
 
 
-def _by_index(scores: Mapping[tuple[int, int], TurnScores], quantity: str) -> tuple[list[int], list[float], list[int]]:
+def by_turn_index(
+    scores: Mapping[tuple[int, int], TurnScores], quantity: str
+) -> tuple[list[int], list[float], list[int]]:
     """Mean of a quantity by turn index, from 1, and the number of episodes that have such a turn.
 
     d and h are means over tokens, so long responses count more (as published); w is a mean over turns.

@@ -96,7 +96,7 @@ class Scorer:
         if stored is None or stored["teacher"] != [name]:
             if not self.compute or not any(turn.response_ids for e in episodes for turn in e.turns):
                 return None
-            model = self._load(name)
+            model = self.load(name)
             if model is None:
                 return None
             stored = {"teacher": [name], **self._compute(model, kind, episodes)}
@@ -123,7 +123,8 @@ class Scorer:
             "token_teacher": [[round(float(value), 5) for value in part] for part in parts],
         }
 
-    def _load(self, name: str) -> Any:
+    def load(self, name: str) -> Any:
+        """The model of a role, loaded once."""
         if self._loaded is None:
             from agents.models import load_model
             from atod_algos.evaluate.settings import env_class

@@ -100,7 +100,7 @@ class AsyncRollout(Generic[Played]):
             1, thread_name_prefix="rollout", initializer=torch.set_num_threads, initargs=(threads,)
         )
         self._pending: dict[int, Future[Played]] = {}
-        self._kept: dict[int, dict[str, torch.Tensor]] = {}
+        self.kept: dict[int, dict[str, torch.Tensor]] = {}
         self._stopping = False
 
     def begin(self, done: int, current: Weights, kept: Mapping[int, Weights]) -> None:
@@ -111,14 +111,14 @@ class AsyncRollout(Generic[Played]):
             current: the weights after it.
             kept: weights of earlier steps, from :meth:`kept_weights` of a checkpoint.
         """
-        self._kept = {int(version): dict(weights) for version, weights in kept.items()}
-        self._kept[done] = _copy(current)
+        self.kept = {int(version): dict(weights) for version, weights in kept.items()}
+        self.kept[done] = _copy(current)
         for step in range(done + 1, min(done + 1 + self.staleness, self.steps) + 1):
             self._submit(step)
 
     def learned(self, step: int, current: Weights) -> None:
         """The weights after ``step`` exist: start the step that they play."""
-        self._kept[step] = _copy(current)
+        self.kept[step] = _copy(current)
         following = step + 1 + self.staleness
         if following <= self.steps:
             self._submit(following)
@@ -127,7 +127,7 @@ class AsyncRollout(Generic[Played]):
         """Wait for a step's episodes. Whatever went wrong while they were played is raised here."""
         played = self._pending.pop(step).result()
         oldest = version_of(step + 1, self.staleness)
-        self._kept = {version: weights for version, weights in self._kept.items() if version >= oldest}
+        self.kept = {version: weights for version, weights in self.kept.items() if version >= oldest}
         return played
 
     def call(self, work: Callable[[], Answer]) -> Answer:
@@ -137,7 +137,7 @@ class AsyncRollout(Generic[Played]):
     def kept_weights(self, done: int) -> dict[int, dict[str, torch.Tensor]]:
         """The weights, older than those after step ``done``, that steps not yet learned are played with."""
         oldest = version_of(done + 1, self.staleness)
-        return {version: weights for version, weights in self._kept.items() if oldest <= version < done}
+        return {version: weights for version, weights in self.kept.items() if oldest <= version < done}
 
     def close(self) -> None:
         """Stop playing; episodes under way are given up."""
@@ -146,7 +146,7 @@ class AsyncRollout(Generic[Played]):
 
     def _submit(self, step: int) -> None:
         version = version_of(step, self.staleness)
-        self._pending[step] = self._thread.submit(self._play, step, version, self._kept[version], self._ask)
+        self._pending[step] = self._thread.submit(self._play, step, version, self.kept[version], self._ask)
 
     def _ask(self) -> None:
         if self._stopping:

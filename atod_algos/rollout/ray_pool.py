@@ -120,7 +120,7 @@ class RayPool:
         # Next to the driver: a node that is lost must not take the list of what is to be done with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._work = ray.remote(num_cpus=0)(WorkQueue).options(scheduling_strategy=here).remote()
-        self._calls = 0
+        self.calls = 0
         self._weights: Any = None
         self._version = -1
         self._workers: list[Any] = []
@@ -156,14 +156,14 @@ class RayPool:
         if self._weights is None:
             raise AtodError("the workers have no weights yet; call load_weights before play")
         work, everything = self._work, self._ray.put(list(specs))
-        self._ray.get(work.begin.remote([spec.group_id for spec in specs], len(self._workers), self._calls))
+        self._ray.get(work.begin.remote([spec.group_id for spec in specs], len(self._workers), self.calls))
         finished: dict[int, Trajectory] = {}
         running: dict[Any, _Call] = {}
 
         def give(worker: Any) -> None:
-            future = worker.play.remote(under, everything, limits, [self._weights], self._version, work, self._calls)
-            running[future] = _Call(worker, self._calls, time.monotonic())
-            self._calls += 1
+            future = worker.play.remote(under, everything, limits, [self._weights], self._version, work, self.calls)
+            running[future] = _Call(worker, self.calls, time.monotonic())
+            self.calls += 1
 
         for worker in self._workers:
             give(worker)

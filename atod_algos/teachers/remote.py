@@ -70,8 +70,8 @@ class RemoteJudge:
         self._api = ApiClient(chosen) if wait is None else ApiClient(chosen, wait=wait)
         self.address, self.temperature = address, temperature
         self.model = model or self._first_model()
-        self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._kept_tokens = 0
+        self.kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self.kept_tokens = 0
         self._echo = False
         self._answered_by: Any = None
         self.requests = 0
@@ -99,8 +99,8 @@ class RemoteJudge:
     def rows(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-prob of every id of every row given the ids before it; the first is not a number."""
         keys = [hashlib.blake2b(np.asarray(row, dtype=np.int64).tobytes(), digest_size=16).digest() for row in rows]
-        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._kept}
-        found = {key: self._kept[key] for key in keys if key in self._kept}
+        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in self.kept}
+        found = {key: self.kept[key] for key in keys if key in self.kept}
         try:
             with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="teacher") as threads:
                 for part, answers in threads.map(self._ask_part, _parts(missing)):
@@ -117,10 +117,10 @@ class RemoteJudge:
 
     def _keep(self, keys: Sequence[bytes], answers: Sequence[np.ndarray]) -> None:
         for key, values in zip(keys, answers, strict=True):
-            self._kept[key] = values
-            self._kept_tokens += len(values)
-        while self._kept_tokens > _KEPT_TOKENS:
-            self._kept_tokens -= len(self._kept.popitem(last=False)[1])
+            self.kept[key] = values
+            self.kept_tokens += len(values)
+        while self.kept_tokens > _KEPT_TOKENS:
+            self.kept_tokens -= len(self.kept.popitem(last=False)[1])
 
     # --- one request ----------------------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -22,9 +21,9 @@ import torch
 from agents.logits import limit_vocabulary, usable_ids
 from agents.models import LoadedModel, load_model
 from atod_algos.algorithm import Advantages, Algorithm, RolloutLimits
-from atod_algos.batch import Scores, TokenBatch, make_batch
+from atod_algos.batch import Scores, make_batch
 from atod_algos.evaluate import Evaluation, evaluate
-from atod_algos.learner import distributed, memory
+from atod_algos.learner import distributed
 from atod_algos.learner.learner import DivergenceTerm, Learner, SupportTerm, recompute_layers
 from atod_algos.learner.lora import add_adapters, merged_weights
 from atod_algos.learner.loss import TeacherTokens
@@ -39,6 +38,7 @@ from atod_algos.rollout.pools import Conditions, RankPool, RolloutPool, device_o
 from atod_algos.rollout.task_sampler import StepSampler, solved_at_least_once
 from atod_algos.teachers.local import LocalScorer, StepScorer
 from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint, strays
+from atod_algos.training.clock import Clock
 from atod_algos.training.config import RunConfig, storage_of
 from atod_algos.training.console import Progress
 from atod_algos.training.presets import refuse_settings
@@ -131,7 +131,7 @@ class Trainer:
         if self.step == 0:
             self._validate(progress)
         for step in range(self.step + 1, steps + 1):
-            metrics = self._train_step(step, progress)
+            metrics = self.train_step(step, progress)
             self.step = step
             if self.async_rollout is not None:
                 self.async_rollout.learned(step, dict(merged_weights(self.student.model)))
@@ -145,11 +145,12 @@ class Trainer:
                 if distributed.rank() == 0:
                     prune(self.run.checkpoints, CHECKPOINTS_KEPT)
 
-    def _train_step(self, step: int, progress: Progress) -> dict[str, float]:
+    def train_step(self, step: int, progress: Progress) -> dict[str, float]:
+        """One step: rollout, scores, advantages, updates; returns its metrics."""
         config, algorithm = self.config, self.algorithm
         seed = derive_seed(config.seed, "step", step)
         torch.manual_seed(seed)
-        clock = _Clock(self.device)
+        clock = Clock(self.device)
         if self.async_rollout is not None:
             progress.phase("waiting for episodes")
             groups, sampling = self.async_rollout.take(step)
@@ -355,36 +356,6 @@ class Trainer:
             self.async_rollout.close()
         self.pool.close()
         self.run.close()
-
-
-class _Clock:
-    """Seconds, and the highest use of memory, by phase."""
-
-    def __init__(self, device: str) -> None:
-        self._device = torch.device(device)
-        self._laps: dict[str, float] = {}
-        self._peaks: dict[str, float] = {}
-        memory.start_peak(self._device)
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        self._peaks[f"memory/{name}_peak_mib"] = memory.peak(self._device) / memory.MIB
-        memory.start_peak(self._device)
-        now = time.perf_counter()
-        self._laps[name], self._last = now - self._last, now
-
-    def metrics(self, batch: TokenBatch) -> dict[str, float]:
-        total = sum(self._laps.values())
-        rows = sum(len(row) for row in batch.rows)
-        return (
-            self._peaks
-            | {f"time/{name}": seconds for name, seconds in self._laps.items()}
-            | {
-                "time/step": total,
-                "speed/tokens_per_second": rows / total,
-                "speed/sampled_per_second": batch.n_tokens / self._laps["rollout"],
-            }
-        )
 
 
 def settings_of(config: RunConfig, algorithm: Algorithm, rules: str) -> dict[str, Any]:

@@ -88,11 +88,11 @@ class ALFWorldEnv(TextEnv):
         self.data_version = self.source.data_version
         self._human_goals = human_goals
         self._put_alias = put_alias
-        self._reference: Reference | None = None
+        self.reference: Reference | None = None
         if backend == "textworld":
             from atod_envs.alfworld.textworld.backend import Reference
 
-            self._reference = Reference()
+            self.reference = Reference()
         self._engine: EpisodeEngine | None = None
         self._admissible: tuple[str, ...] = ()
         self._extra: Mapping[str, object] = {}
@@ -104,8 +104,8 @@ class ALFWorldEnv(TextEnv):
 
     def close(self) -> None:
         """End the worker process, if there is one."""
-        if self._reference is not None:
-            self._reference.close()
+        if self.reference is not None:
+            self.reference.close()
 
     def prompt_styles(self) -> Mapping[str, PromptStyle]:
         """The paper's prompt and a compact one."""
@@ -115,9 +115,7 @@ class ALFWorldEnv(TextEnv):
 
     def _begin(self, task_id: str, seed: int) -> tuple[str, Frame]:
         game = self.source.game(task_id)
-        self._engine = (
-            self._reference.open(self.source.content(task_id), game) if self._reference else GameSession(game)
-        )
+        self._engine = self.reference.open(self.source.content(task_id), game) if self.reference else GameSession(game)
         self._extra = {
             "task_type": self.source.task_type(task_id),
             "walkthrough_length": len(game.walkthrough),
@@ -142,7 +140,7 @@ class ALFWorldEnv(TextEnv):
 
     def load_state(self, snapshot: Snapshot) -> None:
         """Go back to the facts of a snapshot, or play the episode again."""
-        if snapshot.state is None or self._reference is not None:
+        if snapshot.state is None or self.reference is not None:
             super().load_state(snapshot)
             return
         session = self._engine

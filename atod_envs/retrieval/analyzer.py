@@ -53,11 +53,11 @@ class _Classes(dict[int, str]):
                 starts.append((int(first, 16), int(last or first, 16), len(self.combinations) - 1))
         starts.sort()
         self._firsts = [first for first, _, _ in starts]
-        self._ranges = starts
+        self.ranges = starts
 
     def __missing__(self, code: int) -> str:
         found = bisect.bisect_right(self._firsts, code) - 1
-        number = self._ranges[found][2] if found >= 0 and code <= self._ranges[found][1] else 0
+        number = self.ranges[found][2] if found >= 0 and code <= self.ranges[found][1] else 0
         letter = self[code] = chr(0x41 + number)
         return letter
 
@@ -72,7 +72,7 @@ class _Classes(dict[int, str]):
 
 
 @cache
-def _unicode_rules() -> tuple[_Classes, re.Pattern[str]]:
+def unicode_rules() -> tuple[_Classes, re.Pattern[str]]:
     """The class table and the pattern of one token over class letters."""
     classes = _Classes()
     one = classes.any_of
@@ -155,7 +155,7 @@ def tokenize(text: str) -> list[str]:
             return simple
         classes, pattern = text, _ASCII_TOKEN
     else:
-        table, pattern = _unicode_rules()
+        table, pattern = unicode_rules()
         classes = text.translate(table)
     tokens: list[str] = []
     position = 0

@@ -103,7 +103,7 @@ def _service(data: Path | int, retriever: str | Path | SearchService, corpus: st
         if corpus is None and isinstance(data, int):
             return _builtin_search(data, name)
         file = Path(corpus) if corpus is not None else find_corpus(data if isinstance(data, Path) else Path())
-        return _indexed(index_folder(file, name), file.resolve(), name)
+        return indexed(index_folder(file, name), file.resolve(), name)
     from atod_envs.retrieval.build import open_index
 
     folder = Path(name)
@@ -194,7 +194,8 @@ def index_folder(file: Path, backend: str) -> Path:
 
 
 @cache
-def _indexed(folder: Path, file: Path, backend: str) -> SearchService:
+def indexed(folder: Path, file: Path, backend: str) -> SearchService:
+    """The search service of a corpus, indexed on first use."""
     from atod_envs.retrieval.build import build_index, open_index
 
     def build(scratch: Path) -> None:

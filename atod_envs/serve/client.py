@@ -101,7 +101,7 @@ class RemoteEnv(TextEnv):
             url, os.environ.get(TOKEN_VARIABLE, "") if token is None else token, timeout=timeout, retries=retries
         )
         self._wanted = {name: value for name, value in (("env", env_id), ("split", split)) if value is not None}
-        self._session, self._number = "", 0
+        self.session, self._number = "", 0
         opened = self._open()
         super().__init__(
             RemoteTasks(self, opened["split"], opened["tasks"]),
@@ -183,20 +183,20 @@ class RemoteEnv(TextEnv):
 
     def close(self) -> None:
         """End the session."""
-        if self._session:
+        if self.session:
             with contextlib.suppress(RemoteError):  # it expires by itself
-                self._link.call("close", {"session": self._session}, retry=False)
-            self._session = ""
+                self._link.call("close", {"session": self.session}, retry=False)
+            self.session = ""
         self._link.close()
 
     def call(self, name: str, **arguments: Any) -> dict[str, Any]:
         """One call for this session, as the protocol has it."""
-        return self._link.call(name, {"session": self._session, **arguments})
+        return self._link.call(name, {"session": self.session, **arguments})
 
     def _open(self) -> dict[str, Any]:
-        self._session, self._number = "", 0
+        self.session, self._number = "", 0
         opened = self._link.call("open", self._wanted)
-        self._session = str(opened["session"])
+        self.session = str(opened["session"])
         return opened
 
     def _in_turn(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def render_rich(page: Page, url: str, seen: Iterable[str]) -> str:
 
 def search_page(instruction: str) -> Page:
     """The start page."""
-    nodes = (*_nodes(("WebShop", "Instruction: ", instruction)), (Role.BUTTON, SEARCH))
+    nodes = (*text_nodes(("WebShop", "Instruction: ", instruction)), (Role.BUTTON, SEARCH))
     return Page(nodes, searchable=True)
 
 
@@ -130,7 +130,7 @@ def result_page(instruction: str, cards: Sequence[tuple[Node, ...]], number: int
 
 def card_nodes(card: Card) -> tuple[Node, ...]:
     """The texts of one result."""
-    return _nodes((card.asin,), Role.PRODUCT) + _nodes((card.title, card.price_tag))
+    return text_nodes((card.asin,), Role.PRODUCT) + text_nodes((card.title, card.price_tag))
 
 
 def item_page(instruction: str, body: tuple[Node, ...], options: tuple[tuple[str, str], ...]) -> Page:
@@ -142,9 +142,9 @@ def item_body(product: Product, show_attributes: bool) -> tuple[Node, ...]:
     """The texts of an item page below its navigation."""
     nodes: list[Node] = []
     for name, values in product.options.items():
-        nodes.extend(_nodes((name,)))
-        nodes.extend(_nodes(values, Role.OPTION))
-    nodes.extend(_nodes((product.title, f"Price: {product.price_tag}", f"Rating: {product.rating}")))
+        nodes.extend(text_nodes((name,)))
+        nodes.extend(text_nodes(values, Role.OPTION))
+    nodes.extend(text_nodes((product.title, f"Price: {product.price_tag}", f"Rating: {product.rating}")))
     tabs = (DESCRIPTION, FEATURES, REVIEWS, *((ATTRIBUTES,) if show_attributes else ()), BUY)
     nodes.extend((Role.BUTTON, tab) for tab in tabs)
     return tuple(nodes)
@@ -158,14 +158,14 @@ def item_options(product: Product) -> tuple[tuple[str, str], ...]:
 def sub_page(instruction: str, product: Product, name: str) -> Page:
     """A product's description, features, reviews or attributes."""
     if name == DESCRIPTION:
-        body = _nodes((product.description,))
+        body = text_nodes((product.description,))
     elif name == FEATURES:
-        body = _nodes(f" {bullet}" for bullet in product.bullets)
+        body = text_nodes(f" {bullet}" for bullet in product.bullets)
     elif name == REVIEWS:
-        body = _nodes(text for r in product.reviews for text in (f'"{r.title}"', r.score, r.body))
+        body = text_nodes(text for r in product.reviews for text in (f'"{r.title}"', r.score, r.body))
     else:
         about = (product.category, product.query, product.product_category)
-        body = _nodes((*(f" {attribute}" for attribute in product.attributes), *about))
+        body = text_nodes((*(f" {attribute}" for attribute in product.attributes), *about))
     return Page((*_head(instruction), (Role.BUTTON, PREVIOUS), *body))
 
 
@@ -175,7 +175,7 @@ def done_page(asin: str, options: Mapping[str, str], reward: float) -> Page:
     for mark in "<>&'":  # escaped so that they are safe inside a page
         shown = shown.replace(mark, f"\\u{ord(mark):04x}")
     return Page(
-        _nodes(
+        text_nodes(
             (
                 *("Thank you for shopping with us!", "Your code: ", "None", " (Paste it in your MTurk interface.)"),
                 *("Purchased", "asin", asin, "options", shown, "attrs", "None", "category", "None", "query", "None"),
@@ -188,10 +188,10 @@ def done_page(asin: str, options: Mapping[str, str], reward: float) -> Page:
 
 
 def _head(instruction: str) -> tuple[Node, ...]:
-    return (*_nodes(("Instruction:", instruction)), (Role.BUTTON, BACK))
+    return (*text_nodes(("Instruction:", instruction)), (Role.BUTTON, BACK))
 
 
-def _nodes(texts: Iterable[str], role: Role = Role.TEXT) -> tuple[Node, ...]:
+def text_nodes(texts: Iterable[str], role: Role = Role.TEXT) -> tuple[Node, ...]:
     """Text nodes as an HTML parser leaves them: empty ones vanish, and so does white space that holds a line break."""
     found = []
     for text in texts:

@@ -144,7 +144,7 @@ class CompactStyle:
     def parse(self, response: str) -> Parsed:
         """Read the action; the same rules as the paper's prompt, blanks inside the brackets aside."""
         parsed = parse_tagged(response, FALLBACK_TAIL)
-        return Parsed(_unpadded(parsed.action), parsed.format_ok)
+        return Parsed(unpadded(parsed.action), parsed.format_ok)
 
     def respond(self, action: str, thought: str) -> str:
         """Phrase a demonstration."""
@@ -154,7 +154,8 @@ class CompactStyle:
 UNCHANGED = "same page"
 
 
-def _unpadded(action: str) -> str:
+def unpadded(action: str) -> str:
+    """An action without the blanks inside its brackets."""
     name, opened, rest = action.partition("[")
     if not opened or name not in ("search", "click") or not rest.endswith("]"):
         return action

@@ -197,7 +197,7 @@ def test_a_template_that_rewrites_messages_cannot_be_talked_into_more(tokenizer)
 def test_a_tokenizer_that_cannot_be_copied_keeps_text_text_too(tokenizer, monkeypatch):
     from agents.plain_text import PlainText
 
-    monkeypatch.setattr(PlainText, "_renamed", lambda self, backend: None)
+    monkeypatch.setattr(PlainText, "renamed", lambda self, backend: None)
     made = with_template(tokenizer, CHATML)
     chat = ChatFormat(made)
     ids = chat.opening(EVIL)

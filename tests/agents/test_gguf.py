@@ -91,7 +91,7 @@ def write(path, *, tied=True, seed=0):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(files, "_KEPT", {})
+    monkeypatch.setattr(files, "KEPT", {})
     return tmp_path / "cache" / "gguf"
 
 
@@ -133,7 +133,7 @@ def test_a_file_is_converted_once_and_again_when_it_or_the_copy_changes(tmp_path
 
     with monkeypatch.context() as fresh:
         fresh.setattr(files, "_convert", no_conversion)
-        fresh.setattr(files, "_KEPT", {})  # as another process would find it
+        fresh.setattr(files, "KEPT", {})  # as another process would find it
         assert converted(path) == first
         copy = tmp_path / "elsewhere" / "tiny.gguf"
         copy.parent.mkdir()
@@ -143,10 +143,10 @@ def test_a_file_is_converted_once_and_again_when_it_or_the_copy_changes(tmp_path
     data = bytearray(damaged.read_bytes())
     data[-5] ^= 1
     damaged.write_bytes(data)
-    monkeypatch.setattr(files, "_KEPT", {})
+    monkeypatch.setattr(files, "KEPT", {})
     assert converted(path) == first and damaged.read_bytes() != bytes(data)
     (first / "complete.json").write_text(json.dumps([1]))
-    monkeypatch.setattr(files, "_KEPT", {})
+    monkeypatch.setattr(files, "KEPT", {})
     assert converted(path) == first and json.loads((first / "complete.json").read_text())["source"]
     write(path, seed=1)
     assert converted(path) != first
@@ -158,13 +158,13 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, c
     write(path)
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(files, "_KEPT", {})
+    monkeypatch.setattr(files, "KEPT", {})
     folder = converted(path)
     assert (folder / "model.safetensors").is_file() and "for this process alone" in caplog.text
     assert converted(path) == folder
     monkeypatch.delenv("ATOD_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setattr(files, "_KEPT", {})
+    monkeypatch.setattr(files, "KEPT", {})
     assert converted(path).parent == tmp_path / "xdg" / "atod" / "gguf"
 
 

@@ -155,7 +155,7 @@ def test_random_streams_are_uniform_and_distinct():
 def test_every_family_gives_the_log_probs_of_its_own_forward_pass(kind, options, written_out):
     model = small(kind, **options)
     engine = TransformersEngine(model, slots=3)
-    assert isinstance(engine._decoder, FamilyDecoder) == written_out
+    assert isinstance(engine.decoder, FamilyDecoder) == written_out
     texts = [*prompts(4, seed=9), *prompts(2, seed=10, low=100, high=200)]
     done = run(engine, [(str(i), p, SamplingParams(10, 0.8, seed=i)) for i, p in enumerate(texts)])
     for i, prompt in enumerate(texts):
@@ -179,7 +179,7 @@ def test_every_family_gives_the_log_probs_of_its_own_forward_pass(kind, options,
 def test_models_that_no_ragged_pass_can_run_go_through_their_own_forward(kind, options, why, caplog):
     model = small(kind, **options)
     engine = TransformersEngine(model, slots=3)
-    assert isinstance(engine._decoder, OwnDecoder)
+    assert isinstance(engine.decoder, OwnDecoder)
     assert f"{kind}ForCausalLM runs through its own forward" in caplog.text and why in caplog.text
     texts = [*prompts(4, seed=9, low=20), [1, 2, 3]]
     texts.append(list(texts[0]))  # one that is copied
@@ -195,8 +195,8 @@ def test_models_that_no_ragged_pass_can_run_go_through_their_own_forward(kind, o
 
 def test_a_window_wider_than_the_context_is_whole_attention():
     model = small("Mistral", sliding_window=64)
-    assert isinstance(TransformersEngine(model, slots=2, max_context=64)._decoder, FamilyDecoder)
-    assert isinstance(TransformersEngine(model, slots=2, max_context=65)._decoder, OwnDecoder)
+    assert isinstance(TransformersEngine(model, slots=2, max_context=64).decoder, FamilyDecoder)
+    assert isinstance(TransformersEngine(model, slots=2, max_context=65).decoder, OwnDecoder)
 
 
 @pytest.mark.parametrize(("bound", "scores"), [(40, 1 << 22), (8192, 500)])
@@ -206,8 +206,8 @@ def test_bounds_on_memory_change_nothing(tiny_model, monkeypatch, bound, scores)
     texts = prompts(12, seed=11)
     requests = [(str(i), p, SamplingParams(9, seed=i)) for i, p in enumerate(texts)]
     expected = run(TransformersEngine(tiny_model, slots=12), requests)
-    monkeypatch.setattr(transformers, "_PASS_TOKENS", bound)
-    monkeypatch.setattr(kv_cache, "_BLOCK_SCORES", scores)
+    monkeypatch.setattr(transformers, "PASS_TOKENS", bound)
+    monkeypatch.setattr(kv_cache, "BLOCK_SCORES", scores)
     got = run(TransformersEngine(tiny_model, slots=12), requests)
     assert {k: c.token_ids for k, c in got.items()} == {k: c.token_ids for k, c in expected.items()}
 
@@ -237,9 +237,9 @@ def test_a_sleeping_engine_holds_no_memory_and_answers_as_before(tiny_model):
     engine = TransformersEngine(tiny_model, slots=4)
     request = ("a", prompts(1, seed=13)[0], SamplingParams(6, seed=1))
     before = run(engine, [request])["a"].token_ids
-    assert engine._store.length
+    assert engine.store.length
     engine.sleep()
-    assert engine._store.length == 0
+    assert engine.store.length == 0
     engine.wake()
     engine.submit(*request)
     with pytest.raises(RuntimeError, match="while requests are running"):
@@ -267,14 +267,14 @@ def test_other_weights_than_the_trained_ones_are_noticed(tiny_model):
 def test_packed_matrices_follow_their_weights(tiny_model, monkeypatch):
     from agents.engines import decoder
 
-    monkeypatch.setattr(decoder, "_PACK_ELEMENTS", 1)
+    monkeypatch.setattr(decoder, "PACK_ELEMENTS", 1)
     model = copy.deepcopy(tiny_model)
     engine = TransformersEngine(model, slots=4)
     texts = prompts(5, seed=14)
     requests = [(str(i), p, SamplingParams(6, seed=i)) for i, p in enumerate(texts)]
     for change in range(3):
         done = run(engine, requests)
-        assert len(engine._decoder._packed) == 2 * 7 + 1
+        assert len(engine.decoder.packed) == 2 * 7 + 1
         for i, prompt in enumerate(texts):
             got = done[str(i)]
             np.testing.assert_allclose(got.logprobs, plain_logprobs(model, prompt, list(got.token_ids)), atol=2e-5)

@@ -125,7 +125,7 @@ def test_a_stale_copy_of_the_tied_output_layer_is_an_error(engine, model, monkey
     with torch.no_grad():
         changed.get_input_embeddings().weight.add_(0.03)
         changed.get_input_embeddings().weight[::2].mul_(1.2)
-    monkeypatch.setattr(module, "_pack_output", lambda model: None)
+    monkeypatch.setattr(module, "pack_output", lambda model: None)
     engine.load_weights(changed.named_parameters())
     if torch.cuda.is_available():
         pytest.skip("the packed copy is made on a CPU")
@@ -170,7 +170,7 @@ def test_log_probs_of_prompts_are_the_models_own(engine, model):
 def test_an_engine_that_failed_stays_dead_and_says_why(engine, model, monkeypatch):
     # Last: the engine is of no use afterwards.
     engine.submit("a", [1, 2, 3], SamplingParams(4))
-    monkeypatch.setattr(engine._llm, "step", lambda: 1 / 0)
+    monkeypatch.setattr(engine.llm, "step", lambda: 1 / 0)
     for _ in range(2):
         with pytest.raises(EngineDied, match=r"vLLM engine died \(ZeroDivisionError.*again to go on"):
             engine.step()

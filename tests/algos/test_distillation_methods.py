@@ -227,7 +227,7 @@ def test_the_learner_follows_the_whole_distribution(tokenizer, batch):
     algorithm = EntropyAware(entropy_threshold=float(np.median(scores.teacher_entropy_M)))
     learner = Learner(student, learner_options(lr=1e-3, minibatches=1, grad_clip=1e9, token_budget=30))
     seen = {}
-    learner.updater._optimizer.step = lambda: seen.update({n: p.grad.clone() for n, p in student.named_parameters()})
+    learner.updater.optimizer.step = lambda: seen.update({n: p.grad.clone() for n, p in student.named_parameters()})
     metrics = learner.update(
         batch,
         np.zeros(batch.n_tokens),

@@ -83,7 +83,7 @@ def test_an_index_over_a_corpus_file_is_built_by_one_process_only(tmp_path, monk
     monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
     write_encyclopedia(make_encyclopedia(scale=0.05), tmp_path / "data")
     first = sources.load_service(tmp_path / "data", "bm25", None).retrieve(["the river"], 3)
-    sources._indexed.cache_clear()  # as another process begins
+    sources.indexed.cache_clear()  # as another process begins
     monkeypatch.setattr(retrieval_build, "build_index", lambda *_, **__: pytest.fail("built again"))
     assert sources.load_service(tmp_path / "data", "bm25", None).retrieve(["the river"], 3) == first
 

@@ -16,7 +16,7 @@ from atod_envs.searchqa.expert import SearchQAExpert
 from atod_envs.searchqa.language import FACTS, read_facts
 from atod_envs.searchqa.scoring import last_answer
 from atod_envs.styles import LONGEST_ACTION
-from atod_envs.webshop.prompts import _unpadded
+from atod_envs.webshop.prompts import unpadded
 from atod_envs.webshop.shop import parse_action
 
 SIZES = (64_000, 1_000_000)
@@ -107,7 +107,7 @@ def test_actions_are_read_as_the_published_patterns_read_them():
         found = published.match(text)
         assert parse_action(text) == (found.groups() if found else (text, None)), repr(text)
         if not text.endswith("\n"):  # a parsed action is stripped
-            assert _unpadded(text) == padded.sub(r"\1[\2]", text), repr(text)
+            assert unpadded(text) == padded.sub(r"\1[\2]", text), repr(text)
         tags = ["<search>", "</search>", "<SEARCH>", "</Search>", "<answer>", "</answer>", "a", " ", "\n"]
         text = "".join(rng.choices(tags, k=rng.randint(1, 10)))
         blocks = answers.findall(text)

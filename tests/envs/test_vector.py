@@ -183,7 +183,7 @@ def test_a_dead_worker_is_reported_at_once():
             envs.step_at([1], ["die"])
     with TextVectorEnv(SlowEnv, 2, workers=2) as envs:
         envs.reset(seed=0)
-        os.kill(envs._pool._processes[0].pid, signal.SIGKILL)
+        os.kill(envs.pool.processes[0].pid, signal.SIGKILL)
         with pytest.raises(WorkerError, match="was killed by signal 9"):
             for _ in range(3):
                 envs.step_at([0], ["fig"])
@@ -192,7 +192,7 @@ def test_a_dead_worker_is_reported_at_once():
 def test_closing_ends_the_workers(monkeypatch):
     monkeypatch.setattr("atod_envs.workers._GOODBYE_SECONDS", 120.0)  # by themselves, however busy the machine is
     envs = TextVectorEnv(ToyEnv, 4, workers=2)
-    processes = list(envs._pool._processes)
+    processes = list(envs.pool.processes)
     assert all(map(alive, processes))
     envs.reset(seed=0)
     envs.submit_step([0, 1, 2, 3], ["fig"] * 4)  # outcomes that are not collected are no obstacle
@@ -210,7 +210,7 @@ def test_workers_end_with_their_caller():
         "from toy import ToyEnv\n"
         "from atod_envs.vector import TextVectorEnv\n"
         "envs = TextVectorEnv(ToyEnv, 2, workers=2)\n"
-        "print(*[process.pid for process in envs._pool._processes], flush=True)\n"
+        "print(*[process.pid for process in envs.pool.processes], flush=True)\n"
         "os._exit(1)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)

@@ -280,7 +280,8 @@ def test_tools_play_what_the_expert_plays(env_id):
     for turn in episode.turns:
         form, name = next((form, name) for form, name in forms if re.fullmatch(form, turn.action))
         words = list(re.fullmatch(form, turn.action).groups())
-        said = getattr(env, name or words.pop(0))(*words)
+        name = name or words.pop(0)
+        said = getattr(env, name)(*words)
     assert said.endswith(OVER) and env.get_reward() == episode.reward == 1.0
     assert [t.action for t in env.trajectory.turns] == [t.action for t in episode.turns]
-    assert env._act("look") == OVER and len(env.trajectory.turns) == len(episode.turns)
+    assert getattr(env, name)(*words) == OVER and len(env.trajectory.turns) == len(episode.turns)

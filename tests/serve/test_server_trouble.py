@@ -204,7 +204,7 @@ def test_thousands_of_sessions_and_no_more():
 def test_one_call_at_a_time_in_a_session(toy_server, gate):
     env = RemoteEnv(toy_server, retries=0)
     env.reset(seed=0)
-    call = {"session": env._session, "action": "wait"}
+    call = {"session": env.session, "action": "wait"}
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(post, toy_server, "step", call)
         gate.until_waiting(1)
@@ -212,9 +212,9 @@ def test_one_call_at_a_time_in_a_session(toy_server, gate):
         gate.open()
         assert first.result()[0] == 200
     assert gate.waiting == 1
-    status, answer = post(toy_server, "step", {"session": env._session, "action": "pear", "number": 9})
+    status, answer = post(toy_server, "step", {"session": env.session, "action": "pear", "number": 9})
     assert status == 409 and "another client is using this session" in answer["error"]["message"]
-    status, answer = post(toy_server, "step", {"session": env._session, "action": "pear", "number": 3})
+    status, answer = post(toy_server, "step", {"session": env.session, "action": "pear", "number": 3})
     assert status == 200 and answer["info"]["turn"] == 2
 
 

@@ -37,7 +37,7 @@ class Reference:
     def __init__(self) -> None:
         if importlib.util.find_spec("alfworld") is None:
             raise ImportError("backend='textworld' needs the published package; install it with: pip install alfworld")
-        self._process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[str] | None = None
         self._end: weakref.finalize[..., Any] | None = None
 
     def open(self, content: Mapping[str, object] | Path, game: Game) -> ReferencePlayer:
@@ -53,7 +53,7 @@ class Reference:
         """End the process. A later episode starts another."""
         if self._end is not None:
             self._end()
-        self._process = self._end = None
+        self.process = self._end = None
 
     def ask(self, **request: object) -> Mapping[str, Any]:
         """Send a request and wait for the answer.
@@ -62,7 +62,7 @@ class Reference:
             DataError: the engine refused the game.
             RuntimeError: the process has died.
         """
-        process = self._process or self._start()
+        process = self.process or self._start()
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(json.dumps(request) + "\n")
@@ -91,7 +91,7 @@ class Reference:
             encoding="utf-8",
             env={**os.environ, "PYTHONPATH": path},
         )
-        self._process = process
+        self.process = process
         self._end = weakref.finalize(self, _end_process, process)
         return process
 
@@ -100,7 +100,7 @@ class ReferencePlayer:
     """One episode on the published engine."""
 
     def __init__(self, reference: Reference, content: Mapping[str, object] | Path, game: Game) -> None:
-        self._reference = reference
+        self.reference = reference
         self._game = game
         self._progress = 0.0
         if isinstance(content, Path):
@@ -111,11 +111,11 @@ class ReferencePlayer:
     def reset(self) -> Step:
         """Load the game, and show the introduction."""
         self._progress = 0.0
-        return self._step(self._reference.ask(name=self._game.name, **self._request), True)
+        return self._step(self.reference.ask(name=self._game.name, **self._request), True)
 
     def step(self, command: str) -> Step:
         """Carry out a command."""
-        answer = self._reference.ask(name=self._game.name, command=command)
+        answer = self.reference.ask(name=self._game.name, command=command)
         return self._step(answer, answer["observation"] != NOTHING)
 
     def _step(self, answer: Mapping[str, Any], understood: bool) -> Step:

@@ -19,7 +19,7 @@ from atod_algos.learner import memory
 from atod_algos.learner.learner import Learner, recompute_layers
 from atod_algos.learner.logprobs import score
 from atod_algos.learner.lora import add_adapters, load_adapters, merged_weights, without_adapters
-from atod_algos.learner.optimizer import Updater, _adamw
+from atod_algos.learner.optimizer import Updater, make_adamw
 from atod_algos.teachers.local import LocalScorer
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
@@ -255,7 +255,7 @@ def test_eight_bit_moments_name_the_missing_package(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(AtodError, match="pip install bitsandbytes"):
-        _adamw([{"params": [OnGpu(torch.zeros(2))], "weight_decay": 0.0}], learner_options(optimizer="adamw8bit"))
+        make_adamw([{"params": [OnGpu(torch.zeros(2))], "weight_decay": 0.0}], learner_options(optimizer="adamw8bit"))
 
 
 def test_numbers_that_are_none_stop_the_run_before_anything_is_learned(model, batch):

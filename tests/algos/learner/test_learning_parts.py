@@ -118,7 +118,7 @@ def gradient(model, batch, advantage, old, objective, budget, minibatches=1):
     model = copy.deepcopy(model)
     learner = Learner(model, learner_options(lr=1e-3, token_budget=budget, minibatches=minibatches, grad_clip=1e9))
     seen = {}
-    learner.updater._optimizer.step = lambda: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    learner.updater.optimizer.step = lambda: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
     metrics = learner.update(batch, advantage, old, objective, step=1, temperature=1.0, seed=0).metrics
     return seen, metrics
 

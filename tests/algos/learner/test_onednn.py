@@ -18,7 +18,7 @@ from atod_algos.learner.packing import pack, packable, packed_states
 from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 
 CPU = torch.device("cpu")
-needs_onednn = pytest.mark.skipif(not onednn._ONEDNN, reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="this torch has no oneDNN")
 
 
 def episodes(rows, seed=0, longest=40):
@@ -45,7 +45,7 @@ def test_a_linear_layer_and_its_gradients_are_the_plain_ones(inner, outer, bias,
     with onednn.onednn_linear(CPU):
         fast = linear(x, weight, offset)
     assert torch.allclose(fast, plain, rtol=1e-5, atol=1e-4)
-    if onednn._ONEDNN:
+    if onednn.AVAILABLE:
         node = fast.grad_fn.next_functions[0][0] if bias else fast.grad_fn  # the bias is added to the matmul
         assert "_Linear" in node.name()
     for got, wanted in zip(torch.autograd.grad(fast, leaves, direction), expected, strict=True):
@@ -74,10 +74,10 @@ def test_an_update_takes_the_same_step_with_and_without_them(tokenizer, monkeypa
     start = tiny_qwen3(64, 3, hidden=64)
     advantage_M = np.random.default_rng(1).normal(size=batch.n_tokens)
     calls, ends = [], []
-    matmul = onednn._matmul
-    monkeypatch.setattr(onednn, "_matmul", lambda a, b: calls.append(1) or matmul(a, b))
+    matmul = onednn.matmul
+    monkeypatch.setattr(onednn, "matmul", lambda a, b: calls.append(1) or matmul(a, b))
     for smallest in (1, 1 << 40, 1):
-        monkeypatch.setattr(onednn, "_SMALLEST", smallest)
+        monkeypatch.setattr(onednn, "SMALLEST", smallest)
         model = copy.deepcopy(start)
         if recompute:
             recompute_layers(model)
@@ -104,13 +104,13 @@ def test_padding_changes_no_state_and_no_gradient(shared):
     assert (packed.keep_T is not None) == shared
     found = []
     for even in (1, 64):
-        onednn._EVEN, kept = even, onednn._EVEN
+        onednn.EVEN_ROWS, kept = even, onednn.EVEN_ROWS
         try:
             padding = onednn.row_padding(len(packed.ids_T), CPU)
             states, ids = packed_states(model, packed)
         finally:
-            onednn._EVEN = kept
-        assert (padding > 0) == (even == 64 and onednn._ONEDNN)
+            onednn.EVEN_ROWS = kept
+        assert (padding > 0) == (even == 64 and onednn.AVAILABLE)
         assert len(states) == len(ids) == len(packed.ids_T)
         gradient = torch.autograd.grad(states.square().sum(), list(model.get_decoder().parameters()))
         found.append((states.detach(), *gradient))

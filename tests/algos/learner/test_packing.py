@@ -124,7 +124,7 @@ def test_packing_costs_no_more_tokens_than_there_are():
 def test_another_attention_gives_no_number_rather_than_mixed_rows(monkeypatch):
     model = qwen()
     assert packable(model)
-    monkeypatch.setattr(packing, "_NAME", "sdpa")
+    monkeypatch.setattr(packing, "ATTENTION", "sdpa")
     model.config._attn_implementation = "sdpa"
     states, _ = packed_states(model, pack(some_rows()))
     assert bool(states.isnan().all())
@@ -143,8 +143,8 @@ def test_a_model_whose_packed_states_are_wrong_is_padded(monkeypatch):
         whole = (0, bounds[-1])
         return honest(states, whole, scaling, dropout)
 
-    honest = packing._loop_rows
-    monkeypatch.setattr(packing, "_loop_rows", leaky)
+    honest = packing.loop_rows
+    monkeypatch.setattr(packing, "loop_rows", leaky)
     assert not packable(qwen())
 
 
@@ -157,9 +157,9 @@ def test_the_engine_still_sees_plain_attention():
 
 
 def test_the_flash_kernel_is_called_as_this_torch_declares_it():
-    kernel = packing._flash()
+    kernel = packing.flash_kernel()
     if kernel is None:
         pytest.skip("this torch has no variable-length attention")
     inspect.signature(kernel).bind(
-        0, 0, 0, 0, 0, 1, 1, scale=1.0, **({"window_size": (-1, 0)} if packing._flash_has("window_size") else {})
+        0, 0, 0, 0, 0, 1, 1, scale=1.0, **({"window_size": (-1, 0)} if packing.flash_has("window_size") else {})
     )

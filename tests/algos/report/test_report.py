@@ -91,7 +91,7 @@ def test_kept_tokens_are_used_and_equal_what_is_computed(folders, monkeypatch):
     computed, kept = read_run(folders / "atod"), read_run(folders / "kept")
     episodes = computed.episodes("train", 2)
     again = Scorer(computed).scores("train", 2, episodes)
-    monkeypatch.setattr(Scorer, "_load", lambda self, name: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(Scorer, "load", lambda self, name: pytest.fail("the teacher was loaded"))
     stored = Scorer(kept).scores("train", 2, kept.episodes("train", 2))
     assert again.keys() == stored.keys()
     for place, score in again.items():
@@ -111,7 +111,7 @@ def test_scores_are_kept(folders, monkeypatch):
     run = read_run(folders / "atod")
     episodes = run.episodes("valid", 4)
     first = Scorer(run).scores("valid", 4, episodes)
-    monkeypatch.setattr(Scorer, "_load", lambda self, name: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(Scorer, "load", lambda self, name: pytest.fail("the teacher was loaded"))
     assert Scorer(run, compute=False).scores("valid", 4, episodes) == first
     one = [first[0, k] for k in range(len(episodes[0].turns))]
     d, h = np.array([t.d for t in one]), np.array([t.h for t in one])
@@ -203,11 +203,11 @@ def test_every_figure_is_drawn_as_png_and_svg(folders, tmp_path):
 
 def test_figure_13_counts_turns_and_weighs_tokens(folders):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    from atod_algos.report.figures import _by_index
+    from atod_algos.report.figures import by_turn_index
 
     run = read_run(folders / "atod")
     episodes = run.episodes("train", 4)
-    turns, means, counts = _by_index(Scorer(run).scores("train", 4, episodes), "h")
+    turns, means, counts = by_turn_index(Scorer(run).scores("train", 4, episodes), "h")
     row = run.metrics[3]
     for turn, mean, count in zip(turns, means, counts, strict=True):
         assert turn <= MOST_TURNS and count == row[f"sod_turn/count/turn_{turn - 1}"]

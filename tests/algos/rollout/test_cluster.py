@@ -135,7 +135,7 @@ def test_what_fails_on_a_worker_is_said_here(pool, config):
 
 
 def test_a_killed_worker_is_replaced_and_its_groups_are_played_once(pool, config, expected, monkeypatch):
-    victim, number = pool.pids[0], pool._calls
+    victim, number = pool.pids[0], pool.calls
 
     class Deadly(WorkQueue):
         """Kills the victim when it takes groups for the second time: with groups in its hands."""

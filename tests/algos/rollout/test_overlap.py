@@ -43,7 +43,7 @@ def test_every_step_is_played_once_by_the_weights_that_are_promised(staleness, s
         for step in range(done + 1, last + 1):
             assert ahead.take(step) == step
             ahead.learned(step, weights_of(step))
-            assert len(ahead._kept) <= staleness + 1
+            assert len(ahead.kept) <= staleness + 1
         done, kept = last, ahead.kept_weights(last)
         ahead.close()
     assert set(played) == {(step, max(0, step - 1 - staleness)) for step in range(1, steps + 1)}

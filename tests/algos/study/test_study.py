@@ -45,7 +45,7 @@ def test_a_study_runs_every_method_and_goes_on_where_it_stopped(preset, tmp_path
     assert set(cells[-1]["validation"]) == {"1", "2"} and cells[0]["method"] == "vanilla" and "best" not in cells[0]
 
     stops = iter([3, 2, 7])
-    step = Trainer._train_step
+    step = Trainer.train_step
     left = next(stops)
 
     def breaking(self, *given):
@@ -55,7 +55,7 @@ def test_a_study_runs_every_method_and_goes_on_where_it_stopped(preset, tmp_path
             raise KeyboardInterrupt
         return step(self, *given)
 
-    monkeypatch.setattr(Trainer, "_train_step", breaking)
+    monkeypatch.setattr(Trainer, "train_step", breaking)
     for after in [*stops, 10**6, None]:
         try:
             run(StudyConfig("toy", out=tmp_path / "parts", methods=NAMES, seeds=(0,)))
@@ -63,7 +63,7 @@ def test_a_study_runs_every_method_and_goes_on_where_it_stopped(preset, tmp_path
             left = after
     assert results(tmp_path / "parts") == [cell for cell in cells if cell["seed"] == 0]
 
-    monkeypatch.setattr(Trainer, "_train_step", lambda *given: pytest.fail("trained again"))
+    monkeypatch.setattr(Trainer, "train_step", lambda *given: pytest.fail("trained again"))
     run(StudyConfig("toy", out=tmp_path / "whole", methods=NAMES))
     text = (tmp_path / "whole" / "tables.md").read_text(encoding="utf-8")
     for words in (

@@ -112,7 +112,7 @@ def test_what_is_kept_is_bounded(server, tokenizer, rows, monkeypatch):
     assert len(remote.rows(rows)) == 5
     for row in rows:
         remote.rows([row])
-    assert remote._kept_tokens == sum(map(len, remote._kept.values())) <= 50
+    assert remote.kept_tokens == sum(map(len, remote.kept.values())) <= 50
 
 
 def test_a_server_that_ignores_the_temperature_is_refused(server, tokenizer):

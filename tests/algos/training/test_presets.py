@@ -237,7 +237,7 @@ def test_cache_is_what_the_engine_holds_when_it_is_full(builtin):
     for i in range(3):
         engine.submit(str(i), list(range(5, 505)), SamplingParams(max_tokens=12))
     engine.step()
-    held = sum(t.numel() * t.element_size() for t in (*engine._store.keys, *engine._store.values))
+    held = sum(t.numel() * t.element_size() for t in (*engine.store.keys, *engine.store.values))
     shape = memory_estimate.shape_of("builtin", "alfworld", "student")
     assert held == memory_estimate.cache_bytes(shape, 3, 512, 4)
 

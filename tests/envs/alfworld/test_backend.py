@@ -64,15 +64,15 @@ def test_both_engines_show_the_same_real_games_to_the_end(pair, realdata):
 def test_the_worker_ends_with_the_environment_and_a_dead_one_is_replaced(pair):
     _, env = pair(data="builtin", split="train")
     first, _ = env.reset(seed=0)
-    reference = env.unwrapped._reference
-    process = reference._process
+    reference = env.unwrapped.reference
+    process = reference.process
     assert process.poll() is None
     process.kill()
     process.wait()
     with pytest.raises(RuntimeError, match="ended unexpectedly"):
         env.step("look")
     assert env.reset(seed=0)[0] == first
-    process = reference._process
+    process = reference.process
     env.close()
     assert process.poll() is not None
     env.close()
@@ -82,7 +82,7 @@ def test_a_game_that_the_published_engine_refuses_is_named(pair):
     native, textworld = pair(data="builtin", split="train")
     _, info = native.reset(seed=0)
     game = native.unwrapped.game
-    reference = textworld.unwrapped._reference
+    reference = textworld.unwrapped.reference
     broken = {**native.unwrapped.source.content(info["task_id"]), "pddl_problem": "(define (problem p))"}
     with pytest.raises(DataError, match=info["task_id"]):
         reference.open(broken, game).reset()

@@ -6,7 +6,7 @@ import time
 import pytest
 from lucene_child import ask
 
-from atod_envs.retrieval.analyzer import MAX_TOKEN_UNITS, _unicode_rules, analyze, tokenize
+from atod_envs.retrieval.analyzer import MAX_TOKEN_UNITS, analyze, tokenize, unicode_rules
 from atod_envs.retrieval.porter import stem
 
 
@@ -91,8 +91,8 @@ def test_porter(word, expected):
 def test_terms_equal_lucenes(tmp_path):
     """Every kind of character in random company, and every suffix the stemmer knows on real-looking stems."""
     rng = random.Random(7)
-    table, _ = _unicode_rules()
-    kinds = [[chr(first), chr(last)] for first, last, _ in table._ranges]
+    table, _ = unicode_rules()
+    kinds = [[chr(first), chr(last)] for first, last, _ in table.ranges]
     plain = "aAbsSzyYeding'’._:,;1290 -#*İΣß"
     texts = [
         "".join(

@@ -264,7 +264,7 @@ def test_waiting_queries_travel_together_and_equal_ones_once():
             time.sleep(0.001)
         jobs = [pool.submit(batcher.retrieve, [query, "same"], 1) for query in "abcdef"]
         other = pool.submit(batcher.retrieve, ["a"], 2)
-        while len(batcher._waiting) < 13:
+        while batcher.waiting < 13:
             time.sleep(0.001)
         gate.set()
         assert first.result()[0][0].docid == "first"

@@ -7,7 +7,7 @@ from shops import item, options, write_shop
 
 from atod_envs.webshop.catalogue.cache import open_store
 from atod_envs.webshop.goals import Goals
-from atod_envs.webshop.pages import Role, _nodes
+from atod_envs.webshop.pages import Role, text_nodes
 from atod_envs.webshop.shop import Shop, ShopSession, parse_action
 
 
@@ -194,7 +194,7 @@ def test_html_and_blanks_in_texts_read_as_a_parser_reads_them(tmp_path):
     session.act("click[< prev]"), session.act("click[features]")
     # An empty bullet is one blank, a lone line break vanishes, as between tags.
     assert session.observe("text").endswith(" [SEP] < Prev [SEP]  [SEP]  [SEP] a \n b")
-    assert _nodes(("", " \n", "\t", "x")) == ((Role.TEXT, " "), (Role.TEXT, "x"))
+    assert text_nodes(("", " \n", "\t", "x")) == ((Role.TEXT, " "), (Role.TEXT, "x"))
 
 
 def test_listings_by_marker(tmp_path):
