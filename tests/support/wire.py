@@ -1,6 +1,8 @@
 """HTTP by hand: a server that answers with given bytes, a request as bytes, and each of our servers on a free port."""
 
 import contextlib
+import http.client
+import json
 import socket
 import threading
 from types import SimpleNamespace
@@ -147,3 +149,15 @@ def any_server(name):
         server = teacher()
     with serving(server) as port:
         yield port
+
+
+def post_call(url, call, body, **headers):
+    """A call to a server of environments: status and answer."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=120)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("POST", f"/v1/{call}", data, {"Content-Type": "application/json", **headers})
+    response = connection.getresponse()
+    text = response.read()
+    connection.close()
+    return response.status, json.loads(text) if text.startswith(b"{") else text

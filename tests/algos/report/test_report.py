@@ -1,8 +1,5 @@
 """The report: what it reads from runs, the page in a real browser, the figures, and following a run."""
 
-import base64
-import gzip
-import json
 import re
 import shutil
 import sys
@@ -11,14 +8,13 @@ import time
 import types
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
+from reports import options_of, unpack
 from rich.console import Console
 from toyworld import TOY
 
-from atod_algos.atod import ATOD
 from atod_algos.grpo import GRPO
 from atod_algos.metrics import MOST_TURNS
 from atod_algos.report.command import ReportConfig, main, report, watch
@@ -27,35 +23,8 @@ from atod_algos.report.page import chosen_steps, page_data
 from atod_algos.report.tokens import Scorer
 from atod_algos.training.cli import main as train
 from atod_envs.errors import AtodError, DataError
-from atod_envs.trajectory import StopReason, Trajectory, Turn, write_jsonl
 
 pytestmark = pytest.mark.slow
-
-HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">&amp;'
-
-
-def options_of(models, run, *more):
-    return [
-        "--env", TOY, "--student", str(models["student"]), "--teacher", str(models["teacher"]), "--style", "compact",
-        "--max-turns", "3", "--max-response", "8", "--max-context", "128", "--tasks-per-step", "4", "--group-size", "4",
-        "--eval-every", "2", "--eval-tasks", "4", "--report-tasks", "4", "--checkpoint-every", "2", "--minibatches", "2",
-        "--threads", "1", "--steps", "4", "--gap-clip", "2", "--run", str(run), *more,
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def folders(models, tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    train(ATOD, options_of(models, root / "atod"))
-    train(ATOD, options_of(models, root / "kept", "--store", "tokens"))
-    train(GRPO, options_of(models, root / "grpo"))
-    return root
-
-
-def unpack(page: Path):
-    blob = re.search(r'id="data">([^<]*)<', page.read_text(encoding="utf-8"))[1]
-    return json.loads(gzip.decompress(base64.b64decode(blob)))
-
 
 # --- what is read -----------------------------------------------------------------------------------------------------
 
@@ -282,208 +251,6 @@ def test_weights_and_biases_missing_is_one_line(models, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit):
         train(GRPO, options_of(models, tmp_path / "r", "--wandb", "mine"))
     assert "pip install wandb" in capsys.readouterr().err
-
-
-# --- in a browser -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chrome():
-    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if browser is None or driver is None:
-        pytest.skip("no Chromium with chromedriver on this machine")
-    options = selenium.ChromeOptions()
-    options.binary_location = browser
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1400,900",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
-    yield found
-    found.quit()
-
-
-class Viewer:
-    """The page, driven as a reader would."""
-
-    def __init__(self, chrome, path):
-        self.chrome = chrome
-        chrome.get(path.as_uri())
-        deadline = time.monotonic() + 60
-        while self.js("return document.body.dataset.ready") != "1":
-            assert time.monotonic() < deadline, chrome.get_log("browser")
-            time.sleep(0.05)
-
-    def js(self, code, *values):
-        return self.chrome.execute_script(code, *values)
-
-    def open(self):
-        self.chrome.find_element("id", "tab-episodes").click()
-
-    def click(self, selector):
-        # In one go as well: an element that was found may have been replaced before it is clicked.
-        self.js("document.querySelector(arguments[0]).click()", selector)
-
-    def choose(self, name, value):
-        self.js(
-            "const s = document.getElementById(arguments[0]); s.value = arguments[1]; s.dispatchEvent(new Event('change'))",
-            name,
-            value,
-        )
-
-    def text(self, selector):
-        # In one go: the list is drawn anew at every scroll, and its old rows are gone.
-        return self.js(
-            "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText ?? e.textContent)", selector
-        )
-
-    def count(self):
-        return int(self.text("#count")[0].split()[0].replace(",", ""))
-
-
-def test_the_page_in_headless_chromium(folders, tmp_path, chrome):
-    page = report([folders / "atod", folders / "grpo"], out=tmp_path, figures=False)
-    data = unpack(page)
-    view = Viewer(chrome, page)
-    assert view.text("h1") == [f"ATOD, seed 0 and GRPO, seed 0 on {TOY}"]
-    assert "success" in view.text("table")[0] and len(view.text(".curve svg")) >= 8
-    view.open()
-    assert view.count() == len(data["episodes"])
-
-    solved = sum(e["ok"] for e in data["episodes"])
-    view.choose("f-outcome", "1")
-    assert view.count() == solved
-    view.choose("f-step", "traintraining step 3")
-    assert view.count() == sum(e["ok"] and e["k"] == "train" and e["s"] == 3 for e in data["episodes"])
-    view.choose("f-outcome", "")
-    view.choose("f-run", "0")
-    assert view.count() == 16
-    view.choose("f-step", "")
-    view.choose("f-run", "")
-    chrome.find_element("id", "f-task").send_keys("plum")
-    deadline = time.monotonic() + 60
-    wanted = sum(
-        "plum" in e["i"] or "plum" in e["t"] or any("plum" in t["c"] for t in e["turns"]) for e in data["episodes"]
-    )
-    while view.count() != wanted and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert view.count() == wanted
-    view.js("document.getElementById('f-task').value = ''")
-
-    view.choose("f-step", "traintraining step 1")
-    view.choose("f-run", "0")
-    view.click(".row")
-    episode = next(e for e in data["episodes"] if e["r"] == 0 and e["k"] == "train" and e["s"] == 1)
-    first = episode["turns"][0]
-    shown = view.text(".turn")
-    assert len(shown) == len(episode["turns"])
-    assert f"d {first['d']:.3f}" in shown[0] and f"h {first['h']:.3f}" in shown[0] and f"w {first['w']:.2f}" in shown[0]
-    assert first["o"] in shown[0] and f"action: {first['c']}" in shown[0] and ("valid" in shown[0]) == bool(first["v"])
-    assert "w = 1 − (1 − " in shown[0]
-    spans = chrome.find_element("css selector", ".turn").find_elements("css selector", ".response span")
-    assert len(spans) == len(first["x"])
-    # The darkest token is the one with the largest gap, and its tip says the numbers.
-    gaps = [abs(t - s) for _, s, t in first["x"]]
-    darkest = spans[int(np.argmax(gaps))]
-    assert "rgba" in darkest.get_attribute("style") and "gap" in darkest.get_attribute("title")
-
-    # The same task before and after, side by side; the address brings it back.
-    view.choose("f-step", "validvalidation after step 0")
-    view.click(".row")
-    view.choose("f-compare", "0")
-    assert len(chrome.find_elements("css selector", ".episode")) == 2
-    heads = view.text(".episode .head b")
-    assert heads[0] == heads[1]
-    address = chrome.current_url
-    chrome.get("about:blank")
-    chrome.get(address)
-    deadline = time.monotonic() + 60
-    while len(chrome.find_elements("css selector", ".episode")) != 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert view.text(".episode .head b") == heads
-
-    view.choose("f-mode", "t")
-    view.choose("f-sort", "w")
-    weights = [float(re.search(r"w ([\d.]+)", text)[1]) for text in view.text(".row .mono")]
-    assert weights == sorted(weights, reverse=True) and weights[0] == 1.0
-    assert [entry for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"] == []
-
-
-def big_run(folder, source, episodes, hostile=""):
-    """A copy of a run whose one stored step holds many made-up episodes."""
-    shutil.copytree(source, folder)
-    for name in ("trajectories", "validation", "turns", "scores"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    (folder / "trajectories").mkdir()
-    made = []
-    for n in range(episodes):
-        said = f"go to shelf {{}} {hostile}"
-        turns = tuple(
-            Turn(
-                k, f"You see {hostile or 'a shelf'} {n}.{k}", ("look", hostile or "go"), (), (), (), said.format(k), said.format(k),
-                True, k % 3 > 0, 0.0,
-            )
-            for k in range(10)
-        )  # fmt: skip
-        made.append(
-            Trajectory(
-                "e", f"t{n}{hostile}", "s", f"find {hostile or 'it'} {n}", str(n // 8), 0, turns, hostile, n % 2 == 0, 0.5,
-                StopReason.TURN_LIMIT, labels={"k": hostile or "x"},
-            )
-        )  # fmt: skip
-    write_jsonl(folder / "trajectories" / "step_000001.jsonl.gz", made)
-    return read_run(folder)
-
-
-def test_text_of_a_run_is_never_markup(folders, tmp_path, chrome):
-    run = big_run(tmp_path / f"r{'<b>'}", folders / "grpo", 8, HOSTILE)
-    page = report([run.path], figures=False, compute=False)
-    view = Viewer(chrome, page)
-    view.open()
-    assert HOSTILE in view.text(".turn .obs")[0] and chrome.title != "owned"
-    for mode in ("t", "e"):
-        view.choose("f-mode", mode)
-    assert chrome.find_elements("css selector", "img") == [] and view.text("#subtitle") == ["r<b>"]
-    assert chrome.title == f"GRPO, seed 0 on {TOY}"
-
-
-def test_ten_thousand_turns_stay_quick(folders, tmp_path, chrome):
-    run = big_run(tmp_path / "r", folders / "grpo", 1000)
-    page = report([run.path], figures=False, compute=False)
-    view = Viewer(chrome, page)
-    view.open()
-    view.choose("f-mode", "t")
-    assert view.count() == 10_000
-    assert len(chrome.find_elements("css selector", ".row")) < 60  # a virtual list
-    timed = """
-        const done = arguments[arguments.length - 1], list = document.getElementById("list"), from = performance.now();
-        let n = 0, most = 0;
-        (function next() {
-            most = Math.max(most, document.querySelectorAll(".row").length);
-            list.scrollTop = list.scrollHeight * n / 20;
-            if (++n > 20) done([most, performance.now() - from]); else requestAnimationFrame(next);
-        })();
-    """
-    chrome.set_script_timeout(120)
-    most, milliseconds = chrome.execute_async_script(timed)  # 21 jumps through all of it
-    assert most < 60 and milliseconds < 30_000
-    sort = """
-        const from = performance.now(), select = document.getElementById("f-sort");
-        select.value = "h"; select.dispatchEvent(new Event("change")); return performance.now() - from;
-    """
-    started = view.js(sort)
-    assert started < 20_000
-    view.js("document.getElementById('list').scrollTop = 1e9")
-    deadline = time.monotonic() + 60
-    while "turn 10 of 10" not in " ".join(view.text(".row")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert "turn 10 of 10" in " ".join(view.text(".row"))
 
 
 def test_mistakes_are_answered_in_one_line(tmp_path, capsys):

@@ -193,8 +193,7 @@ def test_lasting_failures_end_in_a_clear_error(bad, attempts, reason):
         client = HttpSearch(url, timeout=60 if bad else 0.2, retries=2, sleep=waits.append)
         with pytest.raises(RetrievalError, match=reason) as caught:
             client.retrieve(["q"], 1)
-        # A silent server may read a request only after the client has given it up.
-        assert (len(requests) == attempts or not bad) and url in str(caught.value)
+        assert (len(requests) == attempts or not bad) and url in str(caught.value)  # a silent server may read late
         assert waits == [0.5, 1.0][: attempts - 1]
 
 

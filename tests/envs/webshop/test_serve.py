@@ -2,7 +2,6 @@
 
 import random
 import re
-import shutil
 import threading
 import urllib.error
 import urllib.parse
@@ -10,6 +9,7 @@ import urllib.request
 from html import unescape
 
 import pytest
+from browser import chromium
 
 pytest.importorskip("uvicorn", reason="the server's packages are not installed (extra 'serve')")
 
@@ -111,24 +111,9 @@ def test_a_chosen_option_is_marked_under_its_own_name():
 
 @pytest.fixture(scope="module")
 def chrome():
-    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if browser is None or driver is None:
-        pytest.skip("no Chromium with chromedriver on this machine")
-    options = selenium.ChromeOptions()
-    options.binary_location = browser
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--window-size=1000,700",
-    ):
-        options.add_argument(argument)
-    chrome = selenium.Chrome(options=options, service=selenium.ChromeService(driver))
-    chrome.implicitly_wait(20)
-    yield chrome
-    chrome.quit()
+    with chromium(1000, 700) as found:
+        found.implicitly_wait(20)
+        yield found
 
 
 def turned(chrome, act):
