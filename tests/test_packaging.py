@@ -102,6 +102,14 @@ def test_the_locked_versions_are_what_the_project_asks_for(environment):
             assert versions and all(version in entry.specifier for version in versions), f"{entry}: run `make lock`"
 
 
+def test_the_hooks_are_the_locked_versions():
+    hooks = (REPOSITORY / ".pre-commit-config.yaml").read_text()
+    locked = (REPOSITORY / "constraints" / "all.txt").read_text()
+    for tool, repository in (("ruff", "ruff-pre-commit"), ("codespell", "codespell")):
+        version = re.search(rf"^{tool}==(.+)$", locked, re.MULTILINE)[1]
+        assert re.search(rf"/{repository}\n +rev: v(.+)\n", hooks)[1] == version
+
+
 def test_every_extra_is_installed_by_the_makefile_or_left_out_for_a_reason():
     extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(extras) - {extra for environment in ENVIRONMENTS for extra in makefile_extras(environment)} == {
