@@ -27,7 +27,7 @@ SMALL = 1 << 28
 """Bytes of a folder up to which every file is compared with its checksum whenever it is opened."""
 
 _CHECKED = "checked.json"
-"""Beside the files of a larger folder: their sizes and times when they were last compared."""
+"""Next to the files of a larger folder: their sizes and times when they were last compared."""
 _PART = ".part-"
 _log = logging.getLogger(__name__)
 

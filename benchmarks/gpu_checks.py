@@ -19,7 +19,7 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def logprobs(setting: Setting) -> dict[str, Any]:
-    """Engine and learner against ``model(ids).logits``, in both types; bfloat16 beside the model's own float32, too."""
+    """Engine and learner against ``model(ids).logits``, in both types; bfloat16 also against float32."""
     from agents.models import load_model
     from atod_envs.errors import AtodError
 
@@ -86,8 +86,8 @@ def _compared(model: Any, setting: Setting) -> dict[str, Any]:
         for row, ids in enumerate(batch.rows):
             mine = np.flatnonzero(batch.row_M == row)
             exact[mine] = own(ids.tolist(), 1)[batch.column_M[mine] - 1]
-        found["learner beside float32, mean (nats)"] = float(np.abs(scored - exact).mean())
-        found["model's own logits beside float32, mean (nats)"] = float(np.abs(expected - exact).mean())
+        found["learner against float32, mean (nats)"] = float(np.abs(scored - exact).mean())
+        found["model's own logits against float32, mean (nats)"] = float(np.abs(expected - exact).mean())
     return found
 
 
@@ -160,7 +160,7 @@ def packing(setting: Setting) -> dict[str, Any]:
 
 
 def algorithms(setting: Setting) -> dict[str, Any]:
-    """One step of every algorithm on the device beside the CPU's, from the same episodes, in float32."""
+    """One step of every algorithm on the device against the CPU's, from the same episodes, in float32."""
     from atod_algos.training.trainer import Trainer
 
     found: dict[str, Any] = {}

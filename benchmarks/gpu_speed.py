@@ -73,7 +73,7 @@ def _update(learner: Any, batch: Any, old_M: np.ndarray, step: int = 1) -> dict[
 
 
 def memory_used(setting: Setting) -> dict[str, Any]:
-    """The learner's prediction of an update's peak beside the peak."""
+    """The learner's prediction of an update's peak against the peak."""
     from atod_algos.learner.learner import recompute_layers
 
     found: dict[str, Any] = {}

@@ -74,7 +74,7 @@ def export(command: ExportCommand, say: Callable[[str], None]) -> None:
 
 def _readers(architecture: str, base: str | None) -> str:
     if base is not None:
-        return "transformers and vLLM read it beside its base model (PEFT); with --merge the model stands alone"
+        return "transformers and vLLM read it with its base model (PEFT); with --merge the model stands alone"
     return (
         f"transformers reads it (checked just now); vLLM and llama.cpp's converter do where they know {architecture}, the converter only "
         "with a published tokenizer (docs/training.md)"

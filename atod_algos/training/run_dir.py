@@ -351,7 +351,7 @@ def _of_this_version(settings: Mapping[str, Any], options: Mapping[str, Any]) ->
     if unknown := options.keys() - algorithm.keys():
         try:
             kind: Any = find_algorithm(str(algorithm["name"]))
-        except AtodError:  # nobody offers it by this name, so its defaults cannot be told
+        except AtodError:  # no package offers it by this name, so its defaults cannot be told
             kind = None
         algorithm |= {
             name: getattr(kind, name) for name in unknown if isinstance(getattr(kind, name, None), str | int | float)

@@ -23,7 +23,7 @@ def write_description(file: Path, about: Mapping[str, Any], names: Iterable[str]
     """Describe an index whose files are written.
 
     Args:
-        file: the JSON file, beside them.
+        file: the JSON file, next to them.
         about: what it says.
         names: the index's files, relative to its folder.
     """
