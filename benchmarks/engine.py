@@ -325,6 +325,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=list(names), choices=names)
     parser.add_argument("--workloads", nargs="+", default=["builtin", "episodes", "windows", "mixed"])
     parser.add_argument("--parameters", type=float, default=14.0, help="millions of parameters of the random model")
+    parser.add_argument("--model", help="a real one in its place: a folder, a GGUF file or smollm2-135m")
     parser.add_argument("--episodes", type=int, default=32, help="episodes on the random model")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", action="store_true")
@@ -337,7 +338,7 @@ def main() -> None:
 
     _, play = played(maker("transformers"))
     recorded = play(played(maker("transformers"))[0], 1)
-    model = random_model(options.parameters)
+    model = load_model(options.model, "student").model if options.model else random_model(options.parameters)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     rows: list[dict[str, Any]] = []
     for workload in options.workloads:
@@ -373,7 +374,9 @@ def main() -> None:
     if options.json:
         print(json.dumps({"millions": millions, "rows": rows}))
         return
-    print(f"\nrandom model: {millions:.1f} M parameters; torch {torch.__version__}, {torch.get_num_threads()} thread")
+    print(
+        f"\n{options.model or 'random model'}: {millions:.1f} M parameters; torch {torch.__version__}, {torch.get_num_threads()} thread"
+    )
     for workload in options.workloads:
         found = {row["engine"]: row["tokens_per_second"] for row in rows if row["workload"] == workload}
         if "lock-step" in found:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from atod_algos.export.folder import Exported
 from atod_algos.export.source import PanelRow, Source
+from atod_algos.training.sft import SftCommand
 
 _PLACES = ("run", "data", "wandb", "device", "threads", "cluster", "workers")
 """Settings of a machine rather than of a model."""
+_TAUGHT = {field.name for field in dataclasses.fields(SftCommand)} | {"seed", "lora_alpha"}
 
 
 def card(source: Source, exported: Exported, rows: Sequence[PanelRow]) -> str:
@@ -23,7 +26,7 @@ def card(source: Source, exported: Exported, rows: Sequence[PanelRow]) -> str:
         rows: the panel numbers that belong to it.
     """
     train = source.train
-    unit = "rounds of demonstrations" if source.algorithm == "sft" else "steps"
+    unit = "round" if source.algorithm == "sft" else "step"
     kind = f"Adapters for `{_named(exported.base)}`" if exported.base else f"`{exported.architecture}`"
     head = [
         "---",
@@ -38,7 +41,9 @@ def card(source: Source, exported: Exported, rows: Sequence[PanelRow]) -> str:
         f"# {source.algorithm} on {train['env']}",
         "",
         f"{kind}, {exported.parameters:,} weights in {exported.dtype}. Trained from `{_named(train['student'])}` with {source.algorithm} for "
-        f"{source.step} {unit}" + _teacher(source) + f". Tasks: data `{source.data_version}`.",
+        f"{source.step} {unit}{'s' if source.step != 1 else ''}"
+        + _teacher(source)
+        + f". Tasks: data `{source.data_version}`.",
         "",
         f"The exported files gave the trained model's log-probs to {exported.difference:.2g} nats in float32 on {exported.positions} places "
         + ("of episodes that the run played." if exported.own_rows else "of a random row."),
@@ -55,7 +60,7 @@ def card(source: Source, exported: Exported, rows: Sequence[PanelRow]) -> str:
         "",
         "```json",
         json.dumps(
-            {"train": _settings(train), "algorithm": source.settings["algorithm"], "versions": source.versions},
+            {"train": _settings(source), "algorithm": source.settings["algorithm"], "versions": source.versions},
             indent=1,
         ),
         "```",
@@ -91,8 +96,11 @@ def _panels(rows: Sequence[PanelRow]) -> list[str]:
     return lines
 
 
-def _settings(train: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in train.items() if name not in _PLACES}
+def _settings(source: Source) -> dict[str, Any]:
+    """The run's settings; of demonstrations those that they have."""
+    kept = {name: value for name, value in source.train.items() if name not in _PLACES}
+    if source.algorithm == "sft":
+        kept = {name: value for name, value in kept.items() if name in _TAUGHT}
     return kept | {name: _named(kept[name]) for name in ("student", "teacher") if name in kept}
 
 

@@ -57,7 +57,7 @@ def moved(model, seed=3):
                 weight += 0.05 * torch.randn(weight.shape, generator=generator).to(weight.dtype)
 
 
-def run_of(path, student, *, lora_rank=0, name="step_000003", dtype="auto"):
+def run_of(path, student, *, lora_rank=0, name="step_000003", dtype="auto", algorithm="atod"):
     """A run's folder with a checkpoint, a final table and a validation, as training writes them; its trained model."""
     config = resolve(
         TrainConfig(
@@ -65,7 +65,7 @@ def run_of(path, student, *, lora_rank=0, name="step_000003", dtype="auto"):
             max_context=256, eval_temperature=0.5, data="/secret/data",
         )
     )  # fmt: skip
-    run = RunFolder(path, {"train": vars(config), "algorithm": {"name": "atod", "kappa": 1.0}})
+    run = RunFolder(path, {"train": vars(config), "algorithm": {"name": algorithm, "kappa": 1.0}})
     loaded = load_model(str(student), "student", dtype="auto")
     adapters = add_adapters(loaded.model, rank=lora_rank, alpha=8.0, seed=0) if lora_rank else None
     moved(loaded.model)
@@ -252,9 +252,12 @@ def test_a_full_disk_leaves_nothing(students, tmp_path, capsys):
 
 
 def test_sft_and_best_and_a_checkpoint_by_its_folder(students, tmp_path, capsys):
-    run_of(tmp_path / "sft" / "training", students["qwen3"])
-    main([str(tmp_path / "sft"), "--to", str(tmp_path / "a")])
-    run_of(tmp_path / "sft" / "training", students["qwen3"], name="best")
+    run_of(tmp_path / "sft" / "training", students["qwen3"], algorithm="sft")
+    main([str(tmp_path / "sft"), "--to", str(tmp_path / "a"), "--card"])
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert "with sft for 3 rounds. Tasks" in text and '"style"' in text, "no teacher"
+    assert '"group_size"' not in text, "demonstrations know no groups"
+    run_of(tmp_path / "sft" / "training", students["qwen3"], name="best", algorithm="sft")
     main([str(tmp_path / "sft"), "--to", str(tmp_path / "b"), "--checkpoint", "best"])
     main([str(tmp_path / "sft" / "training" / "checkpoints" / "best"), "--to", str(tmp_path / "c")])
     same = [load_file(tmp_path / name / "model.safetensors") for name in "abc"]
