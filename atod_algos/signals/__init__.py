@@ -7,4 +7,9 @@ the method floor.
     vopd         the sampled gap less its exact mean                       is the noise of sampling what hurts?
     opsa         a negative advantage on unlikely tokens, no teacher       does a teacher matter at all?
     iw_opd       the gap, weighted by how far the episode has drifted      by position, or by turn?
+    agent_opsd   reward, weighted by how far a turn revises a belief       which turns decided?
+    sign_safe    reward sets the direction, a teacher the size             may a teacher punish a good turn?
+    turn_opd     the gap, from a mean over tokens to one over turns        does a long turn shout?
+    sage_opd     the gap, weighted by the teacher's confidence             does it know what it says?
+    siblings     a successful attempt of the group as privileged text      is the better teacher at hand already?
 """

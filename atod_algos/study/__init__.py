@@ -62,6 +62,16 @@ METHODS: Mapping[str, Method] = {
         _signal("opsa-entropy", "no teacher, by entropy", "opsa", adapt="entropy"),
         _signal("iw-opd", "IW-OPD", "iw_opd"),
         _signal("iw-opd-level", "IW-OPD, weights of mean 1", "iw_opd", mean_preserve=True),
+        _signal("agent-opsd", "AgentOPSD", "agent_opsd"),
+        _signal("rlsd", "RLSD", "sign_safe"),
+        _signal("crest", "CrEST", "sign_safe", rule="crest"),
+        _signal("sg-opd", "SG-OPD", "sign_safe", rule="sg_opd", gap_source="teacher"),
+        _signal("opdvr", "OPDVR", "sign_safe", rule="opdvr", gap_source="teacher"),
+        _signal("turn-opd", "TurnOPD's loss", "turn_opd"),
+        _signal("sage-opd", "SAGE-OPD's weights", "sage_opd"),
+        _signal("sibling-sdpo", "sibling, SDPO", "siblings"),
+        _signal("sibling-opid", "sibling, OPID", "siblings", rule="opid"),
+        _signal("sibling-grsd", "sibling, GRSD", "siblings", rule="grsd"),
     )
 }
 """Every row, the untrained student and the teacher first; ablations as in section 5.3 of the paper. The signals of 2026
@@ -122,7 +132,8 @@ def _world(name: str, env: str, *, steps: int, report_tasks: int, **train: Any) 
     max_turns = builtin_profile(env)["max_turns"]
     window = {"turns_every": max(1, steps // (2 * (max_turns - 1)))}
     settings = {"env": env, "steps": steps, "max_turns": max_turns, **train}
-    return World(name, settings, report_tasks, {**scaled, "tcod": window})
+    balance = {"balance_steps": annealing["coef_anneal_steps"]}
+    return World(name, settings, report_tasks, {**scaled, "tcod": window, "turn-opd": balance})
 
 
 def _laptop() -> Preset:

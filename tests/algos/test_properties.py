@@ -13,19 +13,23 @@ from atod_algos.atod import ATOD
 from atod_algos.grpo import GRPO
 from atod_algos.opd import OPD
 from atod_algos.sdar import SDAR
+from atod_algos.signals.agent_opsd import AgentOPSD
 from atod_algos.signals.iw_opd import IWOPD
 from atod_algos.signals.opsa import OPSA
+from atod_algos.signals.sage_opd import SageOPD
+from atod_algos.signals.siblings import Siblings
+from atod_algos.signals.sign_safe import SignSafe
+from atod_algos.signals.turn_opd import TurnOPD
 from atod_algos.signals.vopd import VOPD
 from atod_algos.sod import SOD
 from atod_algos.tcod import TCOD
 from atod_algos.training.cli import with_rules
 
-SIGNALS = (VOPD, OPSA, IWOPD)
+SIGNALS = (VOPD, OPSA, IWOPD, AgentOPSD, SignSafe, TurnOPD, SageOPD, Siblings)
 ALGORITHMS = {
-    f"{cls.name}-{rules}": with_rules(cls, rules)
-    for cls in (GRPO, OPD, ATOD, SDAR, SOD, TCOD, *SIGNALS)
-    for rules in cls.rules
+    f"{cls.name}-{rules}": with_rules(cls, rules) for cls in (GRPO, OPD, ATOD, SDAR, SOD, TCOD) for rules in cls.rules
 } | {
+    **{f"{cls.name}-paper": cls() for cls in SIGNALS},
     "atod-token": ATOD(weighting="token"),
     "atod-none": ATOD(weighting="none"),
     "atod-mean": ATOD(tdur_mean_preserve=True),
@@ -35,9 +39,20 @@ ALGORITHMS = {
     "opd-kl": OPD(baseline="kl"),
     "atod-kl": ATOD(baseline="kl"),
     "opsa-entropy": OPSA(adapt="entropy"),
+    "agent_opsd-centred": AgentOPSD(centre=True, decay=1.0),
+    "sign_safe-crest": SignSafe(rule="crest"),
+    "sign_safe-fading": SignSafe(fade_steps=10),
+    "sign_safe-sg_opd": SignSafe(rule="sg_opd", gap_source="teacher"),
+    "sign_safe-opdvr": SignSafe(rule="opdvr", gap_source="teacher"),
+    "turn_opd-balanced": TurnOPD(balance_steps=0),
+    "sage_opd-invalid": SageOPD(intervene="invalid"),
+    "siblings-opid": Siblings(rule="opid"),
+    "siblings-grsd": Siblings(rule="grsd"),
     "iw_opd-turn": IWOPD(over="turn", mean_preserve=True),
 }
 EVERY = pytest.mark.parametrize("name", list(ALGORITHMS))
+BY_OUTCOME = ("sign_safe-sg_opd", "sign_safe-opdvr")
+"""They take the direction from an episode's own outcome, whatever the others of its group did."""
 PLAIN = [name for name in ALGORITHMS if not name.endswith("released")]
 """Without penalties for invalid turns and statistics over turn rows."""
 
@@ -158,7 +173,7 @@ def test_what_was_not_sampled_is_not_felt(name, chosen, noise):
     np.testing.assert_array_equal(losses(name, batch, scores), losses(name, prompted, again_scores))
 
 
-@EVERY
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in BY_OUTCOME])
 @holds(chosen=episodes)
 def test_a_group_without_variance_says_nothing_about_reward(name, chosen):
     """All attempts valid and equally good: then it does not matter whether they are all good or all bad."""
