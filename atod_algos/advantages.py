@@ -15,6 +15,9 @@ import numpy as np
 
 from atod_algos.batch import TokenBatch
 
+NO_RANGE = 1e-8
+"""A smaller range counts as none in a min-max normalisation."""
+
 
 @dataclass(frozen=True)
 class GroupOptions:
@@ -102,16 +105,13 @@ def turn_mean(value_M: np.ndarray, turn_M: np.ndarray, n_turns: int) -> np.ndarr
     return np.bincount(turn_M, value_M, minlength=n_turns) / np.maximum(count_K, 1)
 
 
-def min_max_by_trajectory(
-    value_K: np.ndarray, trajectory_K: np.ndarray, counted_K: np.ndarray, threshold: float = 1e-8
-) -> np.ndarray:
-    """Min-max within each trajectory, eq 15; 0.5 where the range is below ``threshold``.
+def min_max_by_trajectory(value_K: np.ndarray, trajectory_K: np.ndarray, counted_K: np.ndarray) -> np.ndarray:
+    """Min-max within each trajectory, eq 15; 0.5 where there is no range, as in a trajectory of one turn.
 
     Args:
         value_K: d_k or h_k.
         trajectory_K: trajectory of each turn.
         counted_K: turns that take part; a turn without tokens must not set the minimum.
-        threshold: ranges below it count as no range.
 
     Returns:
         Values in [0, 1]; 0.5 for turns that do not take part.
@@ -122,7 +122,7 @@ def min_max_by_trajectory(
     np.maximum.at(high_N, trajectory_K[counted_K], value_K[counted_K])
     with np.errstate(invalid="ignore"):
         range_K = (high_N - low_N)[trajectory_K]
-    usable_K = counted_K & np.isfinite(range_K) & (range_K >= threshold)
+    usable_K = counted_K & np.isfinite(range_K) & (range_K >= NO_RANGE)
     out_K = np.full(len(value_K), 0.5)
     out_K[usable_K] = (value_K[usable_K] - low_N[trajectory_K[usable_K]]) / range_K[usable_K]
     return out_K
@@ -139,7 +139,7 @@ def importance(divergence_M: np.ndarray, uncertainty_M: np.ndarray, quantile: fl
     return soft_or(min_max(divergence_M), min_max(cut_M))
 
 
-def min_max(value_M: np.ndarray, threshold: float = 1e-8) -> np.ndarray:
-    """Min-max over all entries; 0.5 where the range is below ``threshold``."""
+def min_max(value_M: np.ndarray) -> np.ndarray:
+    """Min-max over all entries; 0.5 where there is no range."""
     low, high = value_M.min(), value_M.max()
-    return np.full_like(value_M, 0.5) if high - low < threshold else (value_M - low) / (high - low)
+    return np.full_like(value_M, 0.5) if high - low < NO_RANGE else (value_M - low) / (high - low)

@@ -154,17 +154,17 @@ class ATOD(RewardAlgorithm):
         return w, w[k], left_out
 
 
-def token_weights(log_pi: np.ndarray, delta: np.ndarray, *, min_divergence: float = 0.01) -> np.ndarray:
+def token_weights(log_pi: np.ndarray, delta: np.ndarray) -> np.ndarray:
     """The token-level ablation: soft-or of min-max normalised |Delta| and -log pi over all tokens of the batch.
 
-    As released: uncertainty is first cut at its 0.98 quantile, and all weights are 1 if no token reaches
-    ``min_divergence``. (The paper only says "at the token level".)
+    As released: uncertainty is first cut at its 0.98 quantile, and all weights are 1 if no |Delta| reaches 0.01. (The
+    paper only says "at the token level".)
 
     Returns:
         One weight in [0, 1] for each token (axis M).
     """
     d = np.abs(delta)
-    return np.ones_like(d) if d.max(initial=0.0) < min_divergence else importance(d, -log_pi, 0.98)
+    return np.ones_like(d) if d.max(initial=0.0) < 0.01 else importance(d, -log_pi, 0.98)
 
 
 def mean_preserving(weight_K: np.ndarray, n_K: np.ndarray, trajectory_K: np.ndarray) -> np.ndarray:

@@ -87,11 +87,10 @@ def draw_lines(
     *,
     smooth: bool = False,
     scale: float = 1.0,
-    offset: int = 0,
 ) -> bool:
     """Draw a quantity by step, one line a method; whether there was anything to draw."""
     drawn = False
-    for place, (method, members) in enumerate(by_method(runs).items(), offset):
+    for place, (method, members) in enumerate(by_method(runs).items()):
         steps, low, mean, high = over_seeds([series(run) for run in members])
         if not len(steps):
             continue

@@ -131,11 +131,11 @@ class ALFWorldExpert:
     def _useful(self, name: str) -> bool:
         return class_of(name) == self._task.thing and (name, "") not in self._refused
 
-    def _at(self, place: str, command: str, thought: str, *, through_door: bool = True) -> ExpertMove:
+    def _at(self, place: str, command: str, thought: str) -> ExpertMove:
         """Do something at a receptacle: go there first, open it first."""
         if place not in self._beliefs.here:
             return ExpertMove(f"go to {place}", thought)
-        if through_door and f"open {place}" in self._beliefs.admissible:
+        if f"open {place}" in self._beliefs.admissible:
             return ExpertMove(f"open {place}", thought)
         return ExpertMove(command, thought)
 

@@ -209,14 +209,14 @@ def negate(formula: Formula) -> Formula:
     return Quantified("forall" if formula.kind == "exists" else "exists", formula.variables, negate(formula.body))
 
 
-def quote(tree: Tree, limit: int = 120) -> str:
-    """The construct as PDDL text for an error message, shortened to `limit` characters."""
+def quote(tree: Tree) -> str:
+    """The construct as PDDL text for an error message, shortened to 120 characters."""
 
     def show(node: Tree) -> str:
         return node if isinstance(node, str) else "(" + " ".join(show(child) for child in node) + ")"
 
     text = show(tree)
-    return f"'{text if len(text) <= limit else text[: limit - 3] + '...'}'"
+    return f"'{text if len(text) <= 120 else text[:117] + '...'}'"
 
 
 def _definition(text: str, kind: str) -> list[Tree]:
