@@ -146,7 +146,7 @@ class Algorithm(ABC):
 
     @property
     def support(self) -> int:
-        """K of the teacher's top-k tokens that are kept at each sampled token; read where ``scores`` name "support"."""
+        """How many top-k tokens of the teacher are kept at each sampled token; read where ``scores`` name "support"."""
         return 0
 
     @property

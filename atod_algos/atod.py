@@ -87,7 +87,7 @@ class ATOD(RewardAlgorithm):
     """Rescale each trajectory's turn weights to a mean of 1 over its tokens (an option of the released code, off in its
     scripts)."""
     baseline: Literal["none", "kl"] = "none"
-    """What is taken from the sampled gap: 'none' (paper), or 'kl', its exact mean, minus the reverse KL (vOPD)."""
+    """What is subtracted from the sampled gap: 'none' (paper), or 'kl', its exact mean -KL(pi_old || pi_T) (vOPD)."""
 
     @property
     def scores(self) -> frozenset[str]:
@@ -97,7 +97,8 @@ class ATOD(RewardAlgorithm):
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """The hybrid advantage of every sampled token.
 
-        ``k`` is the turn of each token (axis M), ``tau`` the trajectory of each turn (axis K).
+        ``k`` is the turn of each token (axis M), ``tau`` the trajectory of each turn (axis K); a turn is ``spoken`` if
+        it has sampled tokens.
         """
         log_pi, log_pi_T = scores.student_M, scores.require("teacher")
         k, tau, K, spoken = batch.turn_M, batch.trajectory_K, len(batch.trajectory_K), batch.n_K > 0
@@ -113,7 +114,7 @@ class ATOD(RewardAlgorithm):
         w = 1 - (1 - d_norm) * (1 - h_norm)  # eq 16: high if either is
         w, w_token, left_out = self._exceptions(w, d, delta, log_pi, batch)  # none under the paper's rules
         if self.baseline == "kl":
-            delta = delta + scores.require("reverse_kl")
+            delta = delta + scores.require("reverse_kl")  # less its exact mean, which is -KL
 
         # Stage III: the teacher first, the reward later.
         p = min(step / self.coef_anneal_steps, 1.0) if self.coef_anneal_steps > 0 else 0.0  # eq 10

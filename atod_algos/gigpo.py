@@ -14,12 +14,12 @@ Objective
 A turn whose observation occurs once has nothing to be compared with: A^S_t = 0.
 
 Differences from the public implementation (verl-agent, core_gigpo):
-    unit of A^E          the trajectory                     | the turn row: long episodes count more      --group-stats
-    loss average         mean over trajectories             | mean over tokens                            --loss-agg
-    reward               the task's                         | minus 0.1 on invalid turns          --invalid-penalty
-    dual clip            none                               | 3                                           --dual-clip
-    entropy bonus        none                               | 0.001                                       --entropy-coef
-    KL to the start      none                               | 0.01 (k3)                                   --kl-coef
+    unit of A^E          the trajectory                     | the turn row: long episodes count more  --group-stats
+    loss average         mean over trajectories             | mean over tokens                        --loss-agg
+    reward               the task's                         | minus 0.1 on invalid turns              --invalid-penalty
+    dual clip            none                               | 3                                       --dual-clip
+    entropy bonus        none                               | 0.001                                   --entropy-coef
+    KL to the start      none                               | 0.01 (k3)                               --kl-coef
 
 The left column is ``--rules paper`` (the default), the right ``--rules released``. Where it is on, the penalty is taken
 off the return of its own turn after the discounting, as published, so it is not passed on to the turns before. Rows

@@ -38,7 +38,7 @@ class OPD(Algorithm):
     opd_coef: float = 1.0
     """Multiplies the gap (released code: 1)."""
     baseline: Literal["none", "kl"] = "none"
-    """What is taken from the sampled gap: 'none' (paper), or 'kl', its exact mean, minus the reverse KL (vOPD)."""
+    """What is subtracted from the sampled gap: 'none' (paper), or 'kl', its exact mean -KL(pi_old || pi_T) (vOPD)."""
 
     @property
     def scores(self) -> frozenset[str]:
@@ -50,7 +50,7 @@ class OPD(Algorithm):
         weight_M = np.full(batch.n_tokens, self.opd_coef)
         delta_M = scores.require("teacher") - scores.student_M
         if self.baseline == "kl":
-            delta_M = delta_M + scores.require("reverse_kl")
+            delta_M = delta_M + scores.require("reverse_kl")  # less its exact mean, which is -KL
         return Advantages(distillation_M=weight_M * delta_M, teacher_weight_M=weight_M)
 
 
