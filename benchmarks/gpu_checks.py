@@ -125,7 +125,7 @@ def packing(setting: Setting) -> dict[str, Any]:
 
     groups, attempts, prompt, response = (2, 3, 24, 8) if setting.toy else (8, 8, 700, 200)
     found: dict[str, Any] = {
-        "variable-length flash attention": "yes" if setting.device == "cuda" and module._flash() is not None else "no"
+        "variable-length flash attention": "yes" if setting.device == "cuda" and module.flash_kernel() is not None else "no"
     }
     for dtype in (torch.bfloat16, torch.float32):
         results: dict[str, Any] = {}
@@ -133,7 +133,7 @@ def packing(setting: Setting) -> dict[str, Any]:
             model = random_model("smollm2", setting, dtype)
             batch = batch_of(vocabulary_of(model), groups, attempts, prompt, response)
             if how == "padded":
-                module._PACKABLE[model] = False
+                module.PACKABLE[model] = False
             elif not module.packable(model):
                 found[f"{_NAMES[dtype]}: packed"] = "NOT accepted by the check of packed rows"
                 break
@@ -181,7 +181,7 @@ def algorithms(setting: Setting) -> dict[str, Any]:
             setting.sync()
             began = time.perf_counter()
             key = "cpu" if device == "cpu" and "cpu" not in numbers else "device"
-            numbers[key] = trainer._train_step(1, _quiet())
+            numbers[key] = trainer.train_step(1, _quiet())
             setting.sync()
             if key == "device":
                 found[f"{name}: step on the device (s)"] = time.perf_counter() - began

@@ -228,7 +228,7 @@ def test_a_finished_run_is_shown_again_without_training(options, tmp_path, capsy
     arguments = [*options, "--steps", "2", "--run", str(tmp_path / "r")]
     main(OPD, arguments)
     first = capsys.readouterr().out
-    for work in ("training.trainer.Trainer._train_step", "rollout.episodes.Rollout.play"):
+    for work in ("training.trainer.Trainer.train_step", "rollout.episodes.Rollout.play"):
         monkeypatch.setattr(f"atod_algos.{work}", lambda *a, **k: pytest.fail("played or trained again"))
     main(OPD, arguments)
     assert capsys.readouterr().out.split("95 %")[1] == first.split("95 %")[1]

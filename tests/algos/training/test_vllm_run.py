@@ -57,7 +57,7 @@ def test_a_run_survives_the_death_of_its_engine(folder, tmp_path, capsys, monkey
         real(self, tensors)
         steps.append(self)
         if len(steps) == 5:  # when it is made, before the first validation, then once a step: dead in step 3
-            monkeypatch.setattr(self._llm, "step", lambda: 1 / 0)
+            monkeypatch.setattr(self.llm, "step", lambda: 1 / 0)
 
     with monkeypatch.context() as patch:
         patch.setattr(VllmEngine, "load_weights", dying)
