@@ -125,7 +125,9 @@ def packing(setting: Setting) -> dict[str, Any]:
 
     groups, attempts, prompt, response = (2, 3, 24, 8) if setting.toy else (8, 8, 700, 200)
     found: dict[str, Any] = {
-        "variable-length flash attention": "yes" if setting.device == "cuda" and module.flash_kernel() is not None else "no"
+        "variable-length flash attention": "yes"
+        if setting.device == "cuda" and module.flash_kernel() is not None
+        else "no"
     }
     for dtype in (torch.bfloat16, torch.float32):
         results: dict[str, Any] = {}
