@@ -91,6 +91,19 @@ def reverse_kl(own: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     return (own.exp() * (own - theirs)).sum(-1) + rest * (rest.log() - their_rest.log())
 
 
+def with_tail(logprobs: torch.Tensor) -> torch.Tensor:
+    """Log-probs of some tokens, and of one bucket for all others: a distribution that sums to 1.
+
+    Args:
+        logprobs: [m, S] log-probs of S tokens in each of m places.
+
+    Returns:
+        [m, S + 1] log-probs, the bucket's last; it has at least ``SMALLEST_BUCKET``.
+    """
+    rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=SMALLEST_BUCKET)
+    return torch.cat([logprobs, rest.log()], dim=-1)
+
+
 def aggregation_weights(batch: TokenBatch, chosen_N: np.ndarray, objective: Objective) -> np.ndarray:
     """Weight of each sampled token in the loss of a mini-batch; all but ``constant`` sum to 1.
 

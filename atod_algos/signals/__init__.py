@@ -9,6 +9,8 @@ the method floor.
     iw_opd       the gap, weighted by how far the episode has drifted      by position, or by turn?
     agent_opsd   reward, weighted by how far a turn revises a belief       which turns decided?
     sign_safe    reward sets the direction, a teacher the size             may a teacher punish a good turn?
+    gkd          a divergence on the teacher's top k, with a tail          which divergence?
+    tropd        the gap where it can be believed, else forward KL         which of its words count?
     turn_opd     the gap, from a mean over tokens to one over turns        does a long turn shout?
     sage_opd     the gap, weighted by the teacher's confidence             does it know what it says?
     siblings     a successful attempt of the group as privileged text      is the better teacher at hand already?

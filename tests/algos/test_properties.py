@@ -14,18 +14,20 @@ from atod_algos.grpo import GRPO
 from atod_algos.opd import OPD
 from atod_algos.sdar import SDAR
 from atod_algos.signals.agent_opsd import AgentOPSD
+from atod_algos.signals.gkd import GKD
 from atod_algos.signals.iw_opd import IWOPD
 from atod_algos.signals.opsa import OPSA
 from atod_algos.signals.sage_opd import SageOPD
 from atod_algos.signals.siblings import Siblings
 from atod_algos.signals.sign_safe import SignSafe
+from atod_algos.signals.tropd import TrOPD
 from atod_algos.signals.turn_opd import TurnOPD
 from atod_algos.signals.vopd import VOPD
 from atod_algos.sod import SOD
 from atod_algos.tcod import TCOD
 from atod_algos.training.cli import with_rules
 
-SIGNALS = (VOPD, OPSA, IWOPD, AgentOPSD, SignSafe, TurnOPD, SageOPD, Siblings)
+SIGNALS = (VOPD, OPSA, IWOPD, AgentOPSD, SignSafe, GKD, TrOPD, TurnOPD, SageOPD, Siblings)
 ALGORITHMS = {
     f"{cls.name}-{rules}": with_rules(cls, rules) for cls in (GRPO, OPD, ATOD, SDAR, SOD, TCOD) for rules in cls.rules
 } | {
