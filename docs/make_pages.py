@@ -1,8 +1,13 @@
-"""Write each algorithm's page from its module: ``python docs/make_pages.py``; ``--check`` compares."""
+"""Fill the made parts of each algorithm's page: ``python docs/make_pages.py``; ``--check`` compares.
+
+A page is written by hand but for what stands between ``<!-- made: PART -->`` and ``<!-- made: end -->``: the head, the
+equations and differences (both from the module's docstring), the lines that compute the equations, and the options.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterator
 from importlib.metadata import entry_points
@@ -12,18 +17,152 @@ from typing import Any
 from atod_algos.guard import explanations
 
 FOLDER = Path(__file__).parent / "algorithms"
+ROOT = FOLDER.parent.parent
+HEADINGS = (
+    "What it is for",
+    "Equations",
+    "Metrics",
+    "Differences from the paper and the released code",
+    "Results",
+    "When not to use it",
+    "Options",
+)
+"""The sections of a page, in order."""
+MADE = re.compile(r"<!-- made: (\w+) -->\n.*?<!-- made: end -->", re.DOTALL)
+DIFFERS = re.compile(r"^(``--|Differences|Where the paper|What is uncertain)")
+"""How the paragraph of a docstring begins from which on it speaks of differences."""
+
+GRPO = ("atod_algos.algorithm", "RewardAlgorithm.grpo", "def grpo(")
+GAP = ("", "{}.advantages", 'scores.require("teacher") - scores.student_M')
+SURROGATE = ("atod_algos.learner.loss", "surrogate", "def surrogate(")
+LINES: dict[str, dict[str, tuple[str, str, str]]] = {
+    "atod": {
+        "Delta_t (eq 6)": ("", "ATOD.advantages", "delta = log_pi_T - log_pi"),
+        "A^GRPO (eq 2)": ("", "ATOD.advantages", "A_grpo = self.grpo(batch)"),
+        "d_k (eq 13)": ("", "ATOD.advantages", "d = turn_mean("),
+        "h_k (eq 14)": ("", "ATOD.advantages", "h = turn_mean("),
+        "d~, h~ (eq 15)": ("", "ATOD.advantages", "d_norm, h_norm ="),
+        "w_k (eq 16)": ("", "ATOD.advantages", "w = 1 - (1 - d_norm)"),
+        "p(s) (eq 10)": ("", "ATOD.advantages", "p = min("),
+        "kappa(s) (eq 11)": ("", "ATOD.advantages", "kappa = max("),
+        "rho(s) (eq 12)": ("", "ATOD.advantages", "rho = self.rho_init"),
+        "A_t (eqs 8, 9)": ("", "ATOD.advantages", "distillation_M=kappa * delta * w_token"),
+    },
+    "grpo": {
+        "A_i (eq 2)": ("atod_algos.advantages", "group_advantage", "def group_advantage("),
+        "surrogate (eqs 3, 4)": SURROGATE,
+        "average (eq 4)": ("atod_algos.learner.loss", "aggregation_weights", "def aggregation_weights("),
+        "k3": ("", "k3", "return x.exp() - x - 1"),
+    },
+    "opd": {"Delta_t (eq 6)": GAP, "A_t (eq 7)": ("", "OPD.advantages", "distillation_M=weight_M * delta_M")},
+    "sdar": {
+        "g_t": ("", "SDAR.auxiliary_loss", "gate = (self.gate_beta * delta.detach()).sigmoid()"),
+        "delta_t": ("", "SDAR.auxiliary_loss", "delta = logprobs.new_tensor("),
+        "lambda L_SDAR": ("", "SDAR.auxiliary_loss", "self.sdar_coef * gate * delta"),
+        "L_GRPO": GRPO,
+    },
+    "sod": {
+        "d_k (eq 13)": ("", "SOD.advantages", "d_K = turn_mean("),
+        "w_k (SOD eqs 6, 7)": ("", "stepwise_weights", "weight_K = np.minimum("),
+        "A_t": ("", "SOD.advantages", "distillation_M=weight_M * delta_M"),
+    },
+    "tcod": {
+        "A_t (eqs 2, 3)": GAP,
+        "k(n) (eq 4)": ("", "TCOD.turns", "return self.turns_start +"),
+        "the curriculum": ("", "TCOD.limits", "RolloutLimits(max_turns=k)"),
+    },
+    "gigpo": {
+        "A^E_i": ("", "GiGPO.advantages", "episode_K = reward_advantage("),
+        "R_t": ("", "discounted_returns", "return_K[k] += discount"),
+        "anchor states": ("", "anchor_states", "seen.setdefault("),
+        "A^S_t": ("", "GiGPO.advantages", "step_K = np.where("),
+        "A_t": ("", "GiGPO.advantages", "episode_K + self.omega * step_K"),
+    },
+    "gopd": {
+        "log pi_T - log pi_base": ("", "GOPD.advantages", "gain_M = "),
+        "log pi_old - log pi_base": ("", "GOPD.advantages", "drift_M = "),
+        "A_t": ("", "GOPD.advantages", "self.extrapolation * gain_M - drift_M"),
+    },
+    "tip": {
+        "h_t, d_t": ("", "TIP.advantages", "kl_M, entropy_M ="),
+        "s_t": ("atod_algos.advantages", "importance", "def importance("),
+        "which are kept": ("", "largest", "kept_M[np.argsort("),
+        "A_t": ("", "TIP.advantages", "delta_M * kept_M / kept_M.mean()"),
+    },
+    "entropy_aware": {
+        "A_t": GAP,
+        "F_t": ("", "EntropyAware.support_loss", "self.forward_coef * marked"),
+    },
+    "vopd": {
+        "V_t": ("", "VOPD.advantages", 'kl_M = scores.require("reverse_kl")'),
+        "A_t": ("", "VOPD.advantages", "advantage_M = "),
+    },
+    "opsa": {
+        "U": ("", "OPSA.advantages", "unlikely_M = "),
+        "A_t, fixed": ("", "OPSA.advantages", "= self.advantage"),
+        "A_t, by entropy": ("", "OPSA.advantages", "-0.5 - 0.5 * min_max("),
+    },
+    "iw_opd": {
+        "F_t": ("", "share_before", "np.divide(before_M"),
+        "w_t": ("", "IWOPD.advantages", "weight_M = 1 + self.iw_gamma"),
+        "A_t": ("", "IWOPD.advantages", "distillation_M=weight_M * delta_M"),
+    },
+}
+"""Algorithm -> what is computed -> its module ("" for the algorithm's own), its function, and a part of the line."""
 
 
-def page(name: str, algorithm: type[Any]) -> str:
-    """An algorithm's page: what its module says, and its options."""
+def parts(name: str, algorithm: type[Any]) -> dict[str, str]:
+    """The made parts of an algorithm's page."""
     module = sys.modules[algorithm.__module__]
-    said = (module.__doc__ or "").strip().splitlines()
-    lines = [f"# {algorithm.__name__}", "", said[0], "", f"`atod train {name}` is `python -m {module.__name__}`.", ""]
-    lines += ["```text", *said[2:], "```", "", "## Options", "", "| option | default | |", "|---|---|---|"]
+    said = (module.__doc__ or "").strip()
+    first, _, rest = said.partition("\n\n")
+    paragraphs = rest.split("\n\n")
+    cut = next((i for i, text in enumerate(paragraphs) if DIFFERS.match(text)), len(paragraphs))
+    commands = [text for text in paragraphs if text.startswith("    python -m")]
+    differences = [text for text in paragraphs[cut:] if text not in commands]
+    about = [text for text in paragraphs[:cut] if text not in commands]
+    call = [line.strip() for text in commands for line in text.splitlines()]
+    return {
+        "head": "\n".join([first, "", f"`atod train {name}` is `{call[0].split(' --')[0]}`."]),
+        "equations": block(about),
+        "lines": lines_table(name, algorithm),
+        "differences": block(differences),
+        "options": options_table(algorithm),
+    }
+
+
+def block(paragraphs: list[str]) -> str:
+    """Paragraphs of a docstring as they stand there."""
+    return "\n".join(["```text", *"\n\n".join(paragraphs).strip("\n").splitlines(), "```"])
+
+
+def lines_table(name: str, algorithm: type[Any]) -> str:
+    """Which line computes what, with links into the reference, which shows the source."""
+    table = ["| what | line | |", "|---|---|---|"]
+    for what, (module, function, snippet) in LINES[name].items():
+        module = module or algorithm.__module__
+        function = function.format(algorithm.__name__)
+        path = f"{module.replace('.', '/')}.py"
+        found = [
+            (number, line.split("  #")[0].strip())
+            for number, line in enumerate((ROOT / path).read_text().splitlines(), 1)
+            if snippet in line
+        ]
+        if len(found) != 1:
+            raise SystemExit(f"{path}: {len(found)} lines hold {snippet!r}; one is expected (docs/make_pages.py, LINES)")
+        number, line = found[0]
+        line = line.replace("|", "\\|")
+        table.append(f"| {what} | `{line}` | [`{path}`, line {number}](../api/methods.md#{module}.{function}) |")
+    return "\n".join(table)
+
+
+def options_table(algorithm: type[Any]) -> str:
+    """Every option with its default."""
+    table = ["| option | default | |", "|---|---|---|"]
     for option, default, text in options(algorithm()):
-        lines.append(f"| `--{option.replace('_', '-')}` | `{default}` | {text.replace('|', chr(92) + '|')} |")
-    lines += ["", "The settings of a run (models, steps, learning rate, ...) are [TrainConfig](../api/algos.md)'s.", ""]
-    return "\n".join(lines)
+        table.append(f"| `--{option.replace('_', '-')}` | `{default}` | {text.replace('|', chr(92) + '|')} |")
+    table += ["", "The settings of a run (models, steps, learning rate, ...) are [TrainConfig](../api/algos.md)'s."]
+    return "\n".join(table)
 
 
 def options(settings: Any) -> Iterator[tuple[str, Any, str]]:
@@ -37,22 +176,31 @@ def options(settings: Any) -> Iterator[tuple[str, Any, str]]:
             yield field.name, value, texts.get(field.name, "")
 
 
+def filled(page: str, made: dict[str, str]) -> str:
+    """The page with its made parts as they are now."""
+    return MADE.sub(lambda part: f"<!-- made: {part[1]} -->\n\n{made[part[1]]}\n\n<!-- made: end -->", page)
+
+
 def main() -> int:
     """Write or check; returns the exit status."""
-    wanted = {
-        point.name: page(point.name, point.load())
-        for point in entry_points(group="atod.algorithms")
-        if point.module.startswith("atod_algos.")
-    }
-    if "--check" in sys.argv:
-        stale = [name for name, text in wanted.items() if (FOLDER / f"{name}.md").read_text() != text]
-        print(f"out of date: {', '.join(stale)}; run python docs/make_pages.py" if stale else "up to date")
-        return 1 if stale else 0
-    FOLDER.mkdir(exist_ok=True)
-    for name, text in wanted.items():
-        (FOLDER / f"{name}.md").write_text(text)
-    print(f"wrote {len(wanted)} pages")
-    return 0
+    stale = []
+    for point in entry_points(group="atod.algorithms"):
+        if not point.module.startswith("atod_algos."):
+            continue
+        path = FOLDER / f"{point.name}.md"
+        if not path.exists():
+            raise SystemExit(f"{path} is missing: write it with the sections of the other pages")
+        text = path.read_text()
+        wanted = filled(text, parts(point.name, point.load()))
+        if wanted != text:
+            stale.append(point.name)
+            if "--check" not in sys.argv:
+                path.write_text(wanted)
+    if "--check" not in sys.argv:
+        print(f"wrote: {', '.join(stale) or 'nothing, all are up to date'}")
+        return 0
+    print(f"out of date: {', '.join(stale)}; run python docs/make_pages.py" if stale else "up to date")
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":
