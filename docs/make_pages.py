@@ -107,6 +107,39 @@ LINES: dict[str, dict[str, tuple[str, str, str]]] = {
         "w_t": ("", "IWOPD.advantages", "weight_M = 1 + self.iw_gamma"),
         "A_t": ("", "IWOPD.advantages", "distillation_M=weight_M * delta_M"),
     },
+    "agent_opsd": {
+        "e_k": ("", "AgentOPSD.advantages", "evidence_K = np.bincount("),
+        "B_0": ("", "AgentOPSD.beliefs", "prior_N = np.clip("),
+        "c_k": ("", "AgentOPSD.beliefs", "gathered = self.decay * gathered + own"),
+        "B_k": ("", "AgentOPSD.beliefs", "belief_K[k] = 0.5 * (1 + np.tanh("),
+        "q_k (eq 6)": ("", "AgentOPSD.advantages", "np.sign(advantage_K) * revision_K"),
+        "A_k": ("", "AgentOPSD.advantages", "shaped_K = advantage_K * ("),
+    },
+    "sage_opd": {
+        "c_k": ("", "SageOPD.advantages", "confidence_K = turn_mean("),
+        "u_k": ("", "SageOPD.advantages", "help_K = np.where("),
+        "w_t (eq 12)": ("", "SageOPD.advantages", "weight_K = weight_K * (batch.n_tokens / total"),
+        "A_t": GAP,
+    },
+    "siblings": {
+        "delta_t": ("", "Siblings.advantages", 'delta_M = scores.require("privileged") - scores.student_M'),
+        "A_t, opid": ("", "Siblings.advantages", "distillation_M=self.nudge * delta_M"),
+        "x_k": ("", "Siblings.advantages", "signal_K = np.expm1("),
+        "q_k": ("", "Siblings.advantages", "level_K = np.clip("),
+        "A_k, grsd": ("", "Siblings.advantages", "reward_M=(advantage_K * factor_K)"),
+    },
+    "sign_safe": {
+        "delta_t": ("", "SignSafe.advantages", "delta_M = scores.require(source)"),
+        "w_t": ("", "SignSafe.advantages", "weight_M = np.clip(np.exp(exponent_M)"),
+        "A_t, rlsd and crest": ("", "SignSafe.advantages", "reward_M=A_M * factor_M"),
+        "A_t, sg_opd": ("", "SignSafe.advantages", "distillation_M=factor_M * delta_M"),
+        "A_t, opdvr": ("", "SignSafe.advantages", "distillation_M=outcome_M * np.maximum("),
+    },
+    "turn_opd": {
+        "p(s)": ("", "TurnOPD.advantages", "progress = min("),
+        "w_t": ("", "TurnOPD.advantages", "weight_M = (1 - progress)"),
+        "A_t": GAP,
+    },
 }
 """Algorithm -> what is computed -> its module ("" for the algorithm's own), its function, and a part of the line."""
 
@@ -149,7 +182,9 @@ def lines_table(name: str, algorithm: type[Any]) -> str:
             if snippet in line
         ]
         if len(found) != 1:
-            raise SystemExit(f"{path}: {len(found)} lines hold {snippet!r}; one is expected (docs/make_pages.py, LINES)")
+            raise SystemExit(
+                f"{path}: {len(found)} lines hold {snippet!r}; one is expected (docs/make_pages.py, LINES)"
+            )
         number, line = found[0]
         line = line.replace("|", "\\|")
         table.append(f"| {what} | `{line}` | [`{path}`, line {number}](../api/methods.md#{module}.{function}) |")

@@ -1,4 +1,4 @@
-"""The algorithms' pages: the same sections in the same order, made parts up to date, every metric of their own named."""
+"""The algorithms' pages: the same sections in order, made parts up to date, every metric of their own explained."""
 
 import ast
 import importlib.util
@@ -10,7 +10,9 @@ from importlib.metadata import entry_points
 import pytest
 from paths import REPOSITORY
 
-POINTS = {point.name: point for point in entry_points(group="atod.algorithms") if point.module.startswith("atod_algos.")}
+POINTS = {
+    point.name: point for point in entry_points(group="atod.algorithms") if point.module.startswith("atod_algos.")
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +48,15 @@ def test_made_parts_are_up_to_date(name, maker):
 def test_own_metrics_are_explained(name):
     """The keys of ``notes`` and ``coefficients`` in the algorithm's file are those of its page."""
     tree = ast.parse(inspect.getsource(sys.modules[POINTS[name].load().__module__]))
-    keys = {
-        key.value
+    named = [
+        argument.value
         for call in ast.walk(tree)
         if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "Advantages"
         for argument in call.keywords
         if argument.arg in ("notes", "coefficients")
-        for key in argument.value.keys
-    }
+    ]
+    named += [node.value for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and node.target.id == "notes"]
+    keys = {key.value for node in named if isinstance(node, ast.Dict) for key in node.keys if key is not None}
     assert name in ("grpo", "opd", "sod") or keys, "this test has lost sight of the algorithm's metrics"
     page = page_of(name)
     assert not [key for key in keys if f"`{name}/{key}`" not in page]
