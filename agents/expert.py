@@ -8,37 +8,22 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import gymnasium as gym
 
 from agents.base import Decision
+from atod_envs import ENVIRONMENTS, ROOMS
 from atod_envs.errors import UnknownName
+from atod_envs.experts import Script
 from atod_envs.text_env import TextEnv
 
 EXPERTS = {
-    "alfworld": "atod_envs.alfworld.expert:ALFWorldExpert",
-    "webshop": "atod_envs.webshop.expert:WebShopExpert",
-    "searchqa": "atod_envs.searchqa.expert:SearchQAExpert",
-    "textcraft": "atod_envs.textcraft.expert:TextCraftExpert",
-    "scienceworld": "atod_envs.scienceworld.expert:ScienceWorldExpert",
+    room: ENVIRONMENTS[env_id].replace(".env:", ".expert:").removesuffix("Env") + "Expert"
+    for room, env_id in ROOMS.items()
 }
-"""Environment key -> scripted expert."""
-
-
-class _Move(Protocol):
-    @property
-    def action(self) -> str: ...
-    @property
-    def thought(self) -> str: ...
-
-
-class _Script(Protocol):
-    """What an environment's room offers as its expert."""
-
-    def reset(self, task: str, observation: str, admissible: Sequence[str]) -> None: ...
-    def act(self, observation: str, admissible: Sequence[str]) -> _Move: ...
-    def observe(self, action: str, observation: str, admissible: Sequence[str]) -> None: ...
+"""Environment key -> scripted expert of an environment of this project: the class ``...Expert`` in its ``expert.py``.
+An environment from elsewhere names its own in ``TextEnv.expert``."""
 
 
 class ExpertAgent:
@@ -48,8 +33,8 @@ class ExpertAgent:
         script: the expert of the environment's room.
     """
 
-    def __init__(self, script: Any) -> None:
-        self._script: _Script = script
+    def __init__(self, script: Script) -> None:
+        self._script = script
         self._observation = ""
         self._admissible: Sequence[str] = ()
 
@@ -82,9 +67,10 @@ def expert_for(env: gym.Env[str, str], *, brief: bool = False) -> ExpertAgent:
     """
     world = cast("TextEnv", env.unwrapped)
     key = world.env_key
-    if key not in EXPERTS:
+    place = getattr(world, "expert", "") or EXPERTS.get(key)
+    if place is None:
         raise UnknownName("scripted expert", key, EXPERTS)
-    module, name = EXPERTS[key].split(":")
+    module, name = place.split(":")
     script = getattr(importlib.import_module(module), name)
     return ExpertAgent(script.for_env(world, brief=brief) if hasattr(script, "for_env") else script())
 

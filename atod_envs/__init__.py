@@ -22,6 +22,9 @@ ENVIRONMENTS = {
 }
 """Registered id -> entry point."""
 
+ROOMS = {entry_point.split(".")[1]: env_id for env_id, entry_point in ENVIRONMENTS.items()}
+"""Folder of an environment, which is its key, too -> registered id."""
+
 REQUIRES = {"atod/ScienceWorld-v0": "scienceworld"}
 """Registered id -> the package without which it cannot be played; the others need nothing."""
 
@@ -41,12 +44,11 @@ def register() -> None:
     The turn limit is the environments' own (``max_turns=``), so no time-limit wrapper is asked for. Gymnasium's passive
     checker is left out: ``check_text_env`` checks more, once, instead of a little at every step.
     """
-    for env_id, entry_point in ENVIRONMENTS.items():
+    for room, env_id in ROOMS.items():
         if env_id not in registration.registry:
-            room = entry_point.split(".")[1]
             registration.register(
                 id=env_id,
-                entry_point=entry_point,
+                entry_point=ENVIRONMENTS[env_id],
                 vector_entry_point=f"atod_envs.vector:make_{room}",
                 disable_env_checker=True,
             )
@@ -71,6 +73,12 @@ def require_registered(env_id: str) -> None:
             raise UnknownName("module of an environment", module, advice="it must be importable from here") from None
     if name not in registration.registry:
         raise UnknownName("environment", env_id, ENVIRONMENTS)
+
+
+def environment_class(env_id: str) -> Any:
+    """The class behind a registered id, a subclass of ``TextEnv``, with the facts that it states: splits, label, ..."""
+    entry = gym.spec(env_id).entry_point
+    return registration.load_env_creator(entry) if isinstance(entry, str) else entry
 
 
 def make(env_id: str, **options: Any) -> gym.Env[str, str]:

@@ -11,6 +11,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -141,6 +142,19 @@ def parquet_rows(path: Path, batch: int = 4096, advice: str = AGAIN) -> Iterator
         for row in rows:
             number += 1
             yield number, row
+
+
+def package_path(package: str, place: str) -> Path | None:
+    """A folder or file of an installed Python package, found without importing it; None where it is not installed.
+
+    Args:
+        package: the name that it is installed by.
+        place: where it lies in the package, with ``/``.
+    """
+    try:
+        return Path(str(distribution(package).locate_file(place)))
+    except PackageNotFoundError:
+        return None
 
 
 def load_array(path: Path, advice: str = AGAIN) -> npt.NDArray[Any]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 LONGEST_ACTION = 1 << 16
 """Characters that an action may have; a longer one is answered with a sentence that says so, and does nothing."""
@@ -164,3 +164,86 @@ def history_lines(history: History, length: int) -> tuple[str, int]:
     turns = list(enumerate(zip(history.observations, history.actions, strict=False), 1))[-length:]
     lines = [f"[Observation {k}: '{observation}', Action {k}: '{action}']" for k, (observation, action) in turns]
     return "\n".join(lines), len(lines)
+
+
+# --- styles for any environment -----------------------------------------------------------------------------------
+
+
+class TaggedResponses:
+    """The part of a style that reads and writes ``<think> ... </think><action> ... </action>``."""
+
+    __slots__ = ()
+    tail: ClassVar[int] = 30
+    """Characters of a response without action tags that are sent to the environment, as published for ALFWorld."""
+    gap: ClassVar[str] = ""
+    """What a demonstration has between its thought and its action."""
+
+    def parse(self, response: str) -> Parsed:
+        """Read the action; see :func:`parse_tagged`."""
+        return parse_tagged(response, self.tail)
+
+    def respond(self, action: str, thought: str) -> str:
+        """Phrase a demonstration."""
+        return f"<think>{thought}</think>{self.gap}<action>{action}</action>"
+
+
+@dataclass(frozen=True, slots=True)
+class GeneralStyle(TaggedResponses):
+    """A prompt in the form of the paper's, for any environment: every turn stands alone.
+
+    Attributes:
+        about: what the environment is, as it follows "an expert agent operating in".
+        keep_first: the first observation is shown at every turn; for environments that tell their rules in it.
+        history_length: turns that are shown.
+        layout: in a conversation, later turns tell only what is new.
+    """
+
+    about: str
+    keep_first: bool = False
+    history_length: int = 6
+    layout: Layout = Layout.WINDOW
+    gap: ClassVar[str] = "\n"
+
+    def prompt(self, history: History) -> str:
+        """Fill the template of the turn."""
+        shown, later, now = list(history.admissible), len(history.actions), history.observations[-1]
+        forms = " (write words of your own in place of <...>)" if any("<" in action for action in shown) else ""
+        actions = ", ".join(f"'{action}'" for action in shown)
+        lines = [f"Your admissible actions of the current situation are{forms}: [{actions}].", "", *_INSTRUCTIONS]
+        if not later or self.layout is Layout.CONVERSATION:
+            lines.insert(0, f"Your current observation is: {now}")
+        if not later or self.layout is Layout.WINDOW:
+            head = ["", f"You are an expert agent operating in {self.about}.", f"Your task: {history.task}"]
+            if later:
+                head += [history.observations[0]] if self.keep_first else []
+                told, count = history_lines(history, self.history_length)
+                head += [_LATER.format(done=later, count=count, told=told, step=later + 1, now=now)]
+            lines = head + lines
+        return "\n".join(lines)
+
+
+_LATER = (
+    "Prior to this step, you have already taken {done} step(s). Below are the most recent {count} observations and the "
+    "corresponding actions you took: {told}\nYou are now at step {step} and your current observation is: {now}"
+)
+_INSTRUCTIONS = (
+    "Now it's your turn to take an action.",
+    "You should first reason step-by-step about the current situation. This reasoning process MUST be enclosed within "
+    "<think> </think> tags.",
+    "Once you've finished your reasoning, you should choose an admissible action for current step and present it within "
+    "<action> </action> tags.",
+    "",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CompactStyle(TaggedResponses):
+    """One growing conversation in few words, for any environment: the task first, then what is observed."""
+
+    layout: Layout = Layout.CONVERSATION
+
+    def prompt(self, history: History) -> str:
+        """The last observation, at first with the task if it does not tell it."""
+        observation = history.observations[-1]
+        told = bool(history.actions) or history.task in observation
+        return observation if told else f"{history.task}\n{observation}"

@@ -7,8 +7,9 @@ the machine, so a panel named ``valid_unseen/256`` is the same list of tasks for
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import overload
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Self, overload
 
 import numpy as np
 
@@ -29,6 +30,23 @@ class TaskSet(Sequence[str]):
         self._members: frozenset[str] = frozenset(self._ids)
         if len(self._members) != len(self._ids):
             raise ValueError(f"split {split!r} holds duplicate task ids")
+
+    @classmethod
+    def of_split(cls, split: str, where: Mapping[str, str], whole: str = "all") -> Self:
+        """The tasks of one split.
+
+        Args:
+            split: its name; ``whole`` takes the tasks of every split.
+            where: task id -> split.
+            whole: name of all together.
+
+        Raises:
+            UnknownName: no task is in a split of that name.
+        """
+        ids = [task_id for task_id, at in where.items() if split in (at, whole)]
+        if not ids:
+            raise UnknownName("split", split, (*dict.fromkeys(where.values()), whole), "the others hold no task")
+        return cls(split, ids)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -88,3 +106,15 @@ class TaskSet(Sequence[str]):
 
 def _digest(name: str, task_id: str) -> bytes:
     return hashlib.blake2b(f"{name}\x00{task_id}".encode(), digest_size=16).digest()
+
+
+def dealt(name: str, shares: Mapping[str, float]) -> str:
+    """The split that a name falls to, by its hash alone: the same on every machine, whatever other names there are.
+
+    Args:
+        name: of a task, or of a family of tasks that belong together.
+        shares: split -> its share of all names; the last gets what is left.
+    """
+    place = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) / 2**64
+    ends = itertools.accumulate(shares.values())
+    return next((split for split, end in zip(shares, ends, strict=True) if place < end), list(shares)[-1])

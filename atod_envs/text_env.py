@@ -18,7 +18,7 @@ import gymnasium as gym
 from atod_envs.errors import EpisodeError
 from atod_envs.snapshots import Snapshot
 from atod_envs.spaces import UnicodeText
-from atod_envs.styles import LONGEST_ACTION, PromptStyle
+from atod_envs.styles import LONGEST_ACTION, CompactStyle, GeneralStyle, PromptStyle
 from atod_envs.tasks import TaskSet
 from atod_envs.trajectory import StopReason
 
@@ -72,6 +72,12 @@ class TextEnv(gym.Env[str, str]):
     default_max_turns: ClassVar[int]
     label: ClassVar[str] = ""
     """Name in ``Frame.extra`` of what results are broken down by (task type, category, data set)."""
+    about: ClassVar[str] = "a text environment"
+    """What the environment is; ends the sentence "You are an expert agent operating in ..." of the default prompts."""
+    tells_rules_first: ClassVar[bool] = False
+    """The first observation holds what is needed all along; the default prompts then show it at every turn."""
+    expert: ClassVar[str] = ""
+    """Where the scripted expert is, ``"module:Class"``; see :class:`atod_envs.experts.Script`. None if empty."""
     splits: tuple[str, str, str] = ("train", "valid", "test")
     """Splits by purpose: to train on, to choose checkpoints on, to report on; an instance may differ with its data."""
     data_version: str = ""
@@ -117,9 +123,13 @@ class TextEnv(gym.Env[str, str]):
     def _act(self, action: str) -> Frame:
         """Carry out one action. Must not raise on any string."""
 
-    @abstractmethod
     def prompt_styles(self) -> Mapping[str, PromptStyle]:
-        """The ways in which this environment can be put to a language model, by name."""
+        """The ways in which this environment can be put to a language model, by name.
+
+        By default the styles for any environment: ``atod``, the form of the paper's prompts, and ``compact``, a short
+        conversation for small models.
+        """
+        return {"atod": GeneralStyle(self.about, self.tells_rules_first), "compact": CompactStyle()}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         """Begin an episode.

@@ -20,6 +20,7 @@ Example:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Self, TypeAlias
 
@@ -28,6 +29,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from atod_envs import ROOMS
 from atod_envs.errors import EpisodeError
 from atod_envs.workers import LocalPool, Maker, Outcome, Request, WorkerPool
 
@@ -337,26 +339,9 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
                 raise ValueError(f"{name} has {len(values)} entries for {len(indices)} environments; expected one each")
 
 
-def make_alfworld(num_envs: int = 1, **kwargs: Any) -> TextVectorEnv:
-    """Entry point of ``gym.make_vec("atod/ALFWorld-v0", ...)``."""
-    return TextVectorEnv("atod/ALFWorld-v0", num_envs, **kwargs)
-
-
-def make_webshop(num_envs: int = 1, **kwargs: Any) -> TextVectorEnv:
-    """Entry point of ``gym.make_vec("atod/WebShop-v0", ...)``."""
-    return TextVectorEnv("atod/WebShop-v0", num_envs, **kwargs)
-
-
-def make_searchqa(num_envs: int = 1, **kwargs: Any) -> TextVectorEnv:
-    """Entry point of ``gym.make_vec("atod/SearchQA-v0", ...)``."""
-    return TextVectorEnv("atod/SearchQA-v0", num_envs, **kwargs)
-
-
-def make_textcraft(num_envs: int = 1, **kwargs: Any) -> TextVectorEnv:
-    """Entry point of ``gym.make_vec("atod/TextCraft-v0", ...)``."""
-    return TextVectorEnv("atod/TextCraft-v0", num_envs, **kwargs)
-
-
-def make_scienceworld(num_envs: int = 1, **kwargs: Any) -> TextVectorEnv:
-    """Entry point of ``gym.make_vec("atod/ScienceWorld-v0", ...)``."""
-    return TextVectorEnv("atod/ScienceWorld-v0", num_envs, **kwargs)
+def __getattr__(name: str) -> Any:
+    """``make_alfworld`` and so on: what ``gym.make_vec`` calls, one for each environment of this project."""
+    env_id = ROOMS.get(name.removeprefix("make_"))
+    if env_id is None or not name.startswith("make_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return functools.partial(TextVectorEnv, env_id)

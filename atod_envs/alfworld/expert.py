@@ -11,30 +11,22 @@ Search is the greedy rule that is optimal for hiding places with independent odd
 Example:
     >>> expert = ALFWorldExpert()
     >>> expert.reset(task, observation, admissible)
-    >>> move = expert.act(observation, admissible)   # ExpertMove(action="go to fridge 1", thought="find egg")
+    >>> move = expert.act(observation, admissible)   # Move(action="go to fridge 1", thought="find egg")
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 from atod_envs.alfworld.beliefs import Beliefs, Task, class_of, number_of, understand
 from atod_envs.alfworld.generator.rooms import Dice
 from atod_envs.alfworld.household import LOOK, PICK, PROCESSES, TWO, tables
+from atod_envs.experts import Move
 
 _RARE, _NEVER = 10.0, 0.5
 """Chances (per mille) where a thing was never seen: in a receptacle that can take it, and in one that cannot."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertMove:
-    """What to do, and the sub-goal that it serves (``find egg``, ``take egg``, ``heat egg``, ``put egg``)."""
-
-    action: str
-    thought: str
 
 
 class ALFWorldExpert:
@@ -89,7 +81,7 @@ class ALFWorldExpert:
         del action  # the game's answer tells what happened, whatever was meant
         self._beliefs.see(observation, admissible)
 
-    def act(self, observation: str, admissible: Sequence[str]) -> ExpertMove:
+    def act(self, observation: str, admissible: Sequence[str]) -> Move:
         """Decide what to do next.
 
         Args:
@@ -103,13 +95,11 @@ class ALFWorldExpert:
         move = self._decide()
         if move.action in self._beliefs.admissible:
             return move
-        return ExpertMove(
-            "look" if "look" in self._beliefs.admissible or not admissible else admissible[0], move.thought
-        )
+        return Move("look" if "look" in self._beliefs.admissible or not admissible else admissible[0], move.thought)
 
     # ---- deciding ----
 
-    def _decide(self) -> ExpertMove:
+    def _decide(self) -> Move:
         task, holding = self._task, self._beliefs.holding
         if holding is not None and self._useful(holding):
             process = PROCESSES.get(task.task_type)
@@ -131,39 +121,39 @@ class ALFWorldExpert:
     def _useful(self, name: str) -> bool:
         return class_of(name) == self._task.thing and (name, "") not in self._refused
 
-    def _at(self, place: str, command: str, thought: str) -> ExpertMove:
+    def _at(self, place: str, command: str, thought: str) -> Move:
         """Do something at a receptacle: go there first, open it first."""
         if place not in self._beliefs.here:
-            return ExpertMove(f"go to {place}", thought)
+            return Move(f"go to {place}", thought)
         if f"open {place}" in self._beliefs.admissible:
-            return ExpertMove(f"open {place}", thought)
-        return ExpertMove(command, thought)
+            return Move(f"open {place}", thought)
+        return Move(command, thought)
 
-    def _to_the_lamp(self) -> ExpertMove:
+    def _to_the_lamp(self) -> Move:
         lamp_class = self._task.lamp
         for command in sorted(self._beliefs.admissible):
             if command.startswith(f"use {lamp_class} "):
-                return ExpertMove(command, f"use {lamp_class}")
+                return Move(command, f"use {lamp_class}")
         for lamp, place in self._beliefs.lamps.items():
             if class_of(lamp) == lamp_class and place not in self._beliefs.here:
-                return ExpertMove(f"go to {place}", f"use {lamp_class}")
+                return Move(f"go to {place}", f"use {lamp_class}")
         return self._search(lamp_class, f"find {lamp_class}")
 
-    def _processed(self, holding: str, verb: str, station: str) -> ExpertMove:
+    def _processed(self, holding: str, verb: str, station: str) -> Move:
         beliefs = self._beliefs
         stations = self._nearest(place for place in beliefs.receptacles if class_of(place) == station)
         for place in stations:
             if place in beliefs.here:
                 command = f"{verb} {holding} with {place}"
                 if command in self._beliefs.admissible:
-                    return ExpertMove(command, f"{verb} {self._task.thing}")
+                    return Move(command, f"{verb} {self._task.thing}")
                 self._refused.add((holding, ""))  # this one cannot be processed: another one will have to do
                 return self._drop(holding)
         if not stations:
             return self._search(station, f"{verb} {self._task.thing}")
-        return ExpertMove(f"go to {stations[0]}", f"{verb} {self._task.thing}")
+        return Move(f"go to {stations[0]}", f"{verb} {self._task.thing}")
 
-    def _put_away(self, holding: str) -> ExpertMove:
+    def _put_away(self, holding: str) -> Move:
         place = self._target()
         thought = f"put {self._task.thing}"
         while place is not None:
@@ -227,14 +217,14 @@ class ALFWorldExpert:
                 return command
         return ""
 
-    def _drop_here(self, holding: str) -> ExpertMove | None:
+    def _drop_here(self, holding: str) -> Move | None:
         """Put something useless down right here, if anything here takes it."""
         for place in sorted(self._beliefs.here, key=lambda name: (class_of(name) == self._task.receptacle, name)):
             if command := self._put_command(holding, place):
-                return ExpertMove(command, f"drop {class_of(holding)}")
+                return Move(command, f"drop {class_of(holding)}")
         return None
 
-    def _drop(self, holding: str) -> ExpertMove:
+    def _drop(self, holding: str) -> Move:
         """Get rid of what the hand holds."""
         if here := self._drop_here(holding):
             return here
@@ -248,11 +238,11 @@ class ALFWorldExpert:
             return self._at(place, "look", thought)
         for place in self._nearest(places):
             return self._at(place, "look", thought)
-        return ExpertMove("look", thought)
+        return Move("look", thought)
 
     # ---- searching ----
 
-    def _search(self, wanted: str, thought: str) -> ExpertMove:
+    def _search(self, wanted: str, thought: str) -> Move:
         """Look into the most promising receptacle that has not been looked into."""
         beliefs = self._beliefs
         hidden = [place for place in beliefs.receptacles if place not in beliefs.contents]

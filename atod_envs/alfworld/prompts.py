@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from atod_envs.styles import History, Layout, Parsed, PromptStyle, history_lines, parse_tagged
+from atod_envs.styles import History, Layout, PromptStyle, TaggedResponses, history_lines
 
 FIRST_TURN = """
 You are an expert agent operating in the ALFRED Embodied Environment.
@@ -33,12 +34,9 @@ You should first reason step-by-step about the current situation. This reasoning
 Once you've finished your reasoning, you should choose an admissible action for current step and present it within <action> </action> tags.
 """  # noqa: E501
 
-FALLBACK_TAIL = 30
-"""Characters of a response without action tags that are sent to the environment, as published."""
-
 
 @dataclass(frozen=True, slots=True)
-class AtodStyle:
+class AtodStyle(TaggedResponses):
     """The paper's prompt: every turn stands alone and shows the last ``history_length`` turns.
 
     In a conversation every turn is told in the form of the first, because the earlier ones stand above it.
@@ -47,6 +45,7 @@ class AtodStyle:
 
     history_length: int = 2
     layout: Layout = Layout.WINDOW
+    gap: ClassVar[str] = "\n"
 
     def prompt(self, history: History) -> str:
         """Fill the template of the turn."""
@@ -65,17 +64,9 @@ class AtodStyle:
             admissible_actions=actions,
         )
 
-    def parse(self, response: str) -> Parsed:
-        """Read the action; see :func:`atod_envs.styles.parse_tagged`."""
-        return parse_tagged(response, FALLBACK_TAIL)
-
-    def respond(self, action: str, thought: str) -> str:
-        """Phrase a demonstration."""
-        return f"<think>{thought}</think>\n<action>{action}</action>"
-
 
 @dataclass(frozen=True, slots=True)
-class CompactStyle:
+class CompactStyle(TaggedResponses):
     """One growing conversation in few words, without the list of admissible actions.
 
     The first message states the task and lists what is in the room; later ones are the observation alone.
@@ -91,14 +82,6 @@ class CompactStyle:
         _, _, places = observation.partition("you see ")
         places, _, _ = places.partition("\n")
         return f"{history.task}\n{places or observation}"
-
-    def parse(self, response: str) -> Parsed:
-        """Read the action; the same rules as the paper's prompt."""
-        return parse_tagged(response, FALLBACK_TAIL)
-
-    def respond(self, action: str, thought: str) -> str:
-        """Phrase a demonstration."""
-        return f"<think>{thought}</think><action>{action}</action>"
 
 
 STYLES: Mapping[str, PromptStyle] = {"atod": AtodStyle(), "compact": CompactStyle()}

@@ -15,12 +15,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
-from atod_envs import playable
+from atod_envs import environment_class, make, playable
 from atod_envs.datasets.download import RECORD, fetch, read_record, verify
 from atod_envs.datasets.sources import DATASETS, KNOWN_VERSIONS, Dataset, Source, bundle, dataset
 from atod_envs.errors import AtodError, DataError
 from atod_envs.options import program
+from atod_envs.text_env import TextEnv
 
 
 def parser() -> argparse.ArgumentParser:
@@ -135,10 +137,10 @@ def _contents(name: str, folder: Path) -> Iterator[str]:
         yield from _games(folder)
     elif name == "webshop":
         yield from _catalogue(folder)
-    elif name == "textcraft":
-        yield from _recipes(folder)
-    else:
+    elif name == "searchqa":
         yield from _questions(folder)
+    else:
+        yield from _splits(name, folder)
     for path, known in read_record(folder if folder.is_dir() else folder.parent).items():
         yield f"downloaded  {path}, sha256 {known.sha256[:12]}..."
 
@@ -180,11 +182,10 @@ def _catalogue(folder: Path) -> Iterator[str]:
         yield f"{'store':<18} not built yet: atod data build webshop, or on first use"
 
 
-def _recipes(folder: Path) -> Iterator[str]:
-    from atod_envs.textcraft.env import SPLITS, TextCraftEnv
-
-    for split in SPLITS:
-        env = TextCraftEnv(folder, split)
+def _splits(name: str, folder: Path) -> Iterator[str]:
+    env_id = dataset(name).env_id
+    for split in environment_class(env_id).splits:
+        env = cast("TextEnv", make(env_id, data=folder, split=split).unwrapped)
         yield f"{split:<12} {len(env.tasks):,} tasks, version {env.data_version}"
 
 
@@ -271,19 +272,17 @@ def _verify(name: str) -> int:
 def _build(name: str) -> int:
     folder = data_folder(name)
     started = time.perf_counter()
-    if name == "alfworld":
-        what = "; ".join(_games(folder)) if folder is not None else "built in, nothing to build"
-    elif name == "textcraft":
-        what = "; ".join(_recipes(folder)) if folder is not None else "built in, nothing to build"
-    elif name == "webshop":
+    if name == "webshop":
         from atod_envs.webshop.catalogue.cache import open_store
 
         store = open_store(folder)
         what = f"{len(store):,} products in {store.folder}"
-    else:
+    elif name == "searchqa":
         from atod_envs.searchqa.sources import load_service
 
         load_service(folder, "bm25", None)
         what = "built in, nothing to build" if folder is None else f"index over {folder}"
+    else:
+        what = "built in, nothing to build" if folder is None else "; ".join(_contents(name, folder))
     print(f"{name}: {what} ({time.perf_counter() - started:.1f} s)")
     return 0

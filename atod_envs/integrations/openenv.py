@@ -1,6 +1,6 @@
 """OpenEnv: a server and a client for each environment.
 
-    uvicorn --factory atod_envs.integrations.openenv:alfworld          # or webshop, searchqa, textcraft, scienceworld
+    uvicorn --factory atod_envs.integrations.openenv:alfworld          # or another of atod_envs.ROOMS
 
 One WebSocket is one session is one environment. The invariant: observations are the environment's own, and nothing but
 an action, a task id and a seed comes from the client.
@@ -8,10 +8,12 @@ an action, a task id and a seed comes from the client.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import gymnasium as gym
 
+from atod_envs import ROOMS
 from atod_envs.integrations.messages import whole_characters
 from atod_envs.prompting import Prompted
 
@@ -168,26 +170,8 @@ def make_app(env_id: str, *, style: str | None = None, sessions: int = SESSIONS,
     return create_fastapi_app(make, TextAction, TextObservation, concurrency_config=concurrency)
 
 
-def alfworld() -> Any:
-    """ALFWorld's server, for ``uvicorn --factory``."""
-    return make_app("atod/ALFWorld-v0")
-
-
-def webshop() -> Any:
-    """WebShop's server, for ``uvicorn --factory``."""
-    return make_app("atod/WebShop-v0")
-
-
-def searchqa() -> Any:
-    """Search-QA's server, for ``uvicorn --factory``."""
-    return make_app("atod/SearchQA-v0")
-
-
-def textcraft() -> Any:
-    """TextCraft's server, for ``uvicorn --factory``."""
-    return make_app("atod/TextCraft-v0")
-
-
-def scienceworld() -> Any:
-    """ScienceWorld's server, for ``uvicorn --factory``."""
-    return make_app("atod/ScienceWorld-v0")
+def __getattr__(name: str) -> Any:
+    """``alfworld`` and so on: a server for ``uvicorn --factory``, one for each environment of this project."""
+    if name not in ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; environments: {', '.join(ROOMS)}")
+    return functools.partial(make_app, ROOMS[name])

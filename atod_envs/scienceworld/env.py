@@ -9,18 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import ClassVar, Final
 
 from atod_envs.errors import UnknownName
 from atod_envs.snapshots import Snapshot
 from atod_envs.tasks import TaskSet
 from atod_envs.text_env import Frame, TextEnv
 
-from .prompts import STYLES
 from .simulator import SIMULATORS, UNKNOWN, Answer, Episode, gold_actions, jar_version
-
-if TYPE_CHECKING:
-    from atod_envs.styles import PromptStyle
 
 # fmt: off
 TASKS: Final[Mapping[str, int]] = {
@@ -84,6 +80,7 @@ class ScienceWorldEnv(TextEnv):
     env_key: ClassVar[str] = "scienceworld"
     default_max_turns: ClassVar[int] = 100
     label: ClassVar[str] = "task_type"
+    about: ClassVar[str] = "ScienceWorld, a text world of science experiments"
     splits: tuple[str, str, str] = SPLITS
     blocking: bool = True
 
@@ -122,10 +119,6 @@ class ScienceWorldEnv(TextEnv):
         self._limit = simulators or os.cpu_count() or 1
         self._episode: Episode | None = None
         self._score = 0.0
-
-    def prompt_styles(self) -> Mapping[str, PromptStyle]:
-        """The form of the paper's prompts, and a compact conversation."""
-        return STYLES
 
     def gold_actions(self) -> tuple[str, ...]:
         """The simulator's own solution of the present task; worked out once and kept in ``$ATOD_CACHE``."""

@@ -7,19 +7,12 @@ done.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
+
+from atod_envs.experts import Move
 
 if TYPE_CHECKING:
     from .env import ScienceWorldEnv
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """What to do, and why in a few words."""
-
-    action: str
-    thought: str
 
 
 class ScienceWorldExpert:

@@ -20,12 +20,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from atod_envs.errors import AtodError, DataError
+from atod_envs.files import package_path
 
 JAVA_OPTIONS: Final = ("-Xmx384m", "-XX:+UseSerialGC", "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2")
 """The last makes the simulator repeatable. It lists some things in the order of Java's identity hashes, which are drawn
@@ -63,12 +63,12 @@ def jar() -> Path:
     Raises:
         DataError: the package is not installed.
     """
-    try:
-        return Path(str(distribution("scienceworld").locate_file("scienceworld/scienceworld.jar")))
-    except PackageNotFoundError:
+    found = package_path("scienceworld", "scienceworld/scienceworld.jar")
+    if found is None:
         raise DataError(
             "ScienceWorld needs the package scienceworld and Java; install both with: pip install 'atod[scienceworld]'"
-        ) from None
+        )
+    return found
 
 
 @cache

@@ -10,19 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from atod_envs.experts import Move
+
 from .actions import project, read_information
 from .language import LONGEST_SENTENCE, POINTS_TO, QuestionForm, question_readers, read_facts
 
 UNKNOWN = "unknown"
 """What it answers when it does not find out."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertMove:
-    """What to do, and why in a few words."""
-
-    action: str
-    thought: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +60,7 @@ class SearchQAExpert:
             self._searched.add(query.lower())
         self._see(observation)
 
-    def act(self, observation: str, admissible: Sequence[str]) -> ExpertMove:
+    def act(self, observation: str, admissible: Sequence[str]) -> Move:
         """The next search or the answer.
 
         Args:
@@ -109,13 +103,13 @@ class SearchQAExpert:
                 return facts[fact]
         return None
 
-    def _search(self, gap: _Gap, found: Sequence[str]) -> ExpertMove:
+    def _search(self, gap: _Gap, found: Sequence[str]) -> Move:
         """Search for the name, a second time with what it is; then give up."""
         thought = ", ".join([*found, f"find {_words(gap.fact)}"])
         for query in (gap.name, f"{gap.name} {gap.kind}"):
             if query.lower() not in self._searched:
                 self._advised = query.lower()
-                return ExpertMove(f"<search>{query}</search>", thought)
+                return Move(f"<search>{query}</search>", thought)
         return _answer(UNKNOWN, f"no {_words(gap.fact)}")
 
 
@@ -123,5 +117,5 @@ def _words(fact: str) -> str:
     return fact.replace("_", " ")
 
 
-def _answer(answer: str, thought: str) -> ExpertMove:
-    return ExpertMove(f"<answer>{answer}</answer>", thought)
+def _answer(answer: str, thought: str) -> Move:
+    return Move(f"<answer>{answer}</answer>", thought)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gymnasium as gym
 
@@ -24,7 +24,6 @@ from atod_envs.http.client import is_loopback
 from atod_envs.options import read_options
 from atod_envs.serve.client import TOKEN_VARIABLE
 from atod_envs.serve.sessions import Limits, Offer, Sessions
-from atod_envs.text_env import TextEnv
 
 
 def make_offer(env_id: str, splits: Sequence[str], options: dict[str, Any]) -> Offer:
@@ -36,9 +35,7 @@ def make_offer(env_id: str, splits: Sequence[str], options: dict[str, Any]) -> O
         options: its other arguments.
     """
     if not splits:
-        entry = gym.spec(env_id).entry_point
-        kind = gym.envs.registration.load_env_creator(entry) if isinstance(entry, str) else entry
-        splits = cast("type[TextEnv]", kind).splits
+        splits = atod_envs.environment_class(env_id).splits
     offer = Offer(env_id, tuple(splits), options)
     for split in offer.splits:
         offer.make(split).close()

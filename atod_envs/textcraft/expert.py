@@ -8,64 +8,49 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
-_COMMAND = re.compile(r"craft (\d+) (.+) using (.+)")
-_AMOUNT = re.compile(r"(\d+) (.+)")
+from atod_envs.experts import Move
 
+from .recipes import Amount, Recipe
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """What to do, and why in a few words."""
-
-    action: str
-    thought: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Command:
-    output: str
-    count: int
-    inputs: tuple[tuple[int, str], ...]
+_AMOUNT = re.compile(r"(\d+) ([^,]+)")
 
 
 class TextCraftExpert:
-    """Plays TextCraft; see the module's docstring."""
-
-    def __init__(self) -> None:
-        self._goal = ""
-        self._commands: list[_Command] = []
-        self._held: dict[str, int] = {}
-        self._fetched: frozenset[str] = frozenset()
-        self._unfit: set[tuple[str, str]] = set()
+    """Plays TextCraft; see the module's docstring. Its thoughts say what is lacking, from the goal downwards."""
 
     def reset(self, task: str, observation: str, admissible: Sequence[str]) -> None:
         """Begin an episode: read its commands and its goal."""
-        self._goal, self._held, self._unfit = task.removeprefix("craft ").removesuffix("."), {}, set()
-        self._fetched = frozenset(action.removeprefix("get <number> ") for action in admissible)
-        found = [_COMMAND.fullmatch(line) for line in observation.splitlines()]
-        self._commands = [_Command(made[2], int(made[1]), _amounts(made[3])) for made in found if made]
+        self._goal = task.removeprefix("craft ").removesuffix(".")
+        self._fetched = {action.removeprefix("get <number> ") for action in admissible}
+        self._held: dict[str, int] = {}
+        self._unfit: set[tuple[str, str]] = set()
+        self._ways: dict[str, list[Recipe]] = {}
+        for recipe in filter(None, map(_read, observation.splitlines())):
+            self._ways.setdefault(recipe.output.name, []).append(recipe)
 
     def observe(self, action: str, observation: str, admissible: Sequence[str] = ()) -> None:
         """Take note of what an action of any agent has changed."""
+        tried = _read(action)
         if got := re.fullmatch(r"Got (\d+) (.+)", observation):
             self._add(got[2], int(got[1]))
         elif made := re.fullmatch(r"Crafted (\d+) minecraft:(.+)", observation):
-            for count, name in _amounts(action.partition(" using ")[2]):
-                self._add(name, -count)
+            for use in _amounts(action.partition(" using ")[2]):
+                self._add(use.name, -use.count)
             self._add(made[2], int(made[1]))
-        elif observation.startswith("Could not find a valid recipe") and (tried := _COMMAND.fullmatch(action)):
-            given = _amounts(tried[3])
-            for command in (command for command in self._commands if command.output == tried[2]):
-                swapped = {
-                    (item, kind) for (_, item), (_, kind) in zip(given, command.inputs, strict=False) if item != kind
-                }
-                if len(swapped) == 1 and [n for n, _ in given] == [n for n, _ in command.inputs]:
+        elif tried and observation.startswith("Could not find a valid recipe"):
+            for way in self._ways.get(tried.output.name, ()):
+                pairs = list(zip(tried.inputs, way.inputs, strict=False))
+                swapped = {(given.name, use.name) for given, use in pairs if given.name != use.name}
+                if len(swapped) == 1 and [g.count for g in tried.inputs] == [use.count for use in way.inputs]:
                     self._unfit |= swapped  # the item is not of the kind that its name says
 
     def act(self, observation: str, admissible: Sequence[str]) -> Move:
         """The next step towards the goal."""
-        return self._make(self._goal, 1, ()) or Move("inventory", "nothing leads to the goal")
+        move = self._make(self._goal, 1, ())
+        if move is None:
+            return Move("inventory", "nothing leads to the goal")
+        return Move(move.action, f"for {self._goal}: {move.thought}")
 
     def _add(self, name: str, count: int) -> None:
         name = name.replace("_", " ")
@@ -73,52 +58,56 @@ class TextCraftExpert:
 
     def _make(self, name: str, count: int, above: Collection[str]) -> Move | None:
         """The first step towards ``count`` more of a thing; None if nothing leads there."""
-        ways = [command for command in self._commands if command.output == name]
-        for way in sorted(ways, key=lambda way: self._effort(way, {name, *above})):
-            if self._effort(way, {name, *above}) < float("inf"):
-                return self._follow(way, {name, *above})
-        if name in self._fetched:
-            return Move(f"get {count} {name}", f"{name} can be fetched")
-        return None
+        above = {name, *above}
+        way = min(self._ways.get(name, ()), key=lambda way: self._effort(way, above), default=None)
+        if way is not None and self._effort(way, above) < float("inf"):
+            return self._follow(way, above)
+        return Move(f"get {count} {name}", "fetch") if name in self._fetched else None
 
-    def _follow(self, way: _Command, above: Collection[str]) -> Move | None:
+    def _follow(self, way: Recipe, above: Collection[str]) -> Move | None:
         """The first step of a command: its ingredients one after another, then itself."""
         used = []
-        for count, name in way.inputs:
-            item = self._choice(count, name, above)
-            if self._held.get(item, 0) < count:
-                return self._make(item, count - self._held.get(item, 0), above)
-            used.append(f"{count} {item}")
-        return Move(f"craft {way.count} {way.output} using {', '.join(used)}", f"everything for {way.output} is held")
+        for use in way.inputs:
+            item = self._choice(use, above)
+            held = self._held.get(item, 0)
+            if held < use.count:
+                move = self._make(item, use.count - held, above)
+                return move and Move(move.action, f"{item} {held} of {use.count}, {move.thought}")
+            used.append(Amount(item, use.count))
+        return Move(str(Recipe(way.output, tuple(used))), "craft")
 
-    def _choice(self, count: int, name: str, above: Collection[str]) -> str:
+    def _choice(self, use: Amount, above: Collection[str]) -> str:
         """The item for an ingredient: of that name, or of that kind where nothing has the name itself."""
-        if name in self._fetched or any(command.output == name for command in self._commands):
-            return name
-        kinds = {command.output: None for command in self._commands if _akin(command.output, name)}
-        fit = [kind for kind in kinds if kind not in above and (kind, name) not in self._unfit]
-        return min(fit, key=lambda kind: self._need(count, kind, above), default=name)
+        if use.name in self._fetched or use.name in self._ways:
+            return use.name
+        kinds = [item for item in self._ways if _akin(item, use.name) and item not in above]
+        fit = [item for item in kinds if (item, use.name) not in self._unfit]
+        return min(fit, key=lambda item: self._need(use.count, item, above), default=use.name)
 
-    def _effort(self, way: _Command, above: Collection[str]) -> float:
-        return 1 + sum(self._need(count, self._choice(count, name, above), above) for count, name in way.inputs)
+    def _effort(self, way: Recipe, above: Collection[str]) -> float:
+        return 1 + sum(self._need(use.count, self._choice(use, above), above) for use in way.inputs)
 
     def _need(self, count: int, name: str, above: Collection[str]) -> float:
         """About how many steps lead to holding ``count`` of a thing."""
         lacking = count - self._held.get(name, 0)
         if lacking <= 0:
             return 0
-        ways = [command for command in self._commands if command.output == name]
         if name in self._fetched:
             return 1
         if name in above:
             return float("inf")
-        crafts = (-(-lacking // way.count) * self._effort(way, {name, *above}) for way in ways)
+        ways = self._ways.get(name, ())
+        crafts = (-(-lacking // way.output.count) * self._effort(way, {name, *above}) for way in ways)
         return min(crafts, default=float("inf"))
 
 
-def _amounts(text: str) -> tuple[tuple[int, str], ...]:
-    found = (_AMOUNT.fullmatch(part.strip()) for part in text.split(","))
-    return tuple((int(amount[1]), amount[2]) for amount in found if amount)
+def _read(command: str) -> Recipe | None:
+    found = re.fullmatch(r"craft (\d+) (.+) using (.+)", command)
+    return Recipe(Amount(found[2], int(found[1])), _amounts(found[3])) if found else None
+
+
+def _amounts(text: str) -> tuple[Amount, ...]:
+    return tuple(Amount(name.strip(), int(count)) for count, name in _AMOUNT.findall(text))
 
 
 def _akin(item: str, kind: str) -> bool:

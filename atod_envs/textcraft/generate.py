@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -80,20 +79,18 @@ def _named(use: str, names: dict[str, str]) -> dict[str, str]:
     return {"item": NAMESPACE + names.get(use, use)}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write a world's recipes to a folder; returns the exit status."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write a world's recipes to a folder."""
     parser = argparse.ArgumentParser(program("atod_envs.textcraft.generate"), description="Write a world of recipes.")
-    parser.add_argument("--out", required=True, help="data folder; the files go to its folder 'recipes'")
+    parser.add_argument("--out", required=True, type=Path, help="data folder; the files go to its folder 'recipes'")
     parser.add_argument("--seed", type=int, default=SEED, help="default: %(default)s, the built-in world")
-    options = parser.parse_args(arguments)
-    folder = Path(options.out) / "recipes"
+    given = parser.parse_args(arguments)
+    folder, files = given.out / "recipes", make_recipes(given.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    files = make_recipes(options.seed)
     for name, file in files.items():
         (folder / name).write_text(json.dumps(file, indent=1), encoding="utf-8")
     print(f"{folder}: {len(files):,} recipes")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

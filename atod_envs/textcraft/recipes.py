@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -34,10 +35,14 @@ class Amount:
 
     name: str
     count: int
-    is_tag: bool = False
 
     def __str__(self) -> str:
         return f"{self.count} {spoken(self.name)}"
+
+
+def named(words: str, count: int = 1) -> Amount:
+    """What a player's words for a thing mean."""
+    return Amount(NAMESPACE + words.replace(" ", "_"), count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +61,16 @@ class Lesson:
     """What is particular to one goal.
 
     Attributes:
-        needed: commands that lead to the goal.
-        items: what they make.
-        pools: commands among which distractors are drawn, one pool for each ingredient.
+        needed: command -> recipe, for the recipes that lead to the goal.
+        depths: item that they make -> its depth, below the goal's own for all others.
+        pools: recipes among which distractors are drawn, one pool for each ingredient.
         recipes: item -> its recipes while this goal is played; the package counts those of its ingredients among them.
     """
 
-    needed: tuple[str, ...]
-    items: frozenset[str]
-    pools: tuple[Sequence[str], ...]
-    recipes: Mapping[str, tuple[Recipe, ...]]
+    needed: Mapping[str, Recipe]
+    depths: Mapping[str, int]
+    pools: Sequence[Sequence[Recipe]]
+    recipes: Mapping[str, Collection[Recipe]]
 
 
 class RecipeBook:
@@ -100,29 +105,26 @@ class RecipeBook:
                 self._read(files[name])
             except (KeyError, TypeError, AttributeError, IndexError) as error:
                 raise DataError(f"{name}: not a recipe in Minecraft's form ({type(error).__name__}: {error})") from None
-        self._settle_tags()
+        used = {use.name for recipes in self.by_item.values() for recipe in recipes for use in recipe.inputs}
+        loose = (used & self.tags) - {tag for item, tag in self.tag_of.items() if item in self.by_item}
+        self.items |= loose  # a tag without a craftable item is an item of that name
+        self.tags -= loose
         content = json.dumps([files[name] for name in sorted(files)], sort_keys=True)
         self.version = hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def _read(self, file: Mapping[str, Any]) -> None:
         """Add one file's recipe. Kinds other than crafting are left out, as are recipes that would close a circle."""
         if file["type"] == "minecraft:crafting_shaped":
-            uses = [(used, sum(row.count(key) for row in file["pattern"])) for key, used in file["key"].items()]
+            counts = Counter("".join(file["pattern"]))
+            inputs = [Amount(self._used(choice), counts[key]) for key, choice in file["key"].items()]
         elif file["type"] == "minecraft:crafting_shapeless":
-            uses = [(used, 1) for used in file["ingredients"]]
+            together = Counter(self._used(choice) for choice in file["ingredients"])
+            inputs = [Amount(name, count) for name, count in together.items()]
         else:
             return
-        together: dict[str, Amount] = {}
-        for number, (choice, count) in enumerate(uses):
-            used = choice[0] if isinstance(choice, list) else choice
-            name = used["item"] if "item" in used else used["tag"]
-            (self.items if "item" in used else self.tags).add(name)
-            key = name if file["type"].endswith("shapeless") else f"{number}"  # a shaped one's keys stay apart
-            before = together.get(key, Amount(name, 0, "item" not in used))
-            together[key] = replace(before, count=before.count + count)
-        if not together:
+        if not inputs:
             raise KeyError("no ingredients")
-        inputs, result = tuple(together.values()), file["result"]
+        result = file["result"]
         output = Amount(result, 1) if isinstance(result, str) else Amount(result["item"], result.get("count") or 1)
         made = output.name
         self.items.add(made)
@@ -136,56 +138,47 @@ class RecipeBook:
         if any(made in self._below.get(used.name, ()) for used in inputs):
             return
         for used in inputs:
-            below.add(used.name)
-            below.update(self._below.get(used.name, ()))
-        recipe = Recipe(output, inputs)
+            below |= {used.name, *self._below.get(used.name, ())}
+        recipe = Recipe(output, tuple(inputs))
         self.by_item.setdefault(made, []).append(recipe)
         if tag:
             self.by_tag.setdefault(tag, []).append(recipe)
 
-    def _settle_tags(self) -> None:
-        """Turn tags without a craftable item into items of that name."""
-        craftable = {tag for item, tag in self.tag_of.items() if item in self.by_item}
-        loose = {use.name for rs in self.by_item.values() for r in rs for use in r.inputs if use.is_tag} - craftable
-        settled: dict[Recipe, Recipe] = {}
-        for recipes in (*self.by_item.values(), *self.by_tag.values()):
-            for at, recipe in enumerate(recipes):
-                inputs = tuple(replace(use, is_tag=use.is_tag and use.name not in loose) for use in recipe.inputs)
-                recipes[at] = settled.setdefault(recipe, Recipe(recipe.output, inputs))
-        self.items |= loose
-        self.tags -= loose
+    def _used(self, choice: Any) -> str:
+        """The item or tag that an ingredient names; of several, the first."""
+        used = choice[0] if isinstance(choice, list) else choice
+        name: str = used["item"] if "item" in used else used["tag"]
+        (self.items if "item" in used else self.tags).add(name)
+        return name
 
     def depth(self, name: str) -> int:
         """Crafts on the longest way from things that can be fetched to an item, with the easiest recipes."""
         if name not in self._depths:
-            recipes = self.by_item.get(name) or self.by_tag.get(name)
+            recipes = self.by_item.get(name) or self.by_tag.get(name) or ()
             try:
-                self._depths[name] = min(
-                    (max(1 + self.depth(u.name) for u in r.inputs) for r in recipes or ()), default=0
-                )
+                needs = [max(1 + self.depth(use.name) for use in recipe.inputs) for recipe in recipes]
             except RecursionError:
                 raise DataError(f"the recipes of {spoken(name)} lead in a circle") from None
+            self._depths[name] = min(needs, default=0)
         return self._depths[name]
 
     def goals(self) -> list[str]:
         """Items of depth 2 and more, deepest first: the package's seed counts through this list."""
         return sorted((item for item in self.by_item if self.depth(item) >= 2), key=lambda item: -self.depth(item))
 
-    def named(self, words: str) -> Amount:
-        """What a player's words for a thing mean."""
-        name = NAMESPACE + words.replace(" ", "_")
-        return Amount(name, 1, name in self.tags)
-
-    def can_get(self, thing: Amount) -> bool:
+    def can_get(self, name: str) -> bool:
         """Whether a thing can be had without crafting."""
-        craftable = thing.name in self.by_item or thing.name in self.by_tag
-        return not thing.is_tag and not craftable and thing.name in self.items
+        return name in self.items and name not in self.tags and name not in self.by_item and name not in self.by_tag
+
+    def serves(self, item: str, name: str) -> bool:
+        """Whether an item is what an ingredient's name asks for."""
+        return (self.tag_of.get(item) if name in self.tags else item) == name
 
     def fits(self, recipe: Recipe, given: Sequence[Amount]) -> bool:
         """Whether the given items are exactly a recipe's ingredients."""
         left = list(given)
         for use in recipe.inputs:
-            found = next((g for g in left if (self.tag_of.get(g.name) if use.is_tag else g.name) == use.name), None)
+            found = next((thing for thing in left if self.serves(thing.name, use.name)), None)
             if found is None or found.count != use.count:
                 return False
             left.remove(found)
@@ -197,9 +190,10 @@ class RecipeBook:
             grown: dict[str, list[Recipe]] = {}
             walked = self._walk(goal, frozenset(), grown)
             pools = [self._uses[use.name] for recipe in walked for use in recipe.inputs]
-            recipes = {name: tuple(dict.fromkeys(listed)) for name, listed in grown.items()}
-            needed = tuple(dict.fromkeys(map(str, walked)))
-            self._lessons[goal] = Lesson(needed, frozenset(r.output.name for r in walked), tuple(pools), recipes)
+            known = {name: tuple(dict.fromkeys(recipes)) for name, recipes in grown.items()}
+            needed, whole = {str(recipe): recipe for recipe in walked}, self.depth(goal)
+            depths = {made: min(self.depth(made), whole - 1) for made in (r.output.name for r in walked)}
+            self._lessons[goal] = Lesson(needed, {**depths, goal: whole}, pools, known)
         return self._lessons[goal]
 
     def _walk(self, name: str, above: Collection[str], grown: dict[str, list[Recipe]]) -> list[Recipe]:
@@ -213,20 +207,20 @@ class RecipeBook:
         return recipes
 
     @cached_property
-    def _uses(self) -> Mapping[str, list[str]]:
-        """Ingredient -> commands that use it."""
-        uses: dict[str, list[str]] = {}
+    def _uses(self) -> Mapping[str, list[Recipe]]:
+        """Ingredient -> recipes that use it."""
+        uses: dict[str, list[Recipe]] = {}
         for recipes in (*self.by_item.values(), *self.by_tag.values()):
             for recipe in recipes:
                 for use in recipe.inputs:
-                    uses.setdefault(use.name, []).append(str(recipe))
+                    uses.setdefault(use.name, []).append(recipe)
         return uses
 
-    def commands(self, goal: str, seed: int) -> list[str]:
-        """The commands that a task shows: those that it needs, and distractors, in an order that the seed settles."""
+    def shown(self, goal: str, seed: int) -> list[Recipe]:
+        """What a task shows: the recipes that it needs, and distractors, in an order that the seed settles."""
         lesson, dice = self.lesson(goal), random.Random(seed)
-        drawn = [line for pool in lesson.pools for line in dice.sample(pool, min(len(pool), DISTRACTORS))]
-        others = [line for line in dict.fromkeys(drawn) if line not in lesson.needed]
-        shown = [*lesson.needed, *dice.sample(others, min(len(others), DISTRACTORS))]
+        drawn = [recipe for pool in lesson.pools for recipe in dice.sample(pool, min(len(pool), DISTRACTORS))]
+        others = {str(recipe): recipe for recipe in drawn if str(recipe) not in lesson.needed}
+        shown = [*lesson.needed.values(), *dice.sample(list(others.values()), min(len(others), DISTRACTORS))]
         dice.shuffle(shown)
         return shown

@@ -7,7 +7,7 @@ instruction, the pages and the actions so far, so it can take over after any age
 Example:
     >>> expert = WebShopExpert()
     >>> expert.reset(task, observation, admissible)
-    >>> move = expert.act(observation, admissible)   # ExpertMove(action="search[...]", thought="find ...")
+    >>> move = expert.act(observation, admissible)   # Move(action="search[...]", thought="find ...")
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from atod_envs.experts import Move
 from atod_envs.webshop.page_parser import Kind, Result, View, Wish, read_page, read_wish
 from atod_envs.webshop.pages import ATTRIBUTES, BACK, BUY, FEATURES, NEXT, PREVIOUS
 
@@ -42,14 +43,6 @@ a all an and are as at be by can find for from i in is it looking me need of on 
 want will with you your
 """
 _EMPTY_WORDS = frozenset(_STOP_WORDS.split())
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertMove:
-    """What to do, and why, in a few words."""
-
-    action: str
-    thought: str
 
 
 @dataclass(slots=True)
@@ -161,7 +154,7 @@ class WebShopExpert:
         self._expected = None
         self._remember(read_page(observation, admissible))
 
-    def act(self, observation: str, admissible: Sequence[str]) -> ExpertMove:
+    def act(self, observation: str, admissible: Sequence[str]) -> Move:
         """The next action."""
         view = read_page(observation, admissible)
         if self._expected is not None:
@@ -203,7 +196,7 @@ class WebShopExpert:
 
     # --- deciding ---
 
-    def _decide(self, view: View) -> ExpertMove:
+    def _decide(self, view: View) -> Move:
         match view.kind:
             case Kind.SEARCH:
                 return self._search()
@@ -213,7 +206,7 @@ class WebShopExpert:
                 return self._inspect(view)
         return _click(PREVIOUS, "back to it")
 
-    def _search(self) -> ExpertMove:
+    def _search(self) -> Move:
         wish = self._visit.wish
         if self._brief or self._visit.queries:
             wanted = [value for _, value in wish.options]
@@ -221,9 +214,9 @@ class WebShopExpert:
             # A repeated word counts more, and it is the options that tell products of a kind apart.
             wanted = [wish.kind, *[f"{name} {value}" for name, value in wish.options] * OPTION_WEIGHT]
         words = " ".join([wish.text, *wanted])
-        return ExpertMove(f"search[{_BRACKETS.sub(' ', words).lower()}]", "search for it")
+        return Move(f"search[{_BRACKETS.sub(' ', words).lower()}]", "search for it")
 
-    def _choose(self, view: View) -> ExpertMove:
+    def _choose(self, view: View) -> Move:
         visit = self._visit
         left = self._turns - visit.turns
         shown = [visit.seen[result.asin] for result in view.results]
@@ -239,7 +232,7 @@ class WebShopExpert:
             return _click(fresh[0].result.asin, "take it") if fresh else _click(BACK, "search again")
         return _click(best.result.asin, "take the best")
 
-    def _inspect(self, view: View) -> ExpertMove:
+    def _inspect(self, view: View) -> Move:
         visit = self._visit
         here = visit.seen.get(visit.asin)
         spare = self._turns - visit.turns - visit.closing
@@ -267,8 +260,8 @@ class WebShopExpert:
         return seen.offered == len(self._visit.wish.options)
 
 
-def _click(text: str, thought: str) -> ExpertMove:
-    return ExpertMove(f"click[{text.lower()}]", thought)
+def _click(text: str, thought: str) -> Move:
+    return Move(f"click[{text.lower()}]", thought)
 
 
 def _words(text: str) -> list[str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from atod_envs.styles import History, Layout, Parsed, PromptStyle, history_lines, parse_tagged
+from atod_envs.styles import History, Layout, Parsed, PromptStyle, TaggedResponses, history_lines, parse_tagged
 from atod_envs.webshop.pages import BACK, BUY, NEXT, PREVIOUS, SEPARATOR
 
 SEARCH_PATTERN = "search[<your query>]"
@@ -68,7 +69,7 @@ def quoted(observation: str, task: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class AtodStyle:
+class AtodStyle(TaggedResponses):
     """The paper's prompt: every turn stands alone and shows the last ``history_length`` turns.
 
     In a conversation every turn is told in the form of the first, because the earlier ones stand above it.
@@ -77,6 +78,8 @@ class AtodStyle:
 
     history_length: int = 2
     layout: Layout = Layout.WINDOW
+    tail: ClassVar[int] = FALLBACK_TAIL
+    gap: ClassVar[str] = "\n"
 
     def prompt(self, history: History) -> str:
         """Fill the template of the turn."""
@@ -102,17 +105,9 @@ class AtodStyle:
         )
         return first if len(later) > LONGEST_PROMPT else later
 
-    def parse(self, response: str) -> Parsed:
-        """Read the action; see :func:`atod_envs.styles.parse_tagged`."""
-        return parse_tagged(response, FALLBACK_TAIL)
-
-    def respond(self, action: str, thought: str) -> str:
-        """Phrase a demonstration."""
-        return f"<think>{thought}</think>\n<action>{action}</action>"
-
 
 @dataclass(frozen=True, slots=True)
-class CompactStyle:
+class CompactStyle(TaggedResponses):
     """One growing conversation in few words.
 
     The first message is the instruction; later ones are the page in lower case, without the instruction and without the
