@@ -113,12 +113,14 @@ class Preset:
         lrs: learning rates to choose from; a single one is taken without tuning.
         seeds: training seeds.
         tuning_seed: of the runs that choose the learning rate; not among ``seeds``.
+        others: worlds that are played where they are named; no models come with them.
     """
 
     worlds: tuple[World, ...]
     lrs: tuple[float, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 1000
+    others: tuple[World, ...] = ()
 
 
 ANNEALING_SHARE = 80 / 150
@@ -133,7 +135,7 @@ def _world(name: str, env: str, *, steps: int, report_tasks: int, **train: Any) 
     """
     annealing = {"coef_anneal_steps": round(ANNEALING_SHARE * steps)}
     scaled = {name: annealing for name in ("atod", "atod-uniform", "atod-token", "atod-level")}
-    max_turns = builtin_profile(env)["max_turns"]
+    max_turns = train.pop("max_turns", None) or builtin_profile(env)["max_turns"]
     window = {"turns_every": max(1, steps // (2 * (max_turns - 1)))}
     settings = {"env": env, "steps": steps, "max_turns": max_turns, **train}
     balance = {"balance_steps": annealing["coef_anneal_steps"]}
@@ -155,6 +157,7 @@ def _laptop() -> Preset:
         "checkpoint_every": 5,
         "store": "trajectories/10",
     }
+    small: dict[str, Any] = {"style": "compact", "max_response": 64, "max_context": 4096, "eval_tasks": 60}
     return Preset(
         worlds=(
             _world("alfworld", "atod/ALFWorld-v0", steps=60, report_tasks=256, **common),
@@ -162,6 +165,10 @@ def _laptop() -> Preset:
             _world("searchqa", "atod/SearchQA-v0", steps=60, report_tasks=512, **common),
         ),
         lrs=(3e-4, 1e-3),
+        others=(
+            _world("textcraft", "atod/TextCraft-v0", steps=60, report_tasks=240, max_turns=40, **(common | small)),
+            _world("scienceworld", "atod/ScienceWorld-v0", steps=20, report_tasks=60, max_turns=30, **(common | small)),
+        ),
     )
 
 

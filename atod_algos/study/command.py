@@ -30,7 +30,8 @@ class StudyConfig:
     out: Path | None = None
     """The study's folder; by default studies/<preset>."""
     worlds: tuple[str, ...] = ()
-    """Environments, by the preset's names; by default all of them."""
+    """Environments, by the preset's names; by default alfworld, webshop and searchqa, whose models come with the
+    project. textcraft and scienceworld (laptop) need --student and --teacher."""
     methods: tuple[str, ...] = ()
     """Methods; by default the paper's. The signals of 2026 run where they are named (docs/study.md)."""
     seeds: tuple[int, ...] = ()
@@ -131,7 +132,8 @@ def _again(work: Any) -> Any:
 
 def _chosen(preset: Preset, config: StudyConfig) -> Preset:
     """The preset with what the command line changes."""
-    names = [world.name for world in preset.worlds]
+    known = (*preset.worlds, *preset.others)
+    names = [world.name for world in known]
     for name in config.worlds:
         if name not in names:
             raise UnknownName("world", name, names)
@@ -147,7 +149,8 @@ def _chosen(preset: Preset, config: StudyConfig) -> Preset:
             change["student"] = config.student
     worlds = tuple(
         dataclasses.replace(world, train={**world.train, **changes[world.name]})
-        for world in preset.worlds
-        if not config.worlds or world.name in config.worlds
+        for world in known
+        if world.name in (config.worlds or [usual.name for usual in preset.worlds])
     )
-    return dataclasses.replace(preset, worlds=worlds, seeds=config.seeds or preset.seeds, lrs=config.lrs or preset.lrs)
+    seeds, lrs = config.seeds or preset.seeds, config.lrs or preset.lrs
+    return dataclasses.replace(preset, worlds=worlds, others=(), seeds=seeds, lrs=lrs)

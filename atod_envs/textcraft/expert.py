@@ -47,9 +47,7 @@ class TextCraftExpert:
 
     def act(self, observation: str, admissible: Sequence[str]) -> Move:
         """The next step towards the goal."""
-        move = self._make(self._goal, 1, ())
-        if move is None:
-            return Move("inventory", "nothing leads to the goal")
+        move = self._make(self._goal, 1, ()) or Move("inventory", "nothing leads there")
         return Move(move.action, f"for {self._goal}: {move.thought}")
 
     def _add(self, name: str, count: int) -> None:

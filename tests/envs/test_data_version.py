@@ -6,6 +6,7 @@ import shutil
 
 import gymnasium as gym
 import pytest
+import tiny
 
 import atod_envs  # noqa: F401 (registers the environments)
 from atod_envs.alfworld.generate import main as generate_games
@@ -63,9 +64,9 @@ def test_searchqa_version_follows_questions_and_corpus(tmp_path):
     assert changed != first and changed.split("/")[1] == first.split("/")[1], "the questions are the same"
 
 
-@pytest.mark.parametrize("env_id", ["atod/ALFWorld-v0", "atod/WebShop-v0", "atod/SearchQA-v0", "atod/TextCraft-v0"])
+@pytest.mark.parametrize("env_id", tiny.BUILTIN)
 def test_trajectory_carries_the_version(env_id):
-    env = RecordTurns(gym.make(env_id, data="builtin"))
+    env = RecordTurns(gym.make(env_id, **{**tiny.BUILTIN[env_id], "data": "builtin"}))
     env.reset(seed=0)
     env.step("nonsense")
     assert env.trajectory.data_version == env.unwrapped.data_version != ""

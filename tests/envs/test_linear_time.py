@@ -25,8 +25,10 @@ WORLDS = {
     "alfworld": ("atod/ALFWorld-v0", {"data": "builtin"}),
     "webshop": ("atod/WebShop-v0", {"data": "builtin", "nouns": "rules"}),
     "searchqa": ("atod/SearchQA-v0", {"data": "builtin", "max_turns": 1000}),
+    "textcraft": ("atod/TextCraft-v0", {"data": "builtin"}),
 }
 SEEDS = (
+    *("craft 1 a using 1 a, ", "get 1 a ", ", 1 "),
     *("[", "]", "<", ">", "(", ")", "{", '"', "'", "\\", "\n", "\t", " ", "#", "a", "a ", "é", "你"),
     *("<search>", "</search>", "<answer>", "</answer>", "<action>", "<think>", "</think>", "search[", "click[", "[]"),
     *(
@@ -43,6 +45,8 @@ SEEDS = (
 )
 FRAMES = (
     "{}",
+    "craft {} using {}",
+    "get 1 {}",
     "search[{}]",
     "search[{}",
     "click[{}]",
@@ -56,7 +60,10 @@ FRAMES = (
 def texts(size, frames):
     for frame in frames:
         for seed in SEEDS:
-            yield f"{frame} of {seed!r}", frame.format((seed * (size // len(seed) + 1))[:size])
+            yield (
+                f"{frame} of {seed!r}",
+                frame.replace("{}", (seed * (size // len(seed) + 1))[: size // frame.count("{}")]),
+            )
 
 
 @pytest.mark.parametrize("size", SIZES)

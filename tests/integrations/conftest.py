@@ -2,12 +2,6 @@ import pytest
 from tiny import BUILTIN
 
 
-@pytest.fixture(autouse=True)
-def no_data_folders(monkeypatch):
-    for name in ("ALFWORLD_DATA", "WEBSHOP_DATA", "SEARCHQA_DATA"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture(params=BUILTIN, ids=lambda env_id: env_id.split("/")[1].split("-")[0])
 def env_id(request):
     return request.param

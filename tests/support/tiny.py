@@ -4,11 +4,19 @@ import functools
 
 import numpy as np
 
+from atod_envs import playable
 from atod_envs.trajectory import Group
 
-BUILTIN = {"atod/ALFWorld-v0": {"data": "builtin"}, "atod/WebShop-v0": {}, "atod/SearchQA-v0": {"data": "builtin"},
-           "atod/TextCraft-v0": {"data": "builtin"}}  # fmt: skip
-"""Each environment with arguments that need no files; the variables that name data folders are taken away."""
+OPTIONS = {
+    "atod/ALFWorld-v0": {"data": "builtin"},
+    "atod/WebShop-v0": {"data": "builtin", "nouns": "rules"},
+    "atod/SearchQA-v0": {"data": "builtin"},
+    "atod/TextCraft-v0": {"data": "builtin"},
+    "atod/ScienceWorld-v0": {"tasks": ["find-non-living-thing"], "simulators": 1, "max_turns": 20},
+}
+"""Every environment with arguments that need no files. ScienceWorld's episodes share one Java process."""
+BUILTIN = {env_id: OPTIONS[env_id] for env_id in playable()}
+"""Those whose packages are installed here."""
 
 
 @functools.lru_cache

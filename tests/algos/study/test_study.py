@@ -13,6 +13,7 @@ from atod_algos.study.command import StudyConfig, main, run
 from atod_algos.study.tables import decide
 from atod_algos.training.run_dir import Busy
 from atod_algos.training.trainer import Trainer
+from atod_envs import ROOMS
 from atod_envs.errors import AtodError
 
 pytestmark = pytest.mark.slow
@@ -95,6 +96,26 @@ def test_tuning_is_the_same_for_all_and_ablations_change_one_thing(preset, tmp_p
     assert settings[0]["train"] == settings[1]["train"]
     changed = {k for k in settings[0]["algorithm"] if settings[0]["algorithm"][k] != settings[1]["algorithm"][k]}
     assert changed == {"weighting", "coef_anneal_steps"}  # the toy preset scales the annealing of ATOD alone
+
+
+def test_textcraft_is_studied_where_it_is_named_with_models_of_ones_own(models, tmp_path, monkeypatch):
+    laptop = PRESETS["laptop"]
+    assert {world.name for world in (*laptop.worlds, *laptop.others)} == set(ROOMS), "every environment"
+    textcraft = next(world for world in laptop.others if world.name == "textcraft")
+    quick = {"steps": 1, "max_turns": 2, "max_response": 4, "tasks_per_step": 1, "group_size": 2, "minibatches": 1,
+             "eval_every": 0, "checkpoint_every": 1, "threads": 1, "eval_tasks": 2}  # fmt: skip
+    small = dataclasses.replace(textcraft, train={**textcraft.train, **quick}, report_tasks=2)
+    monkeypatch.setattr(
+        "atod_algos.study.command.PRESETS", {"toy": Preset(laptop.worlds, (1e-3,), (0,), others=(small,))}
+    )
+    student, teacher = str(models["student"]), f"textcraft={models['teacher']}"
+    methods = ("vanilla", "atod")
+    run(StudyConfig("toy", tmp_path, ("textcraft",), methods, student=student, teacher=(teacher,)))
+    assert [(c["world"], c["method"], c["last"]["n"]) for c in results(tmp_path)] == [
+        ("textcraft", method, 2) for method in methods
+    ]
+    with pytest.raises(AtodError, match="no reference student comes with the project for 'textcraft'"):
+        run(StudyConfig("toy", tmp_path / "none", ("textcraft",), ("vanilla",)))
 
 
 def test_one_learning_rate_needs_no_tuning(preset, tmp_path):
