@@ -1,7 +1,7 @@
 """What every scripted expert is: a script that is shown what an agent is shown, and says what to do next and why.
 
-The invariant: an expert can be asked in any state that another agent's actions have led to, so it watches every action,
-whoever took it.
+The invariant: an expert can be asked in any state that another agent's actions have led to, so it watches what
+every agent does.
 """
 
 from __future__ import annotations

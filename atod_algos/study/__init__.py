@@ -113,7 +113,7 @@ class Preset:
         lrs: learning rates to choose from; a single one is taken without tuning.
         seeds: training seeds.
         tuning_seed: of the runs that choose the learning rate; not among ``seeds``.
-        others: worlds that are played where they are named; no models come with them.
+        others: worlds that are played where they are named.
     """
 
     worlds: tuple[World, ...]

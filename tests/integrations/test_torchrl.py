@@ -27,8 +27,8 @@ def test_torchrl_plays_the_experts_episode(env_id, options):
 
 
 def test_specs_hold_for_raw_and_prompted_environments(env_id, options):
-    check_env_specs(torchrl_env(env_id, max_turns=3, **options))
-    check_env_specs(torchrl_env(env_id, style="atod", max_turns=3, **options))
+    check_env_specs(torchrl_env(env_id, **options | {"max_turns": 3}))
+    check_env_specs(torchrl_env(env_id, style="atod", **options | {"max_turns": 3}))
 
 
 def test_the_seed_draws_the_task():

@@ -7,6 +7,7 @@ import json
 import pytest
 from toyworld import TOY
 
+from agents.models import REFERENCE
 from atod_algos.study import METHODS, PRESETS, Preset, World
 from atod_algos.study.cells import algorithm_of, config_of, finish_cell, read_study, tune
 from atod_algos.study.command import StudyConfig, main, run
@@ -98,7 +99,7 @@ def test_tuning_is_the_same_for_all_and_ablations_change_one_thing(preset, tmp_p
     assert changed == {"weighting", "coef_anneal_steps"}  # the toy preset scales the annealing of ATOD alone
 
 
-def test_textcraft_is_studied_where_it_is_named_with_models_of_ones_own(models, tmp_path, monkeypatch):
+def test_textcraft_is_studied_where_it_is_named(tmp_path, monkeypatch):
     laptop = PRESETS["laptop"]
     assert {world.name for world in (*laptop.worlds, *laptop.others)} == set(ROOMS), "every environment"
     textcraft = next(world for world in laptop.others if world.name == "textcraft")
@@ -108,14 +109,14 @@ def test_textcraft_is_studied_where_it_is_named_with_models_of_ones_own(models, 
     monkeypatch.setattr(
         "atod_algos.study.command.PRESETS", {"toy": Preset(laptop.worlds, (1e-3,), (0,), others=(small,))}
     )
-    student, teacher = str(models["student"]), f"textcraft={models['teacher']}"
     methods = ("vanilla", "atod")
-    run(StudyConfig("toy", tmp_path, ("textcraft",), methods, student=student, teacher=(teacher,)))
+    model = str(REFERENCE / "alfworld" / "student")  # a stranger there: only the plumbing is looked at
+    run(StudyConfig("toy", tmp_path, ("textcraft",), methods, student=model, teacher=(f"textcraft={model}",)))
     assert [(c["world"], c["method"], c["last"]["n"]) for c in results(tmp_path)] == [
         ("textcraft", method, 2) for method in methods
     ]
-    with pytest.raises(AtodError, match="no reference student comes with the project for 'textcraft'"):
-        run(StudyConfig("toy", tmp_path / "none", ("textcraft",), ("vanilla",)))
+    science = next(world for world in laptop.others if world.name == "scienceworld")
+    assert science.train["env"] == "atod/ScienceWorld-v0" and science.options["atod"]["coef_anneal_steps"] == 11
 
 
 def test_one_learning_rate_needs_no_tuning(preset, tmp_path):
