@@ -104,7 +104,7 @@ def test_textcraft_is_studied_where_it_is_named(tmp_path, monkeypatch):
     assert {world.name for world in (*laptop.worlds, *laptop.others)} == set(ROOMS), "every environment"
     textcraft = next(world for world in laptop.others if world.name == "textcraft")
     quick = {"steps": 1, "max_turns": 2, "max_response": 4, "tasks_per_step": 1, "group_size": 2, "minibatches": 1,
-             "eval_every": 0, "checkpoint_every": 1, "threads": 1, "eval_tasks": 2}  # fmt: skip
+             "eval_every": 1, "checkpoint_every": 1, "threads": 1, "eval_tasks": 2}  # fmt: skip
     small = dataclasses.replace(textcraft, train={**textcraft.train, **quick}, report_tasks=2)
     monkeypatch.setattr(
         "atod_algos.study.command.PRESETS", {"toy": Preset(laptop.worlds, (1e-3,), (0,), others=(small,))}
