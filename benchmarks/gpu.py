@@ -32,6 +32,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "--rehearse" in sys.argv:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+_SO_FAR = ".so-far.json"
 _LEAST = 10.0
 """A part is not begun with fewer seconds left."""
 
@@ -56,6 +57,13 @@ class Setting:
         """Seconds that are left."""
         return self.deadline - time.monotonic()
 
+    def keep(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Write down what a part has found so far, for the case that its seconds are over; the same numbers."""
+        aside = self.out / ".so-far.part"
+        aside.write_text(json.dumps(found))
+        aside.replace(self.out / _SO_FAR)
+        return found
+
     def sync(self) -> None:
         """Wait for the device."""
         if self.device == "cuda":
@@ -78,13 +86,13 @@ def parts() -> dict[str, tuple[float, Work]]:
         "log-probs": (60, checks.logprobs),
         "weights": (20, checks.weights),
         "packing": (45, checks.packing),
-        "algorithms": (75, checks.algorithms),
+        "algorithms": (60, checks.algorithms),
         "memory": (45, speed.memory_used),
         "adamw8bit": (20, speed.eight_bits),
         "offload": (20, speed.offload),
         "engine": (100, speed.engine),
         "learner": (30, speed.learner),
-        "train": (165, train.train),
+        "train": (400, train.train),
     }
 
 
@@ -95,7 +103,9 @@ def run_part(work: Work, setting: Setting, name: str, seconds: float) -> dict[st
         ``status`` (done, failed, stopped), ``seconds``, and the part's numbers or the error's last line.
     """
     answer = setting.out / f".{name}.json"
+    so_far = setting.out / _SO_FAR
     answer.unlink(missing_ok=True)
+    so_far.unlink(missing_ok=True)
     began = time.monotonic()
     sys.stdout.flush()
     child = os.fork()
@@ -125,12 +135,14 @@ def run_part(work: Work, setting: Setting, name: str, seconds: float) -> dict[st
     if not over:
         os.waitpid(child, 0)
     took = round(time.monotonic() - began, 2)
+    kept = {"numbers": json.loads(so_far.read_text())} if so_far.is_file() else {}
+    so_far.unlink(missing_ok=True)
     if answer.is_file():
         found = json.loads(answer.read_text())
         answer.unlink()
-        return {"status": "failed" if "error" in found else "done", "seconds": took, **found}
+        return {"status": "failed" if "error" in found else "done", "seconds": took, **kept, **found}
     end = "died without a word" if over else f"was not done in {seconds:.0f} s"
-    return {"status": "stopped", "seconds": took, "error": f"{end}; see {name}.log"}
+    return {"status": "stopped", "seconds": took, **kept, "error": f"{end}; see {name}.log"}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -206,9 +218,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _gpu() -> bool:
+    """Whether torch can use a GPU; asked in a fork, for a process that has asked may not fork any more."""
     import torch
 
-    return torch.cuda.is_available()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.cuda.is_available() else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def _import_everything() -> None:

@@ -97,6 +97,7 @@ def memory_used(setting: Setting) -> dict[str, Any]:
             f"{label}: used (MiB)": peak,
             f"{label}: predicted / used": predicted / peak,
         }
+        setting.keep(found)
         del model, learner
         if setting.device == "cuda":
             torch.cuda.empty_cache()
@@ -214,6 +215,7 @@ def engine(setting: Setting) -> dict[str, Any]:
             rates[who] = sampled / times[-1]
             found[f"{name}: {who} (sampled tokens/s)"] = rates[who]
         found[f"{name}: engine / generate()"] = rates["engine"] / rates["generate()"]
+        setting.keep(found)
         del model, made
         if setting.device == "cuda":
             torch.cuda.empty_cache()

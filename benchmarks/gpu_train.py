@@ -31,22 +31,25 @@ def train(setting: Setting) -> dict[str, Any]:
     found: dict[str, Any] = {}
     model = smollm2(setting)
     toy = setting.toy
-    rounds, episodes, panel = (2, 2, 2) if toy else (10, 96, 128)
+    # Few rounds of many episodes: what takes time is the model's own turns, which are played side by side.
+    rounds, episodes, panel = (2, 2, 2) if toy else (4, 256, 128)
     prompts = PROMPTS | ({"max_turns": 2, "max_response": 12, "max_context": 512} if toy else {})
     whole = setting.left()
-    found |= _panel("before", model, setting, prompts, panel)
+    # It chats to the end of every turn, so a third of the turns has to do.
+    few = prompts | {"max_turns": max(2, prompts["max_turns"] // 3)}
+    found |= _panel(f"before, {few['max_turns']} turns at most", model, setting, few, panel)
     early, last = rounds // 2, rounds
     out = setting.out / "train"
     for stop in (early, last):
         found |= _demonstrations(setting, model, out, prompts, rounds, episodes, stop)
         found |= _panel(f"after {stop} rounds of demonstrations", str(out), setting, prompts, panel)
+        setting.keep(found)
         if stop == early:
             _copy(out, setting.out / "student")
         if setting.left() < 0.35 * whole and not toy:
             found["demonstrations"] = f"ended after round {stop} of {last}: out of time"
             break
-    found |= _atod(setting, prompts, str(setting.out / "student"), str(out), panel)
-    return found
+    return _atod(setting, prompts, str(setting.out / "student"), str(out), panel, found)
 
 
 def _demonstrations(
@@ -99,7 +102,9 @@ def _panel(what: str, agent: str, setting: Setting, prompts: dict[str, Any], tas
     }
 
 
-def _atod(setting: Setting, prompts: dict[str, Any], student: str, teacher: str, panel: int) -> dict[str, Any]:
+def _atod(
+    setting: Setting, prompts: dict[str, Any], student: str, teacher: str, panel: int, before: dict[str, Any]
+) -> dict[str, Any]:
     from atod_algos.atod import ATOD
     from atod_algos.training.config import TrainConfig, resolve
     from atod_algos.training.console import Progress
@@ -111,7 +116,7 @@ def _atod(setting: Setting, prompts: dict[str, Any], student: str, teacher: str,
     config = resolve(
         TrainConfig(
             data="builtin", student=student, teacher=teacher, device=setting.device, steps=steps, tasks_per_step=tasks, group_size=group,
-            lr=3e-6, lr_floor=1.0, eval_every=0, store="nothing", checkpoint_every=10_000, **prompts,
+            lr=3e-6, lr_floor=1.0, eval_every=0, eval_tasks=1, store="nothing", checkpoint_every=10_000, **prompts,
         )
     )  # fmt: skip
     algorithm = ATOD()
@@ -138,7 +143,7 @@ def _atod(setting: Setting, prompts: dict[str, Any], student: str, teacher: str,
     del trainer
     if setting.device == "cuda":
         torch.cuda.empty_cache()
-    found = {
+    found = before | {
         f"ATOD, steps in {took:.0f} s": Clock.done,
         "ATOD, last step (s)": Clock.metrics["time/step"],
         "ATOD, last step: rollout, scoring, update (s)": ", ".join(
@@ -147,4 +152,4 @@ def _atod(setting: Setting, prompts: dict[str, Any], student: str, teacher: str,
         "ATOD, training episodes solved in the last step": f"{Clock.metrics['episode/success']:.1%}",
         "ATOD, teacher's gap (nats a token)": Clock.metrics.get("atod/teacher_student_gap_mean", float("nan")),
     }
-    return found | _panel("after ATOD", str(out), setting, prompts, panel)
+    return setting.keep(found) | _panel("after ATOD", str(out), setting, prompts, panel)

@@ -108,7 +108,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
             (
                 *world, *PROMPTS, *limits, "--student", str(student), "--teacher", str(teacher), "--run", str(out / "atod"), "--dtype", options.dtype,
                 "--steps", str(options.steps), "--tasks-per-step", str(options.tasks), "--group-size", str(options.group), "--lr", str(options.rl_lr),
-                "--minibatches", "2", "--eval-every", "0", "--eval-temperature", "0.4", "--report-tasks", str(options.panel),
+                "--minibatches", "2", "--eval-every", "0", "--eval-tasks", "1", "--eval-temperature", "0.4", "--report-tasks", str(options.panel),
                 "--coef-anneal-steps", str(options.steps),
             ),
             lambda: False,  # a finished run shows its table again

@@ -43,7 +43,7 @@ def export(command: ExportCommand, say: Callable[[str], None]) -> None:
 
     Raises:
         AtodError: no run, no checkpoint, a target in use or that cannot be written, or a result that is not the trained
-        model.
+            model.
     """
     from atod_algos.export.card import card
     from atod_algos.export.folder import TOLERANCE, refuse_target, write_folder

@@ -79,7 +79,7 @@ def write_folder(source: Source, to: Path, *, merge: bool, card: Callable[[Expor
 
     Raises:
         AtodError: the target is in use, cannot be written, or the folder does not give the trained model's log-probs.
-        Nothing is left.
+            Nothing is left.
     """
     refuse_target(to)
     train = source.train

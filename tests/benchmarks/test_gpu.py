@@ -70,6 +70,7 @@ def test_a_part_that_goes_wrong_is_recorded(tmp_path):
         os._exit(3)
 
     def hangs(setting):
+        setting.keep({"so far": 2})
         time.sleep(600)
 
     assert run_part(lambda setting: {"x": 1.5}, setting, "fine", 20)["numbers"] == {"x": 1.5}
@@ -77,10 +78,12 @@ def test_a_part_that_goes_wrong_is_recorded(tmp_path):
     assert found["status"] == "failed" and found["error"] == "ValueError: the card said no"
     assert "on the way" in (tmp_path / "fails.log").read_text() and "Traceback" in (tmp_path / "fails.log").read_text()
     assert run_part(dies, setting, "dies", 20)["error"] == "died without a word; see dies.log"
-    found = run_part(hangs, setting, "hangs", -1.9)
-    assert found["status"] == "stopped" and "was not done in" in found["error"]
+    found = run_part(hangs, setting, "hangs", 1)
+    assert (
+        found["status"] == "stopped" and "was not done in 1 s" in found["error"] and found["numbers"] == {"so far": 2}
+    )
     text = markdown({"title": "t", "when": "now", "seconds": 3.0, "toy": False, "parts": {"fails": found}})
-    assert "| **fails** | stopped" in text
+    assert "| **fails** | stopped" in text and "| | so far | 2 |" in text
 
 
 def test_time_that_is_not_there_is_not_begun_with(tmp_path, monkeypatch, capsys):
