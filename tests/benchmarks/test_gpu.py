@@ -39,6 +39,7 @@ def start(*arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # seconds of the CPU are few; a busy machine takes many of the clock
 def test_all_parts_at_toy_size(tmp_path):
     done = start("--rehearse", "--brought", brought(tmp_path / "brought"), "--out", tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr

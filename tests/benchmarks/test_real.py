@@ -73,6 +73,7 @@ def test_a_model_is_kept_whole(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # seconds of the CPU are few; a busy machine takes many of the clock
 def test_from_start_to_end(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("ALFWORLD_DATA", raising=False)
     monkeypatch.setenv("REAL_THREADS", "1")
