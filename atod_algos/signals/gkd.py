@@ -1,10 +1,10 @@
 """GKD: forward, reverse or Jensen-Shannon divergence on the teacher's top k, with a tail (arXiv 2306.13649).
 
 On the student's own tokens, as in OPD, but with more of the teacher than its opinion of the one that was sampled. What
-the k tokens leave out is one more token, the tail: without it a student could put its mass where nobody looks.
+the k tokens leave out is one more token, the tail: without it a student could put its mass out of sight.
 
 Objective
-    V_t    = the teacher's k likeliest tokens in place t, and the tail with what is left of each distribution
+    V_t    = the teacher's top k tokens in place t, and the tail with what is left of each distribution
     p, q   = pi_T and pi_theta on V_t                                   each sums to 1
     forward    KL(p || q)           covers all that the teacher might say
     reverse    KL(q || p)           settles on something that it says; OPD's, in expectation
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GKD(Algorithm):
-    """A divergence from the teacher's likeliest tokens, as a loss."""
+    """A divergence from the teacher's top k tokens, as a loss."""
 
     name: ClassVar[str] = "gkd"
     scores: ClassVar[frozenset[str]] = frozenset({"teacher", "support"})
@@ -53,7 +53,7 @@ class GKD(Algorithm):
     coef: float = 1.0
     """Multiplies the divergence."""
     support: int = 32
-    """k: how many of the teacher's likeliest tokens stand for themselves (our choice)."""
+    """k: how many of the teacher's top tokens stand for themselves (our choice)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < 1 or self.support < 1:

@@ -16,9 +16,9 @@ A is A^GRPO of the episode. Under grsd the mean runs over the tokens of turn k, 
 a failure keeps its A. L is the clipped surrogate.
 
 The sibling is the shortest successful attempt of the group but the one that is scored, the first among equals: an
-attempt never sees itself. Nobody sees it in a rollout or an evaluation. A student must be able to use such a text; to
-one that cannot it is noise, as the skills of sdar.py are. A row that no longer fits the model is an error that says by
-how much.
+attempt never sees itself. No policy sees it in a rollout or an evaluation. A student must be able to use such a text;
+to one that cannot it is noise, as the skills of sdar.py are. A row that no longer fits the model is an error that says
+by how much.
 
 Differences: what these share, a sibling, is here; what each does with words is not. SDPO also shows the environment's
 feedback, distils whole distributions (a Jensen-Shannon divergence on the top 100) and averages its teacher over steps;

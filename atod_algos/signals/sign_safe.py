@@ -17,7 +17,7 @@ Rules (``--rule``)
 rlsd and crest keep A's sign on every token and never read the teacher's; sg_opd and opdvr take its size from the gap
 alone. In a group of one outcome A is 0: rlsd and crest then learn nothing, sg_opd and opdvr go on.
 
-Differences. RLSD's form and numbers are those of the code beside SDAR, which fades over 50 to 100 steps by world.
+Differences. RLSD's form and numbers are those of the code next to SDAR, which fades over 50 to 100 steps by world.
 CrEST's advantage is per turn in its paper, from rewards of each turn, which these environments do not give: ours is
 the episode's. How its entropy gate becomes m_t is not public; we take a range of 1 - r to 1 + r, which its cut at l
 and its bound of l e = 8.4 % fit. SG-OPD's factors are second-hand, from a paper that ran it as a baseline; its phased
@@ -71,7 +71,7 @@ class SignSafe(RewardAlgorithm):
     bound: float | None = None
     """e: a weight stays within 1 - e and 1 + e; by default the rule's: 0.2 (RLSD), 0.28 (CrEST)."""
     fade_steps: int = 0
-    """Steps over which RLSD's strength falls to 0, in a line; 0 keeps it (the code beside SDAR: 50 to 100)."""
+    """Steps over which RLSD's strength falls to 0, in a line; 0 keeps it (the code next to SDAR: 50 to 100)."""
     agreed: float = 1.8
     """SG-OPD's factor of a gap that agrees with the outcome (second-hand)."""
     opposed: float = 1.0

@@ -8,7 +8,7 @@ Objective
     Delta_t = log pi_T(a_t | s_t) - log pi_old(a_t | s_t)
     P_t     = min(pi_T / pi_old, 1) = min(exp(Delta_t), 1)               how far the teacher can be believed of a_t
     A_t     = P_t Delta_t                                                bounded below by -1/e
-    F_t     = sum over the teacher's k likeliest tokens of pi_T (log pi_T - log pi_theta)      the current student
+    F_t     = sum over the teacher's top k tokens of pi_T (log pi_T - log pi_theta)      the current student
     L       = the clipped surrogate with A_t, plus coef (1 - P_t) F_t
 
 Differences: the paper tosses a coin with P_t for each token; this is what it gives on average, with less noise and
@@ -47,7 +47,7 @@ class TrOPD(Algorithm):
     outlier_coef: float = 1.0
     """Weight of the forward KL outside the trust region; 0 leaves outliers alone (the paper's masking, on average)."""
     support: int = 16
-    """k: how many of the teacher's likeliest tokens the forward KL sums over (our choice)."""
+    """k: how many of the teacher's top tokens the forward KL sums over (our choice)."""
 
     def __post_init__(self) -> None:
         if self.outlier_coef < 0 or self.support < 1:

@@ -16,7 +16,7 @@ from atod_envs.errors import AtodError
 
 TEACHER = np.array([[0.5, 0.3], [0.6, 0.15]])
 STUDENT = np.array([[0.25, 0.6], [0.1, 0.2]])
-"""Of two places, the teacher's two likeliest tokens: the tails have 0.2 and 0.25, 0.15 and 0.7."""
+"""Of two places, the teacher's top two tokens: the tails have 0.2 and 0.25, 0.15 and 0.7."""
 
 
 def kinds(**options):
