@@ -140,6 +140,18 @@ LINES: dict[str, dict[str, tuple[str, str, str]]] = {
         "w_t": ("", "TurnOPD.advantages", "weight_M = (1 - progress)"),
         "A_t": GAP,
     },
+    "gkd": {
+        "the tail": ("atod_algos.learner.loss", "with_tail", "return torch.cat([logprobs, rest.log()]"),
+        "forward": ("", "GKD.support_loss", "return self.coef * kl(theirs, own)"),
+        "reverse": ("", "GKD.support_loss", "return self.coef * kl(own, theirs)"),
+        "m": ("", "GKD.support_loss", "middle = "),
+        "jsd": ("", "GKD.support_loss", "self.beta * kl(theirs, middle)"),
+    },
+    "tropd": {
+        "P_t": ("", "trust", "return np.asarray(np.exp(np.minimum("),
+        "A_t": ("", "TrOPD.advantages", "distillation_M=trust_M * delta_M"),
+        "F_t": ("", "TrOPD.support_loss", "return self.outlier_coef * outside"),
+    },
 }
 """Algorithm -> what is computed -> its module ("" for the algorithm's own), its function, and a part of the line."""
 
