@@ -4,8 +4,8 @@ For each world (``alfworld``, ``searchqa``, ``webshop``; all by default):
 
     tokenizer   its tokens are the world's things, or the parts of its names, and its stock phrases
     student     a small Qwen3, stopped early in imitating the scripted expert: it speaks the language and often fails
-    teacher     a larger Qwen3 (Search-QA: of the student's size) that imitates longer, mostly from its own states
-                and differs in nothing but when it stopped
+    teacher     a larger Qwen3 that imitates longer, mostly from its own states, and in ALFWorld is then trained by
+                GRPO; Search-QA's has the student's size and differs in nothing but when it stopped
 
 One thread and fixed seeds: on the same machine the same version of the code gives the same bits. ALFWorld's two took
 930 CPU-seconds (229 the student, 700 the teacher, on a busy core); all six take the better part of an hour on one core.
@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from agents.chat import ChatFormat
 from agents.models import REFERENCE
 from agents.reference.tokenizer import train_tokenizer
-from atod_algos.training.config import builtin_profile
+from atod_algos.grpo import GRPO
+from atod_algos.training.checkpoint import latest_checkpoint
+from atod_algos.training.cli import train
+from atod_algos.training.config import TrainConfig, builtin_profile, resolve
 from atod_algos.training.demonstrations import demonstrate
 from atod_algos.training.sft import ImitationOptions, imitate
 from atod_envs.alfworld.household import tables
@@ -54,6 +57,7 @@ class Recipe:
         tokenizer: makes the tokenizer.
         shapes: by role, the arguments of ``Qwen3Config`` that set the size.
         imitation: by role, how long it imitates: one stretch, or several, each with a schedule of its own.
+        reward: by role, settings of the GRPO run that follows; by default none follows.
         copying: begin with heads that copy; see ``teach_copying``.
     """
 
@@ -62,6 +66,7 @@ class Recipe:
     tokenizer: Callable[[], Any]
     shapes: Mapping[str, Mapping[str, int]]
     imitation: Mapping[str, tuple[ImitationOptions, ...]]
+    reward: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     copying: bool = False
 
 
@@ -215,6 +220,7 @@ RECIPES: Mapping[str, Recipe] = {
                 ImitationOptions(6, 320, lr=2.5e-3, first_beta=0.65, seed=4),
             ),
         },
+        {"teacher": {"steps": 12, "lr": 3e-4, "minibatches": 4, "warmup_steps": 5, "eval_every": 0, "seed": 7}},
     ),
     "searchqa": Recipe(
         "atod/SearchQA-v0",
@@ -350,6 +356,28 @@ def imitator(recipe: Recipe, role: str, tokenizer: Any, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
+def reinforce(recipe: Recipe, role: str, folder: Path) -> Path:
+    """Train an imitator by GRPO, in the built-in world; return the folder of the last step's weights."""
+    run = folder.with_name(f"{role}-grpo")
+    shutil.rmtree(run, ignore_errors=True)
+    config = resolve(
+        TrainConfig(
+            env=recipe.env,
+            data="builtin",
+            student=str(folder),
+            run=str(run),
+            store="nothing",
+            old_logprobs="sampler",
+            **{**builtin_profile(recipe.env), **recipe.reward[role]},
+        )
+    )
+    algorithm = GRPO()
+    train(config, replace(algorithm, objective=replace(algorithm.objective, clip_high=0.28)), "paper")
+    weights = latest_checkpoint(run / "checkpoints")
+    assert weights is not None, "a finished run keeps its last step"
+    return weights
+
+
 def make(key: str, out: Path) -> None:
     """Build the models of one world into a scratch folder, then put them in place."""
     recipe, scratch = RECIPES[key], Path("runs/reference-models") / key
@@ -357,6 +385,8 @@ def make(key: str, out: Path) -> None:
     made = {role: scratch / role for role in recipe.imitation}
     for role, folder in made.items():
         imitator(recipe, role, tokenizer, folder)
+        if role in recipe.reward:
+            made[role] = reinforce(recipe, role, folder)
     for role, folder in made.items():
         target = out / key / role
         shutil.rmtree(target, ignore_errors=True)

@@ -106,8 +106,7 @@ def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
         config_default = preset_config(preset, env)
         options_default = fit_algorithm(options_default, preset, env)
     elif rules == "paper" and all(_ahead(arguments, f"--{name}") in (None, "builtin") for name in _BUILTIN):
-        stale = _ahead(arguments, "--staleness") not in (None, "0")
-        config_default, options_default = builtin_run(options_default, env, stale=stale)
+        config_default, options_default = builtin_run(options_default, env)
 
     _refuse_gone(arguments)
     run, config, options = _parse(algorithm, arguments, config_default, options_default)

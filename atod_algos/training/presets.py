@@ -114,8 +114,8 @@ MODELS: Mapping[str, tuple[str, str]] = MappingProxyType(
 BUILTIN_RUNS: Mapping[tuple[str, str], tuple[Mapping[str, Any], Mapping[str, Any]]] = MappingProxyType(
     {
         ("atod", "atod/ALFWorld-v0"): (
-            {"steps": 80, "gap": "exact", "minibatches": 8, "warmup_steps": 5, "old_logprobs": "sampler"},
-            {"coef_anneal_steps": 50, "objective": {"clip_high": 0.28}},
+            {"steps": 110, "gap": "exact", "lr": 4e-4, "warmup_steps": 5, "staleness": 1},
+            {"coef_anneal_steps": 60, "objective": {"clip_high": 0.28}},
         )
     }
 )
@@ -132,17 +132,18 @@ def override(options: Any, values: Mapping[str, Any]) -> Any:
     return dataclasses.replace(options, **changed)
 
 
-def builtin_run(algorithm: Any, env: str, *, stale: bool) -> tuple[TrainConfig, Any]:
+def builtin_run(algorithm: Any, env: str) -> tuple[TrainConfig, Any]:
     """Defaults of a run of the built-in models and data: settings, and the algorithm with its options.
 
     Args:
         algorithm: with the paper's rules.
         env: registered id of the environment.
-        stale: older weights will play, so that the sampler's log-probs are not the learner's.
     """
     settings, options = BUILTIN_RUNS.get((algorithm.name, env), ({}, {}))
     config = TrainConfig(**settings)
-    return dataclasses.replace(config, old_logprobs="learner") if stale else config, override(algorithm, options)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        config = dataclasses.replace(config, staleness=0)  # ranks learn from what they have just played
+    return config, override(algorithm, options)
 
 
 def _world(preset: str, env: str) -> World:

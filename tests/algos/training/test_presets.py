@@ -339,8 +339,8 @@ def test_what_cannot_be_run_is_refused_in_one_line(arguments, words, capsys):
     assert stop.value.code == 1 and words in said and said.count("\n") == 1
 
 
-def test_the_built_in_run_has_settings_of_its_own_and_flags_win(capsys):
-    run = {"steps": 80, "gap": "exact", "minibatches": 8, "warmup_steps": 5, "old_logprobs": "sampler"}
+def test_the_built_in_run_has_settings_of_its_own_and_flags_win(capsys, monkeypatch):
+    run = {"steps": 110, "gap": "exact", "warmup_steps": 5, "staleness": 1}
 
     def settings(algorithm, *arguments):
         found, _ = dry(algorithm, arguments, capsys)
@@ -348,12 +348,15 @@ def test_the_built_in_run_has_settings_of_its_own_and_flags_win(capsys):
         return {name: found["train"][name] for name in run}, method.get("coef_anneal_steps"), method["objective"]
 
     train, annealing, objective = settings(ATOD)
-    assert (train, annealing, objective["clip_high"]) == (run, 50, 0.28)
+    assert (train, annealing, objective["clip_high"]) == (run, 60, 0.28)
     train, annealing, objective = settings(
-        ATOD, "--steps", "9", "--minibatches=2", "--coef-anneal-steps", "7", "--clip-high", "0.2"
+        ATOD, "--steps", "9", "--staleness=0", "--coef-anneal-steps", "7", "--clip-high", "0.2"
     )
-    assert (train, annealing, objective["clip_high"]) == (run | {"steps": 9, "minibatches": 2}, 7, 0.2)
-    assert settings(ATOD, "--staleness", "1")[0] == run | {"old_logprobs": "learner"}
+    assert (train, annealing, objective["clip_high"]) == (run | {"steps": 9, "staleness": 0}, 7, 0.2)
+    assert dry(ATOD, [], capsys)[0]["train"]["lr"] == 4e-4 != dry(GRPO, [], capsys)[0]["train"]["lr"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert settings(ATOD)[0] == run | {"staleness": 0}
+    monkeypatch.delenv("WORLD_SIZE")
     plain = {name: getattr(resolve(TrainConfig()), name) for name in run}
     for algorithm, *arguments in (
         (GRPO,),
