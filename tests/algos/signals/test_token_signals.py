@@ -71,6 +71,14 @@ def test_the_baseline_keeps_the_gradient_and_lowers_its_variance():
     assert moments(far - own + (p * (own - far)).sum())[1] < 0.2 * moments(far - own)[1]
 
 
+def test_the_exact_gap_leaves_no_noise_to_take_a_baseline_from(models):
+    """--gap exact and the baseline exclude each other: with whole distributions compared, the sampled gap stays."""
+    student = load_model(str(models["student"]), "student")
+    config = resolve(TrainConfig(env=TOY, student="x", teacher="y", gap="exact"))
+    for algorithm, exact in ((OPD(), True), (OPD(baseline="kl"), False), (VOPD(), False)):
+        assert StepScorer(config, algorithm, student, None, lambda *_: student, "cpu").exact == exact
+
+
 # --- OPSA ---------------------------------------------------------------------------------------------------------
 
 
