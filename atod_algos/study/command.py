@@ -31,7 +31,7 @@ class StudyConfig:
     """The study's folder; by default studies/<preset>."""
     worlds: tuple[str, ...] = ()
     """Environments, by the preset's names; by default the paper's three. The laptop preset has textcraft and
-    scienceworld, too; for scienceworld no models come with the project: give --student and --teacher."""
+    scienceworld, too; no models come with the project for them: give --student and --teacher."""
     methods: tuple[str, ...] = ()
     """Methods; by default the paper's. The signals of 2026 run where they are named (docs/study.md)."""
     seeds: tuple[int, ...] = ()
