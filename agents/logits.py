@@ -120,13 +120,44 @@ def vocabulary_rows(model: Any) -> int:
 
 
 def longest_context(model: Any) -> int:
-    """Most positions that a model is made for; a model that names none gets 2^17."""
+    """Most positions that a model is made for and has one set of log-probs for; a model that names none gets 2^17."""
     config = text_config(model)
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "context_length"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 1 << 17
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "context_length")
+    values = (getattr(config, name, None) for name in names)
+    longest = next((value for value in values if isinstance(value, int) and value > 0), 1 << 17)
+    return min(longest, steady_positions(model) or longest)
+
+
+def steady_positions(model: Any) -> int | None:
+    """Up to how many positions a model's rotary frequencies stay the same; None where they do not depend on the length.
+
+    Of ``longrope`` and ``dynamic`` models every log-prob changes when the row grows past this number, those of tokens
+    that were sampled before it included: sampling and scoring would not see the same distribution.
+    """
+    config = text_config(model)
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    original = getattr(config, "original_max_position_embeddings", None)
+    found = []
+    for rope in (given, *given.values()):  # one for all layers, or one for each kind of layer
+        kind = (rope.get("rope_type") or rope.get("type")) if isinstance(rope, dict) else None
+        if kind == "longrope" or "dynamic" in str(kind):
+            wide = rope.get("original_max_position_embeddings") or original or config.max_position_embeddings
+            found.append(int(config.max_position_embeddings if kind != "longrope" else wide))
+    return min(found, default=None)
+
+
+def require_steady_positions(model: Any, length: int, what: str) -> None:
+    """Refuse rows that are longer than a model's rotary frequencies stay the same.
+
+    Raises:
+        UnsupportedModel: names the length, and what to set.
+    """
+    steady = steady_positions(model)
+    if steady is not None and length > steady:
+        raise UnsupportedModel(
+            f"{what} {type(model).__name__} changes its rotary frequencies beyond {steady:,} positions, so that what was sampled "
+            f"before would get other log-probs; {length:,} are wanted: set --max-context to at most {steady:,}"
+        )
 
 
 def attends_fully(model: Any, length: int | None = None) -> bool:
@@ -167,11 +198,12 @@ def usable_ids(model: Any) -> np.ndarray:
 
 
 def require_known_ids(model: Any, rows: Sequence[np.ndarray], what: str) -> None:
-    """Refuse token ids that a model has no embedding for.
+    """Refuse token ids that a model has no embedding for, and rows that it has no steady log-probs for.
 
     Raises:
-        AtodError: names the id and the model's vocabulary.
+        AtodError: names the id and the model's vocabulary, or the length.
     """
+    require_steady_positions(model, max(map(len, rows), default=0), what)
     size = int(model.get_input_embeddings().weight.shape[0])
     worst = max((int(row.max()) for row in rows if len(row)), default=-1)
     if worst >= size:

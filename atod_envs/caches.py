@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from atod_envs.errors import DataError
+from atod_envs.files import file_stamp
 
 VARIABLE = "ATOD_CACHE"
 """Environment variable that names the folder of caches."""
@@ -163,8 +164,7 @@ def _own_checksum(about: Mapping[str, Any]) -> str:
 
 
 def _times(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return list(file_stamp(path))
 
 
 def _remember(folder: Path, times: Mapping[str, list[int]]) -> None:

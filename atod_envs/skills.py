@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 from atod_envs.errors import DataError, UnknownName
-from atod_envs.files import read_text
+from atod_envs.files import file_stamp, read_text
 
 _GENERAL = "General"
 
@@ -46,7 +46,6 @@ class SkillBook:
         return f"{self.general}\n\n{self.by_kind[kind]}"
 
 
-@cache
 def read_skills(path: Path) -> SkillBook:
     """Read a file of skills.
 
@@ -59,6 +58,11 @@ def read_skills(path: Path) -> SkillBook:
     """
     if not path.is_file():
         raise DataError(f"no skills at {path}; expected a Markdown file of skills")
+    return _read(path, file_stamp(path))
+
+
+@lru_cache(16)
+def _read(path: Path, stamp: tuple[int, ...]) -> SkillBook:
     text = read_text(path, "expected a Markdown file of skills").replace("\r\n", "\n")
     parts = re.split(r"^#{1,2} +(.+?) *$", text, flags=re.MULTILINE)[1:]
     sections: dict[str, str] = {}

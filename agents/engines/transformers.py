@@ -24,7 +24,7 @@ import torch
 from agents.engines.base import Completion, EngineDied, SamplingParams, check_request, uniform
 from agents.engines.decoder import make_decoder
 from agents.engines.kv_cache import Segment
-from agents.logits import logit_head, longest_context
+from agents.logits import logit_head, longest_context, require_steady_positions
 
 PASS_TOKENS = 8192
 """Most new tokens of one forward pass; bounds its activations. A single longer prompt is read in on its own."""
@@ -84,6 +84,7 @@ class TransformersEngine:
         self.model = model
         self.version = 0
         self.max_context = int(max_context or longest_context(base))
+        require_steady_positions(base, self.max_context, "the model")
         self.device = next(model.parameters()).device
         self._head = logit_head(base)
         self.decoder, self.store = make_decoder(model, slots, self.max_context)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from agents.engines.base import Completion, EngineDied, SamplingParams, check_request
-from agents.logits import longest_context, text_config, usable_ids
+from agents.logits import longest_context, require_steady_positions, text_config, usable_ids
 from atod_envs.errors import AtodError
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class VllmEngine:
     def __init__(self, model: Any, *, slots: int = 128, max_context: int | None = None, memory: float = 0.45) -> None:
         self.version = 0
         self.max_context = int(max_context or longest_context(model))
+        require_steady_positions(model, self.max_context, "the model")
         self._tied = bool(model.config.tie_word_embeddings)
         self._running: dict[str, float] = {}
         self._dead: Exception | None = None

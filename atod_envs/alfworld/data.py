@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from atod_envs.alfworld.engine.game import TASK_TYPES, Game
-from atod_envs.alfworld.index import GAME_FILE, Entry, open_index, read_trajectory, version_of
+from atod_envs.alfworld.index import GAME_FILE, Entry, open_index, read_trajectory, stamp_of, version_of
 from atod_envs.errors import DataError, UnknownName
 
 logger = logging.getLogger(__name__)
@@ -171,12 +171,12 @@ class FolderSource:
         """
         path = self.root / task_id / GAME_FILE
         try:
-            status = path.stat()
+            stamp = stamp_of(path.stat())
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}); it was there when the games were listed"
             ) from None
-        if (status.st_mtime_ns, status.st_size) != self._entries[task_id].game:
+        if stamp != self._entries[task_id].game:
             raise DataError(f"{path} has changed since the games were listed; make the environment again")
         return path
 

@@ -65,6 +65,11 @@ class Entry:
         return not self.excluded and not self.broken
 
 
+def stamp_of(status: os.stat_result) -> Stamp:
+    """What tells that a file has changed; the time of status cannot be set back."""
+    return max(status.st_mtime_ns, status.st_ctime_ns), status.st_size
+
+
 def open_index(root: Path, split: str) -> tuple[Entry, ...]:
     """Every trial folder of a split, sorted by task id.
 
@@ -157,8 +162,7 @@ def _folders(root: Path, split: str) -> Iterator[tuple[str, Stamp, Stamp]]:
         with os.scandir(folder) as items:
             for item in items:
                 if item.name in (GAME_FILE, TRAJECTORY_FILE):
-                    status = item.stat()
-                    stamps[item.name] = (status.st_mtime_ns, status.st_size)
+                    stamps[item.name] = stamp_of(item.stat())
                 elif item.is_dir():
                     pending.append(Path(item.path))
         if stamps:

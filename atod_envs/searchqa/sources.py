@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from atod_envs.caches import VARIABLE, build_once, home_cache
 from atod_envs.errors import DataError
+from atod_envs.files import file_stamp
 from atod_envs.retrieval.bm25 import BM25Index
 from atod_envs.retrieval.corpus import Corpus, read_passages
 from atod_envs.retrieval.protocol import LocalSearch, SearchService
@@ -188,7 +189,7 @@ def _remote(url: str) -> SearchService:
 
 def index_folder(file: Path, backend: str) -> Path:
     """Where the index over a corpus file is kept; it need not be built yet."""
-    found = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else (0, 0)
+    found = file_stamp(file) if file.is_file() else ()
     key = hashlib.sha256(f"{file.resolve()}|{found}".encode()).hexdigest()[:16]
     return cache_folder() / f"{file.name.split('.')[0]}-{key}-{backend}"
 

@@ -17,6 +17,7 @@ from agents.logits import (
     decoder_states,
     limit_vocabulary,
     logit_head,
+    longest_context,
     own_logits,
     probe_ids,
     text_config,
@@ -90,6 +91,37 @@ def test_a_cap_is_seen_although_the_weights_make_small_logits():
     assert not logit_head(model).plain
     assert logit_head(small("Gemma2", final_logit_softcapping=None)).plain
     assert logit_head(small("Qwen3")).plain
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+GROWING = [
+    ("Llama", {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 32}, "max_position_embeddings": 99}),
+    ("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32, "max_position_embeddings": 99}),
+    (
+        "Qwen3",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+            "max_position_embeddings": 32,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), GROWING)
+def test_frequencies_that_change_with_the_length_bound_the_context(kind, options):
+    model = small(kind, **options)
+    assert longest_context(model) == 32
+    long, ids = probe_ids(model, 40, 1), probe_ids(model, 32, 1)
+    assert float((own_logits(model, long)[:20] - own_logits(model, long[:20])).abs().max()) > 0.1
+    with pytest.raises(UnsupportedModel, match=r"beyond 32 positions.* set --max-context to at most 32"):
+        TransformersEngine(model, slots=2, max_context=40)
+    with pytest.raises(UnsupportedModel, match="40 are wanted"):
+        score(model, row_batch([np.array(long)]), temperature=1.0)
+    done = run(TransformersEngine(model, slots=2), [("a", ids[:12], SamplingParams(20, seed=1))])["a"]
+    expected = plain_logprobs(model, ids[:12], list(done.token_ids))
+    np.testing.assert_allclose(done.logprobs, expected, atol=1e-4)
+    got = score(model, row_batch([np.array([*ids[:12], *done.token_ids])]), temperature=1.0)[0]
+    np.testing.assert_allclose(got[11:], expected, atol=1e-4)
 
 
 def test_a_decoder_that_transformers_does_not_find_is_found():

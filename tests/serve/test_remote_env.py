@@ -98,12 +98,16 @@ def test_the_expert_plays_from_afar_and_is_recorded(server, kind, env_id):
     remote.close()
 
 
-def test_vector_environments_and_rollouts_take_it(server):
+def test_vector_environments_take_it(server):
     envs = TextVectorEnv(RemoteEnv, 3, workers=1, url=server, env_id="atod/ALFWorld-v0", split="valid_seen")
     observations, infos = envs.reset(seed=[5, 6, 7])
     local = [gym.make("atod/ALFWorld-v0", data="builtin", split="valid_seen").reset(seed=s)[0] for s in (5, 6, 7)]
     assert list(observations) == local and set(infos["split"]) == {"valid_seen"}
     envs.close()
+
+
+def test_a_models_rollouts_take_it(server):
+    pytest.importorskip("torch", reason="PyTorch is not installed (extra 'train')")
     remotely = played_by_a_model(lambda: RemoteEnv(server, "atod/ALFWorld-v0", max_turns=3))
     locally = played_by_a_model(lambda: gym.make("atod/ALFWorld-v0", data="builtin", max_turns=3))
     assert remotely == locally

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from atod_envs.caches import VARIABLE, build_once, home_cache
+from atod_envs.files import file_stamp
 from atod_envs.webshop.catalogue.build import build_store
 from atod_envs.webshop.catalogue.files import DATA_VARIABLE, CatalogueFiles, find_files
 from atod_envs.webshop.catalogue.store import STORE_VERSION, Store, digest
@@ -47,7 +48,7 @@ def open_store(data: str | os.PathLike[str] | None = None) -> Store:
 
 def store_folder(files: CatalogueFiles) -> Path:
     """Where the store of official files is kept; it need not be built yet."""
-    return _named_folder(digest([(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files.present()]))
+    return _named_folder(digest([(str(path.resolve()), *file_stamp(path)) for path in files.present()]))
 
 
 def _named_folder(name: str) -> Path:
