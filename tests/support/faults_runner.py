@@ -21,10 +21,13 @@ from atod_algos.learner import learner, optimizer  # noqa: F401
 from atod_algos.training import checkpoint, cli, console, trainer  # noqa: F401
 
 PLACES = {
+    "load": "agents.models.accept",
     "rollout": "agents.policy.Policy.submit",
     "scoring": "atod_algos.teachers.local.score",
     "update": "atod_algos.learner.optimizer.Updater.update",
+    "evaluation": "atod_algos.training.trainer.evaluate",
     "log": "atod_algos.training.run_dir.RunFolder.log",
+    "finish": "atod_algos.training.run_dir.RunFolder.finish",
     "store": "atod_algos.training.run_dir.RunFolder.store",
     "weights": "torch.save",
     "fsync": "os.fsync",
@@ -33,12 +36,12 @@ PLACES = {
 }
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+def die(number=signal.SIGKILL):
+    os.kill(os.getpid(), number)
 
 
-def die_at(place, count, after):
-    """Be killed at (or just after) the count-th call of a function."""
+def die_at(place, count, after, number):
+    """Get a signal at (or just after) the count-th call of a function."""
     owner, _, name = PLACES[place].rpartition(".")
     target = sys.modules.get(owner)
     if target is None:
@@ -49,10 +52,10 @@ def die_at(place, count, after):
     def call(*arguments, **options):
         calls[0] += 1
         if calls[0] == count and not after:
-            die()
+            die(number)
         answer = honest(*arguments, **options)
-        if calls[0] == count:
-            die()
+        if calls[0] == count and after:
+            die(number)
         return answer
 
     setattr(target, name, call)
@@ -63,7 +66,7 @@ def child(order):
     os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
     torch.set_num_threads(1)
     if order.get("place"):
-        die_at(order["place"], order["count"], order.get("after", False))
+        die_at(order["place"], order["count"], order.get("after", False), order.get("signal", signal.SIGKILL))
     if order.get("seconds"):
         threading.Timer(order["seconds"], die).start()
     if order.get("file_bytes"):

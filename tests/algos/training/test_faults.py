@@ -8,6 +8,7 @@ import gzip
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -141,6 +142,28 @@ def test_killed_at_named_places_and_resumed_equals_uninterrupted(whole, runner, 
         if not end["killed"]:
             break
     assert deaths >= len(places) - 1, "some places were not reached"
+    require_equal(run, expected)
+
+
+PHASES = [
+    ("load", 1, True), ("load", 2, False), ("rollout", 9, False), ("scoring", 1, False), ("update", 1, False),
+    ("store", 1, False), ("weights", 1, False), ("fsync", 9, True), ("rename", 2, False), ("evaluation", 1, False),
+    ("log", 1, True), ("evaluation", 2, True), ("finish", 1, False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", [0], ids=["on-policy"], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_any_phase_is_one_line_and_the_run_goes_on(whole, runner, number, tmp_path):
+    arguments, expected, _ = whole
+    run, out = tmp_path / "r", tmp_path / "out"
+    for place, count, after in PHASES:
+        order = {"arguments": [*arguments, "--run", str(run)], "out": str(out)}
+        end = runner(**order, place=place, count=count, after=after, signal=number)
+        said = out.read_text()
+        assert end == {"killed": False, "code": 128 + number}, (place, count, end, said)
+        assert "run the same command again to go on" in said and "Traceback" not in said, (place, said)
+    assert runner(**order)["code"] == 0, out.read_text()
     require_equal(run, expected)
 
 
