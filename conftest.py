@@ -32,7 +32,8 @@ def shortened(line: str) -> str:
     command, _, _comment = line.partition("  #")
     command = command.replace("python benchmarks/", f"python {ROOT}/benchmarks/")
     if command.startswith(TRAINING) and not any(word in command for word in NOT_TRAINING):
-        return f"{command.rstrip()} {SHORT} --run runs/{abs(hash(line)):x}"
+        run = "" if " --run " in command else f" --run runs/{abs(hash(line)):x}"
+        return f"{command.rstrip()} {SHORT}{run}"
     return command
 
 
