@@ -12,7 +12,7 @@ from atod_algos.export.folder import Exported
 from atod_algos.export.source import PanelRow, Source
 from atod_algos.training.sft import SftCommand
 
-_PLACES = ("run", "data", "wandb", "device", "threads", "cluster", "workers")
+_PLACES = ("run", "data", "wandb", "log", "device", "threads", "cluster", "workers")
 """Settings of a machine rather than of a model."""
 _TAUGHT = {field.name for field in dataclasses.fields(SftCommand)} | {"seed", "lora_alpha"}
 

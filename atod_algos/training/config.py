@@ -160,6 +160,9 @@ class StorageOptions:
     wandb: str | None = None
     """Project to log to in Weights & Biases as well, where it is installed (WANDB_MODE=offline keeps it on this
     machine)."""
+    log: tuple[str, ...] = ()
+    """Where metrics go as well: wandb, trackio, mlflow, or a writer that another package offers; NAME=PROJECT names the
+    project, 'atod' otherwise."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     config.json               what was asked for, resolved; versions
     metrics.jsonl             one line a step
-    tensorboard/              the same as event files, where tensorboard is installed
+    tensorboard/              the same as event files, where tensorboard is installed (``atod_algos.training.writers``)
     trajectories/step_*.jsonl.gz   the episodes (``atod_envs.trajectory``)
     validation/step_*.jsonl.gz     the episodes of each validation, that of the untrained student (step 0) among them
     turns/step_*.json.gz      columns, one entry a turn, from which the published figures are redrawn; what each column
@@ -31,6 +31,7 @@ from typing import Any
 
 from atod_algos.algorithm import find_algorithm
 from atod_algos.training.config import TrainConfig
+from atod_algos.training.writers import TensorBoard, Writer, open_writers
 from atod_envs import files
 from atod_envs.errors import AtodError, DataError
 from atod_envs.files import parse_json, read_text
@@ -49,6 +50,7 @@ _FREE = (
     "token_budget",
     "gradient_checkpointing",
     "wandb",
+    "log",
     "cluster",
     "workers",
 )
@@ -103,14 +105,13 @@ class RunFolder:
                 )
         self._write("config.json", {"settings": plain, "versions": versions()})
         self._settings = plain
-        self._board: Any = None
-        self._wandb: Any = None
+        self._writers: list[Writer] = []
 
     def begin(self, step: int) -> None:
-        """Drop what was logged after ``step`` and open the event file. One line says what is missing of earlier steps.
+        """Drop what was logged after ``step`` and open the writers. One line says what is missing of earlier steps.
 
         Raises:
-            AtodError: Weights & Biases was asked for and is not installed.
+            AtodError: a writer was asked for that is not known or not installed.
             DataError: the log is broken.
         """
         kept = [row for row in self.metrics() if row["step"] <= step]
@@ -120,37 +121,17 @@ class RunFolder:
             )
         if kept or (self.path / "metrics.jsonl").exists():
             replace_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-        self._begin_wandb()
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            log.info("tensorboard is not installed; metrics go to metrics.jsonl only")
-            return
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+        train = self._settings["train"]
+        wanted = [*train.get("log", ()), *([f"wandb={train['wandb']}"] if train.get("wandb") else [])]
+        self._writers = open_writers(self.path, wanted, self._settings, step, kept)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a step's metrics."""
         with written(self.path / "metrics.jsonl") as path, open(path, "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self._board is not None:
-            with written(self.path / "tensorboard"):
-                for name, value in metrics.items():
-                    self._board.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(dict(metrics), step=step)
-
-    def _begin_wandb(self) -> None:
-        project = self._settings["train"].get("wandb")
-        if not project:
-            return
-        try:
-            import wandb
-        except ImportError as error:
-            raise AtodError("--wandb needs Weights & Biases: pip install wandb, or leave the option out") from error
-        # The name of the folder is the run's id there: a resumed run goes on in the same place, and steps that were
-        # lost with the process are written over.
-        identity = {"project": project, "id": self.path.resolve().name, "name": self.path.name, "resume": "allow"}
-        self._wandb = wandb.init(**identity, config=self._settings, dir=str(self.path))
+        for writer in self._writers:
+            with written(self.path / "tensorboard" if isinstance(writer, TensorBoard) else self.path):
+                writer.log(step, metrics)
 
     def metrics(self) -> list[dict[str, float]]:
         """All logged steps."""
@@ -187,12 +168,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Close the event file and whatever else is logged to."""
-        if self._board is not None:
-            self._board.close()
-            self._board = None
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
+        while self._writers:
+            self._writers.pop().close()
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:
         replace_text(self.path / name, json.dumps(value, indent=1) + "\n")
