@@ -221,7 +221,10 @@ def test_prompts_of_both_styles():
     assert info["observation"] in first and "'get <number> " in first and "'inventory'" in first
     second, *_, info = env.step("<think>what do I have?</think><action>Inventory</action>")
     assert info["format_ok"] and info["action_admissible"] and "Inventory: You are not carrying anything." in second
-    assert info["observation"] not in first and first.partition("Crafting commands:")[2].split("Your admi")[0] in second
+    assert (
+        info["observation"] not in first
+        and first.partition("Crafting commands:")[2].split("Your admissible")[0] in second
+    )
     assert "[Observation 1: '" in second and "You are now at step 2" in second
     compact = prompted(gym.make("atod/TextCraft-v0", data="builtin", split="all"), "compact")
     start, _ = compact.reset(seed=0)
