@@ -14,7 +14,9 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -253,7 +255,7 @@ def _ray() -> Any:
     return ray
 
 
-def worker_env(variables: Mapping[str, str]) -> dict[str, Any]:
+def _worker_env(variables: Mapping[str, str]) -> dict[str, Any]:
     """Ray's ``runtime_env`` for workers with these environment variables.
 
     Ray starts workers through a shell and does not quote the path of Python, so a path with a blank is quoted here.
@@ -265,6 +267,22 @@ def worker_env(variables: Mapping[str, str]) -> dict[str, Any]:
     return {"env_vars": dict(variables), "py_executable": quoted}
 
 
+def start_ray(ray: Any, variables: Mapping[str, str], **options: Any) -> None:
+    """Connect to a cluster, or start one; this process's answer to SIGTERM stays, which Ray would replace by its own.
+
+    Args:
+        ray: the module.
+        variables: environment variables of the workers.
+        options: further ones of ``ray.init``.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, runtime_env=_worker_env(variables), **options)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 def _connect(ray: Any) -> None:
     # By default Ray's workers give way to everything else on a machine (niceness 15): here the learner waits for them.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -272,9 +290,7 @@ def _connect(ray: Any) -> None:
     paths = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     variables = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
-        ray.init(
-            include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, runtime_env=worker_env(variables)
-        )
+        start_ray(ray, variables, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = os.environ.get("RAY_ADDRESS", "this machine")
         raise AtodError(

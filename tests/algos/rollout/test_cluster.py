@@ -24,7 +24,7 @@ from atod_algos.atod import ATOD
 from atod_algos.grpo import GRPO
 from atod_algos.rollout.episodes import EpisodeSpec, collect_groups, derive_seed
 from atod_algos.rollout.pools import Conditions, local_pool, worker_pool
-from atod_algos.rollout.ray_pool import RayPool, worker_env
+from atod_algos.rollout.ray_pool import RayPool, start_ray
 from atod_algos.rollout.work_queue import WorkQueue
 from atod_algos.training.cli import main
 from atod_algos.training.config import TrainConfig, resolve
@@ -34,6 +34,10 @@ from atod_envs.styles import Layout
 pytestmark = pytest.mark.slow
 
 STYLE = ToyStyle(Layout.CONVERSATION)
+
+
+def test_ray_does_not_take_this_processs_answer_to_sigterm(cluster):
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def worker(config):
@@ -54,10 +58,7 @@ def cluster():
         "IMPATIENT": "1",
     }
     os.environ.setdefault("RAY_worker_niceness", "0")
-    ray.init(
-        num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=100 << 20,
-        runtime_env=worker_env(variables),
-    )  # fmt: skip
+    start_ray(ray, variables, num_cpus=8, logging_level="ERROR", object_store_memory=100 << 20)
     yield ray
     ray.shutdown()
 

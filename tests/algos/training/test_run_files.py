@@ -191,6 +191,7 @@ def test_a_folder_has_one_process(tmp_path):
 
 def test_sigterm_ends_what_runs_and_only_that():
     before = signal.getsignal(signal.SIGTERM)
+    assert before == signal.SIG_DFL, "a library in this process answers SIGTERM itself, and would end it"
     with pytest.raises(Terminated), sigterm_closes():
         os.kill(os.getpid(), signal.SIGTERM)
         signal.sigtimedwait([], 5)
