@@ -96,7 +96,7 @@ def config(provider, folder, env_id, options, style, **changed):
 def test_the_evaluation_plays_the_experts_episodes(env_id, options, provider, tmp_path, monkeypatch):
     style = "atod"
     monkeypatch.setenv("OPENAI_API_KEY", "none")
-    options = {**options, "max_turns": 30}
+    options = {**options, "max_turns": 60}
     won = learn(provider, env_id, options, 0, style)
     lost = learn(provider, env_id, options, 1, style, spoil=True)
     episodes = asyncio.run(
