@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import bisect
 import re
+import sys
 from functools import cache
-from importlib import resources
-from typing import Final
+from importlib import import_module, resources
+from typing import Any, Final
 
 from .porter import stem
 
@@ -29,10 +30,18 @@ STOP_WORDS: Final = frozenset(_STOP_WORD_TEXT.split())
 _CACHE_LIMIT: Final = 1 << 20
 _APOSTROPHES: Final = "'\u2019\uff07"
 
+
+def compile_possessive(pattern: str) -> re.Pattern[str]:
+    """Compile a pattern with possessive groups, which match nothing in Python before 3.11.5 (CPython issue 106052)."""
+    engine: Any = re if sys.version_info >= (3, 11, 5) else import_module("regex")
+    compiled: re.Pattern[str] = engine.compile(pattern)
+    return compiled
+
+
 # Quantifiers are possessive (they never give back) and leading runs are bounded by the longest token, so that the time
 # to split a text is linear in its length whatever the text is.
 _ASCII_UNIT: Final = r"(?:[A-Za-z]++(?:[:.'](?=[A-Za-z]))?|[0-9]++(?:[.,;'](?=[0-9]))?)++"
-_ASCII_TOKEN: Final = re.compile(rf"_{{0,{MAX_TOKEN_UNITS}}}+{_ASCII_UNIT}(?:_++{_ASCII_UNIT})*+_*+")
+_ASCII_TOKEN: Final = compile_possessive(rf"_{{0,{MAX_TOKEN_UNITS}}}+{_ASCII_UNIT}(?:_++{_ASCII_UNIT})*+_*+")
 
 
 class _Classes(dict[int, str]):
@@ -105,7 +114,7 @@ def unicode_rules() -> tuple[_Classes, re.Pattern[str]]:
         f"(?={letter}){element}(?:{joined})*?(?:(?<={joiner})|{joiner})(?!{joiners}{letter}){element}(?:{joined})*+"
     )
     token = f"{lettered}|{word}|{emoji}|(?:{one('C')}{extend})++|{one('IG')}{extend}"
-    return classes, re.compile(token)
+    return classes, compile_possessive(token)
 
 
 def _utf16_length(text: str) -> int:
