@@ -1,0 +1,224 @@
+"""What the small models that come with the project are made of: worlds, tokenizers, sizes, and how long they learn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import gymnasium as gym
+
+from agents.chat import ChatFormat
+from agents.reference.tokenizer import train_tokenizer
+from atod_algos.training.config import builtin_profile
+from atod_algos.training.demonstrations import demonstrate
+from atod_algos.training.sft import ImitationOptions
+from atod_envs.alfworld.household import tables
+from atod_envs.options import read_options
+from atod_envs.searchqa.generate import name_parts
+from atod_envs.searchqa.language import FACTS, stock_phrases
+from atod_envs.webshop.product_types import MAKER_ENDS, MAKER_MIDDLES, MAKER_STARTS, read_product_types
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the models of one world are made.
+
+    Attributes:
+        env: registered id of the environment.
+        world: makes the raw environment that is imitated in, given the number of the round, from 0.
+        tokenizer: makes the tokenizer.
+        shapes: by role, the arguments of ``Qwen3Config`` that set the size.
+        imitation: by role, how long it imitates: one stretch, or several, each with a schedule of its own.
+        reward: by role, settings of the GRPO run that follows; by default none follows.
+        copying: begin with heads that copy; see ``teach_copying``.
+    """
+
+    env: str
+    world: Callable[[int], gym.Env[str, str]]
+    tokenizer: Callable[[], Any]
+    shapes: Mapping[str, Mapping[str, int]]
+    imitation: Mapping[str, tuple[ImitationOptions, ...]]
+    reward: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    copying: bool = False
+
+
+def shape(layers: int, heads: int, key_value_heads: int, head_dim: int, mlp: int) -> dict[str, int]:
+    """Size of a model of width 96."""
+    return {
+        "hidden_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "head_dim": head_dim,
+        "intermediate_size": mlp,
+    }
+
+
+# --- ALFWorld -----------------------------------------------------------------------------------------------------
+
+
+def household(number: int = 0) -> gym.Env[str, str]:
+    """The built-in world's training split, in every round."""
+    return gym.make("atod/ALFWorld-v0", data="builtin", split="train", max_turns=20)
+
+
+def household_tokenizer() -> Any:
+    """A tokenizer from the expert's episodes, with words for everything a household can hold."""
+    bare = train_tokenizer(["a b"], tags=["<think>"])
+    tasks = household().unwrapped.tasks  # type: ignore[attr-defined]
+    shown = demonstrate(tasks[:600], household, ChatFormat(bare), style="compact", seed=0)
+    texts = []
+    for trajectory in shown:
+        texts += [trajectory.task, trajectory.final_observation]
+        texts += [text for turn in trajectory.turns for text in (turn.observation, turn.response)]
+    return train_tokenizer(texts, tags=["<think>", "</think><action>", "</action>"], extra=household_words())
+
+
+def household_words() -> list[str]:
+    """Names of all receptacle and object classes of the official games, with the blank before them."""
+    held = tables().contains
+    names = set(held).union(*held.values())
+    return sorted(f" {name.lower()}" for name in names)
+
+
+# --- Search-QA ----------------------------------------------------------------------------------------------------
+
+
+SINGLE_ROUNDS = 6
+"""Rounds over questions that one search answers, before all kinds are asked."""
+
+
+def encyclopedia(number: int) -> gym.Env[str, str]:
+    """Another encyclopedia every round, none the built-in one: with new names each time, only copies can be right."""
+    dataset = "single" if number < SINGLE_ROUNDS else None
+    options = read_options(builtin_profile("atod/SearchQA-v0")["option"])
+    return gym.make("atod/SearchQA-v0", data=f"builtin:{100 + number}", split="train", dataset=dataset, **options)
+
+
+def encyclopedia_tokenizer() -> Any:
+    """A tokenizer from the grammar: syllables, words of titles, halves of years, phrases, the searcher's thoughts.
+
+    It holds no name whole, so the names of the test questions are as new to the models as those of any other
+    encyclopedia.
+    """
+    facts = sorted({fact.replace("_", " ") for known in FACTS.values() for fact in known})
+    thoughts = [f" {verb} {fact}" for verb in ("find", "found") for fact in facts]
+    numbers = [*(f" {n}" for n in range(10, 20)), *(f"{n:02d}" for n in range(100)), *"0123456789"]
+    return train_tokenizer(
+        [],
+        tags=["<think>", " </think><search>", " </search>", " </think><answer>", " </answer>"],
+        stock=[*stock_phrases(), *thoughts, " before", " or"],
+        extra=[*name_parts(), *numbers, *"\n-:.,?"],
+    )
+
+
+# --- WebShop ------------------------------------------------------------------------------------------------------
+
+
+def shop(number: int = 0) -> gym.Env[str, str]:
+    """The built-in shop's training goals, in every round."""
+    return gym.make(
+        "atod/WebShop-v0",
+        data="builtin",
+        split="train",
+        nouns="rules",
+        max_turns=builtin_profile("atod/WebShop-v0")["max_turns"],
+    )
+
+
+def shop_tokenizer() -> Any:
+    """A tokenizer from the product types: attributes, kinds, options, pieces of names, the shopper's thoughts."""
+    names: set[str] = set()
+    for product_type in read_product_types():
+        names |= {
+            *product_type.plain,
+            *product_type.having,
+            *product_type.purpose,
+            product_type.query,
+            product_type.noun.lower(),
+            *product_type.options,
+        }
+        names |= {value for values in product_type.options.values() for value in values}
+    choices = {f" choose {name}" for product_type in read_product_types() for name in product_type.options}
+    buttons = [" buy now", " < prev", " next >", " features", " description", " reviews", " back to search"]
+    thoughts = [
+        " search for it",
+        " look at it",
+        " buy it",
+        " back to it",
+        " read more",
+        " look at others",
+        " take the best",
+    ]
+    frames = [
+        "page 1 (total results: ",
+        "\n-",
+        " description | features | reviews | buy now",
+        " rating: n.a.",
+        " rating:",
+    ]
+    frames += [" price: $", " $", " to $", " made with", " a good choice for"]
+    asking = [
+        "Find me",
+        ", and price lower than",
+        ".00 dollars",
+        ", and",
+        "same page",
+        *(f".{cents}" for cents in (99, 49, 95)),
+    ]
+    makers = [*(f" {start.lower()}" for start in MAKER_STARTS), *MAKER_MIDDLES, *MAKER_ENDS]
+    ranks = [f" #{n}" for n in range(1, 11)]
+    numbers = [*(f" {n}" for n in range(10, 1000, 10)), *(f"{n:02d}" for n in range(100)), *"0123456789"]
+    return train_tokenizer(
+        [],
+        tags=["<think>", "</think><action>", "search[", "click[", "]</action>"],
+        stock=[*sorted(f" {name}" for name in names), *sorted(choices), *buttons, *thoughts, *frames, *asking, *ranks],
+        extra=[*makers, *numbers, " with", " for", " and", *"\n-:.,?$()&|"],
+    )
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "alfworld": Recipe(
+        "atod/ALFWorld-v0",
+        household,
+        household_tokenizer,
+        {"student": shape(2, 6, 2, 16, 288), "teacher": shape(3, 6, 2, 16, 288)},
+        {
+            "student": (ImitationOptions(rounds=24, episodes=256, lr=4e-3, last_beta=0.5, seed=1),),
+            # 55 % of valid_seen after the first stretch; the others begin with a high rate again, on states of its own.
+            "teacher": (
+                ImitationOptions(rounds=32, episodes=320, lr=4e-3, seed=2),
+                ImitationOptions(12, 320, lr=2.5e-3, first_beta=0.6, stop=2, seed=3),
+                ImitationOptions(6, 320, lr=2.5e-3, first_beta=0.65, seed=4),
+            ),
+        },
+        {"teacher": {"steps": 12, "lr": 3e-4, "minibatches": 4, "warmup_steps": 5, "eval_every": 0, "seed": 7}},
+    ),
+    "searchqa": Recipe(
+        "atod/SearchQA-v0",
+        encyclopedia,
+        encyclopedia_tokenizer,
+        {"student": shape(2, 4, 4, 32, 192), "teacher": shape(2, 4, 4, 32, 192)},
+        {
+            # The student is the teacher, stopped early.
+            "student": (ImitationOptions(60, 400, 1, lr=3e-3, last_beta=0.5, batch_tokens=2048, stop=11, seed=1),),
+            "teacher": (ImitationOptions(60, 400, 1, lr=3e-3, last_beta=0.5, batch_tokens=2048, seed=1),),
+        },
+        copying=True,
+    ),
+    "webshop": Recipe(
+        "atod/WebShop-v0",
+        shop,
+        shop_tokenizer,
+        {"student": shape(2, 6, 2, 16, 288), "teacher": shape(3, 6, 2, 16, 288)},
+        {
+            "student": (ImitationOptions(rounds=5, epochs=4, batch_tokens=2048, last_beta=0.4, seed=1),),
+            "teacher": (ImitationOptions(rounds=12, epochs=4, batch_tokens=2048, last_beta=0.5, seed=2),),
+        },
+    ),
+}
+"""By the environment's key."""
