@@ -18,7 +18,6 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from atod_algos.grpo import GRPO
 from atod_algos.training.checkpoint import latest_checkpoint
 from atod_algos.training.cli import train
 from atod_algos.training.config import TrainConfig, builtin_profile, resolve
+from atod_algos.training.presets import override
 from atod_algos.training.sft import imitate
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -163,8 +163,7 @@ def reinforce(recipe: Recipe, role: str, folder: Path) -> Path:
             **{**builtin_profile(recipe.env), **recipe.reward[role]},
         )
     )
-    algorithm = GRPO()
-    train(config, replace(algorithm, objective=replace(algorithm.objective, clip_high=0.28)), "paper")
+    train(config, override(GRPO(), {"objective": {"clip_high": 0.28}}), "paper")
     weights = latest_checkpoint(run / "checkpoints")
     assert weights is not None, "a finished run keeps its last step"
     return weights
