@@ -1,14 +1,13 @@
 """``make real``: a chat model from "it does not answer in the format" to a measured success, on two CPU cores.
 
-    python benchmarks/real.py                            about 40 minutes on two cores that do nothing else
+    python benchmarks/real.py                            an estimated 40 minutes on two idle cores
     python benchmarks/real.py --data $ALFWORLD_DATA      the official games rather than generated ones of their size
     python benchmarks/real.py --plan                     the stages and their commands, nothing else
 
 Stages, each a command that can be run by hand (``--plan`` prints them): games where there are none; SmolLM2 as it
 comes, on a small panel; demonstrations of the scripted expert with the model acting in a share of the turns; more of
 them for a teacher; some steps of ATOD, which ends with the table of before, after and teacher. Every stage goes on
-where it was cut off, and one that is done is left
-alone: the same command again is how one goes on.
+where it was cut off, and one that is done is left alone: the same command again is how one goes on.
 """
 
 from __future__ import annotations
@@ -189,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     left = [stage for stage in plan if not stage.done()]
     print(
         f"{len(left)} of {len(plan)} stages, {options.dtype}, {threads} threads, results in {options.out}. With the settings as they come this takes "
-        "about 40 minutes on two cores; stop it whenever you like, and run it again to go on.",
+        "an estimated 40 minutes on two cores, more on busy ones; stop it whenever you like, and run it again to go on.",
         flush=True,
     )
     options.out.mkdir(parents=True, exist_ok=True)
