@@ -8,6 +8,7 @@ smaller.
 import contextlib
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -30,7 +31,7 @@ NOT_TRAINING = ("evaluate", "report", "study", "sft", "imitation", "--help", "--
 def shortened(line: str) -> str:
     """A shell line as it is tested."""
     command, _, _comment = line.partition("  #")
-    command = command.replace("python benchmarks/", f"python {ROOT}/benchmarks/")
+    command = re.sub(r"python (benchmarks/\S+)", lambda found: f"python {shlex.quote(str(ROOT / found[1]))}", command)
     if command.startswith(TRAINING) and not any(word in command for word in NOT_TRAINING):
         run = "" if " --run " in command else f" --run runs/{abs(hash(line)):x}"
         return f"{command.rstrip()} {SHORT}{run}"

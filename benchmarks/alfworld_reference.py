@@ -162,7 +162,8 @@ def real_games(realdata: Path) -> Iterator[dict[str, list[Path]]]:
                 if (folder / name).is_file():
                     with tarfile.open(folder / name) as archive:
                         members = [item for item in archive.getmembers() if item.name.endswith("game.tw-pddl")]
-                        archive.extractall(target, members=members, filter="data")
+                        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # as of Python 3.11.4
+                        archive.extractall(target, members=members)
             found[release] = sorted(target.rglob("game.tw-pddl"))
         found["present"] = found["present"] or sorted(folder.glob("sample_12/**/game.tw-pddl"))
         yield {release: files for release, files in found.items() if files}

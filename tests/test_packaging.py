@@ -116,6 +116,8 @@ def test_every_extra_is_installed_by_the_makefile_or_left_out_for_a_reason():
         "8bit",
         "vllm",
         "smollm2",
+        "trackio",
+        "mlflow",
     }
 
 

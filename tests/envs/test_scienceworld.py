@@ -33,6 +33,12 @@ def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("ATOD_CACHE", str(tmp_path_factory.getbasetemp() / "scienceworld"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_simulator_of_others():
+    """The counts below are of this file's own simulators."""
+    SIMULATORS.shutdown()
+
+
 def make(split="train", **options):
     return ScienceWorldEnv(split=split, **{"simulators": 1, **options})
 

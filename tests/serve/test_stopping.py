@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -116,7 +117,7 @@ def test_a_server_outlives_whoever_read_its_output():
 
 def test_a_server_without_any_output_serves():
     port = free_port()
-    command = f"exec {sys.executable} -m atod_envs.searchqa.serve --port {port} >&-"
+    command = f"exec {shlex.quote(sys.executable)} -m atod_envs.searchqa.serve --port {port} >&-"
     process = subprocess.Popen(["sh", "-c", command], cwd=ROOT)
     try:
         assert served(port)[0] == 200
