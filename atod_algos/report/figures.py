@@ -29,6 +29,7 @@ from atod_algos.report.plotting import (
     save,
 )
 from atod_algos.report.tokens import Scorer, TurnScores
+from atod_algos.report.weights import before_and_after, by_turn_index
 
 
 def write_figures(runs: Sequence[Run], out: Path, scorers: Mapping[Path, Scorer]) -> list[Path]:
@@ -181,16 +182,8 @@ def _figure6(plt: Any, runs: Sequence[Run]) -> Any:
 def _figure13(plt: Any, runs: Sequence[Run], scorers: Mapping[Path, Scorer]) -> Any:
     """d_k, h_k and w_k by turn index on the validation panel, before and after training; dashed: open episodes."""
     for run in sorted(runs, key=lambda run: run.method != "ATOD"):
-        steps = run.steps("valid")
-        if len(steps) < 2 or run.path not in scorers:
-            continue
-        tables = {}
-        for name, step in (("before", steps[0]), (f"after step {steps[-1]}", steps[-1])):
-            episodes = run.episodes("valid", step)
-            scores = scorers[run.path].scores("valid", step, episodes)
-            if any(score.d is not None for score in scores.values()):
-                tables[name] = scores
-        if len(tables) < 2:
+        tables = before_and_after(run, scorers.get(run.path))
+        if not tables:
             continue
         figure, axes = panels(plt, 3)
         for axis, quantity, title in zip(
@@ -211,23 +204,6 @@ def _figure13(plt: Any, runs: Sequence[Run], scorers: Mapping[Path, Scorer]) -> 
         legend(axes[0])
         return figure
     return None
-
-
-def by_turn_index(
-    scores: Mapping[tuple[int, int], TurnScores], quantity: str
-) -> tuple[list[int], list[float], list[int]]:
-    """Mean of a quantity by turn index, from 1, and the number of episodes that have such a turn.
-
-    d and h are means over tokens, so long responses count more (as published); w is a mean over turns.
-    """
-    found: dict[int, list[tuple[float, int]]] = {}
-    for (_, index), score in scores.items():
-        value = getattr(score, quantity)
-        if value is not None:
-            found.setdefault(index, []).append((value, 1 if quantity == "w" else len(score.student)))
-    turns = sorted(found)
-    means = [float(np.average([v for v, _ in found[t]], weights=[n for _, n in found[t]])) for t in turns]
-    return [t + 1 for t in turns], means, [len(found[t]) for t in turns]
 
 
 def _figure14(plt: Any, runs: Sequence[Run]) -> Any:

@@ -16,45 +16,79 @@ from typing import Any
 
 from atod_algos.report.data import Run
 from atod_algos.report.tokens import Scorer, TurnScores, token_texts
+from atod_algos.report.weights import before_and_after, by_turn_index, weight_distribution
 from atod_algos.training.run_dir import replace_text
 from atod_envs.trajectory import Trajectory
+
+_FOLDER = Path(__file__).parent
 
 TURNS = 10_000
 """Most turns on a page, over all runs."""
 
 PANELS: tuple[dict[str, Any], ...] = (
-    {"title": "validation success", "keys": ["val"], "percent": True, "zero": True},
+    {"title": "validation success", "keys": ["val"], "unit": "success, %", "zero": True},
     {
         "title": "success of training episodes",
         "keys": ["episode/success"],
-        "percent": True,
+        "unit": "success, %",
         "zero": True,
         "smooth": True,
     },
-    {"title": "reward, mean over turns", "keys": ["critic/rewards/mean"], "zero": True, "smooth": True},
-    {"title": "turns of an episode", "keys": ["episode/length/mean"], "smooth": True},
-    {"title": "valid actions", "keys": ["episode/valid_action_ratio"], "percent": True, "smooth": True},
+    {
+        "title": "reward, mean over turns",
+        "keys": ["critic/rewards/mean"],
+        "unit": "reward",
+        "zero": True,
+        "smooth": True,
+    },
+    {"title": "length of an episode", "keys": ["episode/length/mean"], "unit": "turns", "smooth": True},
+    {
+        "title": "valid actions",
+        "keys": ["episode/valid_action_ratio"],
+        "unit": "share of turns, %",
+        "smooth": True,
+    },
     {
         "title": "size of the two terms",
         "keys": ["atod/opd_abs_mean", "atod/rl_abs_mean"],
-        "names": ["OPD: mean |kappa Delta w|", "reward: mean |rho A|"],
+        "names": ["teacher: mean |κ Δ w|", "reward: mean |ρ A|"],
+        "unit": "mean over tokens",
         "zero": True,
         "smooth": True,
     },
-    {"title": "coefficients", "keys": ["atod/kl_coef", "atod/rl_coef"], "names": ["kappa", "rho"], "zero": True},
-    {"title": "mean turn weight", "keys": ["tip/mean_importance"], "zero": True, "smooth": True},
-    {"title": "gap to the teacher, nats a token", "keys": ["/teacher_student_gap_mean"], "smooth": True},
-    {"title": "entropy, nats a token", "keys": ["actor/entropy_loss"], "zero": True, "smooth": True},
     {
-        "title": "groups that say nothing about reward",
-        "keys": ["group/all_fail", "group/all_success"],
-        "names": ["all attempts fail", "all succeed"],
-        "percent": True,
+        "title": "coefficients",
+        "keys": ["atod/kl_coef", "atod/rl_coef"],
+        "names": ["κ, of the teacher", "ρ, of the reward"],
+        "unit": "coefficient",
         "zero": True,
     },
-    {"title": "clipped tokens", "keys": ["actor/pg_clipfrac"], "percent": True, "zero": True, "smooth": True},
+    {"title": "mean turn weight", "keys": ["tip/mean_importance"], "unit": "w_k", "zero": True, "smooth": True},
+    {
+        "title": "gap to the teacher",
+        "keys": ["/teacher_student_gap_mean"],
+        "unit": "Δ, nats a token",
+        "note": "Δ = log π_T − log π_S, mean over tokens",
+        "smooth": True,
+    },
+    {"title": "entropy", "keys": ["actor/entropy_loss"], "unit": "nats a token", "zero": True, "smooth": True},
+    {
+        "title": "groups without a reward signal",
+        "keys": ["group/all_fail", "group/all_success"],
+        "names": ["all attempts fail", "all succeed"],
+        "unit": "share of groups, %",
+        "zero": True,
+        "smooth": True,
+    },
+    {
+        "title": "clipped tokens",
+        "keys": ["actor/pg_clipfrac"],
+        "unit": "share of tokens, %",
+        "zero": True,
+        "smooth": True,
+    },
 )
-"""Curves of the overview; a leading slash matches any algorithm's metric."""
+"""Curves of the overview; a leading slash matches any algorithm's metric, a unit in % is drawn from shares."""
 
 
 def write_page(
@@ -81,16 +115,25 @@ def write_page(
     """
     data = page_data(runs, scorers=scorers, turns=turns) | {"live": live, "stamp": stamp}
     packed = base64.b64encode(gzip.compress(json.dumps(data, separators=(",", ":")).encode(), 6, mtime=0)).decode()
-    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    before, _, after = template.replace("@TITLE@", html.escape(data["title"])).partition("@DATA@")
-    replace_text(path, before + packed + after)
+    before, _, after = template().partition("@DATA@")
+    replace_text(path, before.replace("@TITLE@", html.escape(data["title"])) + packed + after)
     return data
+
+
+def template() -> str:
+    """The page without a title and without data: its markup, its style and its scripts as one text."""
+    whole = (_FOLDER / "page.html").read_text(encoding="utf-8")
+    for place, names in (("@STYLE@", ("page.css",)), ("@SCRIPT@", ("page.js", "charts.js", "episodes.js"))):
+        text = "\n".join((_FOLDER / name).read_text(encoding="utf-8").strip() for name in names)
+        whole = whole.replace(place, text)
+    return whole
 
 
 def page_data(runs: Sequence[Run], *, scorers: Mapping[Path, Scorer], turns: int = TURNS) -> dict[str, Any]:
     """Everything that the page shows, JSON-compatible."""
     worlds = sorted({run.env for run in runs})
     names = [run.name for run in runs]
+    named = len(names) < 4 and len({*names}) == len(names)
     episodes: list[dict[str, Any]] = []
     left_out = 0
     for place, run in enumerate(runs):
@@ -98,16 +141,16 @@ def page_data(runs: Sequence[Run], *, scorers: Mapping[Path, Scorer], turns: int
         episodes += shown
         left_out += missing
     return {
-        "title": f"{' and '.join(names) if len(names) < 4 else f'{len(names)} runs'} on {', '.join(worlds)}",
+        "title": f"{' and '.join(names) if named else f'{len(names)} runs'} on {', '.join(worlds)}",
         "subtitle": "" if len(runs) > 1 else str(runs[0].path.name),
         "panels": [{"names": [], "note": "", **panel} for panel in PANELS],
-        "runs": [_run(run, names) for run in runs],
+        "runs": [_run(run, names, scorers.get(run.path)) for run in runs],
         "episodes": episodes,
         "left_out": f"{left_out} stored steps left out" if left_out else "",
     }
 
 
-def _run(run: Run, names: list[str]) -> dict[str, Any]:
+def _run(run: Run, names: list[str], scorer: Scorer | None) -> dict[str, Any]:
     series = {key: run.series(key) for panel in PANELS for key in panel["keys"] if key != "val"}
     steps = run.settings.get("train", {}).get("steps")
     return {
@@ -118,7 +161,21 @@ def _run(run: Run, names: list[str]) -> dict[str, Any]:
         "panel": (run.result or {}).get("panel", ""),
         "steps": steps,
         "done": int(run.metrics[-1]["step"]) if run.metrics else 0,
+        "weights": weight_distribution(run),
+        "by_turn": _by_turn(run, scorer),
     }
+
+
+def _by_turn(run: Run, scorer: Scorer | None) -> dict[str, Any] | None:
+    """d, h and w by turn index before and after training, and the episodes that have such a turn."""
+    tables = before_and_after(run, scorer)
+    if not tables:
+        return None
+    found: dict[str, Any] = {"names": list(tables)}
+    for quantity in "dhw":
+        columns = [by_turn_index(scores, quantity) for scores in tables.values()]
+        found[quantity] = [[turns, [round(mean, 4) for mean in means], counts] for turns, means, counts in columns]
+    return found
 
 
 def chosen_steps(run: Run, turns: int) -> tuple[list[tuple[str, int]], int]:

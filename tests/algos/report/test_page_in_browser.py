@@ -1,5 +1,6 @@
 """The page of a run as a reader sees it, in headless Chromium."""
 
+import base64
 import re
 import shutil
 import time
@@ -129,6 +130,112 @@ def test_the_page_in_headless_chromium(folders, tmp_path, chrome):
     weights = [float(re.search(r"w ([\d.]+)", text)[1]) for text in view.text(".row .mono")]
     assert weights == sorted(weights, reverse=True) and weights[0] == 1.0
     assert [entry for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_curves_have_units_are_smoothed_and_lead_to_episodes(folders, tmp_path, chrome):
+    page = report([folders / "atod", folders / "grpo"], out=tmp_path, figures=False)
+    data = unpack(page)
+    view = Viewer(chrome, page)
+    titles = view.text("#curves .curve h3")
+    units = dict(zip(titles, view.text("#curves .axis.y"), strict=True))
+    assert units["validation success"] == "success, %" and units["entropy"] == "nats a token"
+    assert set(view.text("#curves .axis.x")) == {"training step"} and "" not in units.values()
+
+    def line(title, kind="line"):
+        code = "return [...document.querySelectorAll('#curves .curve')][arguments[0]].querySelector('path.' + arguments[1])?.getAttribute('d')"
+        return view.js(code, titles.index(title), kind)
+
+    def smooth(place):
+        code = "const s = document.getElementById('smoothing'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))"
+        view.js(code, place)
+
+    smooth(0)
+    assert view.text("output") == ["off"]
+    measured, validated = line("entropy"), line("validation success")
+    smooth(1)
+    assert view.text("output") == ["mean of 3 steps"]
+    assert (
+        line("entropy") != measured and line("entropy", "raw") == measured and line("validation success") == validated
+    )
+
+    # A run of the legend is hidden by a click, and shown again by another.
+    lines = "return document.querySelectorAll('#curves path.line').length"
+    every = view.js(lines)
+    view.click(".legend button")
+    assert 0 < view.js(lines) < every
+    view.click(".legend button")
+    assert view.js(lines) == every
+
+    # The pointer says the values; a point is a link to the episodes of its step.
+    moved = "const s = document.querySelector('.curve svg'), p = s.getBoundingClientRect();"
+    moved += "s.dispatchEvent(new PointerEvent('pointermove', {clientX: p.right - 5, clientY: p.top + 50}))"
+    view.js(moved)
+    last = data["runs"][1]["series"]["val"][1][-1]
+    assert "step 4" in view.text(".tip")[0] and f"{100 * last:.4g}" in view.text(".tip")[0]
+    point = chrome.find_element("css selector", "a[href='#step/1/train/3']")
+    view.js("arguments[0].scrollIntoView({block: 'center'})", point)
+    point.click()
+    deadline = time.monotonic() + 60
+    while view.js("return document.getElementById('episodes').hidden") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    wanted = [e for e in data["episodes"] if (e["r"], e["k"], e["s"]) == (1, "train", 3)]
+    assert view.count() == len(wanted) == 16
+    assert wanted[0]["i"] == view.text(".episode .head b")[0] and "#episodes/" in chrome.current_url
+    chrome.back()
+    while view.js("return document.getElementById('overview').hidden") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not view.js("return document.getElementById('overview').hidden")
+
+
+def test_turn_weights_are_drawn_by_step_and_by_turn(folders, tmp_path, chrome):
+    page = report([folders / "atod"], out=tmp_path, figures=False)
+    view = Viewer(chrome, page)
+    assert view.text("#weights h3")[1:] == [
+        "share of turns by weight", "disagreement by turn", "uncertainty by turn", "weight by turn"
+    ]  # fmt: skip
+    shares = [float(re.search(r": ([\d.]+) %", text)[1]) for text in view.text("#weights .cell title")]
+    assert len(shares) == 4 * 10 and sum(shares) == pytest.approx(400, abs=2)  # four steps, ten classes of weight
+    assert view.text("#weights .axis.y")[1:3] == ["d_k, nats a token", "episodes (dashed)"]
+
+
+def test_dark_mode_follows_the_system_until_it_is_chosen(folders, tmp_path, chrome):
+    page = report([folders / "grpo"], out=tmp_path, figures=False, compute=False)
+    ground = "return getComputedStyle(document.body).backgroundColor"
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    view = Viewer(chrome, page)
+    light = view.js(ground)
+    try:
+        chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+        view = Viewer(chrome, page)
+        night = view.js(ground)
+        assert night != light and view.text("#theme") == ["Light"]
+        view.click("#theme")
+        assert view.js(ground) == light and view.text("#theme") == ["Dark"]
+        view = Viewer(chrome, page)
+        assert view.js(ground) == light  # the choice is kept
+        view.click("#theme")
+        assert view.js(ground) == night
+    finally:
+        chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+        view.js("localStorage.clear()")
+
+
+def test_an_overview_prints_on_one_page(folders, tmp_path, chrome):
+    from selenium.webdriver.common.print_page_options import PrintOptions
+
+    page = report([folders / "atod"], out=tmp_path, figures=False)
+    view = Viewer(chrome, page)
+    view.js("document.documentElement.dataset.theme = 'dark'")
+    paper = PrintOptions()
+    paper.page_width, paper.page_height = 21.0, 29.7  # cm
+    printed = base64.b64decode(chrome.print_page(paper))
+    assert len(re.findall(rb"/Type /Page\b", printed)) == 1
+    chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        assert view.js("return getComputedStyle(document.querySelector('nav')).display") == "none"
+        assert view.js("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    finally:
+        chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def big_run(folder, source, episodes, hostile=""):

@@ -21,6 +21,7 @@ from atod_algos.report.command import ReportConfig, main, report, watch
 from atod_algos.report.data import method_of, read_run
 from atod_algos.report.page import chosen_steps, page_data
 from atod_algos.report.tokens import Scorer
+from atod_algos.report.weights import BINS, by_turn_index, weight_distribution
 from atod_algos.training.cli import main as train
 from atod_envs.errors import AtodError, DataError
 
@@ -171,9 +172,6 @@ def test_every_figure_is_drawn_as_png_and_svg(folders, tmp_path):
 
 
 def test_figure_13_counts_turns_and_weighs_tokens(folders):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    from atod_algos.report.figures import by_turn_index
-
     run = read_run(folders / "atod")
     episodes = run.episodes("train", 4)
     turns, means, counts = by_turn_index(Scorer(run).scores("train", 4, episodes), "h")
@@ -181,6 +179,28 @@ def test_figure_13_counts_turns_and_weighs_tokens(folders):
     for turn, mean, count in zip(turns, means, counts, strict=True):
         assert turn <= MOST_TURNS and count == row[f"sod_turn/count/turn_{turn - 1}"]
         assert mean == pytest.approx(row[f"sod_turn/student_entropy/turn_{turn - 1}"], abs=1e-4)
+
+
+def test_the_page_holds_the_distribution_of_weights(folders):
+    run = read_run(folders / "atod")
+    found = weight_distribution(run)
+    assert found["steps"] == [1, 2, 3, 4] and found["top"] == 1.0
+    for step, shares, mean in zip(found["steps"], found["shares"], found["means"], strict=True):
+        weights = np.array(run.turn_table(step)["weight"])
+        classes = np.minimum((weights * BINS).astype(int), BINS - 1)  # the last holds 1 as well
+        assert shares == pytest.approx(np.bincount(classes, minlength=BINS) / len(weights), abs=1e-4)
+        assert mean == pytest.approx(weights.mean(), abs=1e-4)
+    assert weight_distribution(read_run(folders / "grpo")) is None
+    table = page_data([run], scorers={run.path: Scorer(run)})["runs"][0]["by_turn"]
+    assert table["names"] == ["before", "after step 4"]
+    turns, means, counts = table["w"][1]
+    again = by_turn_index(Scorer(run).scores("valid", 4, run.episodes("valid", 4)), "w")
+    assert (turns, counts) == (again[0], again[2]) and means == pytest.approx(again[1], abs=1e-4)
+
+
+def test_the_page_is_one_file(folders, tmp_path):
+    page = report([folders / "grpo"], out=tmp_path, figures=False, compute=False).read_text(encoding="utf-8")
+    assert re.findall(r"@[A-Z]+@|<link|\bsrc=|https?://(?!www\.w3\.org/2000/svg)", page) == []
 
 
 def test_without_matplotlib_the_page_is_still_written(folders, tmp_path, monkeypatch, capsys):
