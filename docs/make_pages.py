@@ -1,23 +1,29 @@
 """Fill the made parts of each algorithm's page: ``python docs/make_pages.py``; ``--check`` compares.
 
 A page is written by hand but for what stands between ``<!-- made: PART -->`` and ``<!-- made: end -->``: the head, the
-equations and differences (both from the module's docstring), the lines that compute the equations, and the options.
+equations and differences (both from the module's docstring), the lines that compute the equations, the study's results
+(``docs/study/study-results.json``) and the options. The curves of the results are drawn into ``docs/images``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Iterator
+from html import escape
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from atod_algos.evaluate.statistics import t_interval
 from atod_algos.guard import explanations
+from atod_algos.study import METHODS
 
 FOLDER = Path(__file__).parent / "algorithms"
 ROOT = FOLDER.parent.parent
+IMAGES = FOLDER.parent / "images"
 HEADINGS = (
     "What it is for",
     "Equations",
@@ -28,6 +34,10 @@ HEADINGS = (
     "Options",
 )
 """The sections of a page, in order."""
+STUDY = FOLDER.parent / "study" / "study-results.json"
+STUDY_COMMIT = "40fc439"
+"""The commit that holds the study's results and the code that made them."""
+WORLDS = {"alfworld": "ALFWorld", "searchqa": "Search-QA", "webshop": "WebShop"}
 MADE = re.compile(r"<!-- made: (\w+) -->\n.*?<!-- made: end -->", re.DOTALL)
 DIFFERS = re.compile(r"^(``--|Differences|Where the paper|What is uncertain)")
 """How the paragraph of a docstring begins from which on it speaks of differences."""
@@ -172,6 +182,7 @@ def parts(name: str, algorithm: type[Any]) -> dict[str, str]:
         "equations": block(about),
         "lines": lines_table(name, algorithm),
         "differences": block(differences),
+        "results": results(name),
         "options": options_table(algorithm),
     }
 
@@ -203,6 +214,108 @@ def lines_table(name: str, algorithm: type[Any]) -> str:
     return "\n".join(table)
 
 
+# --- results of the study -----------------------------------------------------------------------------------------
+
+
+def cells_of(method: str) -> dict[str, list[dict[str, Any]]]:
+    """The study's finished cells of a method, by world."""
+    every = json.loads(STUDY.read_text())["cells"]
+    return {world: [cell for cell in every if (cell["world"], cell["method"]) == (world, method)] for world in WORLDS}
+
+
+def rows_of(name: str) -> list[str]:
+    """An algorithm's own rows of the study: its methods that were run."""
+    return [key for key, method in METHODS.items() if method.algorithm == name and any(cells_of(key).values())]
+
+
+def results(name: str) -> str:
+    """Success in all worlds with the command, or that there is none."""
+    rows = rows_of(name)
+    if not rows:
+        offered = [key for key, method in METHODS.items() if method.algorithm == name]
+        how = f"\nTo run it there: `--methods {' '.join(offered)}`." if offered else ""
+        return f"Not run in [the study](../study.md): there is no table and no curve, in any world.{how}"
+    versions = cells_of(rows[0])["alfworld"][0]["versions"]
+    table = ["| | ALFWorld | turns | Search-QA | turns | WebShop | turns |", f"|---|{'---:|' * 6}"]
+    for key in ("vanilla", *rows, "teacher"):
+        label = {"vanilla": "the student before", "teacher": "the teacher"}.get(key) or f"**{METHODS[key].label}**"
+        table.append(f"| {label} | {' | '.join(in_world(cells) for cells in cells_of(key).values())} |")
+    return "\n".join(
+        [
+            "Success in % of the last checkpoint, with the 95 % t-interval over three training seeds, 60 steps each.",
+            "ALFWorld's models were then a student of 16 % and a teacher of 82 %.",
+            "",
+            *table,
+            "",
+            f"![validation success by step, the other methods in grey](../images/results-{name}.svg)",
+            "",
+            f"Command: `python -m atod_algos.study --preset laptop`, commit `{STUDY_COMMIT}`, torch {versions['torch']}.",
+            "All rows, seeds and curves: [tables](../study/tables.md).",
+        ]
+    )
+
+
+def in_world(cells: list[dict[str, Any]]) -> str:
+    """Success with its interval, and turns."""
+    values = [100 * cell["last"]["success"] for cell in cells]
+    low, high = t_interval(values)
+    turns = sum(cell["last"]["length"] for cell in cells) / len(cells)
+    return f"{sum(values) / len(values):.1f} ± {(high - low) / 2:.1f} | {turns:.1f}"
+
+
+def curves(name: str) -> str:
+    """Validation success by step in each world, the mean over seeds: own methods in colour, the others in grey."""
+    width, height, left, top, bottom = 300, 190, 44, 24, 36
+    colours, dashes = ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), ("", "7 3", "2 2", "8 3 2 3")
+    own = rows_of(name)
+    body = []
+    for column, (world, title) in enumerate(WORLDS.items()):
+        x0, y0 = column * width + left, height - bottom
+        lines = {}
+        for key in (key for key, method in METHODS.items() if method.algorithm):
+            found = [cell["validation"] for cell in cells_of(key)[world]]
+            if found:
+                lines[key] = {int(step): 100 * sum(v[step] for v in found) / len(found) for step in found[0]}
+        steps = sorted({step for line in lines.values() for step in line})
+        highest = 10 * -(-max(max(line.values()) for line in lines.values()) // 10)
+
+        def at(
+            step: float, value: float, x0: int = x0, y0: int = y0, last: int = steps[-1], most: float = highest
+        ) -> str:
+            across, up = (width - left - 14) * step / last, (height - top - bottom) * value / most
+            return f"{x0 + across:.1f} {y0 - up:.1f}"
+
+        for value in range(0, int(highest) + 1, 10):
+            body.append(f'<path class="g" d="M{at(0, value)}L{at(steps[-1], value)}"/>')
+            body.append(
+                f'<text x="{x0 - 5}" y="{float(at(0, value).split()[1]) + 4:.1f}" text-anchor="end">{value}</text>'
+            )
+        for step in steps[1::2]:
+            body.append(f'<text x="{at(step, 0).split()[0]}" y="{y0 + 14}" text-anchor="middle">{step}</text>')
+        body.append(f'<text class="b" x="{x0}" y="15">{title}</text>')
+        body.append(f'<text x="{x0 + 121}" y="{height - 6}" text-anchor="middle">training step</text>')
+        for key in sorted(lines, key=own.__contains__):
+            path = "L".join(at(step, lines[key][step]) for step in sorted(lines[key]))
+            place = own.index(key) if key in own else None
+            look = 'class="o"' if place is None else f'stroke="{colours[place]}" stroke-dasharray="{dashes[place]}"'
+            body.append(f'<path fill="none" stroke-width="{1 if place is None else 2.2}" {look} d="M{path}"/>')
+    body.append(
+        f'<text transform="translate(11 {(top + height - bottom) / 2}) rotate(-90)" text-anchor="middle">success, %</text>'
+    )
+    for place, key in enumerate(own):
+        x, y = 44 + place * 200, height + 12
+        body.append(
+            f'<path stroke-width="2.2" stroke="{colours[place]}" stroke-dasharray="{dashes[place]}" d="M{x} {y - 4}h28"/>'
+        )
+        body.append(f'<text x="{x + 34}" y="{y}">{escape(METHODS[key].label)}</text>')
+    style = (
+        "text{font:11px system-ui,Arial,sans-serif;fill:#5b6570}.b{font-weight:700;font-size:13px}.g{stroke:#e3e7eb}"
+        ".o{stroke:#b9c1ca}@media(prefers-color-scheme:dark){text{fill:#99a3b0}.g{stroke:#39414b}.o{stroke:#5b6570}}"
+    )
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {3 * width} {height + 20}" role="img">'
+    return "\n".join([head, f"<style>{style}</style>", *body, "</svg>", ""])
+
+
 def options_table(algorithm: type[Any]) -> str:
     """Every option with its default."""
     table = ["| option | default | |", "|---|---|---|"]
@@ -230,7 +343,7 @@ def filled(page: str, made: dict[str, str]) -> str:
 
 def main() -> int:
     """Write or check; returns the exit status."""
-    stale = []
+    stale: list[str] = []
     for point in entry_points(group="atod.algorithms"):
         if not point.module.startswith("atod_algos."):
             continue
@@ -238,11 +351,14 @@ def main() -> int:
         if not path.exists():
             raise SystemExit(f"{path} is missing: write it with the sections of the other pages")
         text = path.read_text()
-        wanted = filled(text, parts(point.name, point.load()))
-        if wanted != text:
-            stale.append(point.name)
-            if "--check" not in sys.argv:
-                path.write_text(wanted)
+        made = {path: filled(text, parts(point.name, point.load()))}
+        if rows_of(point.name):
+            made[IMAGES / f"results-{point.name}.svg"] = curves(point.name)
+        for target, wanted in made.items():
+            if not target.exists() or target.read_text() != wanted:
+                stale.append(target.name)
+                if "--check" not in sys.argv:
+                    target.write_text(wanted)
     if "--check" not in sys.argv:
         print(f"wrote: {', '.join(stale) or 'nothing, all are up to date'}")
         return 0

@@ -39,9 +39,23 @@ def test_sections_are_the_same(name, maker):
 
 @pytest.mark.parametrize("name", POINTS)
 def test_made_parts_are_up_to_date(name, maker):
-    page = page_of(name)
-    assert re.findall(r"<!-- made: (\w+) -->", page)[::2] == ["head", "equations", "lines", "differences", "options"]
-    assert page == maker.filled(page, maker.parts(name, POINTS[name].load())), "run python docs/make_pages.py"
+    page, made = page_of(name), maker.parts(name, POINTS[name].load())
+    assert re.findall(r"<!-- made: (\w+) -->", page)[::2] == list(made)
+    assert page == maker.filled(page, made), "run python docs/make_pages.py"
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_results_are_the_studys(name, maker):
+    """A row of the study's own table stands on the page with the curve, or the page says that there is none."""
+    page, image = page_of(name), REPOSITORY / "docs" / "images" / f"results-{name}.svg"
+    tables = (REPOSITORY / "docs" / "study" / "tables.md").read_text()
+    label = next((m.label for m in maker.METHODS.values() if m.algorithm == name), None)
+    if not maker.rows_of(name):
+        assert "Not run in [the study]" in page and not image.exists()
+        return
+    row = re.search(rf"^\| {label} \| (.+) \| [\d.]+ \|$", tables, re.MULTILINE)[1]  # the last column is a mean
+    assert f"| **{label}** | {row} |" in page
+    assert image.read_text() == maker.curves(name) and f"../images/{image.name}" in page
 
 
 @pytest.mark.parametrize("name", POINTS)
