@@ -99,8 +99,9 @@ class RunFolder:
             changed = _difference(_of_this_version(known, plain["algorithm"]), plain)
             if changed:
                 name, old, new = changed
+                why = " (--steps: its learning rate falls towards the last step)" if name == "horizon" else ""
                 raise AtodError(
-                    f"{path} holds a run with {name}={old!r}, but now it is {new!r}; "
+                    f"{path} holds a run with {name}={old!r}{why}, but now it is {new!r}; "
                     "give the old value to resume it, or choose another folder with --run"
                 )
         self._write("config.json", {"settings": plain, "versions": versions()})

@@ -292,7 +292,8 @@ def test_learning_rate_warms_up_and_falls():
 def test_a_run_with_a_falling_rate_cannot_be_prolonged(options, tmp_path, capsys):
     falling = [*options, "--lr-floor", "0.5", "--run", str(tmp_path / "r")]
     main(OPD, [*falling, "--steps", "2"])
-    assert "horizon=2, but now it is 4" in failing(OPD, [*falling, "--steps", "4"], capsys)
+    err = failing(OPD, [*falling, "--steps", "4"], capsys)
+    assert "horizon=2 (--steps: its learning rate falls towards the last step), but now it is 4" in err
 
 
 def test_rules_preset_nested_options():
