@@ -42,8 +42,9 @@ def verify_weights(engine: Engine, model: Any) -> float:
     Raises:
         WeightMismatch: they differ by more than rounding; says where.
     """
-    prompt = probe_ids(model, _PROMPT_TOKENS)
-    engine.submit("probe", prompt, SamplingParams(_RESPONSE_TOKENS, temperature=0.0))
+    prompt = probe_ids(model, max(1, min(_PROMPT_TOKENS, engine.max_context - _RESPONSE_TOKENS)))
+    response = min(_RESPONSE_TOKENS, engine.max_context - len(prompt))
+    engine.submit("probe", prompt, SamplingParams(response, temperature=0.0))
     answer = engine.step()
     while not answer:
         answer = engine.step()

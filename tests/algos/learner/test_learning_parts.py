@@ -13,6 +13,7 @@ from toyworld import TOY, learner_options, small_model
 
 from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
+from agents.engines.weight_check import verify_weights
 from atod_algos.algorithm import Objective, RolloutLimits
 from atod_algos.batch import RowLayout, make_batch
 from atod_algos.evaluate import evaluate, wilson
@@ -219,8 +220,11 @@ def test_limits_cut_training_episodes_and_leave_no_trace(tokenizer, chat):
     assert {t.stop_reason for t in cut} <= {StopReason.TURN_LIMIT, StopReason.SUCCESS}
 
 
-def test_prompts_that_never_fit_name_the_setting(tokenizer, chat):
-    engine = TransformersEngine(small_model(tokenizer, 5), slots=4, max_context=12)
+@pytest.mark.parametrize("context", [2, 12, 20])  # the probe of the weights fits into any of them
+def test_prompts_that_never_fit_name_the_setting(tokenizer, chat, context):
+    model = small_model(tokenizer, 5)
+    engine = TransformersEngine(model, slots=4, max_context=context)
+    assert verify_weights(engine, model) < 1e-4
     rollout = Rollout(engine, chat, lambda: gym.make(TOY), style="compact", max_tokens=8)
     sampler = StepSampler(gym.make(TOY).unwrapped.tasks, seed=0, tasks_per_step=2, group_size=2)
     with pytest.raises(AtodError, match=r"not one of 4 episodes could begin: .* raise --max-context"):
