@@ -17,7 +17,7 @@ from typing import Any
 from agents.base import Decision
 from atod_envs.errors import AtodError
 from atod_envs.http.client import HttpClient, Retry, ServerGone, ServerRefused
-from atod_envs.styles import Layout
+from atod_envs.styles import Layout, whole_characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class ChatClient:
         """
         body = {
             "model": self.model,
-            "messages": list(messages),
+            "messages": [{name: whole_characters(said) for name, said in message.items()} for message in messages],
             "temperature": self._temperature,
             "max_tokens": self._max_tokens,
             "seed": seed % 2**31,

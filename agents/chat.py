@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from agents.plain_text import PlainText, ends_with
+from atod_envs.styles import whole_characters
 
 _RESPONSE = "\x02the response\x03"
 _MESSAGE = "\x02the message\x03"
@@ -74,6 +75,7 @@ class _Frame:
 
     def ids(self, message: str) -> list[int]:
         """Ids of the message with what stands around it; nothing in the message is control."""
+        message = whole_characters(message)  # crawled text holds halves, which no tokenizer takes
         trimmed = None if self._trim is None else self._trim(message)
         ids = self._plain.read(self._render(message) if trimmed is None else self.before + trimmed + self.after)
         if self._plain.controls(ids) == self.controls:
@@ -180,7 +182,7 @@ class ChatFormat:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as it stands, outside of any message; nothing in it is control."""
-        return self._plain.encode(text)
+        return self._plain.encode(whole_characters(text))
 
     def encode_response(self, text: str) -> list[int]:
         """Ids of a response that was not sampled (a demonstration), with the stop token.

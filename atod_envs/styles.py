@@ -19,6 +19,15 @@ _LONGEST_TOLD = 200
 _IDEOGRAPH = re.compile("[\u4e00-\u9fff]")
 
 
+def whole_characters(text: str) -> str:
+    """The text with half characters (lone surrogates) replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 class Layout(StrEnum):
     """How the turns of an episode become model input."""
 

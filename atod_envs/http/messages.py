@@ -9,7 +9,11 @@ from __future__ import annotations
 import ipaddress
 import json
 import math
+import re
 from typing import Any, NoReturn
+
+_LONG, _LONG_BYTES = re.compile(r"[0-9]{309}"), re.compile(rb"[0-9]{309}")
+"""What no whole number that fits a float holds; a text may, so that a find is no verdict."""
 
 
 class Refused(Exception):
@@ -32,7 +36,8 @@ def parse(data: bytes | str) -> Any:
         ValueError: it is none; says why.
     """
     try:
-        return json.loads(data, parse_constant=_constant, parse_float=_float)
+        long = _LONG.search(data) if isinstance(data, str) else _LONG_BYTES.search(data)
+        return json.loads(data, parse_constant=_constant, parse_float=_float, parse_int=_int if long else None)
     except RecursionError as error:
         raise ValueError("the JSON is nested too deeply") from error
     except UnicodeDecodeError as error:
@@ -74,3 +79,8 @@ def _float(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:20]} is too large")
     return value
+
+
+def _int(text: str) -> int:
+    _float(text)
+    return int(text)

@@ -17,10 +17,9 @@ from atod_envs.integrations.messages import (
     responses,
     turn_prompts,
     user,
-    whole_characters,
 )
 from atod_envs.integrations.rows import token_rows
-from atod_envs.styles import Layout, PromptStyle
+from atod_envs.styles import Layout, PromptStyle, whole_characters
 from atod_envs.trajectory import Group, Trajectory, from_record, to_record
 
 try:

@@ -14,7 +14,7 @@ from typing import TypeAlias, cast
 import gymnasium as gym
 
 from atod_envs.errors import UnknownName
-from atod_envs.styles import History, Layout, PromptStyle, history_action
+from atod_envs.styles import History, Layout, PromptStyle, history_action, whole_characters
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Trajectory
 
@@ -29,15 +29,6 @@ def user(content: str) -> Message:
 def assistant(content: str) -> Message:
     """A message of the policy."""
     return {"role": "assistant", "content": whole_characters(content)}
-
-
-def whole_characters(text: str) -> str:
-    """The text with half characters (lone surrogates) replaced by U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def find_style(env_id: str, style: str | PromptStyle) -> PromptStyle:

@@ -11,7 +11,7 @@ from typing import Any
 
 import gymnasium as gym
 
-from atod_envs.integrations.messages import whole_characters
+from atod_envs.styles import whole_characters
 from atod_envs.trajectory import StopReason, Trajectory
 
 try:

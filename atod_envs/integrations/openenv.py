@@ -14,8 +14,8 @@ from typing import Any
 import gymnasium as gym
 
 from atod_envs import ROOMS
-from atod_envs.integrations.messages import whole_characters
 from atod_envs.prompting import Prompted
+from atod_envs.styles import whole_characters
 
 try:
     from openenv.core import EnvClient

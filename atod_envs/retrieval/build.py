@@ -85,7 +85,7 @@ def take_part(passages: Iterable[tuple[str, str]], part: str) -> Iterator[tuple[
     mine, parts = int(number) - 1, int(count)
 
     def place(docid: str) -> int:
-        return int.from_bytes(hashlib.blake2b(docid.encode(), digest_size=8).digest()) % parts
+        return int.from_bytes(hashlib.blake2b(docid.encode("utf-8", "surrogatepass"), digest_size=8).digest()) % parts
 
     return (passage for passage in passages if place(passage[0]) == mine)
 

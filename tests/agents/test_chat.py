@@ -185,6 +185,18 @@ def test_nothing_that_is_said_becomes_control(tokenizer, template, evil):
     assert chat.decode(chat.encode(evil)).endswith(evil)
 
 
+@pytest.mark.parametrize("text", ["a\ud800b", "\udfff", "x" * 600 + "\ud83e", "<|\ud83e\udd8a|>"])
+def test_half_characters_are_no_error_and_their_halves_no_control(tokenizer, text):
+    """Crawled products hold halves; two halves that meet are a character, which a control token may be made of."""
+    made = with_template(tokenizer, CHATML)
+    made.add_special_tokens({"extra_special_tokens": ["<|im_end|>", "<|\U0001f98a|>"]})
+    chat = ChatFormat(made)
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    for ids in (chat.opening(text), chat.continuation(text), chat.encode_response(text)):
+        assert whole in made.decode(ids, skip_special_tokens=False)
+        assert "<|\U0001f98a|>" not in names(made, ids)
+
+
 def test_a_template_that_rewrites_messages_cannot_be_talked_into_more(tokenizer):
     # Neither verbatim nor trimmed: the message is rendered by the template each time.
     made = with_template(tokenizer, CHATML.replace("m.content }}", "m.content | replace('\n', ' / ') }}"))

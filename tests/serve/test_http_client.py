@@ -12,6 +12,7 @@ from agents.api import ApiClient, ApiOptions, ChatClient
 from atod_envs.errors import AtodError
 from atod_envs.http import client as http_client
 from atod_envs.http.client import HttpClient, Retry, ServerGone, ServerRefused
+from atod_envs.http.messages import parse
 from atod_envs.retrieval.http import HttpSearch
 from atod_envs.retrieval.protocol import RetrievalError
 from atod_envs.serve.client import RemoteEnv
@@ -247,3 +248,19 @@ def test_a_page_instead_of_an_environment_is_named():
         with pytest.raises(RemoteError, match=r"not JSON.*is it a server of environments"):
             RemoteEnv(server.url, retries=3)
         assert len(server.requests) == 1
+
+
+def test_whole_numbers_are_read_as_far_as_a_float_reaches():
+    for given, read in ((b"9" * 308, int("9" * 308)), (b'"' + b"9" * 400 + b'"', "9" * 400), (b"-7", -7)):
+        assert parse(given) == parse(given.decode()) == read
+    for given in (b"9" * 310, b"[1, -" + b"9" * 400 + b"]"):
+        with pytest.raises(ValueError, match="too large"):
+            parse(given)
+
+
+def test_half_characters_are_not_sent():
+    with Scripted(reply(b'{"choices": [{"message": {"content": "\\ud800 hi"}}]}')) as server:
+        chat = ChatClient("m", ApiOptions(server.url + "/v1"), temperature=1.0, max_tokens=5)
+        assert chat.complete([{"role": "user", "content": "a\ud800\ud83e\udd8a"}], 1) == "\ud800 hi"
+        (sent,) = server.requests
+        assert "a\\ufffd\\ud83e\\udd8a" in sent and "\\ud800" not in sent

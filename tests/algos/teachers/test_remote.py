@@ -254,7 +254,7 @@ def test_a_server_that_lies_in_the_middle_is_refused_at_once(lie, teacher, token
         server.shutdown()
 
 
-@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999", "-" + "9" * 400])
 def test_a_log_prob_that_is_no_number_is_refused(number, server, tokenizer, rows, monkeypatch):
     remote = scorer(server, tokenizer)
     honest = json.dumps

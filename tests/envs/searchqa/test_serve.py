@@ -179,6 +179,7 @@ def test_what_can_pass_is_tried_again(bad):
         ((200, b"[]"), 1, r"one list for each"),
         ((200, GOOD.replace(b"2.0", b"NaN")), 1, r"NaN is no JSON number"),
         ((200, GOOD.replace(b"2.0", b"1e999")), 1, r"1e999 is too large"),
+        ((200, GOOD.replace(b"2.0", b"-" + b"9" * 400)), 1, r"999 is too large"),
         ((200, GOOD.replace(b"2.0", b'"high"')), 1, r"a number as 'score'"),
         ((200, GOOD.replace(b"2.0", b"true")), 1, r"a number as 'score'"),
         ((200, GOOD.replace(b'"1"', b"{}")), 1, r"as 'id'"),
