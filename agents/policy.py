@@ -27,16 +27,24 @@ class Policy:
         chat: renders messages to ids; the engine's model must share its tokenizer.
         max_tokens: longest response, in tokens.
         temperature: of the sampling; 0 is greedy.
+        max_context: longest prompt plus response, where it is less than the engine's own.
     """
 
     engine: Engine
     chat: ChatFormat
     max_tokens: int
     temperature: float = 1.0
+    max_context: int | None = None
+
+    @property
+    def context(self) -> int:
+        """Longest prompt plus response, in tokens."""
+        own = self.engine.max_context
+        return own if self.max_context is None else min(own, self.max_context)
 
     def fits(self, prompt: Sequence[int]) -> bool:
-        """Whether a prompt and the longest response fit the engine's context."""
-        return len(prompt) + self.max_tokens <= self.engine.max_context
+        """Whether a prompt and the longest response fit the context."""
+        return len(prompt) + self.max_tokens <= self.context
 
     def submit(self, request_id: str, prompt: Sequence[int], seed: int) -> None:
         """Ask for a response; the engine's ``step`` returns it.

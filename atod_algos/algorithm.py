@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -76,6 +76,9 @@ class RolloutLimits:
     who: TurnPlan | None = None
 
 
+_TERMS = ("distillation_M", "reward_M", "teacher_weight_M", "turn_weight_K", "left_out_N")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advantages:
     """What an algorithm makes of a scored batch: named terms, whose sum the learner gets.
@@ -100,6 +103,34 @@ class Advantages:
     left_out_N: np.ndarray | None = None
     coefficients: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, np.ndarray | float] = field(default_factory=dict)
+
+    def only(self, batch: TokenBatch, keep_N: np.ndarray) -> Advantages:
+        """The terms of some trajectories of their batch (booleans, axis N), without the quantities of the whole."""
+        keep_K = keep_N[batch.trajectory_K]
+        kept = {"N": keep_N, "K": keep_K, "M": keep_K[batch.turn_M]}
+        terms = {name: getattr(self, name) for name in _TERMS}
+        parts = {name: None if term is None else term[kept[name[-1]]] for name, term in terms.items()}
+        return replace(self, **parts, coefficients={}, notes={})
+
+    def scaled(self, factor_M: np.ndarray) -> Advantages:
+        """The same with another size of the teacher's term.
+
+        Args:
+            factor_M: what it is multiplied with at each sampled token.
+
+        Raises:
+            AtodError: the algorithm gives no such term.
+        """
+        if self.distillation_M is None:
+            raise AtodError(
+                "--gap-scale: the algorithm has no term of its teacher (distillation_M) to scale; leave it out"
+            )
+        weight_M = self.teacher_weight_M
+        return replace(
+            self,
+            distillation_M=self.distillation_M * factor_M,
+            teacher_weight_M=None if weight_M is None else weight_M * factor_M,
+        )
 
     @property
     def token_M(self) -> np.ndarray:

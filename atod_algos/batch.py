@@ -11,7 +11,7 @@ the prompt that follows them, and of nothing else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
 import numpy as np
@@ -156,6 +156,37 @@ def make_batch(groups: Sequence[Group], layout: RowLayout = RowLayout.MERGED) ->
     )
 
 
+def part_of(batch: TokenBatch, keep_N: np.ndarray) -> tuple[TokenBatch, np.ndarray]:
+    """The part of a batch that is some of its trajectories; groups keep their numbers.
+
+    Args:
+        batch: the batch.
+        keep_N: which trajectories (booleans).
+
+    Returns:
+        The part, and which of the batch's sampled tokens are in it (booleans, axis M).
+    """
+    keep_B, keep_K = keep_N[batch.trajectory_B], keep_N[batch.trajectory_K]
+    keep_M = keep_K[batch.turn_M]
+    row_B, turn_K, trajectory_N = (np.cumsum(keep) - 1 for keep in (keep_B, keep_K, keep_N))
+    part = TokenBatch(
+        rows=tuple(row for row, kept in zip(batch.rows, keep_B, strict=True) if kept),
+        row_M=row_B[batch.row_M[keep_M]],
+        column_M=batch.column_M[keep_M],
+        turn_M=turn_K[batch.turn_M[keep_M]],
+        sampler_logprobs_M=batch.sampler_logprobs_M[keep_M],
+        trajectory_K=trajectory_N[batch.trajectory_K[keep_K]],
+        index_K=batch.index_K[keep_K],
+        prompt_length_K=batch.prompt_length_K[keep_K],
+        valid_K=batch.valid_K[keep_K],
+        group_N=batch.group_N[keep_N],
+        success_N=batch.success_N[keep_N],
+        score_N=batch.score_N[keep_N],
+        trajectories=tuple(t for t, kept in zip(batch.trajectories, keep_N, strict=True) if kept),
+    )
+    return part, keep_M
+
+
 def put_in_front(batch: TokenBatch, ids_N: Sequence[Sequence[int]]) -> TokenBatch:
     """The same sampled tokens, seen by a reader who was shown something more before everything else.
 
@@ -205,6 +236,15 @@ class Scores:
     support_MS: np.ndarray | None = None
     teacher_support_MS: np.ndarray | None = None
     vocabulary: int = 0
+
+    def only(self, keep_M: np.ndarray) -> Scores:
+        """The scores of some of the tokens (booleans, axis M)."""
+        return replace(self, **{name: value[keep_M] for name, value in self.arrays().items()})
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays that are there, by field; the first axis of each is M."""
+        values = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "vocabulary"}
+        return {name: value for name, value in values.items() if value is not None}
 
     def require(self, name: str) -> np.ndarray:
         """An array by its name.

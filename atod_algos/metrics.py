@@ -6,13 +6,14 @@ computes a metric of its own. ``turn_table`` keeps what a turn needs for the fig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from atod_algos.advantages import turn_mean
 from atod_algos.algorithm import Advantages, Algorithm
-from atod_algos.batch import Scores, TokenBatch
+from atod_algos.batch import Scores, TokenBatch, part_of
 
 MOST_TURNS = 50
 """Quantities by turn index are given for the first turns only, as published; the turn table holds all of them."""
@@ -43,6 +44,37 @@ def step_metrics(
         metrics |= weight_metrics(advantages.turn_weight_K, advantages.left_out_N, batch, scores)
     elif advantages.turn_weight_K is not None:
         metrics |= weight_by_turn(f"{name}_turn/weight", advantages.turn_weight_K, batch)
+    return metrics
+
+
+def world_metrics(
+    algorithm: Algorithm,
+    batch: TokenBatch,
+    scores: Scores,
+    advantages: Advantages,
+    reward_N: np.ndarray,
+    world_N: np.ndarray,
+    names: Sequence[str],
+) -> dict[str, float]:
+    """:func:`step_metrics` of each environment of several, its name in front; those that spoke no token are left out.
+
+    Args:
+        algorithm: the algorithm.
+        batch: the step's data.
+        scores: its log-probs.
+        advantages: the algorithm's terms.
+        reward_N: training reward of each trajectory.
+        world_N: environment of each trajectory, an index into ``names``.
+        names: of the environments.
+    """
+    metrics: dict[str, float] = {}
+    for place, name in enumerate(names):
+        keep_N = world_N == place
+        part, keep_M = part_of(batch, keep_N)
+        if part.n_tokens:
+            terms = advantages.only(batch, keep_N)
+            own = step_metrics(algorithm, part, scores.only(keep_M), terms, reward_N[keep_N])
+            metrics |= {f"{name}/{key}": value for key, value in own.items()}
     return metrics
 
 

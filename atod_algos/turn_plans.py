@@ -22,11 +22,13 @@ class EpisodeSpec:
         task_id: the task.
         group_id: attempts with the same group id are compared with each other.
         seed: of the environment's episode and of the sampling.
+        world: the environment's place among the run's, from 0.
     """
 
     task_id: str
     group_id: str
     seed: int
+    world: int = 0
 
 
 Role = Literal["student", "expert"]

@@ -76,8 +76,15 @@ def require_registered(env_id: str) -> None:
 
 
 def environment_class(env_id: str) -> Any:
-    """The class behind a registered id, a subclass of ``TextEnv``, with the facts that it states: splits, label, ..."""
-    entry = gym.spec(env_id).entry_point
+    """The class behind a registered id, a subclass of ``TextEnv``, with the facts that it states: splits, label, ...
+
+    It opens no data.
+
+    Raises:
+        UnknownName: no environment of that id is registered.
+    """
+    require_registered(env_id)
+    entry = gym.spec(env_id.rpartition(":")[2]).entry_point
     return registration.load_env_creator(entry) if isinstance(entry, str) else entry
 
 

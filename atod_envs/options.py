@@ -8,10 +8,10 @@ from __future__ import annotations
 import ast
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from atod_envs.errors import AtodError
+from atod_envs.errors import AtodError, UnknownName
 
 _WORDS = {"true": True, "false": False, "none": None}
 
@@ -36,6 +36,26 @@ def read_options(pairs: Iterable[str], split: str | None = None) -> dict[str, An
         if not dot or where == (split or "train"):
             options[name] = _value(text)
     return options
+
+
+def read_pair(pair: str, names: Collection[str], option: str, kind: str = "VALUE") -> tuple[str, str]:
+    """``NAME=VALUE`` as name and value.
+
+    Args:
+        pair: what was given.
+        names: the names that are known.
+        option: the command-line option, for the message.
+        kind: what the value is, for the message.
+
+    Raises:
+        UnknownName: the name is not known, or there is no value.
+    """
+    name, equals, value = pair.partition("=")
+    if equals and name not in names:
+        raise UnknownName(f"world in {option}", name, names)
+    if not value:
+        raise UnknownName(f"world in {option}", pair, [f"{known}={kind}" for known in names])
+    return name, value
 
 
 def put_before(first: Iterable[str], given: Iterable[str]) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ def main() -> None:
     config = resolve(TrainConfig(env="atod/ALFWorld-v0", data="builtin"))
     facts = describe(config)
     student = load_model(config.student, "student", world=facts.env_key)
-    here = local_pool(config, facts.style, student.model, ChatFormat(student.tokenizer))
+    here = local_pool(config, [facts.style], student.model, ChatFormat(student.tokenizer))
     here.load_weights(student.model.named_parameters(), 0)
     order = facts.tasks("train").order(0)
     specs = [
@@ -92,7 +92,7 @@ def main() -> None:
     )  # fmt: skip
     rates = fit_engine(work, Rates(1, config.slots, 1.0, 1.0, 1.0, env, 1.0, 1.0, 0.0, 0.0, 1.0), seconds, (8, turn))
     for count in given.workers:
-        pool = RayPool(partial(worker_pool, config, facts.env_key, facts.style), workers=count, cpus=0.4)
+        pool = RayPool(partial(worker_pool, config, [facts.style]), workers=count, cpus=0.4)
         pool.load_weights(student.model.named_parameters(), 1)
         wall, used, same = timed(pool, specs, given.rounds, pool.pids)
         pool.close()

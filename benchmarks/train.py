@@ -238,7 +238,7 @@ def packing(args: argparse.Namespace) -> None:
     config = resolve(TrainConfig(data="builtin"))
     loaded = load_model("builtin", "student", world="alfworld")
     tasks = make_env(config).unwrapped.tasks  # type: ignore[attr-defined]
-    sampler = StepSampler(tasks, seed=0, tasks_per_step=config.tasks_per_step, group_size=config.group_size)
+    sampler = StepSampler([tasks], seed=0, tasks_per_step=config.tasks_per_step, group_size=config.group_size)
     engine = TransformersEngine(loaded.model, max_context=config.max_context)
     rollout = Rollout(engine, ChatFormat(loaded.tokenizer), lambda: make_env(config), style="compact", max_tokens=24)
     batch = make_batch(rollout.play_groups(sampler.specs(1)))

@@ -113,7 +113,12 @@ class Evaluation:
 
 
 def evaluate(
-    play: Play, tasks: Sequence[str], *, seed: int = 0, on_finish: Callable[[int], None] | None = None
+    play: Play,
+    tasks: Sequence[str],
+    *,
+    seed: int = 0,
+    world: int = 0,
+    on_finish: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Play every task of a panel once, without any algorithm's limits.
 
@@ -121,6 +126,7 @@ def evaluate(
         play: plays episodes: ``Rollout.play``, or a pool's with split and temperature chosen.
         tasks: the panel.
         seed: of episodes and sampling.
+        world: the environment's place among those that ``play`` knows, from 0.
         on_finish: called with the number of finished episodes.
 
     Raises:
@@ -128,7 +134,7 @@ def evaluate(
     """
     from atod_algos.rollout.episodes import EpisodeSpec, collect_groups, require_turns
 
-    specs = [EpisodeSpec(task, task, episode_seed(seed, task)) for task in tasks]
+    specs = [EpisodeSpec(task, task, episode_seed(seed, task), world) for task in tasks]
     trajectories = tuple(play(specs, on_finish=on_finish))
     require_turns(collect_groups(trajectories))
     return Evaluation(trajectories)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import gymnasium as gym
-from gymnasium.envs.registration import load_env_creator
 
 import atod_envs
 from agents.chat import CHAT_DATE, ThinkingMode
@@ -167,7 +166,9 @@ def sampling_of(config: EvaluateConfig) -> Sampling:
     student = "builtin" if config.agent.startswith("builtin") else config.agent
     profile = dataclasses.asdict(resolve(TrainConfig(env=config.env, student=student)))
     if source.is_file() and source.parent.joinpath("metrics.jsonl").exists():
-        profile |= read_settings(source.parent, "train")["train"]
+        trained = read_settings(source.parent, "train")
+        own = [world for world in trained.get("worlds", {}).values() if world["env"] == config.env]
+        profile |= {**trained["train"], **(own[0] if own else {})}
     profile = {**profile, "temperature": profile["eval_temperature"]}
     if config.agent.startswith("api:"):
         profile |= dict.fromkeys(("max_context", "thinking", "chat_date"))  # the server knows its own
@@ -177,20 +178,9 @@ def sampling_of(config: EvaluateConfig) -> Sampling:
     return Sampling(option, **{n: profile[n] if getattr(config, n) is None else getattr(config, n) for n in names})
 
 
-def env_class(env: str) -> Any:
-    """The class behind a registered id, without opening any data.
-
-    Raises:
-        UnknownName: no environment of that id is registered.
-    """
-    atod_envs.require_registered(env)
-    point = gym.spec(env.rpartition(":")[2]).entry_point
-    return load_env_creator(point) if isinstance(point, str) else point
-
-
 def held_out_splits(env: str) -> tuple[str, ...]:
     """An environment's splits for choosing and for reporting; of others the data may be missing."""
-    return tuple(getattr(env_class(env), "splits", TextEnv.splits)[1:])
+    return tuple(getattr(atod_envs.environment_class(env), "splits", TextEnv.splits)[1:])
 
 
 def make_env(config: EvaluateConfig, sampling: Sampling, split: str) -> gym.Env[str, str]:

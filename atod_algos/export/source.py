@@ -14,10 +14,11 @@ from typing import Any
 
 from atod_algos.evaluate import Evaluation
 from atod_algos.evaluate.settings import weights_digest
+from atod_algos.report.data import flat_table
 from atod_algos.training.checkpoint import latest_checkpoint, require_whole
 from atod_algos.training.run_dir import read_object, read_settings
 from atod_envs.errors import AtodError
-from atod_envs.trajectory import read_jsonl
+from atod_envs.trajectory import Trajectory, read_jsonl
 
 _ADVICE = "give the folder of a finished evaluation (atod eval --out)"
 
@@ -135,15 +136,18 @@ def panel_rows(source: Source, evaluations: Sequence[Path]) -> list[PanelRow]:
     if result.is_file():
         found = read_object(result, "delete it and run the training's command again", step=int, panel=str, table=dict)
         own = "best" if source.checkpoint.name == "best" else "last"
-        names = [name for name in found["table"] if name.split(" ")[0] in (own, "before", "teacher")]
+        table = flat_table(found["table"])
+        names = [name for name in table if name.split(" ")[0].rstrip(",") in (own, "before", "teacher")]
         if found["step"] == source.step or own == "best":
-            rows += [PanelRow(found["panel"], name, found["table"][name]) for name in names]
+            rows += [PanelRow(found["panel"], name, table[name]) for name in names]
     validation = source.run / "validation" / f"step_{source.step:06d}.jsonl.gz"
     if validation.is_file():
-        played = Evaluation(tuple(read_jsonl(validation)))
-        split = played.trajectories[0].split
-        title = f"{source.train['env']}, {split}, validation panel (choices were made on it)"
-        rows.append(PanelRow(title, f"step {source.step}", played.summary()))
+        played: dict[tuple[str, str], list[Trajectory]] = {}
+        for trajectory in read_jsonl(validation):
+            played.setdefault((trajectory.env_id, trajectory.split), []).append(trajectory)
+        for (env, split), trajectories in played.items():
+            title = f"{env}, {split}, validation panel (choices were made on it)"
+            rows.append(PanelRow(title, f"step {source.step}", Evaluation(tuple(trajectories)).summary()))
     for folder in evaluations:
         rows += _evaluated(source, folder.expanduser())
     return rows

@@ -44,13 +44,14 @@ class Run:
 
     @property
     def env(self) -> str:
-        """Registered id of the environment."""
-        return str(self.settings["train"]["env"])
+        """Registered ids of the environments."""
+        worlds = self.settings.get("worlds") or {"": self.settings["train"]}
+        return ", ".join(str(world["env"]) for world in worlds.values())
 
     @property
     def teacher(self) -> str | None:
-        """Whom the run was taught by, or could have been."""
-        return str(self.settings["train"]["teacher"])
+        """Whom the run was taught by, or could have been; None where several teachers share it."""
+        return None if "worlds" in self.settings else str(self.settings["train"]["teacher"])
 
     @property
     def gap_clip(self) -> float:
@@ -65,8 +66,8 @@ class Run:
 
     @property
     def table(self) -> Mapping[str, Any] | None:
-        """Summaries of the final evaluation, by policy; ``None`` while it trains."""
-        return None if self.result is None else self.result["table"]
+        """Summaries of the final evaluation, by policy (and environment); ``None`` while it trains."""
+        return None if self.result is None else flat_table(self.result["table"])
 
     @property
     def said(self) -> str:
@@ -119,7 +120,11 @@ class Run:
         steps, values = self.series("val/success_rate")
         if 0 in self.steps("valid") and 0 not in steps:
             episodes = self.episodes("valid", 0)
-            steps, values = [0.0, *steps], [sum(t.success for t in episodes) / max(1, len(episodes)), *values]
+            by_world: dict[str, list[bool]] = {}
+            for episode in episodes:
+                by_world.setdefault(episode.env_id, []).append(episode.success)
+            shares = [sum(part) / len(part) for part in by_world.values()]
+            steps, values = [0.0, *steps], [sum(shares) / max(1, len(shares)), *values]
         return steps, values
 
     def steps(self, kind: str) -> list[int]:
@@ -212,6 +217,16 @@ class StoredEvaluation(Run):
 
     def _parts(self) -> list[tuple[str, int]]:
         return [(panel["name"], seed) for panel in self.settings["panels"] for seed in self.settings["seeds"]]
+
+
+def flat_table(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's final table with a summary an entry: those of several environments have the environment's name."""
+    found: dict[str, Any] = {}
+    for policy, row in table.items():
+        found |= (
+            {f"{policy}, {name}": part for name, part in row["worlds"].items()} if "worlds" in row else {policy: row}
+        )
+    return found
 
 
 def method_of(algorithm: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from atod_algos.advantages import min_max_by_trajectory, soft_or
 from atod_algos.report.data import Run, read_packed
+from atod_envs import environment_class
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, Trajectory
 
@@ -127,9 +128,8 @@ class Scorer:
         """The model of a role, loaded once."""
         if self._loaded is None:
             from agents.models import load_model
-            from atod_algos.evaluate.settings import env_class
 
-            world = getattr(env_class(self.run.env), "env_key", "")
+            world = getattr(environment_class(self.run.env), "env_key", "")
             try:
                 self._loaded = load_model(name, "teacher", world=world)
             except AtodError as error:

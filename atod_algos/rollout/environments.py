@@ -9,7 +9,7 @@ from typing import cast
 import gymnasium as gym
 
 import atod_envs
-from atod_algos.training.config import RunConfig, TrainConfig
+from atod_algos.training.config import RunConfig
 from atod_envs.options import read_options
 from atod_envs.prompting import named_style
 from atod_envs.styles import PromptStyle
@@ -17,11 +17,11 @@ from atod_envs.tasks import TaskSet
 from atod_envs.text_env import TextEnv
 
 
-def make_env(config: TrainConfig, split: str | None = None) -> gym.Env[str, str]:
+def make_env(config: RunConfig, split: str | None = None) -> gym.Env[str, str]:
     """Make the raw environment of a run.
 
     Args:
-        config: its settings.
+        config: its settings, those of one environment where there are several.
         split: which tasks; by default the environment's own first choice, its training split.
 
     Raises:
@@ -59,7 +59,7 @@ class EnvironmentFacts:
 
 
 def describe(config: RunConfig) -> EnvironmentFacts:
-    """Open the training environment once and note what is to be known about it.
+    """Open one training environment and note what is to be known about it.
 
     Raises:
         UnknownName: no such environment, or it has no prompt style of that name.

@@ -30,6 +30,7 @@ from agents.engines.base import Engine
 from agents.expert import expert_for, expert_solution
 from agents.policy import Phrased, Policy, next_prompt
 from atod_algos.algorithm import RolloutLimits
+from atod_algos.rollout.stage import Stage
 from atod_algos.turn_plans import EpisodeSpec as EpisodeSpec
 from atod_algos.turn_plans import Role, TurnActor
 from atod_envs.errors import AtodError
@@ -71,7 +72,7 @@ def turn_seed(seed: int, turn: int) -> int:
 
 
 class Rollout:
-    """Plays episodes of one environment.
+    """Plays episodes of one environment, or of several.
 
     Args:
         engine: samples the student's responses; None where the student plays no turn.
@@ -80,12 +81,14 @@ class Rollout:
         style: the prompt style, by name or as an object; None leaves the environment raw (for agents).
         max_tokens: longest response, in tokens.
         temperature: of the sampling; 0 is greedy.
+        max_context: longest prompt plus response, where it is less than the engine's own.
         concurrency: episodes that run at the same time.
         tolerated: share of the episodes whose environment may raise; they end as aborted, and nothing is learned from
             them.
         agent: makes the agent that plays every turn, instead of the student.
         agent_waits: that agent waits for something (a server), so it is asked in a thread.
         seed_of_turn: (episode's seed, turn) -> seed of the sampling.
+        others: further environments, whose episodes have ``world`` 1, 2, ...; the one above is 0.
     """
 
     def __init__(
@@ -97,19 +100,22 @@ class Rollout:
         style: str | PromptStyle | None,
         max_tokens: int = 1,
         temperature: float = 1.0,
+        max_context: int | None = None,
         concurrency: int = 128,
         tolerated: float = 0.0,
         agent: MakeAgent | None = None,
         agent_waits: bool = False,
         seed_of_turn: Callable[[int, int], int] = turn_seed,
+        others: Sequence[Stage] = (),
     ) -> None:
         self.engine, self.chat = engine, chat
-        self.policy = None if engine is None or chat is None else Policy(engine, chat, max_tokens, temperature)
+        policy = None
+        if engine is not None and chat is not None:
+            policy = Policy(engine, chat, max_tokens, temperature, max_context)
+        self.stages = (Stage(make_env, style, policy), *others)
         self.concurrency, self.tolerated = concurrency, tolerated
         self.agent, self.agent_waits, self.seed_of_turn = agent, agent_waits, seed_of_turn
         self.threads = ThreadPoolExecutor(concurrency if agent_waits else _THREADS, thread_name_prefix="env")
-        self._make_env, self._style = make_env, style
-        self.idle: list[RecordTurns] = []
 
     def play(
         self,
@@ -146,27 +152,15 @@ class Rollout:
     def close(self) -> None:
         """Close the environments; the engine stays."""
         self.threads.shutdown(wait=self.agent_waits, cancel_futures=True)
-        for env in self.idle:
-            env.close()
-        self.idle.clear()
-
-    def take_env(self, limits: RolloutLimits) -> RecordTurns:
-        """An environment that plays no episode at present, under these limits."""
-        if self.idle:
-            env = self.idle.pop()
-        else:
-            raw = self._make_env()
-            env = RecordTurns(raw if self._style is None else Prompted(raw, self._style))
-        text_env = cast("TextEnv", env.unwrapped)
-        own = text_env.configured_max_turns
-        text_env.max_turns = own if limits.max_turns is None else min(own, limits.max_turns)
-        return env
+        for stage in self.stages:
+            stage.close()
 
 
 @dataclass(slots=True)
 class _Episode:
     index: int
     spec: EpisodeSpec
+    stage: Stage
     env: RecordTurns
     actor: TurnActor
     learned: Role = "student"
@@ -236,7 +230,8 @@ class _Play:
                 self.total += len(further)
 
     def _start(self, index: int, spec: EpisodeSpec) -> None:
-        env = self.rollout.take_env(self.limits)
+        stage = self.rollout.stages[spec.world]
+        env = stage.take(self.limits)
         plan, agent = self.limits.who, None
         env.group_id = spec.group_id
         if self.rollout.engine is not None:
@@ -244,14 +239,14 @@ class _Play:
         try:
             if self.rollout.agent is not None:
                 agent = self.rollout.agent(env, spec.seed)
-                episode = _Episode(index, spec, env, lambda turn: "expert", agent=agent)
+                episode = _Episode(index, spec, stage, env, lambda turn: "expert", agent=agent)
             elif plan is None:
-                episode = _Episode(index, spec, env, lambda turn: "student")
+                episode = _Episode(index, spec, stage, env, lambda turn: "student")
             else:
                 actor = plan.begin(spec, partial(expert_solution, env, spec.task_id, spec.seed))
                 if plan.expert_watches:
                     agent = Phrased(expert_for(env, brief=True), cast("Prompted", env.env))
-                episode = _Episode(index, spec, env, actor, plan.learned, agent)
+                episode = _Episode(index, spec, stage, env, actor, plan.learned, agent)
             message, info = env.reset(seed=spec.seed, options={"task_id": spec.task_id})
             if agent is not None:
                 agent.reset(message, info)
@@ -266,29 +261,29 @@ class _Play:
 
     def _go_on(self, episode: _Episode, message: str | None) -> None:
         """Play turns until an answer has to be waited for, or the episode ends (then there is no message)."""
-        rollout = self.rollout
+        rollout, policy = self.rollout, episode.stage.policy
         while message is not None:
             actor = episode.actor(episode.turn)
             if rollout.chat is not None:
                 layout = cast("Prompted", episode.env.env).style.layout
                 episode.prompt = next_prompt(rollout.chat, layout, episode.conversation, message)
-                if actor in ("student", episode.learned) and rollout.policy and not rollout.policy.fits(episode.prompt):
+                if actor in ("student", episode.learned) and policy and not policy.fits(episode.prompt):
                     self._end(episode, episode.env.close_episode(StopReason.CONTEXT_LIMIT))
                     if not episode.turn:
                         log.warning(
                             "task %r: the first prompt has %d tokens; with %d for the response it does not fit a context of %d",
                             episode.spec.task_id,
                             len(episode.prompt),
-                            rollout.policy.max_tokens,
-                            rollout.policy.engine.max_context,
+                            policy.max_tokens,
+                            policy.context,
                         )
                     return
             if actor == "student":
-                if rollout.policy is None:
+                if policy is None:
                     raise ValueError("the student is to play a turn, and the rollout has no engine to ask")
                 request = f"{episode.index}/{episode.turn}"
                 self.asked[request] = episode
-                rollout.policy.submit(request, episode.prompt, rollout.seed_of_turn(episode.spec.seed, episode.turn))
+                policy.submit(request, episode.prompt, rollout.seed_of_turn(episode.spec.seed, episode.turn))
                 return
             if isinstance(actor, Decision):
                 prompted = cast("Prompted", episode.env.env)
@@ -350,7 +345,7 @@ class _Play:
 
     def _end(self, episode: _Episode, trajectory: Trajectory) -> None:
         self.finished[episode.index] = trajectory
-        self.rollout.idle.append(episode.env)
+        episode.stage.idle.append(episode.env)
         self._tell(trajectory)
 
     def _give_up(self, episode: _Episode, response: str, error: Exception) -> None:

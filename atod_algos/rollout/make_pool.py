@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,24 +14,23 @@ from atod_algos.training.config import RunConfig, worker_resources
 from atod_envs.styles import PromptStyle
 
 
-def make_pool(config: RunConfig, env_key: str, style: PromptStyle, model: Any, chat: ChatFormat) -> RolloutPool:
+def make_pool(config: RunConfig, styles: Sequence[PromptStyle], model: Any, chat: ChatFormat) -> RolloutPool:
     """The pool that a run's settings ask for.
 
     Args:
         config: resolved settings.
-        env_key: the environment's key.
-        style: the prompt style in the run's layout.
+        styles: the prompt style of each environment, in the run's layout.
         model: what a local engine samples from.
         chat: renders messages to ids.
     """
     if config.cluster == "none":
-        own: RolloutPool | None = local_pool(config, style, model, chat)
+        own: RolloutPool | None = local_pool(config, styles, model, chat)
     elif distributed.rank() == 0:
         from atod_algos.rollout.ray_pool import RayPool
 
         cpus, gpus = worker_resources(config)
         own = RayPool(
-            partial(worker_pool, config, env_key, style, usable_ids(model).tolist()),
+            partial(worker_pool, config, styles, usable_ids(model).tolist()),
             workers=config.workers,
             cpus=cpus,
             gpus=gpus,

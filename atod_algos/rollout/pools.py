@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,10 +19,12 @@ from agents.engines.base import Engine
 from agents.engines.weight_check import verify_weights
 from agents.logits import limit_vocabulary, longest_context
 from agents.models import load_model
+from agents.policy import Policy
 from atod_algos.algorithm import RolloutLimits
 from atod_algos.learner import distributed
 from atod_algos.rollout.environments import make_env
 from atod_algos.rollout.episodes import MoreEpisodes, OnFinish, Rollout
+from atod_algos.rollout.stage import Stage
 from atod_algos.training.config import RunConfig
 from atod_algos.turn_plans import EpisodeSpec
 from atod_envs.errors import AtodError
@@ -37,12 +40,12 @@ class Conditions:
     """What the episodes of one call have in common.
 
     Attributes:
-        split: the split of the tasks.
+        split: the split of the tasks; None is each environment's training split.
         temperature: of the sampling.
         tolerated: share of the episodes that may be lost to an environment that raises.
     """
 
-    split: str
+    split: str | None
     temperature: float
     tolerated: float = 0.0
 
@@ -182,42 +185,52 @@ class RankPool:
             self._own.close()
 
 
-def local_pool(config: RunConfig, style: PromptStyle, model: Any, chat: ChatFormat) -> LocalPool:
+def local_pool(config: RunConfig, styles: Sequence[PromptStyle], model: Any, chat: ChatFormat) -> LocalPool:
     """Engine and environments of a run, in this process.
 
     Args:
         config: resolved settings.
-        style: the prompt style in the run's layout.
+        styles: the prompt style of each environment, in the run's layout.
         model: what the engine samples from.
         chat: renders messages to ids.
     """
-    context = min(config.max_context, longest_context(model))
+    context = min(max(world.max_context for world in config.worlds), longest_context(model))
     engine = make_engine(config.engine, model, slots=config.slots, max_context=context, memory=config.engine_memory)
 
     def rollout(under: Conditions) -> Rollout:
+        further = [
+            Stage(
+                partial(make_env, world, under.split),
+                style,
+                Policy(engine, chat, world.max_response, under.temperature, world.max_context),
+            )
+            for world, style in zip(config.others, styles[1:], strict=True)
+        ]
         return Rollout(
             engine,
             chat,
-            lambda: make_env(config, under.split),
-            style=style,
+            partial(make_env, config, under.split),
+            style=styles[0],
             max_tokens=config.max_response,
             temperature=under.temperature,
+            max_context=config.max_context,
             concurrency=config.slots,
             tolerated=under.tolerated,
+            others=further,
         )
 
     return LocalPool(engine, model, rollout)
 
 
-def worker_pool(config: RunConfig, env_key: str, style: PromptStyle, ids: Iterable[int] | None = None) -> LocalPool:
+def worker_pool(config: RunConfig, styles: Sequence[PromptStyle], ids: Iterable[int] | None = None) -> LocalPool:
     """What a cluster's worker plays with; the learner sends its weights; it says these ids alone, if given."""
     device = device_of(config.device)
     if device == "cpu":
         torch.set_num_threads(1)
-    loaded = load_model(config.student, "student", world=env_key, device=device, dtype=dtype_of(config, device))
+    loaded = load_model(config.student, "student", world=config.models, device=device, dtype=dtype_of(config, device))
     if ids is not None:
         limit_vocabulary(loaded.model, ids)
-    return local_pool(config, style, loaded.model, loaded.chat(config.thinking, config.chat_date))
+    return local_pool(config, styles, loaded.model, loaded.chat(config.thinking, config.chat_date))
 
 
 def device_of(name: str) -> str:

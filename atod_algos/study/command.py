@@ -19,6 +19,7 @@ from atod_algos.study import METHODS, PRESETS, Method, Preset, World
 from atod_algos.study.cells import finish_cell, read_study, tune
 from atod_algos.training.run_dir import Busy, replace_text
 from atod_envs.errors import UnknownName
+from atod_envs.options import read_pair
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,7 @@ def _chosen(preset: Preset, config: StudyConfig) -> Preset:
     changes: dict[str, dict[str, Any]] = {name: {} for name in names}
     for setting, pairs in (("teacher", config.teacher), ("data", config.data)):
         for pair in pairs:
-            name, _, value = pair.partition("=")
-            if name not in changes or not value:
-                raise UnknownName(f"world in --{setting}", pair, [f"{n}=PATH" for n in names])
+            name, value = read_pair(pair, names, f"--{setting}", "PATH")
             changes[name][setting] = value
     if config.student is not None:
         for change in changes.values():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -19,12 +19,13 @@ import torch
 from agents.logits import longest_context
 from agents.models import LoadedModel, require_same_tokenizer, share_vocabulary
 from atod_algos.algorithm import Algorithm
-from atod_algos.batch import Scores, TokenBatch, put_in_front
+from atod_algos.batch import Scores, TokenBatch, part_of, put_in_front
 from atod_algos.learner import distributed
 from atod_algos.learner.distribution import distribution
 from atod_algos.learner.logprobs import compare, drops_out, score
 from atod_algos.learner.lora import without_adapters
 from atod_algos.teachers.remote import RemoteJudge, is_address
+from atod_algos.teachers.routing import label_of, unseen_labels, world_places
 from atod_algos.training.config import RunConfig
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, Trajectory
@@ -144,10 +145,11 @@ class StepScorer:
         algorithm: the algorithm.
         student: the student.
         adapters: the student's adapters, or None.
-        load: loads a model by name and role.
+        load: loads a model by name, role and environment.
         device: where models score.
 
     Attributes:
+        teachers: the teacher of each environment; none where the algorithm asks for none.
         late: the student's log-probs are the sampler's until the step's only update, whose own pass gives them: the
             algorithm does not look at them before.
         exact: the teacher's distribution is scored, for its divergence to be a loss.
@@ -162,13 +164,14 @@ class StepScorer:
         algorithm: Algorithm,
         student: LoadedModel,
         adapters: Any,
-        load: Callable[[str, str], LoadedModel],
+        load: Callable[[str, str, str], LoadedModel],
         device: str,
     ) -> None:
         self.config, self.algorithm, self.student = config, algorithm, student
         self._adapters, self._load, self._device = adapters, load, device
         self._chat = student.chat(config.thinking, config.chat_date)
         self._held: dict[tuple[str, str], LogprobScorer] = {}
+        self._scored = False
         self.late = (
             config.old_logprobs == "learner"
             and config.minibatches * config.epochs == 1
@@ -183,25 +186,32 @@ class StepScorer:
         self.exact = config.gap == "exact" and "teacher" in wanted and algorithm.exact_gap and not compared
         if config.gap == "exact" and "teacher" in wanted and not self.exact:
             log.warning("%s is tied to the sampled token; --gap exact does not act on it", algorithm.name)
-        self.teacher = self._scorer_for(config.teacher, "teacher") if "teacher" in wanted else None
-        self.reference = self._scorer_for(config.student, "student") if "reference" in wanted else None
-        self.base = self._scorer_for(algorithm.base_model or config.student, "student") if "base" in wanted else None
+        self.teachers: list[LogprobScorer] = []
+        self._label_teachers: list[dict[str, LogprobScorer]] = []
+        for world in config.worlds if "teacher" in wanted else ():
+            where = config.models_of(world)
+            self.teachers.append(self._scorer_for(world.teacher, "teacher", where))
+            of_labels = {label: self._scorer_for(name, "teacher", where) for label, name in world.label_teachers}
+            self._label_teachers.append(of_labels)
+        base, where = algorithm.base_model or config.student, config.models
+        self.reference = self._scorer_for(config.student, "student", where) if "reference" in wanted else None
+        self.base = self._scorer_for(base, "student", where) if "base" in wanted else None
         others = [scorer.loaded.model for scorer in self._held.values() if isinstance(scorer, LocalScorer)]
         share_vocabulary([student.model, *others], student.tokenizer)
 
-    def _scorer_for(self, name: str, role: str) -> LogprobScorer:
-        if role == "teacher" and is_address(name):
-            return RemoteJudge(name, self.student.tokenizer, temperature=self.config.temperature)
-        # The word "builtin" is another model for each role; any other name is one model for all roles.
-        key = (name, role if name == "builtin" else "")
-        if key not in self._held:
-            own = key == (self.config.student, "student" if name == "builtin" else "")
+    def _scorer_for(self, name: str, role: str, where: str) -> LogprobScorer:
+        # The word "builtin" is another model for each role and environment; any other name is one model for all.
+        key = (name, f"{role}/{where}" if name == "builtin" else "")
+        if key not in self._held and role == "teacher" and is_address(name):
+            self._held[key] = RemoteJudge(name, self.student.tokenizer, temperature=self.config.temperature)
+        elif key not in self._held:
+            own = name == self.config.student and (name != "builtin" or role == "student")
             # Two whole distributions are compared at once: one model cannot give both.
             both = role == "teacher" and self.algorithm.scores & {"divergence", "support"}
             if own and self._adapters is not None and not both:
                 self._held[key] = AdaptersOffScorer(self.student, self._adapters)
             else:
-                loaded = self._load(name, role)
+                loaded = self._load(name, role, where)
                 require_same_tokenizer(self.student, loaded, role)
                 vllm = role == "teacher" and self.config.teacher_engine == "vllm"
                 self._held[key] = (
@@ -210,17 +220,56 @@ class StepScorer:
         return self._held[key]
 
     def score(self, batch: TokenBatch) -> Scores:
-        """All log-probs of a step's sampled tokens, at the temperature of the sampling."""
+        """All log-probs of a step's sampled tokens, at the temperature of the sampling; each row under its teacher."""
+        world_N = world_places(batch.trajectories, self.config)
+        owners = [self._teacher_of(t, int(world)) for t, world in zip(batch.trajectories, world_N, strict=True)]
+        if not self._scored:
+            self._scored = True
+            for said in unseen_labels(batch.trajectories, world_N, self.config):
+                log.warning(said)
+        several = list(dict.fromkeys(owners))
+        if len(several) == 1:
+            scores = self._score(batch, several[0])
+        else:
+            scores = self._score_parts(batch, [(np.array([o is own for o in owners]), own) for own in several])
+        if scores.teacher_M is None:
+            return scores
+        limits = np.array([world.gap_clip or np.inf for world in self.config.worlds], scores.teacher_M.dtype)
+        limit_M = limits[world_N][batch.trajectory_M]
+        clipped_M = scores.student_M + np.clip(scores.teacher_M - scores.student_M, -limit_M, limit_M)
+        return dataclasses.replace(scores, teacher_M=np.where(np.isinf(limit_M), scores.teacher_M, clipped_M))
+
+    def _teacher_of(self, trajectory: Trajectory, world: int) -> LogprobScorer | None:
+        if not self.teachers:
+            return None
+        label = label_of(trajectory, self.config.worlds[world])
+        return self.teachers[world] if label is None else self._label_teachers[world][label]
+
+    def _score_parts(self, batch: TokenBatch, parts: Sequence[tuple[np.ndarray, LogprobScorer | None]]) -> Scores:
+        """The scores of a batch whose trajectories have different teachers: (which, teacher) of each part."""
+        whole: dict[str, np.ndarray] = {}
+        vocabulary = 0
+        for keep_N, teacher in parts:
+            part, keep_M = part_of(batch, keep_N)
+            if not part.n_tokens:
+                continue
+            scores = self._score(part, teacher)
+            vocabulary = scores.vocabulary
+            for name, value in scores.arrays().items():
+                whole.setdefault(name, np.zeros((batch.n_tokens, *value.shape[1:]), value.dtype))[keep_M] = value
+        return Scores(**whole, vocabulary=vocabulary)
+
+    def _score(self, batch: TokenBatch, teacher: LogprobScorer | None) -> Scores:
         temperature, budget = self.config.temperature, self.config.token_budget
 
         def under(scorer: LogprobScorer | None) -> Any:
             return None if scorer is None else scorer.logprobs(batch, temperature=temperature, budget=budget)
 
         model, wanted = self.student.model, self.algorithm.scores
-        if self.teacher is not None and wanted & {"divergence", "support"}:
+        if teacher is not None and wanted & {"divergence", "support"}:
             size = self.algorithm.support if "support" in wanted else 0
-            with self._local_teacher().on_device() as teacher:
-                scores = compare(model, teacher, batch, temperature=temperature, budget=budget, support=size)
+            with self._whole(teacher).on_device() as other:
+                scores = compare(model, other, batch, temperature=temperature, budget=budget, support=size)
         else:
             sampled = self.config.old_logprobs == "sampler" or self.late
             student_M, entropy_M = batch.sampler_logprobs_M, None
@@ -229,34 +278,30 @@ class StepScorer:
                 student_M = student_M if sampled else passes[0]
                 entropy_M = passes[1] if "entropy" in wanted else None
             if self.exact:
-                with self._local_teacher().on_device() as teacher:
+                with self._whole(teacher).on_device() as other:
                     theirs_M, tokens = distribution(
-                        teacher, model, batch, temperature=temperature, budget=budget, topk=self.config.gap_topk
+                        other, model, batch, temperature=temperature, budget=budget, topk=self.config.gap_topk
                     )
                 scores = Scores(student_M, theirs_M, support_MS=tokens.ids_MS, teacher_support_MS=tokens.logprobs_MS)
             else:
-                scores = Scores(student_M, under(self.teacher))
+                scores = Scores(student_M, under(teacher))
             scores = dataclasses.replace(scores, entropy_M=entropy_M)
-        limit, teacher_M = self.config.gap_clip, scores.teacher_M
-        if teacher_M is not None and limit:
-            teacher_M = scores.student_M + np.clip(teacher_M - scores.student_M, -limit, limit)
         return dataclasses.replace(
             scores,
-            teacher_M=teacher_M,
             reference_M=under(self.reference),
             base_M=under(self.base),
             privileged_M=self._privileged(batch),
         )
 
-    def _local_teacher(self) -> LocalScorer:
+    def _whole(self, teacher: LogprobScorer | None) -> LocalScorer:
         """The teacher as a model whose whole distribution can be had."""
-        if not isinstance(self.teacher, LocalScorer):
+        if not isinstance(teacher, LocalScorer):
             what = "--gap exact" if self.exact else self.algorithm.name
             raise AtodError(
                 f"{what} compares whole distributions, and an engine or a server gives single log-probs only; "
                 "use a local teacher: --teacher PATH_OR_HUB_ID --teacher-engine transformers"
             )
-        return self.teacher
+        return teacher
 
     def _privileged(self, batch: TokenBatch) -> Any:
         """The student as its own teacher: shown the algorithm's privileged text in front of everything else."""

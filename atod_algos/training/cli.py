@@ -16,12 +16,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from atod_algos.guard import Terminated, dies_at_once, exit_code, fail, guarded, parse, sigterm_closes
-from atod_algos.training.config import GROUPS, RunConfig, RunOptions, TrainConfig, resolve
+from atod_algos.training.config import GROUPS, RunConfig, TrainConfig, resolve
+from atod_algos.training.options import RunOptions
 from atod_algos.training.presets import (
     builtin_run,
     fit_algorithm,
@@ -101,11 +103,14 @@ def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
     if rules not in algorithm.rules:
         raise UnknownName("rule set", rules, algorithm.rules)
     config_default, options_default = TrainConfig(), with_rules(algorithm, rules)
-    preset, env = _ahead(arguments, "--preset"), _ahead(arguments, "--env") or config_default.env
+    preset = _ahead(arguments, "--preset")
+    env = " ".join(word.partition("=")[0] for word in _words(arguments, "--env")) or str(config_default.env)
     if preset is not None:
         config_default = preset_config(preset, env)
         options_default = fit_algorithm(options_default, preset, env)
-    elif rules == "paper" and all(_ahead(arguments, f"--{name}") in (None, "builtin") for name in _BUILTIN):
+    elif rules == "paper" and not {
+        word.rpartition("=")[2] for n in _BUILTIN for word in _words(arguments, f"--{n}")
+    } - {"builtin"}:
         config_default, options_default = builtin_run(options_default, env)
 
     _refuse_gone(arguments)
@@ -155,15 +160,20 @@ def _part(kind: type[Any], config: TrainConfig) -> Any:
     return kind(**values)
 
 
-def _ahead(arguments: Sequence[str], option: str) -> str | None:
-    """What the command line gives for an option, before it is parsed."""
-    value = None
+def _words(arguments: Sequence[str], option: str) -> list[str]:
+    """The words that the command line gives for an option, before it is parsed."""
+    words: list[str] = []
     for place, argument in enumerate(arguments):
-        if argument == option and place + 1 < len(arguments):
-            value = arguments[place + 1]
+        if argument == option:
+            words = list(takewhile(lambda word: not word.startswith("-"), arguments[place + 1 :]))
         elif argument.startswith(f"{option}="):
-            value = argument.partition("=")[2]
-    return value
+            words = [argument.partition("=")[2]]
+    return words
+
+
+def _ahead(arguments: Sequence[str], option: str) -> str | None:
+    """The first word that the command line gives for an option, before it is parsed."""
+    return next(iter(_words(arguments, option)), None)
 
 
 def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool = False) -> dict[str, Any] | None:
@@ -178,7 +188,7 @@ def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool 
         import torch
 
         from atod_algos.learner import distributed
-        from atod_algos.training.console import Progress, result_table
+        from atod_algos.training.console import Progress, result_tables
         from atod_algos.training.run_dir import Onlooker, RunFolder, held
         from atod_algos.training.trainer import settings_of
 
@@ -189,7 +199,7 @@ def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool 
         refuse_settings(config)
         distributed.start(config.device)
     quiet = distributed.rank() > 0
-    progress = Progress(config.steps, f"{algorithm.name} on {config.env}", quiet=quiet)
+    progress = Progress(config.steps, f"{algorithm.name} on {config.title}", quiet=quiet)
     progress.console.print(f"rules: {rules}   " + _effective(settings["algorithm"]), highlight=False, soft_wrap=True)
     if dry_run:
         from atod_algos.training.memory_estimate import report
@@ -198,14 +208,16 @@ def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool 
         progress.console.print("\n" + report(config, algorithm), highlight=False, soft_wrap=True)
         return None
     require_teacher(config, algorithm.scores)
-    folder = Path(config.run or f"runs/{algorithm.name}-{config.env.split('/')[-1]}-seed{config.seed}")
+    envs = "+".join(world.env.split("/")[-1] for world in config.worlds)
+    folder = Path(config.run or f"runs/{algorithm.name}-{envs}-seed{config.seed}")
     with nullcontext() if quiet else held(folder), sigterm_closes():
         run = Onlooker(folder) if quiet else RunFolder(folder, settings)
         result = _finish(config, algorithm, run, progress)
     if quiet:
         distributed.barrier()  # see its docstring
         return result
-    progress.console.print(result_table(list(result["table"].items()), result["panel"]))
+    for table in result_tables(result["table"], result["panel"]):
+        progress.console.print(table)
     with distributed.alone():  # the other ranks have nothing more to do
         page = _report(folder, config)
     progress.console.print(f"run folder: {folder}", highlight=False)
@@ -230,7 +242,7 @@ def _finish(config: RunConfig, algorithm: Algorithm, run: RunFolder, progress: P
         done = trainer.resume()
         if done:
             progress.console.print(f"resuming {run.path} after step {done}", highlight=False)
-        title = f"{algorithm.name} on {config.env}, run folder {run.path}"
+        title = f"{algorithm.name} on {config.title}, run folder {run.path}"
         with Progress(config.steps, title, done + 1, quiet=quiet) as shown:
             trainer.fit(shown)
             table = trainer.report(shown)
@@ -258,10 +270,10 @@ def _report(folder: Path, config: RunConfig) -> Path:
 
 def _panel_name(trainer: Any) -> str:
     config = trainer.config
-    return (
-        f"{config.env}, {trainer.splits[2]}, fixed panel of up to {config.report_tasks} tasks, "
-        f"temperature {config.eval_temperature}"
+    splits = ", ".join(
+        f"{world.env}, {facts.splits[2]}" for world, facts in zip(config.worlds, trainer.facts, strict=True)
     )
+    return f"{splits}, fixed panel of up to {config.report_tasks} tasks, temperature {config.eval_temperature}"
 
 
 def _effective(options: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The settings of a training run, and the two profiles that fill in what was not given.
 
-Every default stands once: in a group of options here, in ``atod_algos.learner.options``, or, where it depends on the
-size of the models, in ``BUILTIN`` (the reference models that come with the project; ``BUILTIN_WORLDS`` where
+Every default stands once: in ``atod_algos.training.options``, in ``atod_algos.learner.options``, or, where it depends
+on the size of the models, in ``BUILTIN`` (the reference models that come with the project; ``BUILTIN_WORLDS`` where
 environments differ) or ``PUBLISHED`` (real checkpoints; the values of the released scripts). What a single algorithm
 needs with the reference models is in ``presets.BUILTIN_RUNS``. Nothing here loads torch.
 """
@@ -12,168 +12,21 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from agents.chat import CHAT_DATE, ThinkingMode
-from atod_algos.learner.options import OptimizerOptions, UpdateOptions
+from atod_algos.learner.options import OptimizerOptions
+from atod_algos.training.options import (
+    ClusterOptions,
+    EvaluationOptions,
+    LearningOptions,
+    ModelOptions,
+    RolloutOptions,
+    RunOptions,
+    StorageOptions,
+)
+from atod_algos.training.worlds import key_of, number, own_labels, own_options, own_value, read_worlds
 from atod_envs.errors import AtodError
 from atod_envs.options import put_before
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What is trained on, and for how long."""
-
-    env: str = "atod/ALFWorld-v0"
-    """Registered id of the environment."""
-    data: str | None = None
-    """Data folder of the environment; by default its own variable (e.g. $ALFWORLD_DATA), else the built-in world."""
-    option: tuple[str, ...] = ()
-    """Any other arguments of the environment, as key=value: --option dataset=nq,hotpotqa split_style=verl-agent. With a
-    split before it, for that split alone: train.dataset=nq:2,hotpotqa:1."""
-    run: str | None = None
-    """Run folder; by default runs/<algorithm>-<environment>-seed<seed>. An unfinished run in it is resumed."""
-    seed: int = 0
-    """Seed of everything: tasks, episodes, sampling, mini-batches."""
-    steps: int | None = None
-    """Training steps."""
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Student and teacher, and how they are held."""
-
-    student: str = "builtin"
-    """Model to train: a folder, a hub id, or 'builtin'."""
-    teacher: str = "builtin"
-    """Frozen teacher, for algorithms that ask for one: a folder, a hub id, 'builtin', or a server
-    (http://HOST:PORT/v1#MODEL)."""
-    teacher_engine: Literal["transformers", "vllm"] = "transformers"
-    """What scores a teacher that is no server; 'vllm' needs the package and --temperature 1."""
-    lora_rank: int = 0
-    """Rank of low-rank adapters (needs peft); 0 trains all weights."""
-    lora_alpha: float = 32.0
-    """The adapters' outputs are scaled by this over --lora-rank."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights that compute; 'auto' is bfloat16 on a GPU, float32 elsewhere. Updates are made in float32
-    either way."""
-    gradient_checkpointing: bool = False
-    """Recompute layers in the backward pass instead of keeping them: a third more time, a fraction of the memory."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the models run."""
-    threads: int = 0
-    """CPU threads of the numerical library; 0 means one for models this small on a CPU, else its own choice."""
-
-
-@dataclass(frozen=True)
-class RolloutOptions:
-    """How episodes are sampled."""
-
-    tasks_per_step: int = 16
-    """Tasks drawn each step."""
-    group_size: int = 8
-    """Attempts at each task (G)."""
-    style: str | None = None
-    """Prompt style: 'atod' (the paper's) or 'compact' (for small models)."""
-    layout: Literal["auto", "window", "turns", "trajectory"] = "auto"
-    """How episodes become prompts and rows: 'window' (a sliding-window prompt and a row each turn), 'turns' (the whole
-    conversation as prompt, a row each turn), 'trajectory' (one row an episode, observations not learned from); 'auto'
-    is what the style is made for."""
-    max_turns: int | None = None
-    """Turn limit of training and evaluation episodes; by default the environment's own."""
-    max_response: int | None = None
-    """Longest response, in tokens."""
-    max_context: int | None = None
-    """Longest prompt plus response, in tokens."""
-    temperature: float = 1.0
-    """Sampling temperature of training; student, teacher and reference are scored at the same."""
-    thinking: ThinkingMode = "off"
-    """Thoughts that the chat template knows: 'off' asks for none (prompts ask in their own words); 'on' asks for them
-    and drops a turn's when the next begins; 'keep' asks for them and leaves them in the conversation. What the template
-    opens counts as said."""
-    chat_date: str = CHAT_DATE
-    """Date that chat templates are told, so that prompts are the same tomorrow and on every worker."""
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """What samples the responses; 'vllm' needs the package (docs/engines.md)."""
-    engine_memory: float = 0.45
-    """Share of a GPU's memory that vLLM may take while it samples."""
-    slots: int = 128
-    """Requests that the engine runs at the same time."""
-    staleness: Literal[0, 1, 2] = 0
-    """Steps by which the weights that sample lag behind, so that rollout and learning overlap; 0 is exactly
-    on-policy."""
-
-
-@dataclass(frozen=True)
-class LearningOptions(UpdateOptions):
-    """The optimizer, and what it is given."""
-
-    lr: float | None = None
-    """Learning rate."""
-    lr_floor: float | None = None
-    """Share of the learning rate that is left at the last step, along a cosine; 1 keeps it constant (published)."""
-    adam_beta2: float | None = None
-    """AdamW's second decay rate; 0.999 (released code) remembers the first, large gradients for a thousand updates."""
-    gap_clip: float | None = None
-    """Largest gap between the teacher's and the student's log-prob of a token that is learned from; 0 is no limit
-    (published)."""
-    gap: Literal["sampled", "exact"] = "sampled"
-    """How the teacher is learned from: 'sampled' puts its gap at the sampled token into the advantage (the paper's);
-    'exact' makes a loss of the reverse KL over all tokens, or over the teacher's top-k tokens and one bucket for the
-    rest where the vocabulary is large."""
-    gap_topk: int = 64
-    """Tokens of the teacher that --gap exact keeps at each place of a vocabulary above 4,096; smaller ones are kept
-    whole."""
-    gap_minibatches: int = 0
-    """Optimizer updates that --gap exact has for itself in each pass, after the reward's; 0 makes it part of the
-    reward's."""
-    gap_epochs: int = 1
-    """Passes over the step's trajectories in the updates of --gap-minibatches."""
-    old_logprobs: Literal["learner", "sampler"] = "learner"
-    """Log-probs before the update: recomputed by the learner, or the engine's own, which saves a pass (where they agree
-    to rounding)."""
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """Validation during training, and the final evaluation."""
-
-    eval_every: int = 10
-    """Steps between validations on the selection split; 0 is never."""
-    eval_tasks: int = 128
-    """Tasks of the validation panel (all of a smaller split)."""
-    eval_temperature: float | None = None
-    """Sampling temperature of evaluation; 0 is greedy."""
-    report_tasks: int = 256
-    """Tasks of the final panel, from a split that no choice was made on (all of a smaller split)."""
-
-
-@dataclass(frozen=True)
-class StorageOptions:
-    """What is kept of a run."""
-
-    checkpoint_every: int = 1
-    """Steps between checkpoints, so the most that a killed run loses; the last two and the best are kept."""
-    store: str = "trajectories"
-    """What is stored of the steps: 'trajectories', 'tokens' (trajectories and every sampled token's log-probs under
-    student and teacher) or 'nothing'. With /N, of every N-th step alone: trajectories/10."""
-    wandb: str | None = None
-    """Project to log to in Weights & Biases as well, where it is installed (WANDB_MODE=offline keeps it on this
-    machine)."""
-    log: tuple[str, ...] = ()
-    """Where metrics go as well: wandb, trackio, mlflow, or a writer that another package offers; NAME=PROJECT names the
-    project, 'atod' otherwise."""
-
-
-@dataclass(frozen=True)
-class ClusterOptions:
-    """Rollout workers on Ray."""
-
-    cluster: str = "none"
-    """Where episodes are played: 'ray' has rollout workers do it, on the cluster that $RAY_ADDRESS names or on this
-    machine. Each worker takes one CPU core and no GPU, unless said: ray:cpus=2,gpus=0.5."""
-    workers: int = 2
-    """Rollout workers, each with environments and an engine."""
 
 
 @dataclass(frozen=True)
@@ -197,10 +50,18 @@ GROUPS: dict[str, type] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(TrainConfig, OptimizerOptions):
-    """A run's settings with nothing left open: what :func:`resolve` returns."""
+    """A run's settings with nothing left open: what :func:`resolve` returns.
 
+    A run of several environments is its first one's settings; :attr:`worlds` has the settings of each, which differ in
+    ``PER_WORLD`` alone.
+    """
+
+    env: str
+    data: str | None
+    teacher: str
     steps: int
     style: str
+    max_turns: int | None
     max_response: int
     max_context: int
     lr: float
@@ -208,6 +69,54 @@ class RunConfig(TrainConfig, OptimizerOptions):
     adam_beta2: float
     gap_clip: float
     eval_temperature: float
+    weight: float = 1.0
+    """How often the environment is played, compared with the others."""
+    label_teachers: tuple[tuple[str, str], ...] = ()
+    """Teachers of the tasks that have a label: (label, teacher)."""
+    others: tuple[RunConfig, ...] = ()
+    """The settings of the further environments."""
+
+    @property
+    def worlds(self) -> tuple[RunConfig, ...]:
+        """The settings of each environment."""
+        return (self, *self.others)
+
+    @property
+    def name(self) -> str:
+        """The environment's name among the run's."""
+        return key_of(self.env)
+
+    @property
+    def models(self) -> str:
+        """Where its built-in models lie among the reference models: the environment's name, or ``all`` of several."""
+        return "all" if self.others else self.name
+
+    def models_of(self, world: RunConfig) -> str:
+        """Where the built-in teacher of one of the environments lies."""
+        return f"{self.models}/{world.name}" if self.others else self.models
+
+    @property
+    def title(self) -> str:
+        """The environments' ids."""
+        return ", ".join(world.env for world in self.worlds)
+
+    def stored(self) -> dict[str, Any]:
+        """The settings as a run's folder keeps them, without those of further environments."""
+        plain = dataclasses.replace(self, others=())
+        return {name: value for name, value in dataclasses.asdict(plain).items() if name not in _OF_SEVERAL}
+
+    def stored_worlds(self) -> dict[str, dict[str, Any]]:
+        """What differs between the environments, by name; nothing where there is one, with one teacher."""
+        if not self.others and not self.label_teachers:
+            return {}
+        names = ("env", "weight", "label_teachers", *PER_WORLD)
+        return {world.name: {name: getattr(world, name) for name in names} for world in self.worlds}
+
+
+_OF_SEVERAL = ("weight", "label_teachers", "others")
+
+PER_WORLD = ("data", "option", "teacher", "style", "max_turns", "max_response", "max_context", "gap_clip")
+"""Settings that each environment of a run has for itself."""
 
 
 BUILTIN: dict[str, Any] = {
@@ -256,13 +165,52 @@ def resolve(config: TrainConfig) -> RunConfig:
     Raises:
         AtodError: a setting is out of its range, or two do not go together.
     """
-    profile = builtin_profile(config.env) if config.student == "builtin" else PUBLISHED
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
-    missing = {name: value for name, value in profile.items() if values[name] is None}
-    option = put_before(profile.get("option", ()), config.option)
-    resolved = RunConfig(**{**values, **missing, "option": option})
-    _check(resolved)
+    weights = read_worlds(config.env)
+    names = [key_of(env) for env in weights] if _named(config) or len(weights) > 1 else [""]
+    worlds = [_resolve_one(config, env, name, names) for env, name in zip(weights, names, strict=True)]
+    first = dataclasses.replace(worlds[0], weight=weights[worlds[0].env])
+    shared = {field.name: getattr(first, field.name) for field in dataclasses.fields(TrainConfig)}
+    others = [
+        dataclasses.replace(
+            world,
+            weight=weights[world.env],
+            **{name: value for name, value in shared.items() if name not in ("env", *PER_WORLD)},
+        )
+        for world in worlds[1:]
+    ]
+    resolved = dataclasses.replace(first, others=tuple(others))
+    for world in resolved.worlds:
+        _check(world)
     return resolved
+
+
+def _named(config: TrainConfig) -> bool:
+    """Whether a setting may be for an environment by its name."""
+    given = [getattr(config, name) for name in PER_WORLD]
+    return any("=" in value if isinstance(value, str) else isinstance(value, tuple) for value in given if value)
+
+
+def _resolve_one(config: TrainConfig, env: str, name: str, names: Sequence[str]) -> RunConfig:
+    """The settings as one environment has them."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
+    values["env"], values["option"] = env, own_options(config.option, name, names)
+    for setting in PER_WORLD:
+        if setting != "option":
+            option = f"--{setting.replace('_', '-')}"
+            value = own_value(values[setting], name, names, option)
+            kind = float if setting == "gap_clip" else int if setting.startswith("max_") else None
+            values[setting] = value if kind is None else number(value, kind, option)
+    profile = builtin_profile(env) if config.student == "builtin" else PUBLISHED
+    missing = {name: value for name, value in profile.items() if values[name] is None}
+    return RunConfig(
+        **{
+            **values,
+            **missing,
+            "option": put_before(profile.get("option", ()), values["option"]),
+            "teacher": values["teacher"] or ModelOptions.teacher,
+            "label_teachers": own_labels(config.teacher, name, names, "--teacher"),
+        }
+    )
 
 
 def storage_of(config: RunConfig) -> tuple[int, bool]:

@@ -135,6 +135,25 @@ class Progress:
             self._live.update(self._panel())
 
 
+def result_tables(table: Mapping[str, Any], title: str) -> list[Table]:
+    """The final table of a run: one, or one for each of several environments.
+
+    Args:
+        table: the summaries by policy, as the run's folder keeps them.
+        title: says the panel and the sampling.
+    """
+    worlds = dict.fromkeys(name for row in table.values() for name in row.get("worlds", ()))
+    if not worlds:
+        return [result_table(list(table.items()), title)]
+    mean = ", ".join(f"{policy} {row['success']:.1%}" for policy, row in table.items())
+    found: list[Table] = []
+    for name in worlds:
+        rows = [(policy, row["worlds"][name]) for policy, row in table.items() if name in row["worlds"]]
+        found.append(result_table(rows, f"{name} ({title})" if not found else name))
+    found[-1].caption = f"mean success over the environments: {mean}"
+    return found
+
+
 def result_table(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> Table:
     """The final table: success with its interval, length, and success by label, one policy a column.
 

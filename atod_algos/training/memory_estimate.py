@@ -218,7 +218,7 @@ def _on_gpu(config: RunConfig) -> bool:
 
 def memory(config: RunConfig, algorithm: Algorithm) -> list[Part]:
     """Memory of a run by part, with resolved settings."""
-    world, number = _key(config.env), number_bytes(config)
+    world, number = "all" if config.others else _key(config.env), number_bytes(config)
     student = shape_of(config.student, world, "student")
     parts: list[Part] = []
 
@@ -236,7 +236,7 @@ def memory(config: RunConfig, algorithm: Algorithm) -> list[Part]:
     elif number != _FLOAT:
         add("student: master weights", student, lambda s: _FLOAT * s.parameters, "float32, which the updates move")
     add("student: AdamW", student, lambda s: 2 * moment * learned(s), "two moments of each weight that learns")
-    slots, context = config.slots, config.max_context
+    slots, context = config.slots, max(world.max_context for world in config.worlds)
     how = f"{slots} slots (--slots) of {context:,} tokens (--max-context)"
     add("engine: keys, values", student, lambda s: cache_bytes(s, slots, context, number), how)
 
@@ -271,20 +271,29 @@ def _scorer_phase(config: RunConfig) -> str:
 
 def _scorer_models(config: RunConfig, algorithm: Algorithm, world: str) -> list[tuple[str, str, Shape | None]]:
     """The models that are held besides the student, each once: the roles that ask for it, its name, its shape."""
-    asked = {
-        "teacher": (config.teacher, "teacher"),
-        "reference": (config.student, "student"),
-        "base": (algorithm.base_model or config.student, "student"),
-    }
-    held: dict[tuple[str, str], list[str]] = {}
-    for role, (name, kind) in asked.items():
+    asked = [
+        *(("teacher", name, "teacher", where) for name, where in _teachers(config, world)),
+        ("reference", config.student, "student", world),
+        ("base", algorithm.base_model or config.student, "student", world),
+    ]
+    held: dict[tuple[str, str, str], list[str]] = {}
+    for role, name, kind, where in asked:
         if role not in algorithm.scores or is_address(name):  # a server's model is not in this machine's memory
             continue
-        key = (name, kind if name == "builtin" else "")
+        key = (name, kind, where) if name == "builtin" else (name, "", "")
         own = name == config.student and kind == "student" and config.lora_rank
         if not own:  # with adapters off, the student is its own beginning
             held.setdefault(key, []).append(role)
-    return [(", ".join(roles), name, shape_of(name, world, kind or "student")) for (name, kind), roles in held.items()]
+    return [
+        (", ".join(dict.fromkeys(roles)), name, shape_of(name, where, kind or "student"))
+        for (name, kind, where), roles in held.items()
+    ]
+
+
+def _teachers(config: RunConfig, world: str) -> list[tuple[str, str]]:
+    """Every teacher's name, and where it lies if it is a built-in one."""
+    places = [(own, f"{world}/{own.name}" if config.others else world) for own in config.worlds]
+    return [(name, where) for own, where in places for name in (own.teacher, *dict(own.label_teachers).values())]
 
 
 def peak(parts: Sequence[Part]) -> int:
@@ -299,18 +308,18 @@ def peak(parts: Sequence[Part]) -> int:
 def tokens(config: RunConfig, algorithm: Algorithm) -> dict[str, int | None]:
     """Sizes of a training step, with resolved settings; lengths at their limits, ``None`` where no limit is known."""
     limits = algorithm.limits(config.steps)
-    own = WORLDS[config.env].settings["max_turns"] if config.env in WORLDS else None
-    bounds = [bound for bound in (config.max_turns or own, limits.max_turns) if bound]
-    turns = min(bounds) if bounds else None
-    context, response = config.max_context, config.max_response
+    bounds = [_turns(world, limits.max_turns) for world in config.worlds]
+    turns = None if None in bounds else max(bound for bound in bounds if bound)
+    context = max(world.max_context for world in config.worlds)
+    response = max(world.max_response for world in config.worlds)
     episodes = config.tasks_per_step * config.group_size
-    one_row_a_turn = config.style == "atod"
+    one_row_a_turn = any(world.style == "atod" for world in config.worlds)
     rows = (None if turns is None else episodes * turns) if one_row_a_turn else episodes
     return {
         "episodes": episodes,
         "episodes played, at most": episodes * max(1, limits.rounds),
         "turns of an episode, at most": turns,
-        "prompt tokens of a turn, at most": context - response,
+        "prompt tokens of a turn, at most": max(world.max_context - world.max_response for world in config.worlds),
         "response tokens of a turn, at most": response,
         "training rows, at most": rows,
         "sampled tokens, at most": None
@@ -319,6 +328,12 @@ def tokens(config: RunConfig, algorithm: Algorithm) -> dict[str, int | None]:
         "tokens in rows, at most": None if rows is None else rows * context,
         "trajectories of an update": -(-episodes // config.minibatches),
     }
+
+
+def _turns(config: RunConfig, limit: int | None) -> int | None:
+    """The most turns of an environment's episodes; ``None`` where no limit is known."""
+    own = WORLDS[config.env].settings["max_turns"] if config.env in WORLDS else None
+    return min((bound for bound in (config.max_turns or own, limit) if bound), default=None)
 
 
 def report(config: RunConfig, algorithm: Algorithm) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from atod_algos.training.config import TrainConfig
+from atod_algos.training.config import RunConfig, TrainConfig
 from atod_envs.errors import AtodError, UnknownName
 
 TRAINED = " after GRPO"
@@ -137,7 +137,7 @@ def builtin_run(algorithm: Any, env: str) -> tuple[TrainConfig, Any]:
 
     Args:
         algorithm: with the paper's rules.
-        env: registered id of the environment.
+        env: registered id of the environment; several are separated by blanks.
     """
     settings, options = BUILTIN_RUNS.get((algorithm.name, env), ({}, {}))
     config = TrainConfig(**settings)
@@ -194,21 +194,22 @@ def fit_algorithm(algorithm: Any, preset: str, env: str) -> Any:
     return dataclasses.replace(algorithm, **changed)
 
 
-def require_teacher(config: TrainConfig, wanted: frozenset[str]) -> None:
+def require_teacher(config: RunConfig, wanted: frozenset[str]) -> None:
     """Refuse a run that wants a teacher which is only described.
 
     Raises:
         AtodError: says how the teacher is made, and how it is given.
     """
-    if "teacher" in wanted and config.teacher.endswith(TRAINED):
-        model = config.teacher.removesuffix(TRAINED)
-        raise AtodError(
-            f"the preset's teacher is {config.teacher}, which does not come with a name; train it (atod train grpo --preset paper-4b "
-            f"--student {model} --env {config.env}) or take your own, and give its folder with --teacher"
-        )
+    for world in config.worlds if "teacher" in wanted else ():
+        if world.teacher.endswith(TRAINED):
+            model = world.teacher.removesuffix(TRAINED)
+            raise AtodError(
+                f"the preset's teacher is {world.teacher}, which does not come with a name; train it (atod train grpo --preset paper-4b "
+                f"--student {model} --env {world.env}) or take your own, and give its folder with --teacher"
+            )
 
 
-def refuse_settings(config: TrainConfig) -> None:
+def refuse_settings(config: RunConfig) -> None:
     """Refuse, before anything is loaded, what several ranks cannot do.
 
     Raises:

@@ -337,7 +337,7 @@ def _settings(command: SftCommand, config: Any) -> dict[str, Any]:
     options = dataclasses.asdict(command.fit)
     options.pop("stop")  # a training that stopped early may go on
     own = {"source": list(command.source), "only": command.only, "best_of": command.best_of}
-    return {"train": dataclasses.asdict(config), "algorithm": {"name": "sft", **own, **options}}
+    return {"train": config.stored(), "algorithm": {"name": "sft", **own, **options}}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,13 +22,13 @@ from agents.logits import limit_vocabulary, usable_ids
 from agents.models import LoadedModel, load_model
 from atod_algos.algorithm import Advantages, Algorithm, RolloutLimits
 from atod_algos.batch import Scores, make_batch
-from atod_algos.evaluate import Evaluation, evaluate
+from atod_algos.evaluate import Evaluation
 from atod_algos.learner import distributed
 from atod_algos.learner.learner import DivergenceTerm, Learner, SupportTerm, recompute_layers
 from atod_algos.learner.lora import add_adapters, merged_weights
 from atod_algos.learner.loss import TeacherTokens
 from atod_algos.learner.memory import bytes_per_token
-from atod_algos.metrics import sampler_metrics, step_metrics, turn_table
+from atod_algos.metrics import sampler_metrics, step_metrics, turn_table, world_metrics
 from atod_algos.rollout.async_rollout import AsyncRollout, correct
 from atod_algos.rollout.environments import describe
 from atod_algos.rollout.episodes import Play, derive_seed
@@ -37,10 +37,12 @@ from atod_algos.rollout.make_pool import make_pool
 from atod_algos.rollout.pools import Conditions, RankPool, RolloutPool, device_of, dtype_of, local_pool
 from atod_algos.rollout.task_sampler import StepSampler, solved_at_least_once
 from atod_algos.teachers.local import LocalScorer, StepScorer
+from atod_algos.teachers.routing import gap_factors, require_scale, world_places
 from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint, strays
 from atod_algos.training.clock import Clock
 from atod_algos.training.config import RunConfig, storage_of
 from atod_algos.training.console import Progress
+from atod_algos.training.panels import CHOOSING, REPORTING, mean_success, play_panels, table_row, validation_metrics
 from atod_algos.training.presets import refuse_settings
 from atod_algos.training.run_dir import RunFolder
 from atod_envs.errors import AtodError, DataError
@@ -71,8 +73,10 @@ class Trainer:
         self.config, self.algorithm, self.run = config, algorithm, run
         refuse_settings(config)
         self.device = distributed.start(device_of(config.device))
-        self.facts = describe(config)
-        self.world, self.splits = self.facts.env_key, self.facts.splits
+        require_scale(config)
+        self.facts = [describe(world) for world in config.worlds]
+        self.names = [facts.env_key for facts in self.facts]
+        self.data_version = "; ".join(facts.data_version for facts in self.facts)
         compute = dtype_of(config, self.device)
         # Ranks hold shards of the master weights themselves, in float32; their layers compute in the run's type.
         weights = torch.float32 if distributed.size() > 1 else compute
@@ -94,29 +98,31 @@ class Trainer:
             distributed.shard(self.student.model, compute)
         self.learner = Learner(self.student.model, config, per_token)
         self.chat = self.student.chat(config.thinking, config.chat_date)
-        self.style, self.rows = choose_layout(config.layout, self.facts.style, self.chat)
-        self.pool = make_pool(config, self.world, self.style, policy, self.chat)
+        laid_out = [choose_layout(config.layout, facts.style, self.chat) for facts in self.facts]
+        self.styles, self.rows = [style for style, _ in laid_out], laid_out[0][1]
+        self.pool = make_pool(config, self.styles, policy, self.chat)
         self.async_rollout: AsyncRollout[tuple[list[Group], dict[str, float]]] | None = None
         self._stale: dict[int, Any] = {}
         self.step = 0
         self.best: dict[str, float] = {"success": -1.0, "step": 0}
         self.sampler = StepSampler(
-            self.facts.tasks(self.splits[0]),
+            [facts.tasks(facts.splits[0]) for facts in self.facts],
             seed=config.seed,
             tasks_per_step=config.tasks_per_step,
             group_size=config.group_size,
+            weights=[world.weight for world in config.worlds],
         )
 
     def _training(self) -> Play:
-        return partial(self.pool.play, under=Conditions(self.splits[0], self.config.temperature, _TOLERATED))
+        return partial(self.pool.play, under=Conditions(None, self.config.temperature, _TOLERATED))
 
-    def _load(self, name: str, role: str, dtype: torch.dtype | None = None) -> LoadedModel:
+    def _load(self, name: str, role: str, dtype: torch.dtype | None = None, world: str = "") -> LoadedModel:
         dtype = dtype or dtype_of(self.config, self.device)
-        return load_model(name, role, world=self.world, device=self.device, dtype=dtype)
+        return load_model(name, role, world=world or self.config.models, device=self.device, dtype=dtype)
 
-    def _load_scorer_model(self, name: str, role: str) -> LoadedModel:
+    def _load_scorer_model(self, name: str, role: str, world: str) -> LoadedModel:
         """A model that stays in the computer's own memory and visits the device."""
-        return load_model(name, role, world=self.world, device="cpu", dtype=dtype_of(self.config, self.device))
+        return load_model(name, role, world=world, device="cpu", dtype=dtype_of(self.config, self.device))
 
     # --- the loop -------------------------------------------------------------------------------------------------
 
@@ -159,14 +165,25 @@ class Trainer:
             groups, sampling = self.sampler.play(step, algorithm, self._training(), progress.phase)
             self.pool.rest()
         if step == 1 and algorithm.limits(step) == RolloutLimits():
-            start = f"atod train sft --student {config.student} --out FOLDER --env {config.env}"
-            progress.note(solved_at_least_once(groups, start))
+            start = f"atod train sft --student {config.student} --out FOLDER"
+            places = world_places([group.trajectories[0] for group in groups], config)
+            for n, world in enumerate(config.worlds):
+                own = [group for group, place in zip(groups, places, strict=True) if place == n]
+                if own:
+                    name = world.name if config.others else ""
+                    progress.note(solved_at_least_once(own, f"{start} --env {world.env}", name))
         batch = make_batch(groups, self.rows)
         clock.lap("rollout")
         progress.phase("scoring")
         scores = self.scorer.score(batch)
         clock.lap("score")
+        world_N = world_places(batch.trajectories, config)
         advantages = algorithm.advantages(batch, scores, step)
+        scale: dict[str, float] = {}
+        if config.gap_scale:
+            factors = gap_factors(config, world_N, batch, scores)
+            advantages = advantages.scaled(factors[world_N][batch.trajectory_M])
+            scale = {f"{name}/gap_scale": float(s) for name, s in zip(self.names, factors, strict=True)}
         divergence = self._divergence(scores, advantages)
         advantage_M = advantages.token_M
         if divergence is not None:
@@ -201,7 +218,9 @@ class Trainer:
         metrics["episode/aborted"] = sum(aborted) / len(aborted)
         if config.old_logprobs == "learner":
             metrics |= sampler_metrics(batch, scores)
-        metrics |= sampling | corrected | step_metrics(algorithm, batch, scores, advantages, reward_N)
+        metrics |= sampling | corrected | scale | step_metrics(algorithm, batch, scores, advantages, reward_N)
+        if len(self.names) > 1:
+            metrics |= world_metrics(algorithm, batch, scores, advantages, reward_N, world_N, self.names)
         return metrics | clock.metrics(batch)
 
     def _sync(self, version: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -242,50 +261,49 @@ class Trainer:
     def _validate(self, progress: Progress) -> dict[str, float]:
         progress.phase("validation")
 
-        def work() -> Evaluation:
+        def work() -> dict[str, Evaluation]:
             self._sync(self.step)
-            return self.evaluate_on(self.pool, self.splits[1], self.config.eval_tasks, progress)
+            return play_panels(self.pool, self.facts, self.config, CHOOSING, progress.phase)
 
-        result = work() if self.async_rollout is None else self.async_rollout.call(work)
-        if result.success > self.best["success"]:
-            self.best = {"success": result.success, "step": float(self.step)}
+        results = work() if self.async_rollout is None else self.async_rollout.call(work)
+        success = mean_success(results)
+        if success > self.best["success"]:
+            self.best = {"success": success, "step": float(self.step)}
             self._save("best")
-        self.run.store_validation(self.step, result.trajectories)
-        progress.validation(self.step, result.success, len(result.trajectories))
-        metrics = {"val/success_rate": result.success, "val/length": result.length}
-        metrics[f"val/{self.world}_task_score"] = result.score
-        return metrics | {f"val/{label}_success_rate": part.success for label, part in result.by_label().items()}
-
-    def evaluate_on(self, pool: RolloutPool, split: str, n_tasks: int, progress: Progress) -> Evaluation:
-        """Play the fixed panel of a split with whatever weights the pool holds."""
-        tasks = self.facts.tasks(split)
-        panel = tasks.panel(min(n_tasks, len(tasks)))
-        play = partial(pool.play, under=Conditions(split, self.config.eval_temperature))
-        return evaluate(play, panel, on_finish=lambda n: progress.phase(f"evaluation {n}/{len(panel)}"))
+        trajectories = [trajectory for result in results.values() for trajectory in result.trajectories]
+        self.run.store_validation(self.step, trajectories)
+        progress.validation(self.step, success, len(trajectories))
+        return validation_metrics(results)
 
     def report(self, progress: Progress) -> dict[str, Any]:
-        """Evaluate vanilla, last, best and teacher on the report panel, on which no choice was made."""
-        rows: dict[str, Any] = {}
-        policies: list[tuple[str, Callable[[], AbstractContextManager[Any]]]] = [
-            ("before", lambda: nullcontext(self._load(self.config.student, "student").model)),
-            (f"last (step {self.step})", lambda: nullcontext(None)),
+        """Evaluate vanilla, last, best and teacher on the report panels, on which no choice was made."""
+        config, everywhere = self.config, range(len(self.facts))
+        policies: list[tuple[str, Callable[[], AbstractContextManager[Any]], Sequence[int]]] = [
+            ("before", lambda: nullcontext(self._load(config.student, "student").model), everywhere),
+            (f"last (step {self.step})", lambda: nullcontext(None), everywhere),
         ]
-        if self.config.eval_every:
+        if config.eval_every:
             best = str(self.run.checkpoints / "best")
-            policies.append(
-                (f"best (step {int(self.best['step'])})", lambda: nullcontext(self._load(best, "student").model))
-            )
-        if isinstance(self.scorer.teacher, LocalScorer):
-            if distributed.size() == 1:
-                policies.append(("teacher", self.scorer.teacher.on_device))
-            else:  # the scorer's is divided
-                teacher = self.config.teacher
-                policies.append(("teacher", lambda: nullcontext(self._load(teacher, "teacher").model)))
-        for name, weights in policies:
-            progress.phase(f"final evaluation: {name}")
+            load_best = lambda: nullcontext(self._load(best, "student").model)  # noqa: E731
+            policies.append((f"best (step {int(self.best['step'])})", load_best, everywhere))
+        for scorer in dict.fromkeys(self.scorer.teachers):
+            if isinstance(scorer, LocalScorer):
+                taught = [n for n in everywhere if self.scorer.teachers[n] is scorer]
+                policies.append(("teacher", partial(self._teacher, scorer, config.worlds[taught[0]]), taught))
+        found: dict[str, dict[str, Evaluation]] = {}
+        for policy, weights, places in policies:
+            progress.phase(f"final evaluation: {policy}")
             with weights() as model, self._playing(model) as pool:
-                rows[name] = self.evaluate_on(pool, self.splits[2], self.config.report_tasks, progress).summary()
-        return rows
+                own = play_panels(pool, self.facts, config, REPORTING, progress.phase, places)
+                found[policy] = found.get(policy, {}) | own
+        return {policy: table_row(evaluations, len(self.facts) > 1) for policy, evaluations in found.items()}
+
+    def _teacher(self, scorer: LocalScorer, world: RunConfig) -> AbstractContextManager[Any]:
+        """A teacher as a model that plays."""
+        if distributed.size() == 1:
+            return scorer.on_device()
+        where = self.config.models_of(world)  # the scorer's is divided
+        return nullcontext(self._load(world.teacher, "teacher", world=where).model)
 
     @contextmanager
     def _playing(self, model: Any | None) -> Iterator[RolloutPool]:
@@ -299,7 +317,7 @@ class Trainer:
             yield self.pool
         else:
             plain = dataclasses.replace(self.config, engine="transformers")
-            own = local_pool(plain, self.style, model, self.chat)
+            own = local_pool(plain, self.styles, model, self.chat)
             pool = own if distributed.size() == 1 else RankPool(own, divided=True)
             yield pool
             pool.close()
@@ -311,7 +329,7 @@ class Trainer:
             "step": self.step,
             "best": self.best,
             "algorithm": self.algorithm.name,
-            "data": self.facts.data_version,
+            "data": self.data_version,
         }
         stale = {} if self.async_rollout is None else self.async_rollout.kept_weights(self.step)
         return save_checkpoint(
@@ -341,9 +359,9 @@ class Trainer:
             state, extra = load_checkpoint(path, self.student.model, self.learner.updater, self.adapters)
             if not isinstance(extra.get("best"), dict) or "data" not in extra:
                 raise DataError(f"{path} is no checkpoint of a training run; delete it to go back to an earlier one")
-            if extra["data"] != self.facts.data_version:
+            if extra["data"] != self.data_version:
                 raise AtodError(
-                    f"{path} was trained on the data {extra['data']!r}, but {self.config.env} now plays {self.facts.data_version!r}; "
+                    f"{path} was trained on the data {extra['data']!r}, but {self.config.title} now plays {self.data_version!r}; "
                     "give the old data back (--data, or the environment's variable), or start another run with --run"
                 )
             self.learner.load_state(state)
@@ -366,6 +384,7 @@ def settings_of(config: RunConfig, algorithm: Algorithm, rules: str) -> dict[str
     return {
         "rules": rules,
         "horizon": horizon,
-        "train": dataclasses.asdict(config),
+        "train": config.stored(),
         "algorithm": {"name": algorithm.name, **options},
+        **({"worlds": worlds} if (worlds := config.stored_worlds()) else {}),
     }

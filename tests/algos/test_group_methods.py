@@ -108,7 +108,7 @@ class Cases:
 
 
 def sampler(per_step=2):
-    return StepSampler(TaskSet("train", [f"t{i}" for i in range(5)]), seed=3, tasks_per_step=per_step, group_size=4)
+    return StepSampler([TaskSet("train", [f"t{i}" for i in range(5)])], seed=3, tasks_per_step=per_step, group_size=4)
 
 
 def played(algorithm, successes, step=1):

@@ -1,5 +1,7 @@
 """The toy world under a registered id, and random models for it; shared by all tests that train."""
 
+import dataclasses
+
 import gymnasium as gym
 from tinymodel import tiny_qwen3
 from toy import ToyEnv
@@ -11,6 +13,33 @@ from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 TOY = "toy/Say-v0"
 if TOY not in gym.registry:
     gym.register(TOY, entry_point=ToyEnv, disable_env_checker=True)
+
+
+class EchoEnv(ToyEnv):
+    """The toy world under another name, with other splits and a turn limit of its own."""
+
+    env_key = "echo"
+    splits = ("learn", "choose", "report")
+    label = "size"
+
+    def __init__(self, max_turns=None, split="learn", data=None, loud=False):
+        super().__init__(max_turns=max_turns, split=split)
+        self.loud = loud
+
+    def _begin(self, task_id, seed):
+        text, frame = super()._begin(task_id, seed)
+        return text, self._sized(frame)
+
+    def _act(self, action):
+        return self._sized(super()._act(action))
+
+    def _sized(self, frame):
+        return dataclasses.replace(frame, extra={"size": "small" if self.word == "fig" else "large"})
+
+
+ECHO = "toy/Echo-v0"
+if ECHO not in gym.registry:
+    gym.register(ECHO, entry_point=EchoEnv, disable_env_checker=True)
 
 
 def small_model(tokenizer, seed: int, hidden: int = 32):

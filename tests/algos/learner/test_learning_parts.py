@@ -226,7 +226,7 @@ def test_prompts_that_never_fit_name_the_setting(tokenizer, chat, context):
     engine = TransformersEngine(model, slots=4, max_context=context)
     assert verify_weights(engine, model) < 1e-4
     rollout = Rollout(engine, chat, lambda: gym.make(TOY), style="compact", max_tokens=8)
-    sampler = StepSampler(gym.make(TOY).unwrapped.tasks, seed=0, tasks_per_step=2, group_size=2)
+    sampler = StepSampler([gym.make(TOY).unwrapped.tasks], seed=0, tasks_per_step=2, group_size=2)
     with pytest.raises(AtodError, match=r"not one of 4 episodes could begin: .* raise --max-context"):
         sampler.play(1, GRPO(), rollout.play, lambda text: None)
     with pytest.raises(AtodError, match=r"not one of 1 episodes could begin: .* raise --max-context"):

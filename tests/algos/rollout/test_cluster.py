@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 from paths import REPOSITORY, SUPPORT
 from toy import ToyStyle
-from toyworld import TOY
+from toyworld import ECHO, TOY
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
 
@@ -42,7 +42,7 @@ def test_ray_does_not_take_this_processs_answer_to_sigterm(cluster):
 
 def worker(config):
     """Builds a worker's pool."""
-    return partial(worker_pool, config, "toy", STYLE)
+    return partial(worker_pool, config, [STYLE])
 
 
 def play(pool, specs, **options):
@@ -110,7 +110,7 @@ def played(trajectories):
 def expected(config):
     """What a single process plays."""
     student = load_model(config.student, "student", world="toy")
-    pool = local_pool(config, STYLE, student.model, ChatFormat(student.tokenizer))
+    pool = local_pool(config, [STYLE], student.model, ChatFormat(student.tokenizer))
     pool.load_weights(student.model.named_parameters(), 7)
     return play(pool, specs(config))
 
@@ -199,8 +199,8 @@ def rows(run):
 
 def test_training_on_a_cluster_is_training(cluster, config, models, tmp_path):
     options = [
-        "--env", f"toyworld:{TOY}", "--student", str(models["student"]), "--teacher", str(models["teacher"]), "--style", "compact",
-        "--max-turns", "3", "--max-response", "8", "--max-context", "128", "--lr", "2e-3", "--tasks-per-step", "4",
+        "--env", f"toyworld:{TOY}", f"toyworld:{ECHO}", "--student", str(models["student"]), "--teacher", str(models["teacher"]), "--style", "compact",
+        "--max-turns", "3", "echo=2", "--max-response", "8", "--max-context", "128", "--lr", "2e-3", "--tasks-per-step", "4",
         "--group-size", "4", "--eval-every", "2", "--eval-tasks", "4", "--report-tasks", "4", "--minibatches", "2", "--threads", "1",
         "--steps", "2",
     ]  # fmt: skip
@@ -209,6 +209,7 @@ def test_training_on_a_cluster_is_training(cluster, config, models, tmp_path):
 
     for one, many in zip(rows(tmp_path / "one"), rows(tmp_path / "ray"), strict=True):
         assert one == pytest.approx(many, rel=1e-3, abs=1e-4)
+        assert {"toy/episode/success", "echo/episode/success"} <= one.keys()
 
 
 @contextlib.contextmanager

@@ -106,11 +106,14 @@ def weights(run):
 
 
 @pytest.mark.parametrize("count, algorithm", [(2, "atod:ATOD"), (4, "grpo:GRPO")])
-def test_ranks_make_the_run_of_a_single_process(count, algorithm, options, tmp_path):
+def test_ranks_make_the_run_of_a_single_process(count, algorithm, options, models, tmp_path):
     kind = {"atod:ATOD": ATOD}.get(algorithm)
     if kind is None:
         from atod_algos.grpo import GRPO as kind
     extra = ["--rules", "released"] if kind is not ATOD else []  # GRPO's has a reference model and a term of its own
+    if kind is ATOD:  # two environments, and a teacher for each of two labels
+        options[1:2] = ["toy/Say-v0", "toy/Echo-v0"]
+        options += ["--teacher", options[options.index("--teacher") + 1], f"echo/small={models['student']}"]
     main(kind, [*options, *extra, "--steps", "3", "--run", str(tmp_path / "one")])
     said = torchrun(count, [*options, *extra, "--steps", "3", "--run", str(tmp_path / "many")], tmp_path, algorithm)
     assert said.count("rules:") == 1, "only the first rank speaks"

@@ -52,7 +52,7 @@ def dry(algorithm, arguments, capsys):
 )
 def test_published_settings(preset, env, tasks, turns, context, temperature, every, panel, warmup):
     config = preset_config(preset, env)
-    assert vars(config) == vars(resolve(config))  # a preset leaves nothing to the profile
+    assert vars(config) == resolve(config).stored()  # a preset leaves nothing to the profile
     assert (config.tasks_per_step, config.max_turns, config.max_context) == (tasks, turns, context)
     assert (config.eval_temperature, config.eval_every, config.eval_tasks) == (temperature, every, panel)
     assert (config.steps, config.group_size, config.lr, config.warmup_steps) == (150, 8, 1e-6, warmup)
