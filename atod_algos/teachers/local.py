@@ -228,8 +228,8 @@ class StepScorer:
             for said in unseen_labels(batch.trajectories, world_N, self.config):
                 log.warning(said)
         several = list(dict.fromkeys(owners))
-        if len(several) == 1:
-            scores = self._score(batch, several[0])
+        if len(several) < 2:
+            scores = self._score(batch, next(iter(several or self.teachers), None))
         else:
             scores = self._score_parts(batch, [(np.array([o is own for o in owners]), own) for own in several])
         if scores.teacher_M is None:

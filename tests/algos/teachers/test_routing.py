@@ -118,7 +118,7 @@ def test_one_teacher_of_another_family_is_refused(models):
     student = load_model(str(models["student"]), "student")
     other = LoadedModel("other", tiny.model(tiny.tokenizer()), tiny.tokenizer())
     config = config_of(teacher=("student", "echo/small=other"))
-    with pytest.raises(AtodError, match="student .* and teacher 'other' have different tokenizers"):
+    with pytest.raises(AtodError, match=r"student .* and teacher 'other' have different tokenizers"):
         StepScorer(config, OPD(), student, None, lambda name, *_: other if name == "other" else student, "cpu")
 
 
