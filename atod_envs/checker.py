@@ -6,6 +6,7 @@ what the rest of the toolkit relies on. It is meant for authors of new environme
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, cast
 
 import gymnasium as gym
@@ -42,8 +43,9 @@ def _require(condition: bool, message: str) -> None:
 def check_text_env(env: gym.Env[str, str], *, episodes: int = 3, seed: int = 0) -> None:
     """Play an environment and check the contract.
 
-    Checked: types and keys of everything returned, the same episode for the same task and seed, tasks drawn by the
-    seed, the turn limit, both flags of the end, nonsense actions, and the errors for misuse.
+    Checked: the arguments that commands give, types and keys of everything returned, the same episode for the same
+    task and seed, tasks drawn by the seed, the turn limit, both flags of the end, nonsense actions, and the errors for
+    misuse.
 
     Args:
         env: the environment, raw (not prompted).
@@ -56,6 +58,7 @@ def check_text_env(env: gym.Env[str, str], *, episodes: int = 3, seed: int = 0) 
     text_env = env.unwrapped
     _require(isinstance(text_env, TextEnv), f"{type(text_env).__name__} is not a TextEnv")
     text_env = cast("TextEnv", text_env)
+    _check_arguments(type(text_env))
     _require(len(text_env.tasks) > 0, f"split {text_env.tasks.split!r} holds no task")
     _check_misuse(env, text_env)
     for episode in range(episodes):
@@ -65,6 +68,17 @@ def check_text_env(env: gym.Env[str, str], *, episodes: int = 3, seed: int = 0) 
             _require(a == b, f"seed {seed + episode}, turn {turn}: two plays of the same episode differ: {a} and {b}")
         _require(len(first) == len(again), f"seed {seed + episode}: two plays of the same episode differ in length")
     _check_nonsense(env, text_env)
+
+
+def _check_arguments(kind: type[TextEnv]) -> None:
+    """Training and evaluation choose the split and the turn limit by these names."""
+    taken = inspect.signature(kind).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in taken.values()):
+        return
+    missing = [name for name in ("split", "max_turns") if name not in taken]
+    _require(
+        not missing, f"{kind.__name__}.__init__ does not take {' and '.join(missing)}, which commands give by name"
+    )
 
 
 def _play(env: gym.Env[str, str], seed: int) -> list[tuple[object, ...]]:

@@ -190,9 +190,9 @@ def make_env(config: EvaluateConfig, sampling: Sampling, split: str) -> gym.Env[
         UnknownName: no environment of that id is registered.
     """
     options = read_options(sampling.option, split)
-    return atod_envs.make(
-        config.env, **options | {"data": config.data, "max_turns": sampling.max_turns, "split": split}
-    )
+    if config.data is not None:  # an environment without files need not take it
+        options["data"] = config.data
+    return atod_envs.make(config.env, **options | {"max_turns": sampling.max_turns, "split": split})
 
 
 def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, Any], list[Panel]]:

@@ -27,7 +27,9 @@ def make_env(config: RunConfig, split: str | None = None) -> gym.Env[str, str]:
     Raises:
         UnknownName: no environment of that id is registered.
     """
-    options = read_options(config.option, split) | {"data": config.data, "max_turns": config.max_turns}
+    options = read_options(config.option, split) | {"max_turns": config.max_turns}
+    if config.data is not None:  # an environment without files need not take it
+        options["data"] = config.data
     if split is not None:
         options["split"] = split
     return atod_envs.make(config.env, **options)

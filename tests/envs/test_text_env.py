@@ -42,6 +42,15 @@ def test_checker_finds_a_world_that_raises_on_odd_text():
         check_text_env(Fragile())
 
 
+def test_checker_finds_a_constructor_that_commands_cannot_call():
+    class Fixed(ToyEnv):
+        def __init__(self, split="train"):
+            super().__init__(split=split)
+
+    with pytest.raises(ContractError, match=r"Fixed.__init__ does not take max_turns, which commands give by name"):
+        check_text_env(Fixed())
+
+
 def test_seed_draws_the_task_and_option_overrides_it():
     env = ToyEnv()
     drawn = {env.reset(seed=s)[1]["task_id"] for s in range(40)}

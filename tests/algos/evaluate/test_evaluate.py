@@ -5,8 +5,10 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import gymnasium as gym
 import pytest
 from episodes import outcome
+from toy import ToyEnv
 from toyworld import TOY
 
 from agents.api import ChatClient
@@ -14,6 +16,7 @@ from atod_algos.evaluate import Evaluation, compare
 from atod_algos.evaluate.command import main, run
 from atod_algos.evaluate.paired_command import load_evaluation
 from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, make_env, sampling_of
+from atod_algos.rollout.environments import make_env as make_training_env
 from atod_algos.training.config import TrainConfig, resolve
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import read_jsonl
@@ -46,6 +49,21 @@ def test_comparison_pairs_tasks_and_refuses_other_panels():
     assert result.by_label["x"].difference == pytest.approx(0.25) and result.by_label["y"].difference == 0.5
     with pytest.raises(AtodError, match="same panel and seeds"):
         compare(a, Evaluation(b.trajectories[:-1]))
+
+
+def test_an_environment_without_files_need_not_take_data(tmp_path):
+    class Bare(ToyEnv):
+        def __init__(self, split="train", max_turns=None):
+            super().__init__(max_turns, split)
+
+    gym.register("toy/Bare-v0", entry_point=Bare, disable_env_checker=True)
+    try:
+        run(EvaluateConfig(env="toy/Bare-v0", agent="random", panels=("valid/1",), out=tmp_path / "e"), show=False)
+        make_training_env(resolve(TrainConfig(env="toy/Bare-v0", student="folder")), "valid").close()
+        with pytest.raises(AtodError, match="unexpected keyword argument 'data'"):
+            run(EvaluateConfig(env="toy/Bare-v0", agent="random", data="builtin", out=tmp_path / "f"), show=False)
+    finally:
+        gym.registry.pop("toy/Bare-v0")
 
 
 # --- agents and checkpoints -------------------------------------------------------------------------------------------
