@@ -8,6 +8,7 @@ looked for and where.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -25,6 +26,12 @@ from atod_envs.errors import AtodError
 
 REFERENCE = Path(__file__).parent / "reference"
 """The reference models that come with the project: ``<environment key>/<role>``."""
+
+_READ = (
+    "*.safetensors", "pytorch_model*.bin", "adapter_model*.bin", "config.json", "generation_config.json", "adapter_config.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+)  # fmt: skip
+"""What of a model's folder decides what it says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +134,31 @@ def load_model(
         "loaded %s %s: %d parameters", role, name, sum(p.numel() for p in model.parameters())
     )
     return LoadedModel(name, accept(model.to(device).eval(), tokenizer, f"{role} model {name!r}"), tokenizer)
+
+
+def model_digest(name: str, world: str = "", role: str = "student") -> str | None:
+    """Digest of all that decides what a model says: weights, configuration, tokenizer and template, and adapters' base.
+
+    Args:
+        name: as :func:`load_model` takes it.
+        world: the environment's key, for ``"builtin"``.
+        role: for ``"builtin"``.
+
+    Returns:
+        Sixteen hexadecimal digits; None for what is no file here, such as a model of a hub.
+    """
+    packed = None if "://" in name else gguf_file(name)
+    folder = REFERENCE / world / role if name == "builtin" else Path(name).expanduser()
+    whole = hashlib.blake2b(digest_size=8)
+    files = {packed} if packed else {file for kind in _READ for file in folder.glob(kind) if file.is_file()}
+    for file in sorted(files):
+        whole.update(file.name.encode())
+        with open(file, "rb") as content:
+            hashlib.file_digest(content, lambda: whole)
+    if not packed and (folder / "adapter_config.json").is_file():
+        with contextlib.suppress(OSError):  # loading says what is wrong with it
+            whole.update((model_digest(_adapted(str(folder))[0]) or "").encode())
+    return whole.hexdigest() if files else None
 
 
 def _kind(source: str, options: dict[str, Any]) -> Any:

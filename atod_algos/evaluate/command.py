@@ -22,11 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from atod_algos.evaluate import Evaluation
 from atod_algos.evaluate.journal import EpisodeJournal
 from atod_algos.evaluate.paired_command import show_comparison
-from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, sampling_of, settings_of
+from atod_algos.evaluate.settings import EvaluateConfig, Panel, Sampling, episodes_path, sampling_of, settings_of
 from atod_algos.evaluate.worker import EvaluationWorker
 from atod_algos.guard import guarded, parse
 from atod_algos.training.console import result_table
-from atod_algos.training.run_dir import read_settings, replace_text, versions
+from atod_algos.training.run_dir import held, read_settings, replace_text, versions
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import read_jsonl, write_jsonl
 
@@ -56,7 +56,15 @@ def run(config: EvaluateConfig, *, show: bool = True) -> dict[str, Any]:
     sampling = sampling_of(config)
     settings, panels = settings_of(config, sampling)
     out = config.out or Path("evaluations") / f"{_file_name(config.agent)}-{config.env.split('/')[-1]}"
-    _open(out, settings)
+    with held(out, "--out"):
+        _open(out, settings)
+        return _played(config, sampling, panels, out, show)
+
+
+def _played(
+    config: EvaluateConfig, sampling: Sampling, panels: Sequence[Panel], out: Path, show: bool
+) -> dict[str, Any]:
+    """Play what is not stored yet, store it, and show the table."""
     rows: dict[str, Any] = {}
     worker = EvaluationWorker(config, sampling, panels[0].env_key)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -101,6 +109,7 @@ def _open(out: Path, settings: Mapping[str, Any]) -> None:
         (out / "episodes").mkdir(parents=True, exist_ok=True)
         if path.exists():
             known = read_settings(out)
+            known.setdefault("model", settings["model"])  # earlier versions looked at the weights alone
             changed = next((name for name in settings if known.get(name) != settings[name]), None)
             if changed:
                 raise AtodError(

@@ -29,7 +29,7 @@ class EpisodeJournal:
         """What was played before; a line that was cut off is dropped."""
         kept: list[Trajectory] = []
         if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_bytes().splitlines():
                 try:
                     kept.append(from_record(parse_json(line, str(self.path)), str(self.path)))
                 except DataError:

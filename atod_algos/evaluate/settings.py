@@ -208,6 +208,7 @@ def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, A
         "option": list(sampling.option),
         "agent": config.agent,
         "weights": weights_digest(config.agent),
+        "model": _model_digest(config.agent, panels[0].env_key),
         "api_extra": config.api_extra,
         "sampling": {
             name: value
@@ -220,6 +221,15 @@ def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, A
         ],
     }
     return settings, panels
+
+
+def _model_digest(agent: str, world: str) -> str | None:
+    kind, _, role = agent.partition(":")
+    if agent in ("random", "expert") or kind == "api":
+        return None
+    from agents.models import model_digest
+
+    return model_digest("builtin", world, role or "student") if kind == "builtin" else model_digest(agent)
 
 
 def weights_digest(agent: str) -> str | None:

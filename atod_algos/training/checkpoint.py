@@ -18,9 +18,12 @@ from typing import Any
 
 import torch
 
+from agents.models import model_digest
+from atod_algos.algorithm import Algorithm
 from atod_algos.learner import distributed
 from atod_algos.learner.lora import base_model, load_adapters
 from atod_algos.learner.optimizer import Updater
+from atod_algos.training.config import RunConfig
 from atod_algos.training.run_dir import read_object
 from atod_envs.errors import AtodError, DataError
 
@@ -178,6 +181,42 @@ def require_whole(path: Path) -> dict[str, Any]:
         if not same:
             raise DataError(f"{path} is not a complete checkpoint ({name} is not as it was written); {_ADVICE}")
     return extra
+
+
+# --- the models that are read besides it --------------------------------------------------------------------------
+
+
+def model_digests(config: RunConfig, algorithm: Algorithm) -> dict[str, str | None]:
+    """What the models that a run reads besides its checkpoints are made of: their files may change under it.
+
+    Only the first rank compares them; the others get nothing.
+    """
+    if distributed.rank() > 0:
+        return {}
+    asked = [("student", config.student, config.models)]
+    for world in config.worlds if "teacher" in algorithm.scores else ():
+        names = [world.teacher, *(name for _, name in world.label_teachers)]
+        asked += [("teacher", name, config.models_of(world)) for name in names]
+    if "base" in algorithm.scores and algorithm.base_model:
+        asked.append(("student", algorithm.base_model, config.models))
+    return {
+        f"{role} {where}" if name == "builtin" else name: model_digest(name, where, role) for role, name, where in asked
+    }
+
+
+def require_same_models(path: Path, extra: Mapping[str, Any], digests: Mapping[str, str | None]) -> None:
+    """Refuse a checkpoint that was trained with other models than those that lie under their names now.
+
+    Raises:
+        AtodError: names the model.
+    """
+    known = extra.get("models", {})
+    for name, digest in digests.items():
+        if known.get(name, digest) != digest:
+            raise AtodError(
+                f"{path} was trained with another model {name}: its files have changed since; give the old ones back, or start another "
+                "run with --run"
+            )
 
 
 # --- of a model that is divided among ranks ----------------------------------------------------------------------

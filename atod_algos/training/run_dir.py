@@ -263,8 +263,12 @@ def read_object(path: Path, advice: str, **kinds: type) -> dict[str, Any]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, option: str = "--run") -> Iterator[None]:
     """Hold a folder; the lock goes with the process, however that ends.
+
+    Args:
+        folder: the folder; made if it does not exist.
+        option: what names it on the command line.
 
     Raises:
         Busy: another process holds it.
@@ -275,14 +279,14 @@ def held(folder: Path) -> Iterator[None]:
         file = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError as error:
         raise AtodError(
-            f"run folder {folder} cannot be written: {error.strerror}; choose another with --run"
+            f"run folder {folder} cannot be written: {error.strerror}; choose another with {option}"
         ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise Busy(
-                f"{folder} is in use by another process; wait for it, or choose another folder with --run"
+                f"{folder} is in use by another process; wait for it, or choose another folder with {option}"
             ) from error
         yield
 

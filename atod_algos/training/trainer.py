@@ -38,7 +38,16 @@ from atod_algos.rollout.pools import Conditions, RankPool, RolloutPool, device_o
 from atod_algos.rollout.task_sampler import StepSampler, solved_at_least_once
 from atod_algos.teachers.local import LocalScorer, StepScorer
 from atod_algos.teachers.routing import gap_factors, require_scale, world_places
-from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint, strays
+from atod_algos.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    model_digests,
+    prune,
+    recover,
+    require_same_models,
+    save_checkpoint,
+    strays,
+)
 from atod_algos.training.clock import Clock
 from atod_algos.training.config import RunConfig, storage_of
 from atod_algos.training.console import Progress
@@ -81,6 +90,7 @@ class Trainer:
         # Ranks hold shards of the master weights themselves, in float32; their layers compute in the run's type.
         weights = torch.float32 if distributed.size() > 1 else compute
         self.student = self._load(config.student, "student", weights)
+        self._digests = model_digests(config, algorithm)
         self.adapters = None
         policy = self.student.model
         if config.lora_rank or config.staleness or distributed.size() > 1:
@@ -330,6 +340,7 @@ class Trainer:
             "best": self.best,
             "algorithm": self.algorithm.name,
             "data": self.data_version,
+            "models": self._digests,
         }
         stale = {} if self.async_rollout is None else self.async_rollout.kept_weights(self.step)
         return save_checkpoint(
@@ -346,7 +357,7 @@ class Trainer:
         """Load the newest checkpoint of the run's folder; return the step it was taken after (0 without one).
 
         Raises:
-            AtodError: the checkpoint is broken, or was trained on other data.
+            AtodError: the checkpoint is broken, or was trained on other data or with other models.
         """
         if distributed.rank() == 0:
             recover(self.run.checkpoints)
@@ -364,6 +375,7 @@ class Trainer:
                     f"{path} was trained on the data {extra['data']!r}, but {self.config.title} now plays {self.data_version!r}; "
                     "give the old data back (--data, or the environment's variable), or start another run with --run"
                 )
+            require_same_models(path, extra, self._digests)
             self.learner.load_state(state)
             self._stale, self.step, self.best = state["stale"], int(extra["step"]), dict(extra["best"])
         return self.step

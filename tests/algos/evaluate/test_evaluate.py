@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -14,10 +15,12 @@ from toyworld import TOY
 from agents.api import ChatClient
 from atod_algos.evaluate import Evaluation, compare
 from atod_algos.evaluate.command import main, run
+from atod_algos.evaluate.journal import EpisodeJournal
 from atod_algos.evaluate.paired_command import load_evaluation
 from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, make_env, sampling_of
 from atod_algos.rollout.environments import make_env as make_training_env
 from atod_algos.training.config import TrainConfig, resolve
+from atod_algos.training.run_dir import held
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import read_jsonl
 
@@ -91,6 +94,43 @@ def test_a_finished_part_is_not_played_again(tmp_path, monkeypatch):
     config = EvaluateConfig(env=TOY, agent="random", out=tmp_path / "a")
     first = run(config)
     monkeypatch.setattr("agents.random.RandomAgent.act", lambda self: 1 / 0)
+    assert run(config) == first
+
+
+def test_a_folder_has_one_process(tmp_path):
+    with held(tmp_path), pytest.raises(AtodError, match=r"in use by another process.* with --out"):
+        run(EvaluateConfig(env=TOY, agent="random", out=tmp_path))
+    run(EvaluateConfig(env=TOY, agent="random", out=tmp_path))
+
+
+@pytest.mark.parametrize("damage", [b"\xff\n", b'{"a": ' * 5000, b"null\n", b"{}\n", b"\x00" * 9])
+def test_a_journal_is_read_as_far_as_it_is_whole(tmp_path, damage):
+    run(EvaluateConfig(env=TOY, agent="random", out=tmp_path, panels=("test/2",)))
+    played = list(read_jsonl(episodes_path(tmp_path, "test/2", 0)))
+    journal = EpisodeJournal(tmp_path / "journal.jsonl")
+    for trajectory in played:
+        journal.add(trajectory)
+    with open(journal.path, "ab") as file:
+        file.write(damage)
+    assert journal.read() == played == journal.read()
+
+
+def test_a_model_that_was_changed_is_another_policy(models, tmp_path):
+    """Whatever of it decides what it says: not its weights alone."""
+    model = shutil.copytree(models["student"], tmp_path / "model")
+    config = EvaluateConfig(
+        env=TOY, agent=str(model), panels=("test/2",), out=tmp_path / "e", max_context=128, max_turns=2, max_response=8
+    )
+    first = run(config)
+    (model / "notes.txt").write_text("decides nothing")
+    assert run(config) == first
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("Be brief. " + template)
+    with pytest.raises(AtodError, match=r"holds an evaluation with model=.*--out"):
+        run(config)
+    settings = json.loads((tmp_path / "e" / "config.json").read_text())
+    del settings["settings"]["model"]  # as earlier versions wrote them
+    (tmp_path / "e" / "config.json").write_text(json.dumps(settings))
     assert run(config) == first
 
 

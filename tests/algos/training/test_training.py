@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,27 @@ def test_other_data_than_the_run_was_trained_on_is_refused(options, tmp_path, ca
     monkeypatch.setattr("toy.ToyEnv.data_version", "toy/2")
     message = failing(ATOD, [*options, "--steps", "4", "--run", str(tmp_path / "r")], capsys)
     assert "was trained on the data ''" in message and "now plays 'toy/2'" in message and "--run" in message
+
+
+def test_other_models_than_the_run_was_trained_with_are_refused(options, models, tmp_path, capsys):
+    """A teacher may be the best checkpoint of a run that goes on, and be replaced by a better one."""
+    teacher = shutil.copytree(models["teacher"], tmp_path / "teacher")
+    command = [*options, "--teacher", str(teacher), "--run", str(tmp_path / "r"), "--eval-every", "0"]
+    main(ATOD, [*command, "--steps", "1", "--checkpoint-every", "1"])
+    (teacher / "README.md").write_text("what is said about it decides nothing")
+    main(ATOD, [*command, "--steps", "2"])
+    for name in ("chat_template.jinja", "model.safetensors"):
+        before = (teacher / name).read_bytes()
+        (teacher / name).write_bytes((models["student"] / name).read_bytes() + b"{# #}" * (name[0] == "c"))
+        message = failing(ATOD, [*command, "--steps", "3"], capsys)
+        assert f"with another model {teacher}: its files have changed" in message and "--run" in message
+        (teacher / name).write_bytes(before)
+    (teacher / "model.safetensors").write_bytes((models["student"] / "model.safetensors").read_bytes())
+    done = tmp_path / "r" / "checkpoints" / "step_000002" / "complete.json"
+    whole = json.loads(done.read_text())
+    assert whole["models"].keys() == {str(teacher), str(models["student"])} and all(whole.pop("models").values())
+    done.write_text(json.dumps(whole))  # as versions wrote it that did not look
+    main(ATOD, [*command, "--steps", "3"])
 
 
 def test_a_slip_in_an_option_costs_nothing(options, tmp_path, capsys):
