@@ -129,7 +129,7 @@ def _intact(folder: Path, digest: str) -> bool:
         good = known["source"] == digest and all(checksum(folder / name) == value for name, value in files.items())
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         good = False
     if not good:
         log.warning("the converted model in %s is damaged; it is converted again", folder)

@@ -85,6 +85,24 @@ def build_once(folder: Path, build: Callable[[Path], object], complete: str = ""
 
 
 @contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Work in a folder while no other process does; it waits for one that does. The lock goes with the process.
+
+    Args:
+        folder: is there.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _hold(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def _advised(folder: Path) -> Iterator[None]:
     try:
         yield

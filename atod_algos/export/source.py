@@ -6,7 +6,6 @@ very checkpoint.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from atod_algos.training.run_dir import read_object, read_settings
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Trajectory, read_jsonl
 
+_RESTORE = "restore the file"
 _ADVICE = "give the folder of a finished evaluation (atod eval --out)"
 
 
@@ -94,12 +94,10 @@ def open_source(run: Path, checkpoint: str) -> Source:
             f"{chosen} was written in parts, by several ranks; start the run's own command once in a single process (without torchrun), "
             "which writes whole checkpoints from its next one on, or export --checkpoint best, which is always whole"
         )
-    whole = json.loads((folder / "config.json").read_text())
     settings = read_settings(folder, "train", "algorithm")
+    versions = read_object(folder / "config.json", _RESTORE, versions=dict)["versions"]
     name = str(settings["algorithm"].get("name", extra.get("algorithm", "unknown")))
-    return Source(
-        folder, chosen, int(extra["step"]), name, settings, whole.get("versions", {}), str(extra.get("data", ""))
-    )
+    return Source(folder, chosen, int(extra["step"]), name, settings, versions, str(extra.get("data", "")))
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from atod_algos.training.cli import with_rules
 from atod_algos.training.config import RunConfig, TrainConfig, resolve
 from atod_algos.training.presets import fit_algorithm, preset_config, require_teacher
 from atod_algos.training.run_dir import held, read_metrics, read_object, replace_text, versions
-from atod_envs.errors import AtodError
+from atod_envs.errors import AtodError, DataError
 
 
 def algorithm_of(method: Method, world: World, rules: str) -> Any:
@@ -192,7 +192,10 @@ def read_cell(folder: Path) -> dict[str, Any] | None:
     path = folder / "cell.json"
     if not path.exists():
         return None
-    cell = read_object(path, "delete it to evaluate the cell again")
+    advice = "delete it to evaluate the cell again"
+    cell = read_object(path, advice, world=str, method=str, seed=int)
+    if cell["method"] not in METHODS:
+        raise DataError(f"{path}: expected one of the study's methods, found {cell['method']!r}; {advice}")
     cell["folder"] = str(folder)
     return cell
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atod_envs.caches import one_at_a_time
 from atod_envs.datasets.sources import Source
 from atod_envs.errors import DataError
 from atod_envs.files import read_object
@@ -106,6 +107,17 @@ def fetch(
     Raises:
         DataError: the server refuses, the content is not what it should be, or the disk is full; says what to do.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(folder):  # two that go on with one part would write it twice
+            return _fetch(source, folder, report, expected, pause)
+    except OSError as error:
+        raise DataError(
+            f"{source.url} cannot be stored in {folder}: {error.strerror or error}; nothing that was there is changed"
+        ) from error
+
+
+def _fetch(source: Source, folder: Path, report: Report | None, expected: str | None, pause: float) -> Downloaded:
     known = read_record(folder).get(source.path)
     if known is not None and _present(folder, source, known):
         if expected is not None and known.sha256 != expected:
@@ -113,29 +125,23 @@ def fetch(
                 f"{folder / source.path} has checksum {known.sha256}, but {expected} is expected; delete it to download it again"
             )
         return known
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{source.path}.part"
-        part.parent.mkdir(parents=True, exist_ok=True)
-        announced = _transfer(source, part, report, pause)
-        sha256 = file_sha256(part)
-        for wanted, who in ((announced, "its publisher's server says"), (expected, "the record to follow says")):
-            if wanted is not None and wanted != sha256:
-                part.unlink()
-                raise DataError(
-                    f"{source.url} has checksum {sha256}, but {who} {wanted}; the download was deleted, run the command again"
-                )
-        size = part.stat().st_size
-        files: dict[str, str] = {}
-        if source.unpack:
-            files = _unpack(part, folder, source.url)
+    part = folder / f"{source.path}.part"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    announced = _transfer(source, part, report, pause)
+    sha256 = file_sha256(part)
+    for wanted, who in ((announced, "its publisher's server says"), (expected, "the record to follow says")):
+        if wanted is not None and wanted != sha256:
             part.unlink()
-        else:
-            os.replace(part, folder / source.path)
-    except OSError as error:
-        raise DataError(
-            f"{source.url} cannot be stored in {folder}: {error.strerror or error}; nothing that was there is changed"
-        ) from error
+            raise DataError(
+                f"{source.url} has checksum {sha256}, but {who} {wanted}; the download was deleted, run the command again"
+            )
+    size = part.stat().st_size
+    files: dict[str, str] = {}
+    if source.unpack:
+        files = _unpack(part, folder, source.url)
+        part.unlink()
+    else:
+        os.replace(part, folder / source.path)
     done = Downloaded(source.url, sha256, size, files)
     _record(folder, source.path, done)
     return done

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from atod_envs.caches import one_at_a_time
 from atod_envs.errors import AtodError, DataError
 from atod_envs.options import program
 
@@ -55,16 +56,19 @@ def build_index(
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}; expected one of {', '.join(BACKENDS)}")
     folder = Path(root)
-    if passages is not None:
-        Corpus.write(progress(passages, "corpus: passages"), folder / "corpus")
-    corpus = Corpus.open(folder / "corpus")
-    counted = progress(corpus, f"{backend}: passages", len(corpus))
-    if backend == "bm25":
-        BM25Index.build(counted, directory=folder / backend)
-    elif backend == "lucene":
-        LuceneIndex.build(counted, folder / backend).close()
-    else:
-        DenseIndex.build(counted, folder / backend, TransformersEncoder(settings_for(model), half=half), kind=kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(folder):  # two would write into the same files
+        if passages is not None:
+            Corpus.write(progress(passages, "corpus: passages"), folder / "corpus")
+        corpus = Corpus.open(folder / "corpus")
+        counted = progress(corpus, f"{backend}: passages", len(corpus))
+        if backend == "bm25":
+            BM25Index.build(counted, directory=folder / backend)
+        elif backend == "lucene":
+            LuceneIndex.build(counted, folder / backend).close()
+        else:
+            encoder = TransformersEncoder(settings_for(model), half=half)
+            DenseIndex.build(counted, folder / backend, encoder, kind=kind)
 
 
 def take_part(passages: Iterable[tuple[str, str]], part: str) -> Iterator[tuple[str, str]]:
@@ -172,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             passages = take_part(passages, options.part)
         build_index(passages, options.out, options.backend, model=options.model, kind=options.kind, half=options.half)
         opened = open_index(Path(options.out) / options.backend)
-    except (AtodError, ValueError) as error:
+    except (AtodError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{options.out}/{options.backend}: {len(opened.corpus):,} passages, corpus {opened.corpus.checksum[:12]}")

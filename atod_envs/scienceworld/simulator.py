@@ -24,8 +24,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+from atod_envs.caches import VARIABLE, home_cache
 from atod_envs.errors import AtodError, DataError
-from atod_envs.files import package_path
+from atod_envs.files import package_path, read_json
 
 JAVA_OPTIONS: Final = ("-Xmx384m", "-XX:+UseSerialGC", "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2")
 """The last makes the simulator repeatable. It lists some things in the order of Java's identity hashes, which are drawn
@@ -316,10 +317,12 @@ class Episode:
 
 def gold_actions(task: str, variation: int, simplifications: str, limit: int) -> tuple[str, ...]:
     """The simulator's own solution of a task; from the cache, or worked out (some seconds) and put there."""
-    root = Path(os.environ.get("ATOD_CACHE") or Path.home() / ".cache" / "atod")
+    root = Path(os.environ.get(VARIABLE) or home_cache() / "atod")
     kept = root / "scienceworld" / jar_version() / (simplifications or "none") / task / f"{variation}.json"
-    with suppress(OSError, ValueError):
-        return tuple(json.loads(kept.read_text(encoding="utf-8")))
+    with suppress(OSError, DataError):  # a file that holds anything else is worked out again
+        known = read_json(kept)
+        if isinstance(known, list) and known and all(isinstance(action, str) for action in known):
+            return tuple(known)
     with SIMULATORS.lend(None, limit) as simulator:
         simulator.holder = None
         actions = simulator.load(task, variation, simplifications, gold=True)

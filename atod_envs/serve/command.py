@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _token(path: Path | None) -> str:
     if path is not None:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
         token = lines[0].strip() if lines else ""
         if not token:
             raise AtodError(f"{path}: the token file is empty")

@@ -98,6 +98,23 @@ def test_a_download_is_whole_recorded_and_not_repeated(site, tmp_path):
     assert len(site.requests) == 1 and not list(tmp_path.rglob("*.part"))
 
 
+def test_two_that_download_one_file_together_get_it_once_and_whole(site, tmp_path):
+    """The other comes in the middle of the transfer: on its own it would go on with the same part."""
+    site.files["a/b.json"] = BODY
+    others = []
+
+    def come(*_):
+        if not others:
+            others.append(threading.Thread(target=fetch, args=(site.source("a/b.json"), tmp_path)))
+            others[0].start()
+            others[0].join(0.2)
+
+    done = fetch(site.source("a/b.json"), tmp_path, report=come)
+    others[0].join(60)
+    assert done == read_record(tmp_path)["a/b.json"] and done.sha256 == hashlib.sha256(BODY).hexdigest()
+    assert (tmp_path / "a/b.json").read_bytes() == BODY and site.requests == [("a/b.json", 0)]
+
+
 def test_a_broken_connection_is_resumed_where_it_broke(site, tmp_path):
     site.files["x"] = BODY
     site.faults = ["cut", 503, "cut"]

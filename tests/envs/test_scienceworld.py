@@ -1,9 +1,12 @@
 """ScienceWorld: the package's own interface, few simulators for many episodes, killed simulators, the contract."""
 
+import json
 import os
 import pickle
 import random
 import signal
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import gymnasium as gym
 import pytest
@@ -199,6 +202,18 @@ def test_solutions_are_kept_and_lead_to_the_goal(monkeypatch):
     )
     monkeypatch.setattr(Simulators, "lend", None)  # from the cache, without a simulator
     assert gold_actions("find-living-thing", 151, "", 1) == tuple(decision.action for decision in solution)
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b'{"look": 1}', b"[]", b"[1]", b"\xff", b"[" * 100_000, b'["look"'])
+def test_a_poisoned_cache_of_solutions_is_worked_out_again(content, tmp_path, monkeypatch):
+    worked_out = ("open door to kitchen", "wait")
+    simulator = SimpleNamespace(load=lambda *_, gold: worked_out)
+    monkeypatch.setattr(Simulators, "lend", lambda *_: nullcontext(simulator))
+    monkeypatch.setenv("ATOD_CACHE", str(tmp_path))
+    assert gold_actions("boil", 3, "", 1) == worked_out
+    (kept,) = tmp_path.rglob("3.json")
+    kept.write_bytes(content)
+    assert gold_actions("boil", 3, "", 1) == worked_out and json.loads(kept.read_text()) == list(worked_out)
 
 
 def test_the_expert_goes_on_after_others_and_a_wrong_focus_ends_with_nothing():

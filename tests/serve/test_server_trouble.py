@@ -269,7 +269,7 @@ def test_expiry_follows_the_clock_in_order_of_use():
 
 def test_the_command_serves_and_stops(tmp_path):
     pytest.importorskip("uvicorn", reason="the server's packages are not installed (extra 'serve')")
-    (tmp_path / "token").write_text("t0ken\n")
+    (tmp_path / "token").write_bytes(b"\xef\xbb\xbft0ken\r\n")  # as an editor on Windows saves it
     command = [sys.executable, "-m", "atod_envs.serve", "--env", "atod/ALFWorld-v0", "--option", "data=builtin"]
     process = subprocess.Popen(
         [*command, "--split", "valid_seen", "--port", "0", "--token-file", str(tmp_path / "token")],

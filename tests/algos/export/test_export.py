@@ -212,6 +212,11 @@ def test_what_cannot_be_exported_is_said_in_a_line(students, tmp_path, capsys):
     assert "exists and is not empty" in refused(capsys, run, "--to", full) and (full / "a").read_text() == "mine"
     assert "is no folder" in refused(capsys, run, "--to", full / "a")
     assert "--evaluation is for the card" in refused(capsys, run, "--to", out, "--evaluation", full)
+    settings = (run / "config.json").read_text()
+    for text in ("", "{", "[1]", "[" * 100_000, "\udcff", settings.replace('"versions"', '"version"')):
+        (run / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+        assert "config.json" in (said := refused(capsys, run, "--to", out)) and "restore the file" in said
+    (run / "config.json").write_text(settings)
     broken = run / "checkpoints" / "step_000003" / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1] + b"x")
     assert "model.safetensors is not as it was written" in refused(capsys, run, "--to", out)

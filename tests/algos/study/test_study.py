@@ -15,7 +15,7 @@ from atod_algos.study.tables import decide
 from atod_algos.training.run_dir import Busy
 from atod_algos.training.trainer import Trainer
 from atod_envs import ROOMS
-from atod_envs.errors import AtodError
+from atod_envs.errors import AtodError, DataError
 
 pytestmark = pytest.mark.slow
 
@@ -210,6 +210,27 @@ def test_the_paper_presets_are_the_published_settings(tmp_path):
     assert algorithm_of(METHODS["atod-constant"], alfworld, "paper").coef_anneal_steps == 0
     with pytest.raises(AtodError, match="--teacher"):
         finish_cell(tmp_path, METHODS["teacher"], alfworld, "paper", 0, 1e-6, "valid_unseen")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[1]",
+        "{}",
+        '{"world": "toy", "method": "grop", "seed": 0}',
+        '{"world": "toy", "method": "grpo"}',
+        "[" * 9999,
+    ],
+)
+def test_a_broken_cell_is_named(content, tmp_path):
+    path = tmp_path / "toy" / "grpo" / "seed0" / "cell.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"world": "toy", "method": "grpo", "seed": 0}))
+    assert len(read_study(tmp_path)) == 1
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"cell\.json.*delete it to evaluate the cell again"):
+        read_study(tmp_path)
 
 
 @pytest.mark.parametrize(

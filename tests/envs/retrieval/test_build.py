@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import io
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -124,6 +125,26 @@ def test_cut_off_files_are_named(tmp_path, name, size):
     file.unlink()
     with pytest.raises(DataError, match=file.name if file.name != "index.json" else "no index"):
         open_index(tmp_path)
+
+
+def test_two_that_build_in_one_folder_take_turns(tmp_path, capsys):
+    started, others = threading.Event(), []
+
+    def passages(text):
+        yield "1", f'"a"\n{text}'
+        if not others:
+            others.append(threading.Thread(target=build_index, args=(passages("second"), tmp_path, "bm25")))
+            others[0].start()
+            started.wait(0.3)
+        yield "2", f'"b"\n{text}'
+
+    build_index(passages("first"), tmp_path, "bm25")
+    others[0].join(60)
+    assert [text.split("\n")[1] for _, text in open_index(tmp_path).corpus] == ["second", "second"]
+    assert main(["--verify", "--out", str(tmp_path)]) == 0
+    (tmp_path / "file").write_text("")
+    assert main(["--corpus", str(tmp_path / "file"), "--out", str(tmp_path / "file" / "below")]) == 1
+    assert "error: [Errno 20] Not a directory" in capsys.readouterr().err
 
 
 def test_the_command(tmp_path, capsys):
