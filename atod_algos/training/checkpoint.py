@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from atod_algos.learner.optimizer import Updater
 from atod_algos.training.config import RunConfig
 from atod_algos.training.run_dir import read_object
 from atod_envs.errors import AtodError, DataError
+
+log = logging.getLogger(__name__)
 
 _STATE = "trainer_state.pt"
 _DONE = "complete.json"
@@ -284,6 +287,16 @@ def recover(folder: Path) -> None:
             old.rename(target)
     for part in folder.glob(".*.part"):
         shutil.rmtree(part, ignore_errors=True)
+
+
+def tidy(folder: Path, keep: int) -> None:
+    """Undo what an ended process left half done or had not deleted yet, and say what is there besides; by all ranks."""
+    if distributed.rank() == 0:
+        recover(folder)
+        prune(folder, keep)  # an earlier process may have been killed just before it did
+        for name in strays(folder):
+            log.warning("%s is no complete checkpoint; left alone", folder / name)
+    distributed.barrier()
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -43,10 +43,9 @@ from atod_algos.training.checkpoint import (
     load_checkpoint,
     model_digests,
     prune,
-    recover,
     require_same_models,
     save_checkpoint,
-    strays,
+    tidy,
 )
 from atod_algos.training.clock import Clock
 from atod_algos.training.config import RunConfig, storage_of
@@ -359,12 +358,7 @@ class Trainer:
         Raises:
             AtodError: the checkpoint is broken, or was trained on other data or with other models.
         """
-        if distributed.rank() == 0:
-            recover(self.run.checkpoints)
-            prune(self.run.checkpoints, CHECKPOINTS_KEPT)  # an earlier process may have been killed just before it did
-            for name in strays(self.run.checkpoints):
-                log.warning("%s is no complete checkpoint; left alone", self.run.checkpoints / name)
-        distributed.barrier()
+        tidy(self.run.checkpoints, CHECKPOINTS_KEPT)
         path = latest_checkpoint(self.run.checkpoints)
         if path is not None:
             state, extra = load_checkpoint(path, self.student.model, self.learner.updater, self.adapters)
