@@ -178,6 +178,9 @@ def run_module(module: str, called: str, arguments: Sequence[str]) -> int:
             f"error: {called} needs {error.name}, which is not installed: pip install 'atod[{extra}]'", file=sys.stderr
         )
         return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130  # what shells report for Ctrl-C
     except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -123,6 +126,35 @@ def _scorer(run: Run, compute: bool, teacher: str | None) -> Scorer:
 # --- following a run ----------------------------------------------------------------------------------------------
 
 
+SECONDS, CONNECTIONS = 20.0, 64
+"""Longest time of a connection, and how many there are at a time; the page needs no package of a server."""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._free = threading.Semaphore(CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+
+def _cut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
 def watch(config: ReportConfig, console: Console, stop: threading.Event) -> None:
     """Serve the page on this machine and write it again whenever the runs have gone on.
 
@@ -136,7 +168,14 @@ def watch(config: ReportConfig, console: Console, stop: threading.Event) -> None
     state = {"stamp": ""}
 
     class Handler(BaseHTTPRequestHandler):
-        timeout = 10.0  # seconds for the head of a request
+        def handle(self) -> None:
+            """A connection has a time, whatever its client does with it."""
+            cut = threading.Timer(SECONDS, _cut, [self.connection])
+            cut.daemon = True
+            cut.start()
+            with contextlib.suppress(ConnectionError):
+                super().handle()
+            cut.cancel()
 
         def do_GET(self) -> None:
             if not is_local_name(
@@ -144,7 +183,7 @@ def watch(config: ReportConfig, console: Console, stop: threading.Event) -> None
             ):  # a page elsewhere whose name was made to mean this machine
                 self.send_error(403)
                 return
-            if self.path in ("/", "/report.html"):
+            if self.path in ("/", "/report.html") and page.exists():
                 body, kind = page.read_bytes(), "text/html; charset=utf-8"
             elif self.path == "/stamp":
                 body, kind = state["stamp"].encode(), "text/plain"
@@ -155,6 +194,8 @@ def watch(config: ReportConfig, console: Console, stop: threading.Event) -> None
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")
+            self.send_header("Content-Security-Policy", "frame-ancestors 'none'")
+            self.send_header("X-Content-Type-Options", "nosniff")
             self.end_headers()
             self.wfile.write(body)
 
@@ -162,7 +203,10 @@ def watch(config: ReportConfig, console: Console, stop: threading.Event) -> None
             logging.getLogger(__name__).debug(format, *args)
 
     _write(config, page, state)
-    server = ThreadingHTTPServer(("127.0.0.1", config.port), Handler)
+    try:
+        server = _Server(("127.0.0.1", config.port), Handler)
+    except (OSError, OverflowError) as error:
+        raise AtodError(f"cannot listen on port {config.port}: {error}; choose another --port") from error
     threading.Thread(target=server.serve_forever, daemon=True).start()
     console.print(
         f"following {', '.join(map(str, config.runs))} at http://127.0.0.1:{server.server_port}/ (Ctrl-C ends)",

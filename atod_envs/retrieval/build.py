@@ -179,6 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (AtodError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was begun is not opened, run the command again", file=sys.stderr)
+        return 130
     print(f"{options.out}/{options.backend}: {len(opened.corpus):,} passages, corpus {opened.corpus.checksum[:12]}")
     return 0
 

@@ -90,6 +90,15 @@ def test_it_runs_what_it_names(tmp_path, capsys):
     assert "unknown environment" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["make", "games"], ["data", "status"], ["train", "atod"]])
+def test_ctrl_c_is_no_traceback(words, capsys, monkeypatch):
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", pressed)
+    assert main(words) == 130 and capsys.readouterr().err == "error: interrupted\n"
+
+
 def test_a_missing_extra_is_named(monkeypatch, capsys):
     for name in [name for name in sys.modules if name == "tyro" or name.startswith(("tyro.", "atod_algos"))]:
         monkeypatch.delitem(sys.modules, name)

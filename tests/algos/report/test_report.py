@@ -1,7 +1,10 @@
 """The report: what it reads from runs, the page in a real browser, the figures, and following a run."""
 
+import contextlib
+import dataclasses
 import re
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -17,7 +20,7 @@ from toyworld import TOY
 
 from atod_algos.grpo import GRPO
 from atod_algos.metrics import MOST_TURNS
-from atod_algos.report.command import ReportConfig, main, report, watch
+from atod_algos.report.command import CONNECTIONS, ReportConfig, main, report, watch
 from atod_algos.report.data import method_of, read_run
 from atod_algos.report.page import chosen_steps, page_data
 from atod_algos.report.tokens import Scorer
@@ -215,7 +218,8 @@ def test_without_matplotlib_the_page_is_still_written(folders, tmp_path, monkeyp
 # --- following a run --------------------------------------------------------------------------------------------------
 
 
-def test_watch_serves_the_page_and_follows(folders, tmp_path):
+def test_watch_serves_the_page_and_follows(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("atod_algos.report.command.SECONDS", 0.5)
     shutil.copytree(folders / "atod", tmp_path / "r")
     lines = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "r" / "metrics.jsonl").write_text("".join(lines[:2]))
@@ -236,6 +240,19 @@ def test_watch_serves_the_page_and_follows(folders, tmp_path):
         foreign = urllib.request.Request(url, headers={"Host": "evil.example"})
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(foreign)
+        assert "frame-ancestors 'none'" in urllib.request.urlopen(url).headers["Content-Security-Policy"]
+        port = int(url.rsplit(":")[-1].strip("/"))
+        with pytest.raises(AtodError, match="choose another --port"):
+            watch(dataclasses.replace(config, port=port), console, stop)
+        dripping = [socket.create_connection(("127.0.0.1", port)) for _ in range(CONNECTIONS + 6)]
+        for one in dripping:
+            with contextlib.suppress(OSError):
+                one.sendall(b"GET / HTTP/1.1\r\nX-Slow: ")
+        while time.monotonic() < deadline:  # those that drip have had their time
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(url)
+                break
+        assert urllib.request.urlopen(url).status == 200
         assert unpack(tmp_path / "r" / "report.html")["runs"][0]["done"] == 2
         (tmp_path / "whole").write_text("".join(lines))
         (tmp_path / "whole").rename(tmp_path / "r" / "metrics.jsonl")  # at once, so that no reader sees it half written
