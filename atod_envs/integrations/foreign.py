@@ -1,0 +1,246 @@
+"""Others' environments as ours: ``wrap`` makes a ``TextEnv`` of anything with ``reset`` and ``step``.
+
+    env = wrap(lambda: gem.make("game:GuessTheNumber-v0"))
+    register("cards/Blackjack-v0", partial(gym.make, "Blackjack-v1"), actions={"stick": 0, "hit": 1}, returns=(-1, 1))
+
+Then it is played, recorded, prompted, evaluated and trained on like any other. Three kinds of answers are understood:
+
+    Gymnasium, GEM    reset(seed=) -> (observation, info); step -> (observation, reward, terminated, truncated, info)
+    OpenEnv           reset(seed=) and step -> an object with observation, reward and done
+    TextArena         reset(num_players=1, seed=), get_observation, step -> (done, info), close -> (rewards, info)
+
+A foreign environment has no tasks: here a task is the seed that it is reset with, ``train-17``, and each split has
+seeds of its own. The invariant: the same task is the same episode. An environment that takes no seed cannot keep it and
+is refused, unless it is said to be without chance.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import gymnasium as gym
+
+from atod_envs.errors import AtodError
+from atod_envs.tasks import TaskSet
+from atod_envs.text_env import Frame, TextEnv
+
+SPLITS = {"train": 1000, "valid": 128, "test": 256}
+"""Split -> how many seeds it has; those of the splits begin at 0, at a million and at two million."""
+
+_OFFERED = ("admissible", "admissible_commands", "available_actions", "legal_actions", "valid_actions")
+"""Names in ``info`` under which environments list their actions."""
+
+_SOLVED = ("success", "won", "is_success")
+"""Names in ``info`` that say whether the task is solved."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manner:
+    """How a foreign environment is put into words.
+
+    Attributes:
+        key: its name in a run (``env_key``), the prefix of what is particular to it.
+        about: what it is, for the prompts.
+        instruction: the task in words, or how it follows from the first observation.
+        actions: what a response may say: texts (with the foreign actions they stand for, where these are no texts), or
+            how any text becomes an action. By default texts are passed on as they are.
+        text: puts an observation into words.
+        returns: sums of an episode's rewards that count as score 0 and as score 1. The score is known at the end; the
+            task is solved with score 1, or where ``info`` says so.
+        refuses: errors by which the environment says that it does not understand an action. Others are its bugs.
+        chance: false for an environment that takes no seed because it always plays the same.
+        tells_rules_first: the first observation holds what is needed all along.
+    """
+
+    key: str = "foreign"
+    about: str = "a text environment"
+    instruction: str | Callable[[str], str] = "Reach the goal."
+    actions: Mapping[str, Any] | Sequence[str] | Callable[[str], Any] | None = None
+    text: Callable[[Any], str] = str
+    returns: tuple[float, float] = (0.0, 1.0)
+    refuses: tuple[type[Exception], ...] = (ValueError,)
+    chance: bool = True
+    tells_rules_first: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.returns[0] >= self.returns[1]:
+            raise AtodError(
+                f"returns={self.returns}: expected the sum of rewards of a failure, then a larger one of a success"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a foreign environment said, whichever form it has."""
+
+    observation: Any
+    reward: float = 0.0
+    over: bool = False
+    info: Mapping[str, Any] | None = None
+
+
+class ForeignEnv(TextEnv):
+    """A foreign environment as one of ours; see :func:`wrap`.
+
+    Args:
+        make: makes the environment, or is one.
+        manner: how it is put into words.
+        split: train, valid or test.
+        max_turns: turn limit.
+        render_mode: ``"ansi"`` or None.
+
+    Raises:
+        AtodError: it takes no seed.
+    """
+
+    env_key: ClassVar[str] = "foreign"
+    default_max_turns: ClassVar[int] = 30
+
+    def __init__(
+        self,
+        make: Any,
+        manner: Manner,
+        *,
+        split: str = "train",
+        max_turns: int | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        ids = {f"{name}-{n}": name for name, count in SPLITS.items() for n in range(count)}
+        super().__init__(TaskSet.of_split(split, ids), max_turns=max_turns, render_mode=render_mode)
+        makes = isinstance(make, type) or (callable(make) and not hasattr(make, "step"))
+        self._make = make if makes else None
+        self._foreign = make if self._make is None else self._make()
+        self._manner, self._return = manner, 0.0
+        kind = type(self._foreign)
+        # What belongs to the environment's class is the instance's here.
+        own = {"env_key": manner.key, "about": manner.about, "tells_rules_first": manner.tells_rules_first}
+        for name, value in {**own, "data_version": f"{manner.key}/{kind.__module__}.{kind.__qualname__}"}.items():
+            setattr(self, name, value)
+        self._players = hasattr(self._foreign, "get_observation")  # TextArena's games are for several
+        self._seeded = _takes_seed(self._foreign.reset)
+        if not self._seeded and manner.chance:
+            raise AtodError(
+                f"{kind.__name__}.reset takes no seed, so the same task would not be the same episode; give it one, or say chance=False "
+                "if it always plays the same"
+            )
+        if self._players and self._make is None:
+            raise AtodError("a TextArena game begins anew only when it is made anew; give a function that makes it")
+
+    def close(self) -> None:
+        """Close the foreign environment, where it can be closed."""
+        if not self._players and hasattr(self._foreign, "close"):
+            self._foreign.close()
+
+    def _begin(self, task_id: str, seed: int) -> tuple[str, Frame]:
+        split, _, number = task_id.rpartition("-")
+        place = list(SPLITS).index(split) * 1_000_000 + int(number)
+        if self._players and self._make is not None:
+            self._foreign = self._make()  # its wrappers keep what an unfinished episode said
+        seeded = {"seed": place} if self._seeded else {}
+        players = {"num_players": 1} if self._players else {}
+        self._return = 0.0
+        frame = self._frame_of(self._read(self._foreign.reset(**seeded, **players), begun=True))
+        said = self._manner.instruction
+        return said(frame.observation) if callable(said) else said, frame
+
+    def _act(self, action: str) -> Frame:
+        actions, wanted = self._manner.actions, action.strip()
+        if not callable(actions) and actions is not None and wanted not in actions:
+            return self._not_understood(f"{action!r} is no action here; expected one of: {', '.join(actions)}.")
+        try:
+            meant = (
+                actions(action) if callable(actions) else actions[wanted] if isinstance(actions, Mapping) else wanted
+            )
+            return self._frame_of(self._read(self._foreign.step(meant), begun=False))
+        except self._manner.refuses as error:
+            return self._not_understood(f"{action!r} was not understood: {error}")
+
+    def _not_understood(self, said: str) -> Frame:
+        assert self._frame is not None
+        return Frame(said, self._frame.admissible, valid=False)
+
+    def _read(self, answer: Any, *, begun: bool) -> _Answer:
+        """An answer in one of the known forms."""
+        if self._players:  # the reward comes at the end
+            if begun or not answer[0]:
+                return _Answer(self._foreign.get_observation()[1])
+            rewards, infos = self._foreign.close()
+            return _Answer(infos.get(0, {}).get("reason", "The game is over."), float(rewards[0]), over=True)
+        if hasattr(answer, "observation") and hasattr(answer, "done"):
+            return _Answer(answer.observation, 0.0 if begun else float(answer.reward or 0.0), bool(answer.done))
+        match answer:
+            case observation, dict() as info if begun:
+                return _Answer(observation, info=info)
+            case observation, reward, terminated, truncated, dict() as info if not begun:
+                return _Answer(observation, float(reward), bool(terminated or truncated), info)
+        raise AtodError(
+            f"{type(self._foreign).__name__}.{'reset' if begun else 'step'} answered {str(answer)[:80]!r}; expected the form of "
+            "Gymnasium, OpenEnv or TextArena"
+        )
+
+    def _frame_of(self, answer: _Answer) -> Frame:
+        (failed, solved), info = self._manner.returns, answer.info or {}
+        self._return += answer.reward
+        score = min(1.0, max(0.0, (self._return - failed) / (solved - failed))) if answer.over else 0.0
+        told = next((bool(info[name]) for name in _SOLVED if name in info), score >= 1.0)
+        offered = next((info[name] for name in _OFFERED if info.get(name)), None) or self._manner.actions
+        listed = ("<any text>",) if offered is None or callable(offered) else tuple(str(one) for one in offered)
+        return Frame(
+            self._manner.text(answer.observation),
+            () if answer.over else listed,
+            score,
+            score,
+            success=answer.over and told,
+            terminated=answer.over,
+        )
+
+
+def wrap(
+    make: Any, *, split: str = "train", max_turns: int | None = None, render_mode: str | None = None, **manner: Any
+) -> ForeignEnv:
+    """A foreign environment as one of ours.
+
+    Args:
+        make: makes the environment; or an environment, for a single episode at a time.
+        split: train, valid or test.
+        max_turns: turn limit; 30 by default. A limit of its own ends an episode unsolved.
+        render_mode: ``"ansi"`` or None.
+        manner: how it is put into words, by the names of :class:`Manner`.
+
+    Raises:
+        AtodError: it takes no seed.
+    """
+    return ForeignEnv(make, Manner(**manner), split=split, max_turns=max_turns, render_mode=render_mode)
+
+
+def register(env_id: str, make: Callable[[], Any], **manner: Any) -> None:
+    """Register a wrapped environment with Gymnasium, so that every command can play it and train on it.
+
+    Args:
+        env_id: such as ``"cards/Blackjack-v0"``. A command finds it behind the module that registers it:
+            ``--env my_module:cards/Blackjack-v0``.
+        make: makes the foreign environment.
+        manner: how it is put into words, by the names of :class:`Manner`; its ``key`` is by default the id's name.
+    """
+    name = env_id.rpartition("/")[2].partition("-")[0].lower()
+    chosen = Manner(**{"key": name, **manner})
+
+    class Registered(ForeignEnv):
+        env_key = chosen.key
+
+        def __init__(self, data: str | None = None, **options: Any) -> None:
+            if data is not None:
+                raise AtodError(f"data={data!r}: {env_id} has no data folder; its data belong to what makes it")
+            super().__init__(make, chosen, **options)
+
+    gym.register(env_id, entry_point=Registered, disable_env_checker=True)
+
+
+def _takes_seed(reset: Any) -> bool:
+    """Whether a seed can be passed; wrappers that pass any keyword on are taken to."""
+    found = inspect.signature(reset).parameters
+    return "seed" in found or any(parameter.kind is parameter.VAR_KEYWORD for parameter in found.values())

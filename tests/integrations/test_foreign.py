@@ -1,0 +1,175 @@
+"""Others' environments as ours: the contract on real libraries, each form of answer, and what is refused."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import gymnasium as gym
+import pytest
+
+from atod_envs.checker import check_text_env
+from atod_envs.errors import AtodError, UnknownName
+from atod_envs.integrations import register, wrap
+from atod_envs.recording import RecordTurns
+from atod_envs.trajectory import StopReason
+
+LAKE = partial(gym.make, "FrozenLake-v1", is_slippery=False)
+STEPS = {"left": 0, "down": 1, "right": 2, "up": 3}
+WAY = ("down", "down", "right", "right", "down", "right")
+
+
+def lake(**manner):
+    return wrap(LAKE, key="lake", actions=STEPS, text=lambda place: f"row {place // 4}, column {place % 4}", **manner)
+
+
+def play(env, *actions, task="train-0"):
+    shown = [env.reset(seed=0, options={"task_id": task})]
+    for action in actions:
+        shown.append(env.step(action))
+    return shown
+
+
+# --- real libraries -----------------------------------------------------------------------------------------------
+
+
+def test_a_gymnasium_environment_keeps_the_contract():
+    env = lake(instruction="Cross the lake.")
+    check_text_env(env)
+    begun, *answers = play(env, *WAY)
+    assert begun[0] == "row 0, column 0" and begun[1]["task"] == "Cross the lake."
+    assert begun[1]["admissible"] == ("left", "down", "right", "up")
+    assert [answer[1] for answer in answers] == [0, 0, 0, 0, 0, 1]
+    assert answers[-1][2] and answers[-1][4]["success"] and answers[-1][4]["stop_reason"] is StopReason.SUCCESS
+    drowned = play(env, "right", "down")[-1]
+    assert drowned[2] and not drowned[4]["success"] and drowned[4]["score"] == 0
+
+
+def test_what_is_no_action_is_answered_and_changes_nothing():
+    env = lake()
+    said = play(env, "fly")[-1]
+    assert said[0] == "'fly' is no action here; expected one of: left, down, right, up."
+    assert not said[4]["valid"] and said[4]["admissible"] == tuple(STEPS)
+    assert env.step(" down ")[0] == "row 1, column 0"
+
+
+def test_a_task_is_a_seed_and_splits_share_none():
+    env = partial(wrap, partial(gym.make, "Blackjack-v1"), returns=(-1, 1))
+    hands = {
+        split: {play(env(split=split), task=f"{split}-{n}")[0][0] for n in range(40)} for split in ("train", "valid")
+    }
+    assert len(hands["train"]) > 20 and hands["train"] != hands["valid"]
+    assert play(env(), task="train-7")[0][0] == play(env(), task="train-7")[0][0]
+    with pytest.raises(UnknownName, match="task id"):
+        env().reset(options={"task_id": "valid-7"})
+    with pytest.raises(UnknownName, match="split"):
+        env(split="dev")
+
+
+def test_snapshots_and_recording_work():
+    env = RecordTurns(lake())
+    play(env, *WAY[:3])
+    here = env.unwrapped.snapshot()
+    for action in WAY[3:]:
+        env.step(action)
+    assert env.trajectory.success and env.trajectory.data_version.startswith("lake/")
+    assert [turn.action for turn in env.trajectory.turns] == list(WAY)
+    assert env.unwrapped.restore(here)[0] == "row 2, column 1"
+
+
+@pytest.mark.slow
+def test_a_gem_game():
+    gem = pytest.importorskip("gem", reason="GEM is not installed (pip install gem-llm)")
+    made = partial(gem.make, "game:GuessTheNumber-v0-easy")
+    env = wrap(made, key="guess", actions={str(n): f"\\boxed{{{n}}}" for n in range(1, 11)}, tells_rules_first=True)
+    check_text_env(env)
+    solved = [play(env, str(n))[-1][4]["success"] for n in range(1, 11)]
+    assert solved.count(True) == 1
+
+
+@pytest.mark.slow
+def test_a_textarena_game():
+    textarena = pytest.importorskip("textarena", reason="TextArena is not installed (pip install textarena)")
+    made = partial(textarena.make, "GuessTheNumber-v0")
+    env = wrap(made, key="guess", actions=lambda text: f"[{text.strip()}]", tells_rules_first=True)
+    check_text_env(env)
+    answers = [play(env, str(n))[-1] for n in range(1, 21)]
+    (won,) = [answer for answer in answers if answer[4]["success"]]
+    assert won[2] and won[1] == 1.0 and won[4]["stop_reason"] is StopReason.SUCCESS
+    with pytest.raises(AtodError, match="give a function that makes it"):
+        wrap(made())
+
+
+# --- forms --------------------------------------------------------------------------------------------------------
+
+
+class Door:
+    """Opens on the second knock; answers as OpenEnv's clients do."""
+
+    def reset(self, seed=None):
+        self.knocks = 0
+        return SimpleNamespace(observation=SimpleNamespace(message="A door."), reward=None, done=False)
+
+    def step(self, action):
+        if action.text == "break":
+            raise ValueError("it is made of iron")
+        self.knocks += 1
+        done = self.knocks == 2
+        return SimpleNamespace(observation=SimpleNamespace(message="Knock."), reward=float(done), done=done)
+
+
+def door(**manner):
+    return wrap(Door(), actions=lambda text: SimpleNamespace(text=text), text=lambda said: said.message, **manner)
+
+
+def test_the_form_of_openenv_and_an_error_that_is_an_answer():
+    begun, refused, first, second = play(door(), "break", "knock", "knock")
+    assert begun[0] == "A door." and begun[1]["admissible"] == ("<any text>",)
+    assert refused[0] == "'break' was not understood: it is made of iron" and not refused[4]["valid"]
+    assert not first[2] and second[2] and second[4]["success"]
+    with pytest.raises(ValueError, match="iron"):
+        play(door(refuses=()), "break")
+
+
+class Told(Door):
+    """Says by itself whether it was solved, and which actions there are."""
+
+    def reset(self, seed):
+        return "A room.", {"admissible_commands": ["go", "stay"]}
+
+    def step(self, action):
+        return "On.", -3.0, False, action == "go", {"won": action == "go"}
+
+
+def test_what_info_says_counts():
+    begun, stayed, gone = play(wrap(Told(), returns=(-9, 0)), "stay", "go")
+    assert begun[1]["admissible"] == ("go", "stay") and stayed[4]["score"] == 0
+    assert gone[4]["success"] and gone[4]["score"] == pytest.approx((-6 + 9) / 9)
+
+
+def test_what_cannot_be_one_of_ours_is_refused_in_a_line():
+    class Chance:
+        def reset(self):
+            return "x", {}
+
+        def step(self, action):
+            return "x", True
+
+    with pytest.raises(AtodError, match=r"Chance\.reset takes no seed.*chance=False"):
+        wrap(Chance)
+    with pytest.raises(AtodError, match=r"Chance\.step answered.*expected the form of Gymnasium, OpenEnv or TextArena"):
+        play(wrap(Chance, chance=False), "go")
+    with pytest.raises(AtodError, match="expected the sum of rewards of a failure"):
+        wrap(Told(), returns=(1, 1))
+    with pytest.raises(TypeError, match="colour"):
+        wrap(Told(), colour="red")
+
+
+def test_a_registered_one_is_found_by_its_id():
+    if "cards/Blackjack-v0" not in gym.registry:
+        register(
+            "cards/Blackjack-v0", partial(gym.make, "Blackjack-v1"), actions={"stick": 0, "hit": 1}, returns=(-1, 1)
+        )
+    env = gym.make("cards/Blackjack-v0", split="valid", max_turns=3)
+    check_text_env(env)
+    assert env.unwrapped.env_key == "blackjack" and env.unwrapped.max_turns == 3
+    with pytest.raises(AtodError, match="cards/Blackjack-v0 has no data folder"):
+        gym.make("cards/Blackjack-v0", data="somewhere")
