@@ -39,19 +39,28 @@ function swatch(i, width = 30, j = i) {
 // --- curves by step ---------------------------------------------------------------------------------------------------
 function drawCurves() {
   const made = D.panels.map(panel => {
-    const several = panel.keys.length > 1, lines = [], percent = panel.unit.endsWith("%");
-    D.runs.forEach((run, i) => panel.keys.forEach((key, j) => {
-      const s = run.series[key];
-      if (!s || !s[0].length || hidden.has(i)) return;
-      const name = [D.runs.length > 1 ? run.name : "", panel.names[j] || ""].filter(Boolean).join(": ") || panel.title;
-      lines.push({x: s[0], y: percent ? s[1].map(v => 100 * v) : s[1], run: i, name, kind: key === "val" ? "valid" : "train",
-        i: several && D.runs.length === 1 ? j : i, j: several ? j : i});
-    }));
+    const lines = linesOf(panel), keys = [...new Set(lines.map(l => l.key))];
     if (!lines.length) return null;
-    return chart({title: panel.title, unit: panel.unit, axis: "training step", lines, zero: panel.zero,
-      window: panel.smooth ? WINDOWS[smoothing] : 1, keys: several ? panel.names : [], note: panel.note, linked: true});
+    return chart({title: panel.title, unit: panel.unit, axis: "training step", lines, zero: panel.zero, note: panel.note,
+      window: panel.smooth ? WINDOWS[smoothing] : 1, keys: keys.length > 1 ? keys.filter(Boolean) : [], linked: true});
   });
   $("curves").replaceChildren(...made.filter(Boolean));
+}
+// Several metrics of a panel, or the environments of a run that has several, differ in dash; runs differ in colour.
+function linesOf(panel) {
+  const lines = [], percent = panel.unit.endsWith("%"), several = panel.keys.length > 1, alone = D.runs.length === 1;
+  D.runs.forEach((run, i) => {
+    if (hidden.has(i)) return;
+    const parts = several ? panel.keys.map((key, j) => [key, panel.names[j]])
+      : [[panel.keys[0], run.worlds.length ? "all environments" : ""], ...run.worlds.map(world => [world + ":" + panel.keys[0], world])];
+    parts.forEach(([key, name], j) => {
+      const s = run.series[key]; if (!s || !s[0].length) return;
+      const line = {x: s[0], y: percent ? s[1].map(v => 100 * v) : s[1], run: i, key: name, kind: panel.keys[0] === "val" ? "valid" : "train"};
+      line.name = [alone ? "" : run.name, name].filter(Boolean).join(": ") || panel.title;
+      lines.push({...line, i: alone ? j : i, j: parts.length > 1 ? j : i});
+    });
+  });
+  return lines;
 }
 function running(y, n) {
   const half = n >> 1;

@@ -104,25 +104,41 @@ class Run:
         """The method and what tells the run from others of it."""
         return f"{self.method}, seed {self.seed}"
 
-    def series(self, key: str) -> tuple[list[float], list[float]]:
-        """A metric by step; a leading slash matches any algorithm's."""
+    @property
+    def worlds(self) -> tuple[str, ...]:
+        """Names of its environments where it has several, else none."""
+        return tuple(self.settings.get("worlds", {}))
+
+    def series(self, key: str, world: str = "") -> tuple[list[float], list[float]]:
+        """A metric by step; a leading slash matches any algorithm's.
+
+        Args:
+            key: of the metric, as for all environments together.
+            world: the name of one of several environments.
+        """
         points = []
         for row in self.metrics:
-            value = row.get(key)
-            if value is None and key.startswith("/"):
-                value = next((v for name, v in row.items() if name.endswith(key)), None)
-            if value is not None:
-                points.append((row["step"], value))
+            name = f"{world}/{key}" if world else key
+            if key.startswith("/"):  # the shortest is that of all environments together
+                found = [one for one in row if one.endswith(key) and (not world or one.startswith(f"{world}/"))]
+                name = min(found, key=len, default="")
+            if name in row:
+                points.append((row["step"], row[name]))
         return [x for x, _ in points], [y for _, y in points]
 
-    def validations(self) -> tuple[list[float], list[float]]:
-        """Validation success by step, the untrained student first where its episodes are stored."""
-        steps, values = self.series("val/success_rate")
+    def validations(self, world: str = "") -> tuple[list[float], list[float]]:
+        """Validation success by step, the untrained student first where its episodes are stored.
+
+        Args:
+            world: the name of one of several environments; of all it is the mean over environments.
+        """
+        steps, values = self.series("val/success_rate", world)
         if 0 in self.steps("valid") and 0 not in steps:
-            episodes = self.episodes("valid", 0)
+            own = str(self.settings["worlds"][world]["env"]).rpartition(":")[2] if world else ""
             by_world: dict[str, list[bool]] = {}
-            for episode in episodes:
-                by_world.setdefault(episode.env_id, []).append(episode.success)
+            for episode in self.episodes("valid", 0):
+                if not world or episode.env_id == own:
+                    by_world.setdefault(episode.env_id, []).append(episode.success)
             shares = [sum(part) / len(part) for part in by_world.values()]
             steps, values = [0.0, *steps], [sum(shares) / max(1, len(shares)), *values]
         return steps, values
@@ -193,7 +209,7 @@ class StoredEvaluation(Run):
         """The agent; evaluations have no training seed."""
         return self.method
 
-    def validations(self) -> tuple[list[float], list[float]]:
+    def validations(self, world: str = "") -> tuple[list[float], list[float]]:
         """None: nothing was trained."""
         return [], []
 

@@ -151,12 +151,17 @@ def page_data(runs: Sequence[Run], *, scorers: Mapping[Path, Scorer], turns: int
 
 
 def _run(run: Run, names: list[str], scorer: Scorer | None) -> dict[str, Any]:
-    series = {key: run.series(key) for panel in PANELS for key in panel["keys"] if key != "val"}
+    series = {}
+    for key in (key for panel in PANELS for key in panel["keys"]):
+        for world in ("", *run.worlds):
+            found = run.validations(world) if key == "val" else run.series(key, world)
+            series[f"{world}:{key}" if world else key] = found
     steps = run.settings.get("train", {}).get("steps")
     return {
         "name": run.name if names.count(run.name) == 1 else f"{run.name} ({run.path.name})",
         "settings": run.said,
-        "series": series | {"val": run.validations()},
+        "series": series,
+        "worlds": run.worlds,
         "table": run.table,
         "panel": (run.result or {}).get("panel", ""),
         "steps": steps,

@@ -21,12 +21,13 @@ from toyworld import TOY
 from atod_algos.grpo import GRPO
 from atod_algos.metrics import MOST_TURNS
 from atod_algos.report.command import CONNECTIONS, ReportConfig, main, report, watch
-from atod_algos.report.data import method_of, read_run
+from atod_algos.report.data import Run, method_of, read_run
 from atod_algos.report.page import chosen_steps, page_data
 from atod_algos.report.tokens import Scorer
 from atod_algos.report.weights import BINS, by_turn_index, weight_distribution
 from atod_algos.training.cli import main as train
 from atod_envs.errors import AtodError, DataError
+from atod_envs.trajectory import StopReason, Trajectory, write_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -147,6 +148,24 @@ def test_an_evaluation_is_shown_too(folders, tmp_path):
     teacher = read_run(folders / "atod").settings["train"]["teacher"]
     taught = unpack(report([tmp_path / "model"], teacher=teacher, figures=False))
     assert taught["episodes"][0]["turns"][0]["d"] > 0 and 0 <= taught["episodes"][0]["turns"][0]["w"] <= 1
+
+
+def test_each_of_several_environments_has_its_curves(tmp_path):
+    settings = {"train": {"seed": 0}, "worlds": {"toy": {"env": TOY}, "echo": {"env": "a.module:toy/Echo-v0"}}}
+    row = {"step": 2, "echo/atod/teacher_student_gap_mean": -3.0, "atod/teacher_student_gap_mean": -2.0}
+    row |= {"val/success_rate": 0.5, "toy/val/success_rate": 0.25, "echo/val/success_rate": 0.75}
+    run = Run(tmp_path, settings, {}, [row], None)
+    before = [
+        Trajectory(env, "t", "valid", "", "g", 0, (), "", success, 0.0, StopReason.FAILURE)
+        for env, success in ((TOY, True), (TOY, True), ("toy/Echo-v0", False))
+    ]
+    (tmp_path / "validation").mkdir()
+    write_jsonl(tmp_path / "validation" / "step_000000.jsonl.gz", before)
+    assert run.worlds == ("toy", "echo")
+    assert run.series("/teacher_student_gap_mean") == ([2], [-2.0])  # that of both together, whatever comes first
+    assert run.series("/teacher_student_gap_mean", "echo") == ([2], [-3.0])
+    assert run.validations() == ([0.0, 2], [0.5, 0.5])  # a mean over environments, not over episodes
+    assert run.validations("toy") == ([0.0, 2], [1.0, 0.25]) and run.validations("echo") == ([0.0, 2], [0.0, 0.75])
 
 
 def test_ablations_have_names_of_their_own():
