@@ -1,8 +1,8 @@
 """GiGPO: group-in-group policy optimisation (Feng et al. 2025, arXiv 2505.10978).
 
-GRPO says which attempts at a task went well; GiGPO also says at which point. Attempts at the same task pass through the
-same states: the turns of a group that answer the very same observation, an anchor state, form a group inside the group,
-and the actions taken there are compared by what followed.
+GRPO says which attempts at a task went well; GiGPO also says in which turns. Attempts at the same task meet the same
+states. The turns of a group that answer the same observation, an anchor state, form a group inside the group, and their
+actions are compared by the return that followed.
 
 Objective
     A^E_i  = F(R_i - mean R)              over the G attempts at a task                              episode advantage

@@ -3,12 +3,12 @@
 Objective
     s+      = a skill text for the task, then everything that the student saw in s
     delta_t = sg[ log pi_old(y_t | s+) ] - log pi_theta(y_t | s)     the same sampled ids y, with and without the skills
-    g_t     = sg[ sigmoid(beta delta_t) ]                            the gate opens where the skills speak for the token
+    g_t     = sg[ sigmoid(beta delta_t) ]                            the gate opens where skills raise the token
     L_SDAR  = mean_t g_t delta_t
     L       = L_GRPO + lambda L_SDAR                                 L_GRPO as in grpo.py
 
 sg: no gradient. So d L_SDAR / d log pi_theta = -g_t / N on *every* sampled token: gated likelihood ascent, not a
-reverse KL. A token that the skills speak against is still pushed up, by a gate near 0; the loss may be negative.
+reverse KL. A token that the skills make less probable is still pushed up, by a gate near 0; the loss may be negative.
 pi_theta is the current policy, not pi_old: there is no ratio and no clip in this term. The teacher is the policy that
 rolled out, scored once a step as the released code does.
 

@@ -7,8 +7,8 @@ Objective
     A_t  = A_GRPO + c w_k(t) (log pi_T - log pi_old)             detached; A_GRPO as in grpo.py        (SOD section 3)
     L    = the clipped surrogate with A_t
 
-The teacher is believed most where it disagrees no more with the student than it did at the start: a turn on which they
-have drifted apart is one that the teacher would hardly have come to. The cap acts on each weight, not on the running
+The teacher counts most where it disagrees no more with the student than at the start. The teacher itself would hardly
+have reached a turn on which the two have drifted apart. The cap acts on each weight, not on the running
 product, so a turn of little disagreement does not raise those after it.
 
 ``--rules paper`` is the SOD authors' own setting, ``--rules released`` the baseline as ATOD's authors re-implemented

@@ -1,8 +1,8 @@
 """AgentOPSD: turn credit as the revision of a belief (arXiv 2608.05987): reward, larger where a turn decided.
 
-Shown skills for the task, the student would have said some turns sooner and others later. Summed over an episode that
-is evidence, as in a sequential test, that the episode goes well. A turn counts by how far it moves the belief: the
-same gap decides much while the matter is open and little once it is settled.
+With skills for the task in its prompt, the student finds some of its turns more probable and others less. Summed over
+an episode this is evidence, as in a sequential test, that the episode will succeed. A turn counts by how far it moves
+this belief: the same gap moves it far while the outcome is open, and little once it is settled.
 
 Objective
     delta_t = log pi_old(y_t | s+) - log pi_old(y_t | s)      the sampled ids, with the skills in front and without

@@ -1,7 +1,7 @@
 """GKD: forward, reverse or Jensen-Shannon divergence on the teacher's top k, with a tail (arXiv 2306.13649).
 
-On the student's own tokens, as in OPD, but with more of the teacher than its opinion of the one that was sampled. What
-the k tokens leave out is one more token, the tail: without it a student could put its mass out of sight.
+Distillation on the student's own tokens, as in OPD, but from the teacher's top k tokens and not only from the sampled
+one. All other tokens count as one more token, the tail. Without it a student could move its mass where no term sees it.
 
 Objective
     V_t    = the teacher's top k tokens in place t, and the tail with what is left of each distribution

@@ -1,8 +1,8 @@
 """IW-OPD: on-policy distillation weighted by how far the episode has drifted (arXiv 2606.22600): weights by position.
 
-What a teacher says of a token is worth less the more the tokens before it were none that the teacher would have said.
-This is the rival of ATOD's weights: both lower a part of the episode, one by where it stands after how much
-disagreement, the other by turn.
+The teacher's gap on a token is worth less, the less probable the tokens before it were for the teacher. This is an
+alternative to ATOD's weights. Both lower the weight of a part of the episode: this one by the disagreement so far,
+ATOD's by turn.
 
 Objective
     Delta_t = log pi_T - log pi_old                                      on tokens that the student sampled

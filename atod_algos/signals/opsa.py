@@ -1,8 +1,7 @@
 """OPSA: a negative advantage on unlikely tokens (arXiv 2608.31046): the control without a teacher.
 
 The paper finds that most of what distillation gives a student comes from pushing down tokens that it rarely says, and
-that one fixed number in the place of the teacher's gap does nearly as well. A claim that a teacher helps needs this
-row next to it.
+that one fixed number instead of the teacher's gap does nearly as well. A claim that a teacher helps needs this control.
 
 Objective
     U   = the share rho of the batch's sampled tokens with the smallest log pi_old

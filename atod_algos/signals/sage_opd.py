@@ -1,6 +1,6 @@
 """SAGE-OPD's weights: a turn counts by the teacher's confidence, and by whether it needs help (arXiv 2606.19659).
 
-On an episode that has gone astray a teacher is unsure, and what it says of a token there is worth little.
+In states that it does not know a teacher is unsure, and its gap on a token is worth little there.
 
 Objective
     Delta_t = log pi_T - log pi_old                                     on tokens that the student sampled

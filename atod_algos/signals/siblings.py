@@ -1,7 +1,7 @@
 """Privileged siblings: the student as its own teacher, shown an attempt at the same task that succeeded.
 
-A group often holds what a failed attempt lacked. Shown the actions of a successful sibling in front of everything
-else, the student says how likely it would now find each token that it sampled; the gap is a teacher that costs no
+A group often holds what a failed attempt lacked. With the actions of a successful sibling in front of its prompt, the
+student gives each token that it sampled another probability. The gap between the two is a teacher without another
 model.
 
 Objective

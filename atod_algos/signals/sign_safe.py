@@ -1,9 +1,9 @@
 """Sign-safe gaps: the outcome says whether a token goes up or down, the teacher by how much. Four published rules.
 
-A teacher that dislikes a token of an episode that succeeded pulls down what worked. These rules forbid it, or weaken
-it. delta_t is the gap on a sampled token: of an external teacher (``--gap-source teacher``), or of the student shown
-the skills of sdar.py (``--gap-source skills``). A is A^GRPO of the episode, y = +1 where it succeeded and -1 where it
-failed.
+A teacher with a negative gap on a token of a successful episode lowers a token that worked. These rules forbid that,
+or weaken it. delta_t is the gap on a sampled token: of an external teacher (``--gap-source teacher``), or of the
+student shown the skills of sdar.py (``--gap-source skills``). A is A^GRPO of the episode, y = +1 where it succeeded
+and -1 where it failed.
 
 Rules (``--rule``)
     rlsd     A_t = A (1 - l + l w_t),  w_t = clip(exp(sign(A) delta_t), 1 - e, 1 + e)          (arXiv 2604.03128)
@@ -12,7 +12,7 @@ Rules (``--rule``)
              l_t = min(l, l g_t m_t), l = 0.3;  g_t = 1 where sign(A) delta_t > 0, else 0
              m_t = 1 + r (2 sigmoid(z_t) - 1), r = 0.5;  z_t: -log pi_old, standardised over the batch's tokens
     sg_opd   A_t = c_t delta_t,  c_t = 1.8 where sign(delta_t) = y, else 1.0                    (arXiv 2606.09304)
-    opdvr    A_t = y max(0, y delta_t): a token that the two disagree about says nothing        (arXiv 2608.24696)
+    opdvr    A_t = y max(0, y delta_t): 0 where outcome and gap disagree                       (arXiv 2608.24696)
 
 rlsd and crest keep A's sign on every token and never read the teacher's; sg_opd and opdvr take its size from the gap
 alone. In a group of one outcome A is 0: rlsd and crest then learn nothing, sg_opd and opdvr go on.
