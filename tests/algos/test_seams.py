@@ -1,5 +1,7 @@
 """What algorithms may ask of rollout, scoring and storage: expert beginnings, privileged text, tables."""
 
+import copy
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from toyworld import TOY, small_model
 
 from agents.base import Decision
 from agents.chat import ChatFormat
+from agents.engines.base import Completion
 from agents.engines.transformers import TransformersEngine
 from agents.expert import expert_solution
 from atod_algos.algorithm import RolloutLimits
@@ -17,7 +20,7 @@ from atod_algos.learner.logprobs import score
 from atod_algos.metrics import turn_table
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
 from atod_algos.turn_plans import ExpertFirst
-from atod_envs.trajectory import StopReason
+from atod_envs.trajectory import Group, StopReason
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +175,47 @@ def test_what_follows_an_experts_beginning_depends_on_task_and_seed_alone(rollou
         alone = rollout(style).play([spec], limits)[0]
         assert [turn.response_ids for turn in alone.turns] == [turn.response_ids for turn in trajectory.turns]
         assert [turn.prompt_ids for turn in alone.turns] == [turn.prompt_ids for turn in trajectory.turns]
+
+
+class Says:
+    """An engine that answers every prompt with the same ids."""
+
+    version, max_context = 0, 512
+
+    def __init__(self, ids):
+        self._ids, self._asked = tuple(ids), []
+
+    def submit(self, request_id, prompt_ids, params):
+        self._asked.append(request_id)
+
+    def step(self):
+        asked, self._asked = self._asked, []
+        return [Completion(name, self._ids, (-0.5,) * len(self._ids), True, 0.0) for name in asked]
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("style", ["compact", "atod"])
+@pytest.mark.parametrize("opens", ["", "<think>\n"])
+def test_a_thought_that_the_template_opens_is_no_fault_of_the_policy(tokenizer, style, opens):
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = (
+        "{% for m in messages %}{{ '<|user|>' if m.role == 'user' else '<|assistant|>' }}{{ m.content }}"
+        "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+        + opens.replace("\n", "\\n").join(["{{ '", "' }}"])
+        + "{% endif %}"
+    )
+    chat = ChatFormat(made)
+    said = [*made.encode("so\n</think><action>fig</action>", add_special_tokens=False), chat.stop_ids[0]]
+    played = Rollout(Says(said), chat, lambda: gym.make(TOY), style=style, max_tokens=64)
+    specs = [EpisodeSpec(f"say-{word}-train", "g", seed) for seed, word in enumerate(("fig", "pear"))]
+    trajectories = played.play(specs)
+    played.close()
+    assert [t.success for t in trajectories] == [True, False]
+    turns = [turn for t in trajectories for turn in t.turns]
+    assert all(turn.action == "fig" and turn.valid for turn in turns) and len(turns) == 1 + 4
+    assert {turn.format_ok for turn in turns} == {bool(opens)}
+    assert {turn.response.startswith("<think>\nso") for turn in turns} == {bool(opens)}
+    batch = make_batch([Group(t.task_id, (t,)) for t in trajectories])
+    assert set(batch.valid_K) == {bool(opens)}, "what the released rules fine"
