@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import errno
 import inspect
+import io
 import os
 import signal
 import sys
@@ -89,6 +90,9 @@ def guarded(command: Callable[[], object]) -> None:
 
     Ctrl-C ends it in one line, too; a reader that has closed our output ends it without a word.
     """
+    for stream in (sys.stdout, sys.stderr):  # what a terminal or a locale has no character for is no reason to end
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         command()
     except AtodError as error:
@@ -107,7 +111,7 @@ def guarded(command: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(1) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         fail(
             f"{error.filename or 'the output'} could not be written: {error.strerror}; make room and run the same command again"

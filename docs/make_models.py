@@ -138,13 +138,13 @@ def rows(wanted: list[str]) -> list[tuple[str, ...]]:
         except TooSlow:
             row = (key, "", "", "not tried", f"took more than {SECONDS} s")
         except Exception as error:  # whatever other people's code says about settings that do not fit it
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:70]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:70].strip()
             row = (key, "", "", "not tried", reason)
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
         found.append(row)
         print(*row, sep=" | ", flush=True)
-    return found
+    return list(dict.fromkeys(found))  # some stand twice in transformers' list
 
 
 def table(found: list[tuple[str, ...]]) -> str:
@@ -156,9 +156,8 @@ def table(found: list[tuple[str, ...]]) -> str:
     behind = sum(row[2] == "its own" for row in tried)
     lines = [
         f"transformers {transformers.__version__}: {len(tried)} of {len(found)} architectures could be built small. "
-        f"In {behind} something stands behind the output layer. Engine: "
-        + ", ".join(f"{name} {count}" for name, count in counts.most_common())
-        + ".",
+        f"In {behind} something stands behind the output layer.",
+        "Engine: " + ", ".join(f"{name} {count}" for name, count in counts.most_common()) + ".",
         "",
         "| architecture | output layer | learner | engine, or why not |",
         "|---|---|---|---|",

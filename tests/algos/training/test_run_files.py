@@ -1,6 +1,7 @@
 """A run's files when they are broken, missing, strange, old, or another program's; and what ends a command."""
 
 import errno
+import io
 import json
 import logging
 import os
@@ -211,6 +212,7 @@ def raising(error):
         (AtodError("this is wrong"), 1, "this is wrong"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "make room"),
+        (OSError(errno.EFBIG, "File too large"), 1, "make room"),
         (MemoryError(), 1, "--token-budget"),
         (ImportError("comparing needs scipy"), 1, "needs scipy"),
     ],
@@ -220,6 +222,13 @@ def test_what_a_user_can_fix_is_one_line(error, code, words, capsys):
         guarded(raising(error))
     said = capsys.readouterr().err
     assert stop.value.code == code and words in said and said.count("\n") == 1
+
+
+def test_what_an_output_has_no_character_for_ends_nothing(monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    guarded(lambda: print("grüße \ud800 done", flush=True))
+    assert shown.buffer.getvalue() == b"gr??e ? done\n"
 
 
 def test_bugs_are_no_messages():
