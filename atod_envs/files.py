@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
@@ -25,6 +26,7 @@ AGAIN = "is the file cut off or damaged? Get it again"
 _EMPTY = 128  # bytes of a .npy file without data; an empty file cannot be mapped
 _BROKEN = (EOFError, OSError, zlib.error)
 _NO_ARRAY = (ValueError, OSError, EOFError, TypeError, KeyError, SyntaxError, TokenError, MemoryError, OverflowError)
+_NAME = re.compile(r"[\w.:/-]+", re.ASCII)
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -49,10 +51,10 @@ def parse_json(text: str | bytes, where: str, advice: str = AGAIN) -> Any:
         advice: what to do if it is broken.
 
     Raises:
-        DataError: it is no JSON, is nested too deeply, or holds a number of thousands of digits.
+        DataError: it is no JSON, is nested too deeply, holds a number of thousands of digits, or names a field twice.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise DataError(f"{where}: broken JSON (nested too deeply to be read); {advice}") from None
     except UnicodeDecodeError as error:
@@ -61,6 +63,14 @@ def parse_json(text: str | bytes, where: str, advice: str = AGAIN) -> Any:
         ) from None
     except ValueError as error:
         raise DataError(f"{where}: broken JSON ({error}); {advice}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return found
 
 
 def read_text(path: Path, advice: str = AGAIN) -> str:
@@ -174,6 +184,15 @@ def as_text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected text, found {value!r:.60}")
     return value
+
+
+def as_name(value: object) -> str:
+    """A value that must be a name that can stand in a sentence; TypeError or ValueError if it is not."""
+    if not _NAME.fullmatch(name := as_text(value)):
+        raise ValueError(
+            f"{name!r:.60} is no name; expected letters, digits and _ . : / -, such as minecraft:oak_planks"
+        )
+    return name
 
 
 def as_count(value: object) -> int:

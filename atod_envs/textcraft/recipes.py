@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from atod_envs.errors import DataError
-from atod_envs.files import as_count, as_text
+from atod_envs.files import as_count, as_name, as_text
 
 NAMESPACE = "minecraft:"
 DISTRACTORS = 10
@@ -138,7 +138,7 @@ class RecipeBook:
         if not inputs:
             raise KeyError("no ingredients")
         result = {"item": file["result"]} if isinstance(file["result"], str) else file["result"]
-        output = Amount(as_text(result["item"]), as_count(result.get("count", 1)))
+        output = Amount(as_name(result["item"]), as_count(result.get("count", 1)))
         made = output.name
         self.items.add(made)
         if len(inputs) == 1 and inputs[0].name.endswith("_block"):
@@ -160,7 +160,7 @@ class RecipeBook:
     def _used(self, choice: Any) -> str:
         """The item or tag that an ingredient names; of several, the first."""
         used = choice[0] if isinstance(choice, list) else choice
-        name = as_text(used["item"] if "item" in used else used["tag"])
+        name = as_name(used["item"] if "item" in used else used["tag"])
         (self.items if "item" in used else self.tags).add(name)
         return name
 

@@ -267,6 +267,7 @@ def test_an_index_from_before_there_were_checksums_opens(tmp_path, capsys):
         (b"null", "expected a JSON object, found null"),
         (b"7", "expected a JSON object, found a number"),
         (b'{"a": 1', "broken JSON"),
+        (b'{"b": {"a": 1, "c": 2, "a": 1}}', "the field 'a' stands twice"),
     ],
 )
 def test_what_is_not_understood_is_named(content, message, tmp_path):
