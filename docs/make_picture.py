@@ -57,7 +57,7 @@ def text(x: float, y: float, words: str, look: str) -> str:
 
 
 def token(x: float, y: float, words: str, gap: float) -> list[str]:
-    """One token over its colour: blue and underlined where the teacher finds it likelier, orange and dotted if not."""
+    """One token over its colour: blue and underlined where the teacher finds it more likely, else orange and dotted."""
     wide, strength = len(words) * CHARACTER, min(1.0, abs(gap) / 2) * 0.75
     colour = "#d55e00" if gap < 0 else "#0072b2"
     out = []
@@ -100,14 +100,21 @@ def picture(episode: dict[str, Any], first: int) -> str:
         body.insert(1, f'<rect x="16" y="{top}" width="{WIDTH - 32}" height="{y - top:.0f}" rx="6" class="c"/>')
         y += 10
     body.append(
-        text(16, y + 12, "blue: the teacher finds the token likelier; orange: less likely. w weighs the teacher", "s")
+        text(
+            16,
+            y + 12,
+            "blue: the teacher finds the token more likely; orange: less likely. w: weight of the teacher",
+            "s",
+        )
     )
     style = (
         ".c{fill:#fff;stroke:#d8dee4}text{font:13px system-ui,Arial,sans-serif;fill:#1b1f24}.b{font-weight:700}"
-        ".s{fill:#5b6570}.m{font:12.1px ui-monospace,Consolas,monospace}"
+        ".s{fill:#5b6570}.m{font:12.1px ui-monospace,Consolas,monospace}.g{fill:#f6f8fa}"
+        "@media(prefers-color-scheme:dark){.c{fill:#1b2027;stroke:#39414b}"
+        "text{fill:#e4e8ee}.s{fill:#99a3b0}.g{fill:#12151a}}"
     )
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 24:.0f}" width="{WIDTH}" role="img">'
-    ground = '<rect width="100%" height="100%" fill="#f6f8fa"/>'
+    ground = '<rect width="100%" height="100%" class="g"/>'
     return "\n".join([head, f"<style>{style}</style>", ground, *body, "</svg>", ""])
 
 
