@@ -126,7 +126,7 @@ def load_model(
                 from peft import PeftModel
 
                 model = PeftModel.from_pretrained(model, source).merge_and_unload()
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # damaged files fail in many ways in other people's code
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = "" if looks_local else "; give the path of a downloaded copy if the hub cannot be reached"
         raise AtodError(f"{role} model {name!r} could not be loaded: {reason}{hint}") from error

@@ -3,6 +3,7 @@
 import copy
 import json
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,6 +193,28 @@ def test_weights_that_are_no_numbers_are_named_when_they_are_loaded(saved, token
         AtodError, match=r"student model .*layers\.1\.mlp\.up_proj\.weight holds values that are no finite"
     ):
         load_model(saved("broken", model), "student")
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("model.safetensors", lambda data: data[:-9]),
+        ("model.safetensors", lambda data: data[:40] + b"\x00" + data[41:]),
+        ("model.safetensors", lambda data: b""),
+        ("config.json", lambda data: b"[" * 100_000),
+        ("config.json", lambda data: b"\xff" + data),
+        ("tokenizer.json", lambda data: data[: len(data) // 2]),
+        ("tokenizer.json", lambda data: b"{}"),
+        ("tokenizer_config.json", lambda data: b"[]"),
+    ],
+)
+def test_a_damaged_file_of_a_model_is_one_line(saved, tokenizer, file, damage):
+    folder = Path(saved("damaged", small("Qwen3", vocab_size=len(tokenizer))))
+    assert load_model(str(folder), "teacher").n_parameters > 0
+    (folder / file).write_bytes(damage((folder / file).read_bytes()))
+    with pytest.raises(AtodError, match=r"teacher model .*damaged' could not be loaded: ") as caught:
+        load_model(str(folder), "teacher")
+    assert "\n" not in str(caught.value)
 
 
 def test_ids_without_a_token_are_never_sampled_nor_given_probability(saved, tokenizer):
