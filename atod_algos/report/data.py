@@ -271,13 +271,26 @@ def read_run(path: Path) -> Run:
         raise DataError(f"{path} is not a run's folder, nor an evaluation's: no config.json of either in it")
     metrics = read_metrics(path)
     result = path / "result.json"
-    return kind(
+    run = kind(
         path,
         settings,
         known.get("versions", {}),
         metrics,
         read_object(result, "restore or delete it") if result.exists() else None,
     )
+    broken = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+    try:  # all that is asked of them later
+        _ = (run.env, run.teacher, run.gap_clip, run.name, run.said, run.tokenizers, run.steps("panel"))
+        _ = run.seed if kind is Run else run.temperature("panel")
+    except broken as error:
+        what = "a run" if kind is Run else "an evaluation"
+        raise DataError(f"{path / 'config.json'}: expected the settings of {what} ({error!r}); restore it") from None
+    try:
+        for row in (run.table or {}).values():
+            _ = [float(row[name]) for name in ("success", "low", "high", "n", "length")]
+    except broken as error:
+        raise DataError(f"{result}: expected the numbers of policies ({error!r}); restore or delete it") from None
+    return run
 
 
 def read_episodes(path: Path) -> list[Trajectory]:

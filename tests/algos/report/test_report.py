@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import re
 import shutil
 import socket
@@ -125,6 +126,29 @@ def test_what_is_being_written_is_left_alone(folders, tmp_path):
     assert len(run.metrics) == 4 and run.episodes("train", 4) == []
     page_data([run], scorers={run.path: Scorer(run, compute=False)})
     with pytest.raises(DataError, match="is not a run's folder, nor an evaluation's"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("config.json", {"train": None}),
+        ("config.json", {"train": {}}),
+        ("config.json", {"algorithm": []}),
+        ("config.json", {"algorithm": {"name": "atod", "weighting": "turn"}}),
+        ("result.json", {"table": None}),
+        ("result.json", {"table": {"last (step 1)": 1}}),
+        ("result.json", {"table": {"last (step 1)": {"success": "high"}}}),
+    ],
+)
+def test_settings_and_results_of_another_kind_are_named(folders, tmp_path, name, change):
+    for file in ("config.json", "result.json", "metrics.jsonl"):
+        shutil.copy(folders / "atod" / file, tmp_path / file)
+    assert read_run(tmp_path).table
+    whole = json.loads((tmp_path / name).read_text())
+    (whole["settings"] if name == "config.json" else whole).update(change)
+    (tmp_path / name).write_text(json.dumps(whole))
+    with pytest.raises(DataError, match=rf"{name}: expected .*restore"):
         read_run(tmp_path)
 
 
