@@ -38,7 +38,7 @@ def card(source: Source, exported: Exported, rows: Sequence[PanelRow]) -> str:
     lines = [
         *head,
         "",
-        f"# {source.algorithm} on {train['env']}",
+        f"# {source.algorithm} on {', '.join(world['env'] for world in source.worlds)}",
         "",
         f"{kind}, {exported.parameters:,} weights in {exported.dtype}. Trained from `{_named(train['student'])}` with {source.algorithm} for "
         f"{source.step} {unit}{'s' if source.step != 1 else ''}"
@@ -53,8 +53,8 @@ def card(source: Source, exported: Exported, rows: Sequence[PanelRow]) -> str:
         *_panels(rows),
         "## How it is prompted",
         "",
-        f"Prompt style `{train.get('style')}`, thoughts `{train.get('thinking')}`, layout `{train.get('layout')}`; responses up to "
-        f"{train.get('max_response')} tokens, prompt and response up to {train.get('max_context')}. The chat template is part of the tokenizer.",
+        *_prompts(source),
+        f"Thoughts `{train.get('thinking')}`, layout `{train.get('layout')}`. The chat template is part of the tokenizer.",
         "",
         "## Settings",
         "",
@@ -69,10 +69,21 @@ def card(source: Source, exported: Exported, rows: Sequence[PanelRow]) -> str:
     return "\n".join(lines)
 
 
+def _prompts(source: Source) -> list[str]:
+    """A line for each environment."""
+    return [
+        f"{world['env']}: prompt style `{world.get('style')}`; responses up to {world.get('max_response')} tokens, prompt and response "
+        f"up to {world.get('max_context')}.  "
+        for world in source.worlds
+    ]
+
+
 def _teacher(source: Source) -> str:
     if source.algorithm in ("sft", "grpo", "gigpo"):
         return ""
-    return f"; teacher `{_named(source.train.get('teacher'))}`"
+    own = [name for w in source.worlds for name in (w.get("teacher"), *(n for _, n in w.get("label_teachers", ())))]
+    names = [f"`{_named(name)}`" for name in dict.fromkeys(own)]
+    return f"; teacher{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 def _panels(rows: Sequence[PanelRow]) -> list[str]:
@@ -101,7 +112,12 @@ def _settings(source: Source) -> dict[str, Any]:
     kept = {name: value for name, value in source.train.items() if name not in _PLACES}
     if source.algorithm == "sft":
         kept = {name: value for name, value in kept.items() if name in _TAUGHT}
-    return kept | {name: _named(kept[name]) for name in ("student", "teacher") if name in kept}
+    kept |= {name: _named(kept[name]) for name in ("student", "teacher") if name in kept}
+    worlds = [{name: value for name, value in world.items() if name not in _PLACES} for world in source.worlds]
+    for world in worlds:
+        world["teacher"] = _named(world.get("teacher"))
+        world["label_teachers"] = [(label, _named(name)) for label, name in world.get("label_teachers", ())]
+    return kept | ({"worlds": worlds} if len(worlds) > 1 else {})
 
 
 def _named(model: Any) -> str:

@@ -52,6 +52,11 @@ class Source:
         return train
 
     @property
+    def worlds(self) -> list[Mapping[str, Any]]:
+        """The settings that each environment has for itself."""
+        return list(self.settings.get("worlds", {"": self.train}).values())
+
+    @property
     def adapters(self) -> bool:
         """Whether the checkpoint holds adapters alone."""
         return (self.checkpoint / "adapter_config.json").is_file()

@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 from toyworld import ECHO, TOY
 
 from atod_algos.atod import ATOD
+from atod_algos.evaluate.settings import EvaluateConfig, sampling_of
+from atod_algos.export.command import main as export
 from atod_algos.grpo import GRPO
+from atod_algos.report.data import read_run
 from atod_algos.rollout.task_sampler import StepSampler
 from atod_algos.training.cli import main
 from atod_algos.training.config import TrainConfig, resolve
@@ -187,6 +190,25 @@ def test_two_worlds_stopped_and_resumed_equal_an_uninterrupted_run(staleness, op
     last = "checkpoints/step_000006/model.safetensors"
     whole, parts = (load_file(tmp_path / run / last) for run in ("whole", "parts"))
     assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
+
+
+def test_what_becomes_of_such_a_run(options, tmp_path, capsys):
+    """Its checkpoint is evaluated with each environment's own settings, and exported with a card that names all."""
+    run = tmp_path / "r"
+    main(ATOD, [*options, "--max-response", "8", "echo=6", "--steps", "1", "--run", str(run)])
+    best = str(run / "checkpoints" / "best")
+    for env, turns, longest in ((TOY, 3, 8), (ECHO, 2, 6)):
+        sampling = sampling_of(EvaluateConfig(env=env, agent=best))
+        assert (sampling.max_turns, sampling.max_response, sampling.style) == (turns, longest, "compact")
+    assert read_run(run).env == f"{TOY}, {ECHO}" and read_run(run).teacher is None
+    assert {"before, toy", "before, echo", "teacher, echo"} <= read_run(run).table.keys()
+    export([str(run), "--to", str(tmp_path / "out"), "--card"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"# atod on {TOY}, {ECHO}" in card and f"{ECHO}, choose, validation panel" in card
+    assert f"{TOY}, valid, validation panel" in card and "| last (step 1), echo |" in card
+    assert f"{ECHO}: prompt style `compact`; responses up to 6 tokens" in card
+    main(ATOD, [*options, "--dry-run"])
+    assert "teacher: weights" in capsys.readouterr().out
 
 
 def test_a_run_keeps_its_environments(options, tmp_path, capsys):
