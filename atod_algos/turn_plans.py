@@ -1,8 +1,8 @@
 """Who plays a turn: the seam through which an algorithm lets others play parts of a training episode.
 
-A turn is played by the student, by the environment's scripted expert, or by a decision that was made before (a stored
-episode). The invariant: a plan depends on the episode's spec alone, so that every worker and every resumed run plans
-alike.
+A turn is played by the student, by its teacher, by the environment's scripted expert, or by a decision that was made
+before (a stored episode). The invariant: a plan depends on the episode's spec alone, so that every worker and every
+resumed run plans alike.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+import numpy as np
 
 from agents.base import Decision
 
@@ -31,8 +33,9 @@ class EpisodeSpec:
     world: int = 0
 
 
-Role = Literal["student", "expert"]
-"""Who can be asked for a turn: the model that is trained, or the environment's scripted expert."""
+Role = Literal["student", "teacher", "expert"]
+"""Who can be asked for a turn: the model that is trained, the one it is taught by, or the environment's scripted
+expert."""
 
 TurnActor = Callable[[int], Role | Decision]
 """Number of a turn (from 0) -> who plays it, or the decision that is played there."""
@@ -48,6 +51,10 @@ class TurnPlan(Protocol):
     @property
     def expert_watches(self) -> bool:
         """Whether the expert follows the whole episode, so that it can answer at any turn."""
+
+    @property
+    def teacher_plays(self) -> bool:
+        """Whether the teacher is asked for turns, so that it must be there where episodes are played."""
 
     def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnActor:
         """Plan one episode.
@@ -70,9 +77,41 @@ class ExpertFirst:
     leaves: int
     learned: Role = "student"
     expert_watches: bool = False
+    teacher_plays: bool = False
 
     def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnActor:
         """See :class:`TurnPlan`."""
         decisions = solution()
         ahead = decisions[: max(0, len(decisions) - self.leaves)]
         return lambda turn: ahead[turn] if turn < len(ahead) else "student"
+
+
+@dataclass(frozen=True, slots=True)
+class Guided:
+    """A guide plays each turn with some probability, the student the others, and these are learned from.
+
+    The coins follow from the episode's seed and the turn alone.
+
+    Attributes:
+        share: the probability, from 0 to 1.
+        guide: who guides.
+        learned: whose turns are learned from.
+    """
+
+    share: float
+    guide: Role = "teacher"
+    learned: Role = "student"
+
+    @property
+    def expert_watches(self) -> bool:
+        """It guides."""
+        return self.guide == "expert"
+
+    @property
+    def teacher_plays(self) -> bool:
+        """It guides."""
+        return self.guide == "teacher"
+
+    def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnActor:
+        """See :class:`TurnPlan`."""
+        return lambda turn: self.guide if np.random.default_rng((spec.seed, turn)).random() < self.share else "student"

@@ -125,6 +125,11 @@ LINES: dict[str, dict[str, tuple[str, str, str]]] = {
         "q_k (eq 6)": ("", "AgentOPSD.advantages", "np.sign(advantage_K) * revision_K"),
         "A_k": ("", "AgentOPSD.advantages", "shaped_K = advantage_K * ("),
     },
+    "guided_opd": {
+        "p(s)": ("", "GuidedOPD.share", "return self.guide_share"),
+        "who plays": ("atod_algos.turn_plans", "Guided.begin", "lambda turn: self.guide if"),
+        "A_t": ("", "GuidedOPD.advantages", 'distillation_M=scores.require("teacher")'),
+    },
     "sage_opd": {
         "c_k": ("", "SageOPD.advantages", "confidence_K = turn_mean("),
         "u_k": ("", "SageOPD.advantages", "help_K = np.where("),

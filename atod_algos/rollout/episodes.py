@@ -89,6 +89,7 @@ class Rollout:
         agent_waits: that agent waits for something (a server), so it is asked in a thread.
         seed_of_turn: (episode's seed, turn) -> seed of the sampling.
         others: further environments, whose episodes have ``world`` 1, 2, ...; the one above is 0.
+        teacher: answers the turns that a plan gives to the teacher, on an engine of its own.
     """
 
     def __init__(
@@ -107,12 +108,15 @@ class Rollout:
         agent_waits: bool = False,
         seed_of_turn: Callable[[int, int], int] = turn_seed,
         others: Sequence[Stage] = (),
+        teacher: Policy | None = None,
     ) -> None:
         self.engine, self.chat = engine, chat
         policy = None
         if engine is not None and chat is not None:
             policy = Policy(engine, chat, max_tokens, temperature, max_context)
-        self.stages = (Stage(make_env, style, policy), *others)
+        self.stages = (Stage(make_env, style, policy, teacher), *others)
+        asked = [player.engine for stage in self.stages for player in (stage.policy, stage.teacher) if player]
+        self.engines = list(dict.fromkeys(asked))
         self.concurrency, self.tolerated = concurrency, tolerated
         self.agent, self.agent_waits, self.seed_of_turn = agent, agent_waits, seed_of_turn
         self.threads = ThreadPoolExecutor(concurrency if agent_waits else _THREADS, thread_name_prefix="env")
@@ -168,6 +172,7 @@ class _Episode:
     conversation: list[int] = field(default_factory=list)
     turn: int = 0
     prompt: list[int] = field(default_factory=list)
+    role: Role = "student"
 
 
 _Answer = tuple[str, float, bool, bool, dict[str, Any]]
@@ -202,16 +207,12 @@ class _Play:
             self._refill()
             while self.waiting and len(self.asked) + len(self.pending) < rollout.concurrency:
                 self._start(*self.waiting.popleft())
-            for completion in rollout.engine.step() if rollout.engine is not None else ():
+            for completion in [completion for engine in rollout.engines for completion in engine.step()]:
                 episode = self.asked.pop(completion.request_id)
                 assert rollout.chat is not None
                 response = rollout.chat.decode(completion.token_ids)
-                self._go_on(
-                    episode,
-                    self._say(
-                        episode, "student", response, completion.token_ids, completion.logprobs, completion.seconds
-                    ),
-                )
+                ids, logprobs, seconds = completion.token_ids, completion.logprobs, completion.seconds
+                self._go_on(episode, self._say(episode, episode.role, response, ids, logprobs, seconds))
             if self.pending:
                 done, _ = wait(self.pending, timeout=0 if self.asked else None, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -261,13 +262,14 @@ class _Play:
 
     def _go_on(self, episode: _Episode, message: str | None) -> None:
         """Play turns until an answer has to be waited for, or the episode ends (then there is no message)."""
-        rollout, policy = self.rollout, episode.stage.policy
+        rollout = self.rollout
         while message is not None:
             actor = episode.actor(episode.turn)
+            policy = episode.stage.teacher if actor == "teacher" else episode.stage.policy
             if rollout.chat is not None:
                 layout = cast("Prompted", episode.env.env).style.layout
                 episode.prompt = next_prompt(rollout.chat, layout, episode.conversation, message)
-                if actor in ("student", episode.learned) and policy and not policy.fits(episode.prompt):
+                if actor in ("student", "teacher", episode.learned) and policy and not policy.fits(episode.prompt):
                     self._end(episode, episode.env.close_episode(StopReason.CONTEXT_LIMIT))
                     if not episode.turn:
                         log.warning(
@@ -278,9 +280,10 @@ class _Play:
                             policy.context,
                         )
                     return
-            if actor == "student":
+            if actor in ("student", "teacher"):
                 if policy is None:
-                    raise ValueError("the student is to play a turn, and the rollout has no engine to ask")
+                    raise ValueError(f"the {actor} is to play a turn, and the rollout has no engine to ask")
+                episode.role = actor
                 request = f"{episode.index}/{episode.turn}"
                 self.asked[request] = episode
                 policy.submit(request, episode.prompt, rollout.seed_of_turn(episode.spec.seed, episode.turn))
@@ -309,7 +312,7 @@ class _Play:
         """Execute a response; the environment's next message, or None where it has ended or is waited for."""
         chat, env = self.rollout.chat, episode.env
         if chat is not None:
-            if role != "student":
+            if role not in ("student", "teacher"):
                 ids = chat.encode_response(response)
                 logprobs = (0.0,) * len(ids)
             if role == episode.learned:

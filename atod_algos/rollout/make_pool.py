@@ -14,7 +14,9 @@ from atod_algos.training.config import RunConfig, worker_resources
 from atod_envs.styles import PromptStyle
 
 
-def make_pool(config: RunConfig, styles: Sequence[PromptStyle], model: Any, chat: ChatFormat) -> RolloutPool:
+def make_pool(
+    config: RunConfig, styles: Sequence[PromptStyle], model: Any, chat: ChatFormat, teachers: Sequence[Any] = ()
+) -> RolloutPool:
     """The pool that a run's settings ask for.
 
     Args:
@@ -22,9 +24,10 @@ def make_pool(config: RunConfig, styles: Sequence[PromptStyle], model: Any, chat
         styles: the prompt style of each environment, in the run's layout.
         model: what a local engine samples from.
         chat: renders messages to ids.
+        teachers: the teacher's model in each environment, where it plays turns (in this process alone).
     """
     if config.cluster == "none":
-        own: RolloutPool | None = local_pool(config, styles, model, chat)
+        own: RolloutPool | None = local_pool(config, styles, model, chat, teachers)
     elif distributed.rank() == 0:
         from atod_algos.rollout.ray_pool import RayPool
 

@@ -93,10 +93,17 @@ class LocalPool:
         engine: samples.
         policy: the plain model that the engine was made from.
         make_rollout: gives a rollout with the engine under some conditions.
+        guides: engines of the teachers that play turns.
     """
 
-    def __init__(self, engine: Engine, policy: Any, make_rollout: Callable[[Conditions], Rollout]) -> None:
-        self.engine, self.policy = engine, policy
+    def __init__(
+        self,
+        engine: Engine,
+        policy: Any,
+        make_rollout: Callable[[Conditions], Rollout],
+        guides: Sequence[Engine] = (),
+    ) -> None:
+        self.engine, self.policy, self.guides = engine, policy, guides
         self._make = make_rollout
         self._rollouts: dict[Conditions, Rollout] = {}
 
@@ -109,7 +116,8 @@ class LocalPool:
                     if own[name] is not weight:
                         own[name].copy_(weight)
             weights, truth = self.policy.named_parameters(), self.policy
-        self.engine.wake()
+        for engine in (self.engine, *self.guides):
+            engine.wake()
         self.engine.load_weights(weights)
         self.engine.version = version
         verify_weights(self.engine, truth)
@@ -128,14 +136,16 @@ class LocalPool:
         return self._rollouts[under].play(specs, limits, on_finish, more)
 
     def rest(self) -> None:
-        """Let the engine sleep."""
-        self.engine.sleep()
+        """Let the engines sleep."""
+        for engine in (self.engine, *self.guides):
+            engine.sleep()
 
     def close(self) -> None:
         """Close environments and engine."""
         for rollout in self._rollouts.values():
             rollout.close()
-        self.engine.close()
+        for engine in (self.engine, *self.guides):
+            engine.close()
 
 
 class RankPool:
@@ -185,7 +195,9 @@ class RankPool:
             self._own.close()
 
 
-def local_pool(config: RunConfig, styles: Sequence[PromptStyle], model: Any, chat: ChatFormat) -> LocalPool:
+def local_pool(
+    config: RunConfig, styles: Sequence[PromptStyle], model: Any, chat: ChatFormat, teachers: Sequence[Any] = ()
+) -> LocalPool:
     """Engine and environments of a run, in this process.
 
     Args:
@@ -193,9 +205,21 @@ def local_pool(config: RunConfig, styles: Sequence[PromptStyle], model: Any, cha
         styles: the prompt style of each environment, in the run's layout.
         model: what the engine samples from.
         chat: renders messages to ids.
+        teachers: the teacher's model in each environment, where it plays turns.
     """
     context = min(max(world.max_context for world in config.worlds), longest_context(model))
     engine = make_engine(config.engine, model, slots=config.slots, max_context=context, memory=config.engine_memory)
+
+    guides = {
+        model: make_engine("transformers", model, slots=config.slots, max_context=context, memory=0.0)
+        for model in teachers
+    }
+
+    def teacher(place: int, under: Conditions) -> Policy | None:
+        if not teachers:
+            return None
+        world = config.worlds[place]
+        return Policy(guides[teachers[place]], chat, world.max_response, under.temperature, world.max_context)
 
     def rollout(under: Conditions) -> Rollout:
         further = [
@@ -203,8 +227,9 @@ def local_pool(config: RunConfig, styles: Sequence[PromptStyle], model: Any, cha
                 partial(make_env, world, under.split),
                 style,
                 Policy(engine, chat, world.max_response, under.temperature, world.max_context),
+                teacher(place, under),
             )
-            for world, style in zip(config.others, styles[1:], strict=True)
+            for place, (world, style) in enumerate(zip(config.others, styles[1:], strict=True), 1)
         ]
         return Rollout(
             engine,
@@ -217,9 +242,10 @@ def local_pool(config: RunConfig, styles: Sequence[PromptStyle], model: Any, cha
             concurrency=config.slots,
             tolerated=under.tolerated,
             others=further,
+            teacher=teacher(0, under),
         )
 
-    return LocalPool(engine, model, rollout)
+    return LocalPool(engine, model, rollout, list(guides.values()))
 
 
 def worker_pool(config: RunConfig, styles: Sequence[PromptStyle], ids: Iterable[int] | None = None) -> LocalPool:

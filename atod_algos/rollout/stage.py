@@ -24,12 +24,14 @@ class Stage:
         make_env: makes a raw environment; called once for each episode that runs at the same time.
         style: the prompt style, by name or as an object; None leaves the environment raw (for agents).
         policy: the student, who answers here with at most so many tokens; None where it plays no turn.
+        teacher: the teacher, who answers turns that a plan gives to it; None where it plays none.
         idle: environments that play no episode at present.
     """
 
     make_env: Callable[[], gym.Env[str, str]]
     style: str | PromptStyle | None
     policy: Policy | None = None
+    teacher: Policy | None = None
     idle: list[RecordTurns] = field(default_factory=list)
 
     def take(self, limits: RolloutLimits) -> RecordTurns:

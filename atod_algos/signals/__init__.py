@@ -13,5 +13,6 @@ the method floor.
     tropd        the gap where it can be believed, else forward KL         which of its words count?
     turn_opd     the gap, from a mean over tokens to one over turns        does a long turn shout?
     sage_opd     the gap, weighted by the teacher's confidence             does it know what it says?
+    guided_opd   the gap, in episodes that a guide helps to play           does it meet states that teach?
     siblings     a successful attempt of the group as privileged text      is the better teacher at hand already?
 """

@@ -11,14 +11,14 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 
 from agents.logits import longest_context
 from agents.models import LoadedModel, require_same_tokenizer, share_vocabulary
-from atod_algos.algorithm import Algorithm
+from atod_algos.algorithm import Algorithm, RolloutLimits
 from atod_algos.batch import Scores, TokenBatch, part_of, put_in_front
 from atod_algos.learner import distributed
 from atod_algos.learner.distribution import distribution
@@ -218,6 +218,32 @@ class StepScorer:
                     EngineScorer(loaded, self.config, self._device) if vllm else LocalScorer(loaded, self._device)
                 )
         return self._held[key]
+
+    def players(self, limits: RolloutLimits) -> list[Any]:
+        """The teachers' models, for a plan by which the teacher plays turns; none for other plans.
+
+        Raises:
+            AtodError: they cannot play here; says what to use instead.
+        """
+        if limits.who is None or not limits.who.teacher_plays:
+            return []
+        config = self.config
+        reasons = {
+            "--cluster": (config.cluster != "none", "the teacher is not on the workers; play in this process"),
+            "torchrun": (distributed.size() > 1, "the teacher is divided among the ranks; use a single process"),
+            "--staleness": (config.staleness > 0, "the teacher scores while episodes are played; use --staleness 0"),
+            "a teacher per label": (any(w.label_teachers for w in config.worlds), "give one per environment"),
+            "--teacher": (
+                not all(isinstance(scorer, LocalScorer) for scorer in self.teachers),
+                "it must be a model in this process, and not the student: --teacher PATH --teacher-engine transformers",
+            ),
+        }
+        for setting, (asked, advice) in reasons.items():
+            if asked:
+                raise AtodError(
+                    f"{self.algorithm.name} has its teacher play turns, which does not go with {setting}: {advice}"
+                )
+        return [cast("LocalScorer", scorer).loaded.model.to(self._device) for scorer in self.teachers]
 
     def score(self, batch: TokenBatch) -> Scores:
         """All log-probs of a step's sampled tokens, at the temperature of the sampling; each row under its teacher."""

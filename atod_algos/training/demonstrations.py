@@ -76,6 +76,7 @@ class Mixture:
     coin_NT: np.ndarray
     learned: Role = "expert"
     expert_watches: bool = True
+    teacher_plays: bool = False
 
     def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnActor:
         """See :class:`TurnPlan`."""

@@ -109,7 +109,7 @@ class Trainer:
         self.chat = self.student.chat(config.thinking, config.chat_date)
         laid_out = [choose_layout(config.layout, facts.style, self.chat) for facts in self.facts]
         self.styles, self.rows = [style for style, _ in laid_out], laid_out[0][1]
-        self.pool = make_pool(config, self.styles, policy, self.chat)
+        self.pool = make_pool(config, self.styles, policy, self.chat, self.scorer.players(algorithm.limits(1)))
         self.async_rollout: AsyncRollout[tuple[list[Group], dict[str, float]]] | None = None
         self._stale: dict[int, Any] = {}
         self.step = 0
