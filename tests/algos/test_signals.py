@@ -50,7 +50,7 @@ HARD = (
 
 
 class FewGames(ALFWorldEnv):
-    def __init__(self, *, games, data, split="train", max_turns=None):
+    def __init__(self, *, games, data=None, split="train", max_turns=None):
         super().__init__("builtin", "train", max_turns=max_turns)
         chosen = [next(i for i in self.tasks if f"/{game}/" in i) for game in games]
         self.tasks = TaskSet(split, chosen)
