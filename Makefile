@@ -7,6 +7,8 @@ TORCH  ?= torch==2.13.0
 # The folder of the locked versions. LOCK= takes the newest of everything, in environments of their own.
 LOCK   ?= constraints
 VENV   ?= .venv$(if $(LOCK),,-newest)
+# Test files that run at once.
+JOBS   ?= 2
 # Further options of `make run`, `make real` and `make test`.
 ARGS   ?=
 
@@ -96,7 +98,7 @@ real: $(VENV)/real
 	$(RUN) benchmarks/real.py $(ARGS)
 
 test: $(VENV)/all
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # verifiers and openenv pin different versions of mcp: each is tested in an environment of its own, without torch.
 $(VENV)-verifiers/ready $(VENV)-openenv/ready: $(VENV)-%/ready: $(VENV)-%/tools $(call locks,verifiers) $(call locks,openenv)
