@@ -148,7 +148,7 @@ def test_tcods_window_grows_in_training_only(learn):
 
 def test_tcods_expert_hands_over_earlier_and_earlier(learn):
     """The closer to its end an episode is taken over, the more often the student brings it there."""
-    _, rows = learn(TCOD(turns_every=1, curriculum="back_to_front"), 4)
+    _, rows = learn(TCOD(turns_every=1, curriculum="back_to_front"), 6)
     ahead, success = column(rows, "tcod/expert_turns_mean"), column(rows, "episode/success")
     assert (np.diff(ahead) == -1).all() and ahead[-1] > 0
     assert success[0] > 0.9 and success[0] > success[-1] + 0.1
