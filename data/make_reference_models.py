@@ -37,7 +37,7 @@ from atod_algos.training.presets import override
 from atod_algos.training.sft import imitate
 
 FILES = ("config.json", "model.safetensors")
-"""What a shipped model consists of, beside its tokenizer."""
+"""What a shipped model consists of, besides its tokenizer."""
 
 
 def new_model(tokenizer: Any, size: Mapping[str, int], seed: int, *, copying: bool = False) -> Any:

@@ -25,7 +25,7 @@ PLACES = {
     "rollout": "agents.policy.Policy.submit",
     "scoring": "atod_algos.teachers.local.score",
     "update": "atod_algos.learner.optimizer.Updater.update",
-    "evaluation": "atod_algos.training.trainer.evaluate",
+    "evaluation": "atod_algos.training.panels.evaluate",
     "log": "atod_algos.training.run_dir.RunFolder.log",
     "finish": "atod_algos.training.run_dir.RunFolder.finish",
     "store": "atod_algos.training.run_dir.RunFolder.store",
