@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+FREE_PIECES, SMALLEST_PIECE = 1000, 64
+"""Pieces of a body that may be of any size, and bytes that those of a longer one have on average."""
 
 
 class Watched:
@@ -48,8 +52,31 @@ class Watched:
         return False
 
 
+class _Reader(h11.Connection):
+    """Reads requests; a body in thousands of tiny pieces, each of which costs as much as a large one, is none."""
+
+    _pieces = _bytes = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._pieces = self._bytes = 0
+        elif isinstance(event, h11.Data):
+            self._pieces += 1
+            self._bytes += len(event.data)
+            if self._pieces > FREE_PIECES and self._bytes < SMALLEST_PIECE * self._pieces:
+                raise h11.RemoteProtocolError(
+                    f"a body in {self._pieces} pieces of less than {SMALLEST_PIECE} bytes; send it with a Content-Length"
+                )
+        return event
+
+
 class ServedHttp(H11Protocol, Watched):
     """An HTTP connection."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.conn = _Reader(h11.SERVER, self.config.h11_max_incomplete_event_size or 1 << 16)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Watch a new connection; where all are taken, the one that owes longest makes room for it."""

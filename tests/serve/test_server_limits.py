@@ -195,6 +195,21 @@ def test_a_body_has_a_time_and_a_size():
         assert post(port, "/", b"x" * 1000) == (200, b"ok")
 
 
+def test_a_body_in_tiny_pieces_is_refused_before_it_costs_anything():
+    """A piece of one byte costs a server as much as one of a thousand."""
+    with serving(plain()) as port:
+        head = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+        started = time.process_time()
+        status, said = read(send(port, head + b"1\r\n \r\n" * 200_000 + b"0\r\n\r\n"))
+        assert status == 400 and b"send it with a Content-Length" in said and time.process_time() - started < 1
+        for pieces in (
+            b"1\r\n \r\n" * 999,
+            b"40\r\n%b\r\n" % (b" " * 64) * 3000,
+            b"400\r\n%b\r\n" % (b" " * 1024) * 900,
+        ):
+            assert read(send(port, head + pieces + b"0\r\n\r\n")) == (200, b"ok")
+
+
 def test_bodies_have_a_size_together():
     with serving(plain(body_bytes=1000, held_bytes=1500, body_seconds=60)) as port:
         head = b"POST / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 1000\r\n\r\n"
