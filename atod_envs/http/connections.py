@@ -13,6 +13,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame
 
 FREE_PIECES, SMALLEST_PIECE = 1000, 64
 """Pieces of a body that may be of any size, and bytes that those of a longer one have on average."""
@@ -122,6 +123,13 @@ class ServedHttp(H11Protocol, Watched):
 
 class ServedWebSocket(WebSocketsSansIOProtocol, Watched):
     """A WebSocket. Answers wait while its client takes none, which uvicorn has itself since 0.53."""
+
+    def handle_cont(self, event: Frame) -> None:
+        """Take a piece of a message; one of thousands of pieces, which no length of a message limits, is given up."""
+        if len(self.frames) < FREE_PIECES:
+            super().handle_cont(event)
+        else:
+            self.transport.abort()
 
     def pause_writing(self) -> None:
         """Let answers wait."""

@@ -308,6 +308,23 @@ def test_a_websocket_that_reads_nothing_is_not_read_from():
         connection.close()
 
 
+def test_a_message_in_thousands_of_pieces_is_given_up():
+    """Empty ones add nothing to its length, and would be kept for ever."""
+    with serving(HttpServer(make_server(Sessions(list(TOY_OFFERS))), "127.0.0.1", 0)) as port:
+        connection = open_websocket(port)
+        call = b'{"id": 1, "call": "about"}'
+        more = [bytes([0, 0x80]) + bytes(4)] * 900 + [frame(0, b"")]
+        connection.sendall(bytes([1, 0x80 | len(call)]) + bytes(4) + call + b"".join(more))
+        answer = connection.recv(1 << 16)
+        assert answer[:1] == b"\x81" and b'"id"' in answer
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(bytes([1, 0x80]) + bytes(4) + more[0] * 20_000)
+            answer = connection.recv(1 << 16)
+            assert answer == b"", "it is still open"
+        connection.close()
+        assert post(port, "/v1/about", b"{}")[0] == 200
+
+
 def test_pings_that_nobody_hears_pile_up_nowhere():
     server = make_server(Sessions(list(TOY_OFFERS)))
     with serving(HttpServer(server, "127.0.0.1", 0)) as port:
