@@ -17,6 +17,7 @@ is refused, unless it is said to be without chance.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -169,20 +170,30 @@ class ForeignEnv(TextEnv):
             if begun or not answer[0]:
                 return _Answer(self._foreign.get_observation()[1])
             rewards, infos = self._foreign.close()
-            return _Answer(infos.get(0, {}).get("reason", "The game is over."), float(rewards[0]), over=True)
+            return _Answer(infos.get(0, {}).get("reason", "The game is over."), self._number(rewards[0]), over=True)
         if hasattr(answer, "observation") and hasattr(answer, "done"):
-            return _Answer(answer.observation, 0.0 if begun else float(answer.reward or 0.0), bool(answer.done))
+            return _Answer(answer.observation, 0.0 if begun else self._number(answer.reward or 0.0), bool(answer.done))
         match answer:
             case observation, dict() as info if begun:
                 return _Answer(observation, info=info)
             case observation, reward, terminated, truncated, dict() as info if not begun:
-                return _Answer(observation, float(reward), bool(terminated or truncated), info)
+                return _Answer(observation, self._number(reward), bool(terminated or truncated), info)
         raise AtodError(
             f"{type(self._foreign).__name__}.{'reset' if begun else 'step'} answered {str(answer)[:80]!r}; expected the form of "
             "Gymnasium, OpenEnv or TextArena"
         )
 
+    def _number(self, reward: Any) -> float:
+        if isinstance(reward, str | bytes) or not hasattr(reward, "__float__") or not math.isfinite(float(reward)):
+            raise AtodError(f"{type(self._foreign).__name__} gave the reward {reward!r:.60}; expected a finite number")
+        return float(reward)
+
     def _frame_of(self, answer: _Answer) -> Frame:
+        if self._manner.text is str and isinstance(answer.observation, bytes | None):
+            raise AtodError(
+                f"{type(self._foreign).__name__} gave the observation {answer.observation!r:.60}; expected text, or what `text` turns "
+                "into it"
+            )
         (failed, solved), info = self._manner.returns, answer.info or {}
         self._return += answer.reward
         score = min(1.0, max(0.0, (self._return - failed) / (solved - failed))) if answer.over else 0.0

@@ -173,3 +173,26 @@ def test_a_registered_one_is_found_by_its_id():
     assert env.unwrapped.env_key == "blackjack" and env.unwrapped.max_turns == 3
     with pytest.raises(AtodError, match="cards/Blackjack-v0 has no data folder"):
         gym.make("cards/Blackjack-v0", data="somewhere")
+
+
+@pytest.mark.parametrize(
+    ("observation", "reward", "words"),
+    [
+        *((("here", reward, "expected a finite number")) for reward in (float("nan"), float("inf"), None, "1", [1])),
+        *((seen, 0.0, "expected text, or what `text` turns into it") for seen in (None, b"here")),
+    ],
+)
+def test_answers_that_are_no_text_and_no_number_are_refused(observation, reward, words):
+    class Odd:
+        def reset(self, seed=None, options=None):
+            return "here", {}
+
+        def step(self, action):
+            return observation, reward, False, False, {}
+
+    with pytest.raises(AtodError, match=words):
+        play(wrap(Odd), "go")
+    if observation == b"here":
+        assert (
+            play(wrap(Odd, text=lambda seen: seen if isinstance(seen, str) else seen.decode()), "go")[-1][0] == "here"
+        )
