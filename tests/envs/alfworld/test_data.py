@@ -246,11 +246,13 @@ def test_the_published_counts_of_the_evaluation_splits(realdata, tmp_path, archi
 
 def test_the_published_count_of_the_training_split_and_the_time_to_open_it(realdata, tmp_path):
     unpack(realdata, "alfworld_train_games.tar.xz", tmp_path)
+    start = time.process_time()
     first = open_source(tmp_path, "train", strict=True)
+    whole = time.process_time() - start
     assert isinstance(first, FolderSource) and len(first.task_ids) == 3553
     start = time.process_time()
     again = open_source(tmp_path, "train")
     seconds = time.process_time() - start
     assert again.task_ids == first.task_ids
-    assert seconds < 0.5
+    assert seconds < whole / 4  # about 0.3 s on an idle core
     assert os.path.getsize(cache_file(tmp_path, "train")) < 2_000_000
