@@ -254,5 +254,5 @@ def test_the_published_count_of_the_training_split_and_the_time_to_open_it(reald
     again = open_source(tmp_path, "train")
     seconds = time.process_time() - start
     assert again.task_ids == first.task_ids
-    assert seconds < whole / 4  # about 0.3 s on an idle core
+    assert seconds < whole / 17  # 0.5 s where reading all games takes 8.7; measured there: 0.11
     assert os.path.getsize(cache_file(tmp_path, "train")) < 2_000_000
