@@ -2,3 +2,5 @@
 
 Model libraries are imported only by the modules that need them.
 """
+
+from atod_envs import stopping  # noqa: F401  # so that Ctrl-C ends `python -m` without a traceback

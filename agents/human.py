@@ -20,6 +20,7 @@ from agents.base import Agent, Decision
 from agents.expert import expert_for
 from atod_envs.errors import AtodError, UnknownName
 from atod_envs.options import program, read_options
+from atod_envs.stopping import stoppable
 
 COMMANDS: Mapping[str, str] = {
     ":actions": "list what can be done now",
@@ -185,4 +186,5 @@ def _sit_down(env: gym.Env[str, str], seed: int | None, task_id: str | None) -> 
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with stoppable():
+        raise SystemExit(main())

@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+from atod_envs import stopping  # noqa: F401  # so that Ctrl-C ends `python -m` without a traceback
+
 
 def foreign_agents() -> str | None:
     """What is wrong if ``import agents`` would find another distribution's package; None if it is ours.

@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from atod_algos import foreign_agents
+from atod_envs.stopping import stoppable
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +160,13 @@ def run_module(module: str, called: str, arguments: Sequence[str]) -> int:
         if module.startswith(("agents", "atod_algos", ALGORITHM)) and (problem := foreign_agents()):
             print(f"error: {problem}", file=sys.stderr)
             return 1
-        if module.startswith(ALGORITHM):
-            name = module.removeprefix(ALGORITHM)
-            status = importlib.import_module("atod_algos.training.cli").main_by_name(name, arguments)
-        else:
-            name, *leading = module.split()
-            status = importlib.import_module(name).main([*leading, *arguments])
+        with stoppable():
+            if module.startswith(ALGORITHM):
+                name = module.removeprefix(ALGORITHM)
+                status = importlib.import_module("atod_algos.training.cli").main_by_name(name, arguments)
+            else:
+                name, *leading = module.split()
+                status = importlib.import_module(name).main([*leading, *arguments])
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
@@ -178,9 +180,6 @@ def run_module(module: str, called: str, arguments: Sequence[str]) -> int:
             f"error: {called} needs {error.name}, which is not installed: pip install 'atod[{extra}]'", file=sys.stderr
         )
         return 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130  # what shells report for Ctrl-C
     except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

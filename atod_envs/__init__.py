@@ -5,6 +5,8 @@ Importing this package registers ``ENVIRONMENTS``; the engines behind them load 
 
 from __future__ import annotations
 
+from atod_envs import stopping  # noqa: F401  # isort: skip  # before what takes long to import
+
 import importlib
 from typing import Any
 

@@ -35,7 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     config = parse(EvaluateConfig, arguments, "atod_algos.evaluate", __doc__)
     logging.basicConfig(level=logging.INFO if config.verbose else logging.WARNING, format="%(levelname)s %(message)s")
-    guarded(lambda: show_comparison(*config.compare) if config.compare else run(config))
+    if config.compare:
+        guarded(lambda: show_comparison(*config.compare))
+    else:
+        guarded(lambda: run(config), lambda: _kept(_folder(config)))
+
+
+def _folder(config: EvaluateConfig) -> Path:
+    return config.out or Path("evaluations") / f"{_file_name(config.agent)}-{config.env.split('/')[-1]}"
+
+
+def _kept(out: Path) -> str:
+    done = len([*(out / "episodes").glob("*-seed*[0-9].jsonl.gz")])
+    begun = sum(path.read_bytes().count(b"\n") for path in (out / "episodes").glob("*.journal.jsonl"))
+    others = f", episodes of others {begun}" if begun else ""
+    return f"kept in {out}: finished panels {done}{others}; run the same command again to go on"
 
 
 def run(config: EvaluateConfig, *, show: bool = True) -> dict[str, Any]:
@@ -55,7 +69,7 @@ def run(config: EvaluateConfig, *, show: bool = True) -> dict[str, Any]:
         raise AtodError(f"--seeds {config.seeds}: expected one or more different seeds")
     sampling = sampling_of(config)
     settings, panels = settings_of(config, sampling)
-    out = config.out or Path("evaluations") / f"{_file_name(config.agent)}-{config.env.split('/')[-1]}"
+    out = _folder(config)
     with held(out, "--out"):
         _open(out, settings)
         return _played(config, sampling, panels, out, show)

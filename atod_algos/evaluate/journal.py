@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from atod_algos.training.run_dir import replace_text
 from atod_envs.errors import DataError
 from atod_envs.files import parse_json
 from atod_envs.trajectory import Trajectory, from_record, to_record
@@ -34,7 +35,7 @@ class EpisodeJournal:
                     kept.append(from_record(parse_json(line, str(self.path)), str(self.path)))
                 except DataError:
                     break
-            self.path.write_text("".join(_line(trajectory) for trajectory in kept), encoding="utf-8")
+            replace_text(self.path, "".join(_line(trajectory) for trajectory in kept))
         return kept
 
     def add(self, trajectory: Trajectory) -> None:

@@ -57,11 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     config = parse(StudyConfig, arguments, "atod_algos.study", StudyConfig.__doc__)
     logging.basicConfig(level=logging.INFO if config.verbose else logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        guarded(lambda: run(config))
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; run the same command again to go on")
-        raise SystemExit(130) from None
+    guarded(lambda: run(config), lambda: _kept(config))
+
+
+def _kept(config: StudyConfig) -> str:
+    out = _folder(config)
+    done = sum(1 for _ in out.glob("*/*/seed*/cell.json"))
+    return f"kept in {out}: finished cells {done}, checkpoints of others; run the same command again to go on"
+
+
+def _folder(config: StudyConfig) -> Path:
+    return config.out or Path("studies") / config.preset
 
 
 def run(config: StudyConfig) -> None:
@@ -78,7 +84,7 @@ def run(config: StudyConfig) -> None:
             raise UnknownName("method", name, METHODS)
     usual = [name for name, method in METHODS.items() if not method.asked_for]
     methods = [METHODS[name] for name in config.methods or usual]
-    out = config.out or Path("studies") / config.preset
+    out = _folder(config)
     out.mkdir(parents=True, exist_ok=True)
     console = Console(soft_wrap=True)
     if not config.tables_only:

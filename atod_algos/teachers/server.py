@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -205,10 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with TeacherServer(loaded, options) as server:
             server.serve_command(f"serving {loaded.name}; give --teacher {server.address}")
 
-    try:
-        guarded(run)
-    except KeyboardInterrupt:  # while the model was loaded
-        sys.exit(130)
+    guarded(run)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
-from atod_algos.guard import Terminated, dies_at_once, exit_code, fail, guarded, parse, sigterm_closes
+from atod_algos.guard import fail, guarded, parse
 from atod_algos.training.config import GROUPS, RunConfig, TrainConfig, resolve
 from atod_algos.training.options import RunOptions
 from atod_algos.training.presets import (
@@ -33,6 +33,7 @@ from atod_algos.training.presets import (
     require_teacher,
 )
 from atod_envs.errors import AtodError, UnknownName
+from atod_envs.stopping import Terminated, exit_code
 
 if TYPE_CHECKING:
     from atod_algos.algorithm import Algorithm
@@ -52,6 +53,8 @@ GONE: Mapping[str, str] = MappingProxyType(
 )
 """Options of earlier versions, and what to do instead."""
 
+
+_KEPT = "run the same command again to go on from the last checkpoint"
 
 _BUILTIN = ("student", "teacher", "data")
 """Options that all say 'builtin', or nothing, in the built-in run."""
@@ -87,14 +90,14 @@ def main(algorithm: type[Algorithm], arguments: Sequence[str] | None = None) -> 
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["--"]:  # torchrun would take --run for one of its own options; behind -- it leaves them alone
         given = given[1:]
-    guarded(lambda: _run(algorithm, given))
+    guarded(lambda: _run(algorithm, given), _KEPT)
 
 
 def main_by_name(name: str, arguments: Sequence[str]) -> None:
     """:func:`main` of an algorithm that some installed package offers under its name."""
     from atod_algos.algorithm import find_algorithm
 
-    guarded(lambda: _run(find_algorithm(name), list(arguments)))
+    guarded(lambda: _run(find_algorithm(name), list(arguments)), _KEPT)
 
 
 def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
@@ -184,13 +187,12 @@ def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if config.threads or config.student == "builtin":
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with dies_at_once():
-        import torch
+    import torch
 
-        from atod_algos.learner import distributed
-        from atod_algos.training.console import Progress, result_tables
-        from atod_algos.training.run_dir import Onlooker, RunFolder, held
-        from atod_algos.training.trainer import settings_of
+    from atod_algos.learner import distributed
+    from atod_algos.training.console import Progress, result_tables
+    from atod_algos.training.run_dir import Onlooker, RunFolder, held
+    from atod_algos.training.trainer import settings_of
 
     if config.threads or (config.student == "builtin" and not torch.cuda.is_available()):
         torch.set_num_threads(config.threads or 1)
@@ -210,7 +212,7 @@ def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool 
     require_teacher(config, algorithm.scores)
     envs = "+".join(world.env.split("/")[-1] for world in config.worlds)
     folder = Path(config.run or f"runs/{algorithm.name}-{envs}-seed{config.seed}")
-    with nullcontext() if quiet else held(folder), sigterm_closes():
+    with nullcontext() if quiet else held(folder):
         run = Onlooker(folder) if quiet else RunFolder(folder, settings)
         result = _finish(config, algorithm, run, progress)
     if quiet:

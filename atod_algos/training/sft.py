@@ -342,6 +342,7 @@ def _settings(command: SftCommand, config: Any) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train a model on demonstrations from the command line."""
+    from atod_algos.training.checkpoint import latest_checkpoint
     from atod_algos.training.run_dir import held
 
     command = parse(SftCommand, arguments, "atod_algos.training.sft", __doc__)
@@ -350,7 +351,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with held(_folder(command)):
             train_sft(command, lambda line: print(line, flush=True))
 
-    guarded(run)
+    def kept() -> str:
+        last = latest_checkpoint(_folder(command) / "checkpoints")
+        done = int(last.name.removeprefix("step_")) if last is not None else 0
+        return f"kept in {_folder(command)}: finished rounds {done}; run the same command again to go on"
+
+    guarded(run, kept)
 
 
 if __name__ == "__main__":

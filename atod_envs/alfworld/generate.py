@@ -27,6 +27,7 @@ from atod_envs.alfworld.generator.scenes import Scene, choose_goal, make_scene, 
 from atod_envs.alfworld.household import SIZES, TASK_TYPES, Room
 from atod_envs.errors import DataError
 from atod_envs.options import program
+from atod_envs.stopping import stoppable
 
 SPLITS = ("train", "valid_seen", "valid_unseen")
 DATA_FOLDER = "json_2.1.1"
@@ -142,4 +143,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with stoppable():
+        raise SystemExit(main())

@@ -3,5 +3,8 @@
 import sys
 
 from atod_envs.datasets.command import main
+from atod_envs.stopping import stoppable
 
-sys.exit(main())
+if __name__ == "__main__":
+    with stoppable():
+        sys.exit(main())

@@ -22,6 +22,7 @@ from atod_envs.datasets.download import RECORD, fetch, read_record, verify
 from atod_envs.datasets.sources import DATASETS, KNOWN_VERSIONS, Dataset, Source, bundle, dataset
 from atod_envs.errors import AtodError, DataError
 from atod_envs.options import program
+from atod_envs.stopping import stoppable
 from atod_envs.text_env import TextEnv
 
 
@@ -51,17 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status (1 if something is wrong with the data)."""
     given = parser().parse_args(arguments)
     try:
-        if given.command == "get":
-            return _get(given.name, given.bundle, given.to, given.mirror, given.like)
-        names = [given.name] if getattr(given, "name", None) else list(DATASETS)
-        action = {"status": _status, "verify": _verify, "build": _build}[given.command]
-        return max(action(name) for name in names)
+        with stoppable("run the same command again to go on where it broke off"):
+            if given.command == "get":
+                return _get(given.name, given.bundle, given.to, given.mirror, given.like)
+            names = [given.name] if getattr(given, "name", None) else list(DATASETS)
+            action = {"status": _status, "verify": _verify, "build": _build}[given.command]
+            return max(action(name) for name in names)
     except AtodError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; run the same command again to go on where it broke off", file=sys.stderr)
-        return 130
 
 
 # --- status --------------------------------------------------------------------------------------------------------

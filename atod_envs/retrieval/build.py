@@ -16,6 +16,7 @@ from typing import Final
 from atod_envs.caches import one_at_a_time
 from atod_envs.errors import AtodError, DataError
 from atod_envs.options import program
+from atod_envs.stopping import stoppable
 
 from .bm25 import BM25Index
 from .corpus import Corpus, read_passages
@@ -166,6 +167,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--half", action="store_true", help="encode in bfloat16: faster, a little less exact")
     options = parser.parse_args(arguments)
+    with stoppable("what was begun is not opened; run the same command again"):
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         if options.verify:
             return _verified(Path(options.out))
@@ -179,9 +185,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (AtodError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; what was begun is not opened, run the command again", file=sys.stderr)
-        return 130
     print(f"{options.out}/{options.backend}: {len(opened.corpus):,} passages, corpus {opened.corpus.checksum[:12]}")
     return 0
 

@@ -18,6 +18,7 @@ from typing import Final
 
 from atod_envs.options import program
 from atod_envs.retrieval.corpus import contents_of
+from atod_envs.stopping import stoppable
 
 from .generate import Dice, Entity, Names, check_part, make_part, write_distractors, write_passage
 from .language import FORMS, KINDS, POINTS_TO, QuestionForm
@@ -176,4 +177,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with stoppable():
+        sys.exit(main())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from atod_envs.errors import AtodError
 from atod_envs.options import program
+from atod_envs.stopping import stoppable
 from atod_envs.trajectory import Trajectory, read_jsonl
 
 from .actions import project
@@ -66,4 +67,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with stoppable():
+        sys.exit(main())

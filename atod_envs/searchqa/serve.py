@@ -22,6 +22,7 @@ from atod_envs.options import needed_imports, program
 from atod_envs.retrieval.batching import Batcher
 from atod_envs.retrieval.http import BATCH_SIZE, HttpSearch, ShardedSearch
 from atod_envs.retrieval.protocol import LocalSearch, Passage, RetrievalError, SearchService
+from atod_envs.stopping import stoppable
 
 from .sources import load_service
 
@@ -151,18 +152,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
     parser.add_argument("--topk", type=int, default=TOPK, help="where a request names none; default: %(default)s")
     options = parser.parse_args(arguments)
+    service: SearchService
     try:
-        service: SearchService
-        if options.shard:
-            service = ShardedSearch([HttpSearch(url) for url in options.shard])
-        else:
-            service = load_service(options.data, options.index or "bm25", None)
-        server = RetrievalServer(service, options.host, options.port, options.topk)
+        with stoppable():
+            if options.shard:
+                service = ShardedSearch([HttpSearch(url) for url in options.shard])
+            else:
+                service = load_service(options.data, options.index or "bm25", None)
+            server = RetrievalServer(service, options.host, options.port, options.topk)
     except (AtodError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # while the index was loaded
-        return 130
     with server:
         return server.serve_command(f"serving on {server.url}")
 

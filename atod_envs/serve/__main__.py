@@ -3,6 +3,8 @@
 import sys
 
 from atod_envs.serve.command import main
+from atod_envs.stopping import stoppable
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with stoppable():
+        sys.exit(main())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from atod_envs.options import program
+from atod_envs.stopping import stoppable
 
 from .recipes import NAMESPACE
 
@@ -93,4 +94,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stoppable():
+        main()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from atod_envs.stopping import stoppable
 from atod_envs.webshop.product_types import (
     MAKER_ENDS,
     MAKER_MIDDLES,
@@ -282,4 +283,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stoppable():
+        main()

@@ -28,6 +28,7 @@ from atod_envs.errors import AtodError
 from atod_envs.http.messages import Refused
 from atod_envs.options import needed_imports, program
 from atod_envs.recording import RecordTurns
+from atod_envs.stopping import stoppable
 from atod_envs.trajectory import to_record
 from atod_envs.webshop.browser import CONTENT_POLICY, Visit, error_page, start_page, visit_page
 from atod_envs.webshop.env import WebShopEnv
@@ -184,12 +185,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     options = {"split": given.split, "goals": given.goals, "data": given.data}
     try:
-        server = ShopServer((given.host, given.port), options, given.record)
+        with stoppable():
+            server = ShopServer((given.host, given.port), options, given.record)
     except (AtodError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # while the catalogue was loaded
-        return 130
     with server:
         return server.serve_command(f"WebShop at {server.url} (Ctrl-C stops it)")
 

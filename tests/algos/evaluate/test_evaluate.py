@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -95,6 +97,30 @@ def test_a_finished_part_is_not_played_again(tmp_path, monkeypatch):
     first = run(config)
     monkeypatch.setattr("agents.random.RandomAgent.act", lambda self: 1 / 0)
     assert run(config) == first
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line_and_what_had_ended_is_kept(number, tmp_path, monkeypatch, capsys):
+    asked = ["--env", TOY, "--agent", "random", "--panels", "valid/4", "test/4", "--concurrency", "1", "--out"]
+    main([*asked, str(tmp_path / "whole")])
+    honest, played = EpisodeJournal.add, []
+
+    def add(self, trajectory):
+        honest(self, trajectory)
+        played.append(trajectory.task_id)
+        if len(played) == 6:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(EpisodeJournal, "add", add)
+    with pytest.raises(SystemExit) as stop:
+        main([*asked, str(tmp_path / "parts")])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 128 + number
+    assert f"kept in {tmp_path / 'parts'}: finished panels 1, episodes of others 2; run the same command" in said
+    main([*asked, str(tmp_path / "parts")])
+    assert len(played) == 8, "nothing was played twice"
+    results = [(tmp_path / name / "result.json").read_text() for name in ("whole", "parts")]
+    assert results[0] == results[1]
 
 
 def test_a_folder_has_one_process(tmp_path):

@@ -3,6 +3,8 @@
 import dataclasses
 import fcntl
 import json
+import os
+import signal
 
 import pytest
 from toyworld import TOY
@@ -78,6 +80,14 @@ def test_a_study_runs_every_method_and_goes_on_where_it_stopped(preset, tmp_path
     ):
         assert words in text
     assert "toy  ATOD  seed 1: last" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_signal_is_one_line(preset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("atod_algos.study.command.run", lambda config: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        main(["--preset", "toy", "--out", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert stop.value.code == 143 and said.startswith(f"error: ended by SIGTERM; kept in {tmp_path}: finished cells 0")
 
 
 def test_tuning_is_the_same_for_all_and_ablations_change_one_thing(preset, tmp_path):

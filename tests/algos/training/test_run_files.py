@@ -4,13 +4,11 @@ import errno
 import io
 import json
 import logging
-import os
 import random
-import signal
 
 import pytest
 
-from atod_algos.guard import Terminated, fail, guarded, sigterm_closes
+from atod_algos.guard import fail, guarded
 from atod_algos.training import checkpoint
 from atod_algos.training.config import TrainConfig
 from atod_algos.training.run_dir import Busy, RunFolder, held, read_metrics, read_settings
@@ -188,15 +186,6 @@ def test_a_folder_has_one_process(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(AtodError, match="cannot be written"), held(tmp_path / "file"):
         pass
-
-
-def test_sigterm_ends_what_runs_and_only_that():
-    before = signal.getsignal(signal.SIGTERM)
-    assert before == signal.SIG_DFL, "a library in this process answers SIGTERM itself, and would end it"
-    with pytest.raises(Terminated), sigterm_closes():
-        os.kill(os.getpid(), signal.SIGTERM)
-        signal.sigtimedwait([], 5)
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def raising(error):

@@ -1,6 +1,8 @@
 """``atod train sft``: every source, filters, layouts, adapters, and going on bit for bit."""
 
 import json
+import os
+import signal
 
 import gymnasium as gym
 import pytest
@@ -16,7 +18,7 @@ from atod_algos.evaluate.command import run as evaluate
 from atod_algos.evaluate.settings import EvaluateConfig
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
 from atod_algos.training.demonstrations import demonstrate, read_recorded, tokenized
-from atod_algos.training.sft import main
+from atod_algos.training.sft import Imitator, main
 from atod_envs.errors import AtodError
 from atod_envs.styles import as_conversation
 from atod_envs.trajectory import read_jsonl, write_jsonl
@@ -80,6 +82,27 @@ def test_it_goes_on_bit_for_bit(student, tmp_path, extra, capsys):
     assert any(not torch.equal(whole[name], before[name]) for name in whole)
     loaded = load_model(str(tmp_path / "whole"), "student")
     assert loaded.n_parameters == load_model(str(student), "student").n_parameters, "a plain model, adapters or not"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line_and_the_same_command_goes_on(student, tmp_path, number, monkeypatch, capsys):
+    options = ("--rounds", "2")
+    whole = sft(student, tmp_path / "whole", *options)
+    honest = Imitator.fit
+
+    def fit(self, episodes, round_, seed):
+        if round_ == 1:
+            os.kill(os.getpid(), number)
+        return honest(self, episodes, round_, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Imitator, "fit", fit)
+        with pytest.raises(SystemExit) as stop:
+            sft(student, tmp_path / "parts", *options)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 128 + number and f"kept in {tmp_path / 'parts'}" in said and "finished rounds 1" in said
+    parts = sft(student, tmp_path / "parts", *options)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_another_setting_is_refused(student, tmp_path, capsys):
