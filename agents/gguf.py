@@ -16,7 +16,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from atod_envs.errors import AtodError
+from atod_envs.caches import build_once, cache_folder
+from atod_envs.errors import AtodError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +53,6 @@ def gguf_file(name: str) -> Path | None:
     return path
 
 
-def _root() -> Path | None:
-    """The project's cache folder; None where there is neither a setting for it nor a home."""
-    from atod_envs.webshop.catalogue.cache import cache_folder
-
-    try:
-        return cache_folder()
-    except RuntimeError:
-        return None
-
-
 def converted(path: Path) -> Path:
     """The folder of a GGUF file's weights, configuration and tokenizer, as ``from_pretrained`` reads it.
 
@@ -77,28 +68,23 @@ def converted(path: Path) -> Path:
     digest = checksum(path)
     if digest in KEPT and KEPT[digest].is_dir():
         return KEPT[digest]
-    root = _root()
-    target = None if root is None else root / "gguf" / f"{path.stem}-{digest[:16]}"
-    if target is not None and _intact(target, digest):
-        KEPT[digest] = target
-        return target
+
+    def build(folder: Path) -> None:
+        _convert(path, folder)
+        files = {file.name: checksum(file) for file in sorted(folder.iterdir())}
+        (folder / _DONE).write_text(json.dumps({"source": digest, "files": files}))
+
     try:
-        if target is None:
-            raise OSError("no home folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
+        target = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}"
+        if target.is_dir() and not _intact(target, digest):
+            (target / _DONE).unlink(missing_ok=True)
+        KEPT[digest] = build_once(target, build, _DONE)
+    except (DataError, OSError) as error:
         log.warning("the cache cannot be written (%s); %s is converted for this process alone", error, path.name)
-        part, target = Path(tempfile.mkdtemp(prefix="atod-gguf-")), None
-        atexit.register(shutil.rmtree, part, ignore_errors=True)
-    try:
-        _convert(path, part)
-        files = {file.name: checksum(file) for file in sorted(part.iterdir())}
-        (part / _DONE).write_text(json.dumps({"source": digest, "files": files}))
-        KEPT[digest] = part if target is None else _move_into_place(part, target, digest)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        folder = Path(tempfile.mkdtemp(prefix="atod-gguf-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        build(folder)
+        KEPT[digest] = folder
     return KEPT[digest]
 
 
@@ -106,19 +92,6 @@ def checksum(path: Path) -> str:
     """BLAKE2b of a file, 32 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _move_into_place(part: Path, target: Path, digest: str) -> Path:
-    """Put a finished folder in its place; another process may have been faster."""
-    try:
-        if target.exists() and not _intact(target, digest):
-            shutil.rmtree(target)
-        part.rename(target)
-    except OSError:
-        if not _intact(target, digest):
-            raise
-        shutil.rmtree(part, ignore_errors=True)
-    return target
 
 
 def _intact(folder: Path, digest: str) -> bool:

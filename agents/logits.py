@@ -8,8 +8,9 @@ else is refused by name. One function, :func:`logit_head`, decides it for engine
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -295,13 +296,24 @@ def agree(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool
     return error <= _TOLERANCE.get(dtype, _TOLERANCE_FLOAT32)
 
 
+@contextlib.contextmanager
+def in_eval_mode(*models: Any) -> Iterator[None]:
+    """Models as they answer, without dropout; each is afterwards as it was."""
+    modes = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for model, training in zip(models, modes, strict=True):
+            model.train(training)
+
+
 def _check(model: Any) -> bool:
     """Whether the output layer alone gives a model's logits; raises where they cannot be had at all."""
     name, dtype = type(model).__name__, next(model.parameters()).dtype
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_eval_mode(model):
             rows = [probe_ids(model, length, length) for length in _PROBE_LENGTHS]
             expected = torch.cat([own_logits(model, row) for row in rows])
             if not bool(torch.isfinite(expected).all()):
@@ -319,8 +331,6 @@ def _check(model: Any) -> bool:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
-    finally:
-        model.train(was_training)
     raise UnsupportedModel(
         f"{name} cannot be used here: {reason}. Use a causal decoder such as Qwen3, Llama, Mistral, Gemma or Granite (docs/models.md "
         "lists what was tried)"

@@ -45,6 +45,14 @@ def home_cache() -> Path:
         raise DataError(f"there is no home folder to keep caches in; set ${VARIABLE} to a folder") from None
 
 
+def cache_folder() -> Path:
+    """``$ATOD_CACHE``, else ``$XDG_CACHE_HOME/atod``, else ``~/.cache/atod``."""
+    if named := os.environ.get(VARIABLE):
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base).expanduser() if base else home_cache()) / "atod"
+
+
 def build_once(folder: Path, build: Callable[[Path], object], complete: str = "") -> Path:
     """Build a folder unless it is there.
 

@@ -25,6 +25,7 @@ from agents.logits import (
     agree,
     attends_fully,
     decoder_of,
+    in_eval_mode,
     logit_head,
     longest_context,
     own_logits,
@@ -132,10 +133,8 @@ def _reason(
 ) -> str | None:
     """Why a decoder cannot be used: it raises on two small passes, or its logits differ; None where it can."""
     longest = min(max_context, longest_context(model))
-    was_training = model.training
-    model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), in_eval_mode(model):
             store, decoder = make_store(len(_PROBE[1])), make()
             device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
             rows = [
@@ -163,8 +162,6 @@ def _reason(
     except Exception as error:
         # Whatever a model's own code raises means that it cannot be run so.
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
-    finally:
-        model.train(was_training)
     return None
 
 

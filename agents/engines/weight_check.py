@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from agents.engines.base import Engine, SamplingParams
-from agents.logits import logit_head, own_logits, probe_ids
+from agents.logits import in_eval_mode, logit_head, own_logits, probe_ids
 from atod_envs.errors import AtodError
 
 log = logging.getLogger(__name__)
@@ -65,14 +65,9 @@ def verify_weights(engine: Engine, model: Any) -> float:
 
 def _greedy_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Log-probs of the tokens under the model's own forward pass, and of the most probable token at each place."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = logit_head(model).close(own_logits(model, [*prompt, *tokens])[len(prompt) - 1 : -1])
-            rows = torch.log_softmax(logits, dim=-1)
-    finally:
-        model.train(was_training)
+    with torch.no_grad(), in_eval_mode(model):
+        logits = logit_head(model).close(own_logits(model, [*prompt, *tokens])[len(prompt) - 1 : -1])
+        rows = torch.log_softmax(logits, dim=-1)
     own = rows.gather(1, torch.tensor(tokens, device=rows.device)[:, None])[:, 0]
     return own.double().cpu().numpy(), rows.max(-1).values.double().cpu().numpy()
 

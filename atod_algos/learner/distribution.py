@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.logits import logit_head, require_known_ids, usable_ids
+from agents.logits import in_eval_mode, logit_head, require_known_ids, usable_ids
 from atod_algos.batch import TokenBatch
 from atod_algos.learner import distributed
 from atod_algos.learner.logprobs import CHUNK_LOGITS, in_memory, numbers, split_rows, states_of
@@ -57,8 +57,6 @@ def distribution(
     ids_MS = np.zeros((batch.n_tokens, width), dtype=np.int32) if best_alone else None
     head = logit_head(teacher)
     size = max(1, CHUNK_LOGITS // head.rows)
-    was_training = teacher.training
-    teacher.eval()
 
     @torch.no_grad()
     def attempt(tokens: int) -> None:
@@ -79,9 +77,9 @@ def distribution(
                 ids_MS[at], kept = ids[best.indices.cpu().numpy()], best.values
             kept_MS[at] = kept.cpu().numpy()
 
-    in_memory(attempt, batch, budget)
+    with in_eval_mode(teacher):
+        in_memory(attempt, batch, budget)
     distributed.all_reduce([logprobs_M, kept_MS] if ids_MS is None else [logprobs_M, kept_MS, ids_MS])
-    teacher.train(was_training)
     if ids_MS is None and not prefix:
         ids_MS = np.broadcast_to(ids, kept_MS.shape)
     return logprobs_M, TeacherTokens(ids_MS, kept_MS)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from agents.logits import LogitHead, decoder_of, decoder_states, logit_head, require_known_ids, usable_ids
+from agents.logits import LogitHead, decoder_of, decoder_states, in_eval_mode, logit_head, require_known_ids, usable_ids
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.learner import distributed
 from atod_algos.learner.loss import TeacherTokens, reverse_kl
@@ -258,8 +258,6 @@ def score(
     logprobs_M = np.zeros(batch.n_tokens)
     entropy_M = np.zeros(batch.n_tokens)
     require_known_ids(model, batch.rows, "the model")
-    was_training = model.training
-    model.eval()
 
     @torch.no_grad()
     def attempt(tokens: int) -> None:
@@ -269,9 +267,9 @@ def score(
                 logprobs_M[index_M] = numbers(logprobs)
                 entropy_M[index_M] = numbers(spread)
 
-    in_memory(attempt, batch, budget)
+    with in_eval_mode(model):
+        in_memory(attempt, batch, budget)
     distributed.all_reduce([logprobs_M, entropy_M])
-    model.train(was_training)
     return logprobs_M, entropy_M
 
 
@@ -312,8 +310,6 @@ def compare(
     student_M, teacher_M, entropy_M, teacher_entropy_M, kl_M = (np.zeros(n) for _ in range(5))
     ids_MS = np.zeros((n, width), dtype=np.int32) if support else None
     logprobs_MS = np.zeros((n, width), dtype=np.float32) if support else None
-    modes = student.training, teacher.training
-    student.eval(), teacher.eval()
 
     @torch.no_grad()
     def attempt(tokens: int) -> None:
@@ -343,11 +339,11 @@ def compare(
             own, theirs = (torch.log_softmax(part[:, columns], dim=-1) for part in (own, theirs))
             kl_M[at] = numbers(_divergence(own, theirs))
 
-    in_memory(attempt, batch, budget)
+    with in_eval_mode(student, teacher):
+        in_memory(attempt, batch, budget)
     distributed.all_reduce([student_M, teacher_M, entropy_M, teacher_entropy_M, kl_M])
     if ids_MS is not None and logprobs_MS is not None:
         distributed.all_reduce([ids_MS, logprobs_MS])
-    student.train(modes[0]), teacher.train(modes[1])
     return Scores(
         student_M,
         teacher_M,

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from agents.logits import decoder_of
+from agents.logits import decoder_of, in_eval_mode
 from atod_algos.learner import distributed
 from atod_algos.learner.packing import pack, packable, packed_states
 from atod_envs.errors import AtodError
@@ -109,8 +109,6 @@ def bytes_per_token(model: Any) -> float:
     """
     decoder = decoder_of(model)
     recomputes = bool(getattr(decoder, "gradient_checkpointing", False)) and model.training
-    was_training = model.training
-    model.eval()  # layers are recomputed in training only, so everything is counted here
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     seen: dict[int, int] = {}
 
@@ -127,11 +125,10 @@ def bytes_per_token(model: Any) -> float:
         return decoder(input_ids=rows, use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
 
     ids = np.arange(_PROBE_TOKENS) % int(model.get_input_embeddings().num_embeddings)
-    try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            states = run()
-    finally:
-        model.train(was_training)
+    noted = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    # Layers are recomputed in training only, so everything is counted here.
+    with in_eval_mode(model), torch.enable_grad(), noted:
+        states = run()
     whole = sum(seen.values()) / _PROBE_TOKENS
     if not recomputes:
         return whole

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from agents.logits import attends_fully, decoder_of
+from agents.logits import attends_fully, decoder_of, in_eval_mode
 from atod_algos.learner.onednn import row_padding
 
 log = logging.getLogger(__name__)
@@ -295,11 +295,9 @@ def _try(model: Any) -> bool:
     size = int(model.get_input_embeddings().num_embeddings)
     ids = np.random.default_rng(0).integers(0, size, 24)
     rows = [ids[:7], np.concatenate([ids[:9], ids[15:24]]), ids[:15]]
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_eval_mode(model):
             expected = [
                 decoder_of(model)(input_ids=torch.from_numpy(row)[None].to(device), use_cache=False)
                 .last_hidden_state[0]
@@ -315,8 +313,6 @@ def _try(model: Any) -> bool:
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as reason:
         log.info("packed rows fail on %s: %s", type(model).__name__, reason)
         good = False
-    finally:
-        model.train(was_training)
     if not good:
         config._attn_implementation = original
     return good

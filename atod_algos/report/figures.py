@@ -15,7 +15,6 @@ import numpy as np
 from atod_algos.report.data import Run
 from atod_algos.report.plotting import (
     COLOURS,
-    DASHES,
     MARKERS,
     Series,
     bar_figure,
@@ -24,6 +23,7 @@ from atod_algos.report.plotting import (
     draw_named,
     label,
     legend,
+    line_style,
     panels,
     pyplot,
     save,
@@ -83,25 +83,9 @@ def _figure2(plt: Any, runs: Sequence[Run], scorers: Mapping[Path, Scorer]) -> A
         for place, (name, values) in enumerate(
             (("disagreement $d_k$", [s.d for s in scores]), ("uncertainty $h_k$", [s.h for s in scores]))
         ):
-            axes[1].plot(
-                turns,
-                values,
-                color=COLOURS[place],
-                linestyle=DASHES[place],
-                marker=MARKERS[place],
-                markersize=4,
-                label=name,
-            )
-        axes[1].bar(
-            turns,
-            [s.w or 0.0 for s in scores],
-            color="#CC79A7",
-            alpha=0.45,
-            hatch="//",
-            edgecolor="#7a4b94",
-            linewidth=0.5,
-            label="weight $w_k$",
-        )
+            axes[1].plot(turns, values, label=name, **{**line_style(place), "markersize": 4})
+        bars = {"color": "#CC79A7", "alpha": 0.45, "hatch": "//", "edgecolor": "#7a4b94", "linewidth": 0.5}
+        axes[1].bar(turns, [s.w or 0.0 for s in scores], label="weight $w_k$", **bars)
         axes[1].set_xticks(turns)
         axes[1].set_ylim(bottom=0)
         label(axes[1], f"(b) {title}", "nats a token; weight", "turn")

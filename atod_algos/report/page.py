@@ -25,68 +25,47 @@ _FOLDER = Path(__file__).parent
 TURNS = 10_000
 """Most turns on a page, over all runs."""
 
+
+def _panel(title: str, unit: str, *keys: str, zero: bool = True, smooth: bool = True, **more: Any) -> dict[str, Any]:
+    return {
+        "title": title,
+        "unit": unit,
+        "keys": list(keys),
+        "names": [],
+        "note": "",
+        "zero": zero,
+        "smooth": smooth,
+        **more,
+    }
+
+
 PANELS: tuple[dict[str, Any], ...] = (
-    {"title": "validation success", "keys": ["val"], "unit": "success, %", "zero": True},
-    {
-        "title": "success of training episodes",
-        "keys": ["episode/success"],
-        "unit": "success, %",
-        "zero": True,
-        "smooth": True,
-    },
-    {
-        "title": "reward, mean over turns",
-        "keys": ["critic/rewards/mean"],
-        "unit": "reward",
-        "zero": True,
-        "smooth": True,
-    },
-    {"title": "length of an episode", "keys": ["episode/length/mean"], "unit": "turns", "smooth": True},
-    {
-        "title": "valid actions",
-        "keys": ["episode/valid_action_ratio"],
-        "unit": "share of turns, %",
-        "smooth": True,
-    },
-    {
-        "title": "size of the two terms",
-        "keys": ["atod/opd_abs_mean", "atod/rl_abs_mean"],
-        "names": ["teacher: mean |κ Δ w|", "reward: mean |ρ A|"],
-        "unit": "mean over tokens",
-        "zero": True,
-        "smooth": True,
-    },
-    {
-        "title": "coefficients",
-        "keys": ["atod/kl_coef", "atod/rl_coef"],
-        "names": ["κ, of the teacher", "ρ, of the reward"],
-        "unit": "coefficient",
-        "zero": True,
-    },
-    {"title": "mean turn weight", "keys": ["tip/mean_importance"], "unit": "w_k", "zero": True, "smooth": True},
-    {
-        "title": "gap to the teacher",
-        "keys": ["/teacher_student_gap_mean"],
-        "unit": "Δ, nats a token",
-        "note": "Δ = log π_T − log π_S, mean over tokens",
-        "smooth": True,
-    },
-    {"title": "entropy", "keys": ["actor/entropy_loss"], "unit": "nats a token", "zero": True, "smooth": True},
-    {
-        "title": "groups without a reward signal",
-        "keys": ["group/all_fail", "group/all_success"],
-        "names": ["all attempts fail", "all succeed"],
-        "unit": "share of groups, %",
-        "zero": True,
-        "smooth": True,
-    },
-    {
-        "title": "clipped tokens",
-        "keys": ["actor/pg_clipfrac"],
-        "unit": "share of tokens, %",
-        "zero": True,
-        "smooth": True,
-    },
+    _panel("validation success", "success, %", "val", smooth=False),
+    _panel("success of training episodes", "success, %", "episode/success"),
+    _panel("reward, mean over turns", "reward", "critic/rewards/mean"),
+    _panel("length of an episode", "turns", "episode/length/mean", zero=False),
+    _panel("valid actions", "share of turns, %", "episode/valid_action_ratio", zero=False),
+    _panel(
+        *("size of the two terms", "mean over tokens", "atod/opd_abs_mean", "atod/rl_abs_mean"),
+        names=["teacher: mean |κ Δ w|", "reward: mean |ρ A|"],
+    ),
+    _panel(
+        *("coefficients", "coefficient", "atod/kl_coef", "atod/rl_coef"),
+        smooth=False,
+        names=["κ, of the teacher", "ρ, of the reward"],
+    ),
+    _panel("mean turn weight", "w_k", "tip/mean_importance"),
+    _panel(
+        *("gap to the teacher", "Δ, nats a token", "/teacher_student_gap_mean"),
+        zero=False,
+        note="Δ = log π_T − log π_S, mean over tokens",
+    ),
+    _panel("entropy", "nats a token", "actor/entropy_loss"),
+    _panel(
+        *("groups without a reward signal", "share of groups, %", "group/all_fail", "group/all_success"),
+        names=["all attempts fail", "all succeed"],
+    ),
+    _panel("clipped tokens", "share of tokens, %", "actor/pg_clipfrac"),
 )
 """Curves of the overview; a leading slash matches any algorithm's metric, a unit in % is drawn from shares."""
 
@@ -143,7 +122,7 @@ def page_data(runs: Sequence[Run], *, scorers: Mapping[Path, Scorer], turns: int
     return {
         "title": f"{' and '.join(names) if named else f'{len(names)} runs'} on {', '.join(worlds)}",
         "subtitle": "" if len(runs) > 1 else str(runs[0].path.name),
-        "panels": [{"names": [], "note": "", **panel} for panel in PANELS],
+        "panels": PANELS,
         "runs": [_run(run, names, scorers.get(run.path)) for run in runs],
         "episodes": episodes,
         "left_out": f"{left_out} stored steps left out" if left_out else "",

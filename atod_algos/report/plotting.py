@@ -25,6 +25,12 @@ _SMOOTH = 9
 Series = tuple[list[float], list[float]]
 
 
+def line_style(place: int, steps: int = 0) -> dict[str, Any]:
+    """How the line of this number looks; of many ``steps`` a few carry a marker."""
+    marks = {"marker": MARKERS[place % 7], "markersize": 3.5, "markevery": max(1, steps // 7) if steps else None}
+    return {"color": COLOURS[place % 7], "linestyle": DASHES[place % 7], **marks}
+
+
 def save(plt: Any, figure: Any, path: Path) -> list[Path]:
     """Write a figure as PNG and as SVG, the same bytes for the same data."""
     files = []
@@ -95,22 +101,12 @@ def draw_lines(
         if not len(steps):
             continue
         drawn = True
-        style = {"color": COLOURS[place % 7], "linestyle": DASHES[place % 7]}
         label = method + (f" ({len(members)} seeds)" if len(members) > 1 else "")
-        if smooth and len(steps) > _SMOOTH:
+        smoothed = smooth and len(steps) > _SMOOTH
+        if smoothed:
             axis.plot(steps, scale * mean, color=COLOURS[place % 7], linewidth=0.5, alpha=0.35)
             mean = running_mean(mean)
-            axis.plot(
-                steps,
-                scale * mean,
-                label=label,
-                marker=MARKERS[place % 7],
-                markevery=max(1, len(steps) // 7),
-                markersize=3.5,
-                **style,
-            )
-        else:
-            axis.plot(steps, scale * mean, label=label, marker=MARKERS[place % 7], markersize=3.5, **style)
+        axis.plot(steps, scale * mean, label=label, **line_style(place, len(steps) if smoothed else 0))
         if len(members) > 1:
             axis.fill_between(steps, scale * low, scale * high, color=COLOURS[place % 7], alpha=0.13, linewidth=0)
     return drawn
@@ -181,16 +177,7 @@ def draw_named(axis: Any, runs: Sequence[Run], keys: Sequence[tuple[str, str]]) 
         steps, _, mean, _ = over_seeds([run.series(key) for run in runs])
         if len(steps):
             values = running_mean(mean) if len(steps) > _SMOOTH else mean
-            axis.plot(
-                steps,
-                values,
-                color=COLOURS[place],
-                linestyle=DASHES[place],
-                marker=MARKERS[place],
-                markevery=max(1, len(steps) // 7),
-                markersize=3.5,
-                label=name,
-            )
+            axis.plot(steps, values, label=name, **line_style(place, len(steps)))
     axis.set_ylim(bottom=0)
 
 

@@ -28,47 +28,24 @@ _FLOAT = 4
 _HEAD_COPIES = 5
 """Logits, log-probs, probabilities, their elementwise product and its gradient, of one chunk."""
 
-_DENSE: Mapping[str, Any] = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
+
+def _qwen3(layers: int, width: int, inner: int, heads: int, **further: Any) -> Mapping[str, Any]:
+    return {
+        "model_type": "qwen3", "vocab_size": 151936, "num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner,
+        "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True, **further,
+    }  # fmt: skip
+
+
+_EXPERTS: Mapping[str, Any] = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
 
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
-        "Qwen/Qwen3-0.6B": {
-            **_DENSE,
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "tie_word_embeddings": True,
-        },
-        "Qwen/Qwen3-1.7B": {
-            **_DENSE,
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "tie_word_embeddings": True,
-        },
-        "Qwen/Qwen3-4B": {
-            **_DENSE,
-            "hidden_size": 2560,
-            "intermediate_size": 9728,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "tie_word_embeddings": True,
-        },
-        "Qwen/Qwen3-30B-A3B": {
-            **_DENSE,
-            "model_type": "qwen3_moe",
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 768,
-            "tie_word_embeddings": False,
-        },
+        "Qwen/Qwen3-0.6B": _qwen3(28, 1024, 3072, 16),
+        "Qwen/Qwen3-1.7B": _qwen3(28, 2048, 6144, 16),
+        "Qwen/Qwen3-4B": _qwen3(36, 2560, 9728, 32),
+        "Qwen/Qwen3-30B-A3B": _qwen3(
+            48, 2048, 6144, 32, model_type="qwen3_moe", num_key_value_heads=4, tie_word_embeddings=False, **_EXPERTS
+        ),
     }
 )
 """Hub id -> its config.json, as far as it decides about sizes."""
@@ -218,7 +195,7 @@ def _on_gpu(config: RunConfig) -> bool:
 
 def memory(config: RunConfig, algorithm: Algorithm) -> list[Part]:
     """Memory of a run by part, with resolved settings."""
-    world, number = "all" if config.others else _key(config.env), number_bytes(config)
+    world, number = config.models, number_bytes(config)
     student = shape_of(config.student, world, "student")
     parts: list[Part] = []
 
@@ -272,7 +249,11 @@ def _scorer_phase(config: RunConfig) -> str:
 def _scorer_models(config: RunConfig, algorithm: Algorithm, world: str) -> list[tuple[str, str, Shape | None]]:
     """The models that are held besides the student, each once: the roles that ask for it, its name, its shape."""
     asked = [
-        *(("teacher", name, "teacher", where) for name, where in _teachers(config, world)),
+        *(
+            ("teacher", name, "teacher", config.models_of(own))
+            for own in config.worlds
+            for name in (own.teacher, *dict(own.label_teachers).values())
+        ),
         ("reference", config.student, "student", world),
         ("base", algorithm.base_model or config.student, "student", world),
     ]
@@ -288,12 +269,6 @@ def _scorer_models(config: RunConfig, algorithm: Algorithm, world: str) -> list[
         (", ".join(dict.fromkeys(roles)), name, shape_of(name, where, kind or "student"))
         for (name, kind, where), roles in held.items()
     ]
-
-
-def _teachers(config: RunConfig, world: str) -> list[tuple[str, str]]:
-    """Every teacher's name, and where it lies if it is a built-in one."""
-    places = [(own, f"{world}/{own.name}" if config.others else world) for own in config.worlds]
-    return [(name, where) for own, where in places for name in (own.teacher, *dict(own.label_teachers).values())]
 
 
 def peak(parts: Sequence[Part]) -> int:
@@ -360,10 +335,6 @@ def report(config: RunConfig, algorithm: Algorithm) -> str:
         for name, number in tokens(config, algorithm).items()
     ]
     return "\n".join(lines)
-
-
-def _key(env: str) -> str:
-    return env.rpartition("/")[2].partition("-")[0].lower()
 
 
 def _count(shape: Shape | None) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 
 from atod_envs.alfworld.beliefs import Beliefs, Task, class_of, number_of, understand
-from atod_envs.alfworld.generator.rooms import Dice
+from atod_envs.alfworld.generator.rooms import dice_of
 from atod_envs.alfworld.household import LOOK, PICK, PROCESSES, TWO, tables
 from atod_envs.experts import Move
 
@@ -66,7 +66,7 @@ class ALFWorldExpert:
         self._refused = set()
         self._whim = {}
         if self._seed is not None:
-            dice = Dice("expert", self._seed, self._episodes)
+            dice = dice_of("expert", self._seed, self._episodes)
             self._whim = {place: math.exp(2 * dice.roll() - 1) for place in self._beliefs.receptacles}
         self._episodes += 1
 

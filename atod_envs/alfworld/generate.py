@@ -22,7 +22,7 @@ from pathlib import Path
 from atod_envs.alfworld.engine.game import Game
 from atod_envs.alfworld.engine.session import GameSession
 from atod_envs.alfworld.generator.rendering import domain, game_data, grammar, trajectory_data
-from atod_envs.alfworld.generator.rooms import Dice, RoomLayout, make_layout
+from atod_envs.alfworld.generator.rooms import RoomLayout, dice_of, make_layout
 from atod_envs.alfworld.generator.scenes import Scene, choose_goal, make_scene, possible_goals
 from atod_envs.alfworld.household import SIZES, TASK_TYPES, Room
 from atod_envs.errors import DataError
@@ -69,7 +69,7 @@ def generate(split: str, index: int, *, seed: int, size: str = "real") -> Made:
     unseen = split == "valid_unseen"
     key = (seed, size, split, index)
     task_type = TASK_TYPES[index % len(TASK_TYPES)]
-    dice = Dice("generate", *key)
+    dice = dice_of("generate", *key)
     rooms = [number for number, room in enumerate(SIZES[size]) if task_type in room.task_types]
     layout = _layout(size, dice.pick(rooms), dice.below(_UNSEEN_SCENES if unseen else _SEEN_SCENES), unseen, seed)
     goal = choose_goal(possible_goals(layout, task_type), dice)

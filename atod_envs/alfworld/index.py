@@ -21,7 +21,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from atod_envs.alfworld.engine.game import TASK_TYPES, Game
-from atod_envs.caches import home_cache
+from atod_envs.caches import cache_folder
 from atod_envs.errors import DataError
 from atod_envs.files import read_object
 
@@ -95,10 +95,9 @@ def open_index(root: Path, split: str) -> tuple[Entry, ...]:
 
 
 def cache_file(root: Path, split: str) -> Path:
-    """Where the index of a split is kept: `$XDG_CACHE_HOME/atod/alfworld` (`~/.cache/atod/alfworld`)."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or home_cache())
+    """Where the index of a split is kept: the folder `alfworld` among the caches."""
     digest = blake2b(f"{root.resolve()}\0{split}".encode(), digest_size=8).hexdigest()
-    return base / "atod" / "alfworld" / f"index-{split}-{digest}.json"
+    return cache_folder() / "alfworld" / f"index-{split}-{digest}.json"
 
 
 def examine(root: Path, task_id: str, game: Stamp, trajectory: Stamp) -> Entry:

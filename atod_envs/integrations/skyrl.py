@@ -7,7 +7,7 @@ message. Any prompt style can be used that way (``as_conversation``); its messag
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import gymnasium as gym
 
@@ -185,24 +185,11 @@ def _trajectory_id(instance: str, repetition: int) -> Any:
     return TrajectoryID(instance, repetition)
 
 
-class TrajectoryName(tuple[str, int]):
+class TrajectoryName(NamedTuple):
     """Instance and repetition, with the attributes of SkyRL's ``TrajectoryID``."""
 
-    __slots__ = ()
-
-    def __new__(cls, instance_id: str, repetition_id: int) -> TrajectoryName:
-        """Make one."""
-        return super().__new__(cls, (instance_id, repetition_id))
-
-    @property
-    def instance_id(self) -> str:
-        """Which group."""
-        return self[0]
-
-    @property
-    def repetition_id(self) -> int:
-        """Which attempt in it."""
-        return self[1]
+    instance_id: str
+    repetition_id: int
 
     def to_string(self) -> str:
         """Both in one string."""

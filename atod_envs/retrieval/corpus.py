@@ -63,12 +63,6 @@ def contents_of(title: str, text: str) -> str:
     return f'"{title}"\n{text}'
 
 
-def title_and_text(contents: str) -> tuple[str, str]:
-    """Take the contents of a passage apart; the title comes without its quotes."""
-    title, _, text = contents.partition("\n")
-    return title.strip().strip('"'), text
-
-
 class Corpus:
     """The passages of one corpus by id, in memory or memory-mapped.
 

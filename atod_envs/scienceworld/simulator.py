@@ -24,7 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from atod_envs.caches import VARIABLE, home_cache
+from atod_envs.caches import cache_folder
 from atod_envs.errors import AtodError, DataError
 from atod_envs.files import package_path, read_json
 
@@ -317,8 +317,8 @@ class Episode:
 
 def gold_actions(task: str, variation: int, simplifications: str, limit: int) -> tuple[str, ...]:
     """The simulator's own solution of a task; from the cache, or worked out (some seconds) and put there."""
-    root = Path(os.environ.get(VARIABLE) or home_cache() / "atod")
-    kept = root / "scienceworld" / jar_version() / (simplifications or "none") / task / f"{variation}.json"
+    name = f"{jar_version()}/{simplifications or 'none'}/{task}/{variation}.json"
+    kept = cache_folder() / "scienceworld" / name
     with suppress(OSError, DataError):  # a file that holds anything else is worked out again
         known = read_json(kept)
         if isinstance(known, list) and known and all(isinstance(action, str) for action in known):

@@ -16,11 +16,12 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
+from atod_envs.dice import Dice
 from atod_envs.options import program
 from atod_envs.retrieval.corpus import contents_of
 from atod_envs.stopping import stoppable
 
-from .generate import Dice, Entity, Names, check_part, make_part, write_distractors, write_passage
+from .generate import Entity, Names, check_part, make_part, write_distractors, write_passage
 from .language import FORMS, KINDS, POINTS_TO, QuestionForm
 from .questions import Question
 

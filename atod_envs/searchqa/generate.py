@@ -6,14 +6,13 @@ part alone, so parts (train, dev, test) share no entity, and no answer can be kn
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Final
+
+from atod_envs.dice import Dice
 
 from .language import ALIAS_SENTENCE, FACTS, POINTS_TO, SENTENCES
-
-_T = TypeVar("_T")
 
 SIZES: Final[Mapping[str, int]] = {"region": 8, "city": 80, "person": 480, "work": 340, "school": 110, "event": 160}
 """Entities of each kind in a part of scale 1."""
@@ -75,29 +74,6 @@ class Entity:
     name: str
     alias: str = ""
     facts: dict[str, str] = field(default_factory=dict)
-
-
-class Dice:
-    """Seeded choices from `random.random` alone, whose sequence Python guarantees across versions."""
-
-    def __init__(self, seed: str) -> None:
-        self._random = random.Random(seed).random
-
-    def below(self, size: int) -> int:
-        """A number from 0 to `size` - 1."""
-        return int(self._random() * size)
-
-    def pick(self, items: Sequence[_T]) -> _T:
-        """One of the items."""
-        return items[self.below(len(items))]
-
-    def chance(self, share: float) -> bool:
-        """True in this share of the throws."""
-        return self._random() < share
-
-    def shuffled(self, items: Sequence[_T]) -> list[_T]:
-        """The items in another order."""
-        return [item for _, item in sorted(((self._random(), place), item) for place, item in enumerate(items))]
 
 
 class Names:

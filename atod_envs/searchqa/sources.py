@@ -16,7 +16,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from atod_envs.caches import VARIABLE, build_once, home_cache
+from atod_envs.caches import build_once, cache_folder
 from atod_envs.errors import DataError
 from atod_envs.files import file_stamp
 from atod_envs.retrieval.bm25 import BM25Index
@@ -128,11 +128,6 @@ def find_corpus(data: Path) -> Path:
                 return folder / f"{name}{suffix}"
     names = ", ".join(f"{name}.jsonl" for name in CORPUS_NAMES)
     raise DataError(f"{folder} holds no corpus; expected one of {names} (also .jsonl.gz, .parquet), or give corpus=")
-
-
-def cache_folder() -> Path:
-    """Where built indexes are kept: `$ATOD_CACHE`, else `~/.cache/atod`."""
-    return Path(os.environ.get(VARIABLE) or home_cache() / "atod")
 
 
 Stamp: TypeAlias = tuple[tuple[str, int, int, int, int], ...]

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
+from atod_envs.dice import Dice
 from atod_envs.stopping import stoppable
 from atod_envs.webshop.product_types import (
     MAKER_ENDS,
@@ -33,7 +33,6 @@ GENERATOR_VERSION = 1
 """Raised whenever the same specification would give other products."""
 MODEL_CODES_ABOVE = 20_000
 """Larger catalogues number their models, or titles would repeat."""
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,28 +69,6 @@ class Generated:
     reviews: dict[str, Any]
 
 
-class _Dice:
-    """Choices made from uniform numbers alone, whose sequence Python guarantees for every version."""
-
-    def __init__(self, seed: str) -> None:
-        self._rng = random.Random(seed)
-
-    def below(self, n: int) -> int:
-        return int(self._rng.random() * n)
-
-    def chance(self, share: float) -> bool:
-        return self._rng.random() < share
-
-    def pick(self, items: Sequence[_Item]) -> _Item:
-        return items[self.below(len(items))]
-
-    def some(self, items: Sequence[_Item], n: int) -> list[_Item]:
-        """``n`` different items, in the order of ``items``."""
-        places = list(range(len(items)))
-        chosen = [places.pop(self.below(len(places))) for _ in range(min(n, len(items)))]
-        return [items[place] for place in sorted(chosen)]
-
-
 def generate(spec: CatalogueSpec) -> Iterator[Generated]:
     """The products of a catalogue, in order."""
     for number in range(spec.products):
@@ -99,7 +76,7 @@ def generate(spec: CatalogueSpec) -> Iterator[Generated]:
 
 
 def _generate_product(spec: CatalogueSpec, number: int) -> Generated:
-    dice = _Dice(f"atod/webshop/{spec.seed}/{number}")
+    dice = Dice(f"atod/webshop/{spec.seed}/{number}")
     product_types = read_product_types()
     product_type = product_types[(number + spec.seed) % len(product_types)]
     asin = _asin(spec, number)
@@ -157,7 +134,7 @@ def _asin(spec: CatalogueSpec, number: int) -> str:
     return f"B{(number * 7_368_787 + 4391 * (spec.seed + 1)) % 10**width:0{width}d}"
 
 
-def _price(dice: _Dice, product_type: ProductType) -> str | None:
+def _price(dice: Dice, product_type: ProductType) -> str | None:
     low = product_type.low + (product_type.high - product_type.low) * dice.below(1000) / 1000
     kind = dice.below(20)
     if kind == 0 and product_type.high > 100:
@@ -173,7 +150,7 @@ def _instruction(product_type: ProductType, plain: list[str], having: list[str],
 
 
 def _human(
-    dice: _Dice,
+    dice: Dice,
     asin: str,
     product_type: ProductType,
     plain: list[str],
@@ -202,7 +179,7 @@ def _human(
     }
 
 
-def _reviews(dice: _Dice, asin: str, product_type: ProductType, options: dict[str, list[str]]) -> dict[str, Any]:
+def _reviews(dice: Dice, asin: str, product_type: ProductType, options: dict[str, list[str]]) -> dict[str, Any]:
     reviews, stars = [], []
     value = next((values[0] for values in options.values()), "new")
     for _ in range(dice.below(4)):

@@ -14,7 +14,7 @@ from functools import cache
 from types import MappingProxyType
 
 from atod_envs.alfworld.generator.rendering import game_data, trajectory_data
-from atod_envs.alfworld.generator.rooms import Dice, RoomLayout, make_layout
+from atod_envs.alfworld.generator.rooms import RoomLayout, dice_of, make_layout
 from atod_envs.alfworld.generator.scenes import Scene, SceneGoal, choose_goal, make_scene, possible_goals
 from atod_envs.alfworld.household import FLAT, TASK_TYPES
 from atod_envs.errors import UnknownName
@@ -52,11 +52,11 @@ def game(task_id: str) -> dict[str, object]:
         UnknownName: no built-in task has this id.
     """
     made = scene(task_id)
-    data = game_data(made, Dice(_KEY, "sentence", task_id))
+    data = game_data(made, dice_of(_KEY, "sentence", task_id))
     trial = task_id.rpartition("/")[2]
     plan = data["walkthrough"]
     assert isinstance(plan, list)
-    return {**data, "traj_data": trajectory_data(made, trial, plan, Dice(_KEY, "annotations", task_id))}
+    return {**data, "traj_data": trajectory_data(made, trial, plan, dice_of(_KEY, "annotations", task_id))}
 
 
 def scene(task_id: str) -> Scene:
@@ -108,7 +108,7 @@ def _flat(split: str, index: int) -> int:
 
 def _goal(split: str, index: int) -> SceneGoal:
     goals = _goals(split == "valid_unseen", _flat(split, index), TASK_TYPES[index % len(TASK_TYPES)])
-    return choose_goal(goals, Dice(_KEY, "goal", split, index))
+    return choose_goal(goals, dice_of(_KEY, "goal", split, index))
 
 
 def _task_id(split: str, index: int) -> str:

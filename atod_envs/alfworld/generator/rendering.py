@@ -11,10 +11,10 @@ from functools import cache
 from importlib import resources
 
 from atod_envs.alfworld.generator import sentences
-from atod_envs.alfworld.generator.rooms import Dice
 from atod_envs.alfworld.generator.scenes import Scene, SceneGoal, display_names
 from atod_envs.alfworld.household import ABLE, LAMPS, LOOK, OPENABLE, PROCESSES, TWO, spoken, tables, takes
 from atod_envs.alfworld.planner.shortest_plan import Situation, shortest_plan
+from atod_envs.dice import Dice
 
 GOAL_SLOT = "UNKNOWN GOAL"
 """Where a grammar file takes the task sentence."""

@@ -1,22 +1,19 @@
-"""Dice and room layouts: which receptacles a scene has, how they are called, and where they stand.
+"""Room layouts: which receptacles a scene has, how they are called, and where they stand.
 
-The invariant: a layout is a pure function of its key, on every machine and Python version (dice are seeded by BLAKE2
-and use nothing but ``Random.random``), and every set of receptacles belongs to one side, seen or unseen, by its own
-digest: no unseen scene can ever have the receptacles of a seen one, whatever the seeds.
+The invariant: a layout is a pure function of its key, on every machine and Python version (dice are seeded by BLAKE2),
+and every set of receptacles belongs to one side, seen or unseen, by its own digest: no unseen scene can ever have the
+receptacles of a seen one, whatever the seeds.
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from atod_envs.alfworld.household import LAMP, LOOK, SHARING, Room, tables
-
-T = TypeVar("T")
+from atod_envs.dice import Dice
 
 UNSEEN_SHARE = 3
 """One receptacle set in this many belongs to the unseen side."""
@@ -28,36 +25,9 @@ def digest(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "big")
 
 
-class Dice:
-    """Random choices from a key; only ``Random.random`` is used, whose sequence Python guarantees."""
-
-    def __init__(self, *key: object) -> None:
-        self.roll = random.Random(digest(*key)).random
-
-    def below(self, bound: int) -> int:
-        """An integer in [0, bound)."""
-        return int(self.roll() * bound)
-
-    def between(self, fewest: int, most: int) -> int:
-        """An integer in [fewest, most]."""
-        return fewest + self.below(most - fewest + 1)
-
-    def pick(self, options: Sequence[T]) -> T:
-        """One of the options."""
-        return options[self.below(len(options))]
-
-    def weighted(self, options: Sequence[T], weights: Sequence[float]) -> T:
-        """One of the options, with probabilities in proportion to the weights."""
-        left = self.roll() * sum(weights)
-        for option, weight in zip(options, weights, strict=True):
-            left -= weight
-            if left < 0:
-                return option
-        return options[-1]
-
-    def shuffled(self, items: Iterable[T]) -> list[T]:
-        """The items in random order."""
-        return [item for _, item in sorted(((self.roll(), item) for item in items), key=lambda pair: pair[0])]
+def dice_of(*key: object) -> Dice:
+    """Random choices that follow from a key."""
+    return Dice(digest(*key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +96,7 @@ def make_layout(room: Room, scene: int, *, unseen: bool, key: object) -> RoomLay
     """
     attempt = 0
     while True:
-        dice = Dice("layout", key, scene, unseen, attempt)
+        dice = dice_of("layout", key, scene, unseen, attempt)
         kinds = draw_kinds(room, dice)
         if is_unseen(signature(kinds)) == unseen:
             return _arranged(room, scene, kinds, dice)

@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from atod_envs.alfworld.generator.rooms import Dice, RoomLayout, digest, identifier
+from atod_envs.alfworld.generator.rooms import RoomLayout, dice_of, digest, identifier
 from atod_envs.alfworld.household import ABLE, LAMP, LOOK, PROCESSES, TWO, Room, tables, takes
+from atod_envs.dice import Dice
 
 INSTANCE_SIDES = 4
 """One world in this many is kept for ``valid_seen``; the others are for ``train``."""
@@ -166,7 +167,7 @@ def make_scene(layout: RoomLayout, goal: SceneGoal, *, held_out: bool | None, ke
     """
     attempt = 0
     while True:
-        world = furnish(layout, goal, Dice("world", key, attempt))
+        world = furnish(layout, goal, dice_of("world", key, attempt))
         if held_out is None or world.held_out == held_out:
             return world
         attempt += 1

@@ -6,9 +6,9 @@ published ones, because agents are trained on their exact words.
 
 from __future__ import annotations
 
-from atod_envs.alfworld.generator.rooms import Dice
 from atod_envs.alfworld.generator.scenes import SceneGoal
 from atod_envs.alfworld.household import CLEAN, COOL, HEAT, LOOK, PICK, TWO, spoken
+from atod_envs.dice import Dice
 
 TEMPLATES: dict[str, tuple[str, str]] = {
     PICK: ("put a {thing} in {receptacle}", "put some {thing} on {receptacle}"),

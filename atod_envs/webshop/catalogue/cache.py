@@ -11,20 +11,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from atod_envs.caches import VARIABLE, build_once, home_cache
+from atod_envs.caches import build_once, cache_folder
 from atod_envs.files import file_stamp
 from atod_envs.webshop.catalogue.build import build_store
 from atod_envs.webshop.catalogue.files import DATA_VARIABLE, CatalogueFiles, find_files
 from atod_envs.webshop.catalogue.store import STORE_VERSION, Store, digest
 from atod_envs.webshop.generate import BUILT_IN, write_catalogue
-
-
-def cache_folder() -> Path:
-    """``$ATOD_CACHE``, else ``$XDG_CACHE_HOME/atod``, else ``~/.cache/atod``."""
-    if os.environ.get(VARIABLE):
-        return Path(os.environ[VARIABLE]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else home_cache()) / "atod"
 
 
 def open_store(data: str | os.PathLike[str] | None = None) -> Store:

@@ -11,7 +11,7 @@ import pytest
 
 from atod_envs.errors import DataError, UnknownName
 from atod_envs.retrieval.build import build_index, main, open_index, take_part
-from atod_envs.retrieval.corpus import Corpus, contents_of, read_passages, title_and_text
+from atod_envs.retrieval.corpus import Corpus, read_passages
 from atod_envs.retrieval.dense import DenseIndex, EncoderSettings, TransformersEncoder, settings_for
 from atod_envs.retrieval.hybrid import HybridRetriever, fuse
 from atod_envs.retrieval.progress import progress
@@ -69,11 +69,6 @@ def test_broken_corpora_are_named(tmp_path, line, message):
         list(read_passages(tmp_path / "c.jsonl"))
     with pytest.raises(DataError, match="does not exist"):
         list(read_passages(tmp_path / "d.jsonl"))
-
-
-def test_titles():
-    assert title_and_text(contents_of('Say "hi"', "a\nb")) == ('Say "hi', "a\nb")
-    assert title_and_text("no line break") == ("no line break", "")
 
 
 def test_a_corpus_returns_what_was_put_in(tmp_path):
