@@ -5,8 +5,6 @@ import contextlib
 import json
 import os
 import socket
-import struct
-import threading
 import time
 from types import SimpleNamespace
 
@@ -18,13 +16,11 @@ pytest.importorskip("torch", reason="PyTorch is not installed (extra 'train')")
 from servers import TOY_OFFERS
 from starlette.responses import Response
 from starlette.routing import Route
-from wire import any_server, get, head_of, post, read, send, serving
+from wire import any_server, connected, eventually, get, head_of, post, read, send, serving
 
 from atod_envs.http.guard import Access, HttpLimits, make_app
 from atod_envs.http.server import HttpServer, server_of
-from atod_envs.retrieval.batching import Batcher
-from atod_envs.retrieval.protocol import Passage
-from atod_envs.serve.app import CALLS_UNDER_WAY, make_server
+from atod_envs.serve.app import make_server
 from atod_envs.serve.sessions import Limits, Sessions
 from atod_envs.webshop.serve import ShopServer
 
@@ -48,22 +44,6 @@ def plain(answer=b"ok", **limits):
     limits = HttpLimits(**limits)
     app = make_app([Route("/", endpoint, methods=["GET", "POST"])], lambda s, m: Response(m, s), limits, Access())
     return HttpServer(server_of(app, limits), "127.0.0.1", 0)
-
-
-def connected(port, receive=1 << 20):
-    """A connection that takes so many bytes before it is read."""
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
-    connection.settimeout(60)
-    connection.connect(("127.0.0.1", port))
-    return connection
-
-
-def eventually(condition, what):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 # ---- requests of every shape ----
@@ -255,96 +235,6 @@ def test_pipelined_requests_that_nobody_reads_hold_up_nobody():
             assert post(port, "/start", b"task=")[0] == 303
 
 
-# ---- WebSockets ----
-
-
-def open_websocket(port, receive=1 << 20):
-    connection = connected(port, receive)
-    connection.sendall(
-        b"GET /v1/ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    )
-    head = b""
-    while not head.endswith(b"\r\n\r\n"):
-        head += connection.recv(1)
-    assert head.startswith(b"HTTP/1.1 101")
-    return connection
-
-
-def frame(opcode, data):
-    """A client's frame, masked with zeros."""
-    assert len(data) < 126
-    return struct.pack("!BB", 0x80 | opcode, 0x80 | len(data)) + bytes(4) + data
-
-
-class Counting(Sessions):
-    """Answers every call with 100 KB."""
-
-    calls = 0
-
-    async def call(self, name, request):
-        self.calls += 1
-        return {"text": "x" * 100_000}
-
-
-def test_a_websocket_that_reads_nothing_is_not_read_from():
-    sessions = Counting(list(TOY_OFFERS))
-    with serving(HttpServer(make_server(sessions), "127.0.0.1", 0)) as port:
-        connection = open_websocket(port, receive=1 << 16)
-        asked = 1000
-        threading.Thread(
-            target=connection.sendall, args=(frame(1, b'{"id": 1, "call": "about"}') * asked,), daemon=True
-        ).start()
-        before = -1
-        while sessions.calls != before:
-            before = sessions.calls
-            time.sleep(1.5)
-        # What is under way, and what fits between the two sockets.
-        assert CALLS_UNDER_WAY <= sessions.calls < CALLS_UNDER_WAY + 200
-        size = 0
-        while sessions.calls < asked or size < asked * 100_000:
-            size += len(connection.recv(1 << 20))
-        assert sessions.calls == asked
-        connection.close()
-
-
-def test_a_message_in_thousands_of_pieces_is_given_up():
-    """Empty ones add nothing to its length, and would be kept for ever."""
-    with serving(HttpServer(make_server(Sessions(list(TOY_OFFERS))), "127.0.0.1", 0)) as port:
-        connection = open_websocket(port)
-        call = b'{"id": 1, "call": "about"}'
-        more = [bytes([0, 0x80]) + bytes(4)] * 900 + [frame(0, b"")]
-        connection.sendall(bytes([1, 0x80 | len(call)]) + bytes(4) + call + b"".join(more))
-        answer = connection.recv(1 << 16)
-        assert answer[:1] == b"\x81" and b'"id"' in answer
-        with contextlib.suppress(ConnectionError):
-            connection.sendall(bytes([1, 0x80]) + bytes(4) + more[0] * 20_000)
-            answer = connection.recv(1 << 16)
-            assert answer == b"", "it is still open"
-        connection.close()
-        assert post(port, "/v1/about", b"{}")[0] == 200
-
-
-def test_pings_that_nobody_hears_pile_up_nowhere():
-    server = make_server(Sessions(list(TOY_OFFERS)))
-    with serving(HttpServer(server, "127.0.0.1", 0)) as port:
-        connection = open_websocket(port, receive=1 << 14)
-        for _ in range(100):
-            connection.sendall(frame(9, b"x" * 125) * 1000)
-        (served,) = server.server_state.connections
-        eventually(lambda: served.transport.get_write_buffer_size() > 0, "the pongs fit between the sockets")
-        assert served.transport.get_write_buffer_size() < 1 << 20
-        connection.close()
-
-
-def test_an_idle_websocket_is_closed():
-    sessions = Sessions(list(TOY_OFFERS), Limits(idle_seconds=0.3))
-    with serving(HttpServer(make_server(sessions), "127.0.0.1", 0)) as port:
-        connection = open_websocket(port)
-        assert connection.recv(100)[:4] == b"\x88\x13" + struct.pack("!H", 1001)
-        connection.close()
-
-
 # ---- the search's queue ----
 
 
@@ -356,28 +246,6 @@ def test_a_request_has_a_limit_on_queries(ports):
     assert status == 413 and "passages" in json.loads(answer)["detail"]
     status, answer = post(ports["search"], "/retrieve", json.dumps({"queries": [str(n) for n in range(8192)]}).encode())
     assert status == 200 and len(json.loads(answer)["result"]) == 8192
-
-
-def test_a_caller_with_one_query_does_not_wait_for_one_with_thousands():
-    gate, batches = threading.Event(), []
-
-    def answer(queries, k):
-        gate.wait(120)
-        batches.append(queries)
-        return [[Passage(query, query, 1.0)] for query in queries]
-
-    batcher = Batcher(answer, workers=1, batch_size=64)
-    many = batcher.submit([f"many {n}" for n in range(4000)], 3)
-    eventually(lambda: batcher.waiting < 4000, "no worker has begun")
-    few = [batcher.submit([f"few {n}"], 3) for n in range(3)]
-    other = batcher.submit(["other depth"], 1)
-    gate.set()
-    assert [call.result(60)[0][0].docid for call in few] == ["few 0", "few 1", "few 2"]
-    assert other.result(60)[0][0].docid == "other depth"
-    assert [row[0].docid for row in many.result(60)] == [f"many {n}" for n in range(4000)]
-    late = next(number for number, queries in enumerate(batches) if "few 2" in queries)
-    assert late <= 2 and batches.index(["other depth"]) <= 4 and len(batches) > 60
-    batcher.close()
 
 
 # ---- the end ----

@@ -5,6 +5,7 @@ import http.client
 import json
 import socket
 import threading
+import time
 from types import SimpleNamespace
 
 from servers import TOY_OFFERS, running
@@ -161,3 +162,20 @@ def post_call(url, call, body, **headers):
     text = response.read()
     connection.close()
     return response.status, json.loads(text) if text.startswith(b"{") else text
+
+
+def connected(port, receive=1 << 20):
+    """A connection that takes so many bytes before it is read."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+    connection.settimeout(60)
+    connection.connect(("127.0.0.1", port))
+    return connection
+
+
+def eventually(condition, what):
+    """Wait until something holds; ``what`` says what is wrong where it never does."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)

@@ -249,48 +249,6 @@ def test_an_answer_that_drips_is_given_up():
         assert time.monotonic() - started < 60
 
 
-def test_waiting_queries_travel_together_and_equal_ones_once():
-    asked, gate = [], threading.Event()
-
-    def answer(queries, k):
-        asked.append((queries, k))
-        gate.wait(200)
-        return [[Passage(query, query, float(k))] for query in queries]
-
-    batcher = Batcher(answer, workers=1, batch_size=4)
-    with ThreadPoolExecutor(12) as pool:
-        first = pool.submit(batcher.retrieve, ["first"], 1)
-        while not asked:
-            time.sleep(0.001)
-        jobs = [pool.submit(batcher.retrieve, [query, "same"], 1) for query in "abcdef"]
-        other = pool.submit(batcher.retrieve, ["a"], 2)
-        while batcher.waiting < 13:
-            time.sleep(0.001)
-        gate.set()
-        assert first.result()[0][0].docid == "first"
-        assert [[row[0].docid for row in job.result()] for job in jobs] == [[query, "same"] for query in "abcdef"]
-        assert other.result() == [[Passage("a", "a", 2.0)]]
-    batcher.close()
-    batches = [queries for queries, k in asked if k == 1][1:]
-    assert sum(map(len, batches)) == 7 and all(len(batch) <= 4 for batch in batches)
-    assert sorted(query for batch in batches for query in batch) == ["a", "b", "c", "d", "e", "f", "same"]
-
-
-def test_an_error_reaches_every_caller_of_its_batch_and_no_other():
-    def answer(queries, k):
-        if k == 2:
-            raise RetrievalError("down")
-        return [[] for _ in queries]
-
-    batcher = Batcher(answer, workers=2, batch_size=8)
-    with pytest.raises(RetrievalError, match="down"):
-        batcher.retrieve(["a", "b"], 2)
-    assert batcher.retrieve(["a"], 1) == [[]]
-    batcher.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        batcher.retrieve(["a"], 1)
-
-
 def test_a_slow_search_does_not_hold_up_other_episodes():
     """Episodes in threads over one client: those with quick queries finish while a slow one waits."""
     release = threading.Event()
