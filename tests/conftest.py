@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # What a user has set for work of their own is not the tests': data folders, servers, a cluster, a launcher's ranks, a
 # terminal.
 for name in (
-    "ALFWORLD_DATA", "WEBSHOP_DATA", "SEARCHQA_DATA", "TEXTCRAFT_DATA", "ATOD_TOKEN", "OPENAI_API_KEY", "OPENAI_BASE_URL", "RAY_ADDRESS",
+    "ALFWORLD_DATA", "WEBSHOP_DATA", "SEARCHQA_DATA", "TEXTCRAFT_DATA", "ATOD_CACHE", "ATOD_TOKEN", "OPENAI_API_KEY", "OPENAI_BASE_URL", "RAY_ADDRESS",
     "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
     "FORCE_COLOR", "COLUMNS", "LINES",
 ):  # fmt: skip
