@@ -145,12 +145,18 @@ def model_digest(name: str, world: str = "", role: str = "student") -> str | Non
         role: for ``"builtin"``.
 
     Returns:
-        Sixteen hexadecimal digits; None for what is no file here, such as a model of a hub.
+        Sixteen hexadecimal digits; None for what is no file here, such as a model behind a server. Of a hub's model it
+        is what the hub's cache holds, so ask after it was loaded.
     """
     packed = None if "://" in name else gguf_file(name)
     folder = REFERENCE / world / role if name == "builtin" else Path(name).expanduser()
     whole = hashlib.blake2b(digest_size=8)
-    files = {packed} if packed else {file for kind in _READ for file in folder.glob(kind) if file.is_file()}
+    kinds: tuple[str, ...] = _READ
+    if not packed and not folder.is_dir() and "://" not in name:
+        folder = _snapshot(name) or folder
+        if any(folder.glob("*.safetensors")):  # another program may have fetched the same weights in the older form
+            kinds = tuple(kind for kind in _READ if not kind.endswith(".bin"))
+    files = {packed} if packed else {file for kind in kinds for file in folder.glob(kind) if file.is_file()}
     for file in sorted(files):
         whole.update(file.name.encode())
         with open(file, "rb") as content:
@@ -159,6 +165,17 @@ def model_digest(name: str, world: str = "", role: str = "student") -> str | Non
         with contextlib.suppress(OSError):  # loading says what is wrong with it
             whole.update((model_digest(_adapted(str(folder))[0]) or "").encode())
     return whole.hexdigest() if files else None
+
+
+def _snapshot(name: str) -> Path | None:
+    """The folder of a hub's model in the hub's cache, as loading finds it; no hub is asked."""
+    from transformers.utils import cached_file
+
+    for file in ("config.json", "adapter_config.json"):
+        with contextlib.suppress(OSError, ValueError):
+            if found := cached_file(name, file, local_files_only=True):
+                return Path(found).parent
+    return None
 
 
 def _kind(source: str, options: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from atod_algos.evaluate import Evaluation
 from atod_algos.evaluate.journal import EpisodeJournal
 from atod_algos.evaluate.paired_command import show_comparison
-from atod_algos.evaluate.settings import EvaluateConfig, Panel, Sampling, episodes_path, sampling_of, settings_of
+from atod_algos.evaluate.settings import (
+    EvaluateConfig,
+    Panel,
+    Sampling,
+    agent_digest,
+    episodes_path,
+    sampling_of,
+    settings_of,
+)
 from atod_algos.evaluate.worker import EvaluationWorker
 from atod_algos.guard import guarded, parse
 from atod_algos.training.console import result_table
@@ -70,37 +79,33 @@ def run(config: EvaluateConfig, *, show: bool = True) -> dict[str, Any]:
     sampling = sampling_of(config)
     settings, panels = settings_of(config, sampling)
     out = _folder(config)
-    with held(out, "--out"):
-        _open(out, settings)
-        return _played(config, sampling, panels, out, show)
+    with held(out, "--out"), closing(EvaluationWorker(config, sampling, panels[0].env_key)) as worker:
+        _open(out, settings | {"model": agent_digest(config.agent, panels[0].env_key)})
+        return _played(config, sampling, panels, worker, out, show)
 
 
 def _played(
-    config: EvaluateConfig, sampling: Sampling, panels: Sequence[Panel], out: Path, show: bool
+    config: EvaluateConfig, sampling: Sampling, panels: Sequence[Panel], worker: EvaluationWorker, out: Path, show: bool
 ) -> dict[str, Any]:
     """Play what is not stored yet, store it, and show the table."""
     rows: dict[str, Any] = {}
-    worker = EvaluationWorker(config, sampling, panels[0].env_key)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    try:
-        with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
-            for panel in panels:
-                seeds: dict[int, Evaluation] = {}
-                for seed in config.seeds:
-                    done = bar.add_task(f"{panel.name}, seed {seed}", total=len(panel.tasks))
-                    path = episodes_path(out, panel.name, seed)
-                    if not path.exists():
-                        played = worker.play(panel, seed, _journal(path), _counter(bar, done))
-                        part = path.with_name(path.name + ".part.gz")
-                        write_jsonl(part, played)
-                        part.replace(path)
-                        EpisodeJournal(_journal(path)).drop()
-                    seeds[seed] = Evaluation(tuple(read_jsonl(path)))
-                    bar.update(done, completed=len(panel.tasks))
-                whole = Evaluation(tuple(t for part in seeds.values() for t in part.trajectories))
-                rows[panel.name] = whole.summary() | {"by_seed": {str(s): e.success for s, e in seeds.items()}}
-    finally:
-        worker.close()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
+        for panel in panels:
+            seeds: dict[int, Evaluation] = {}
+            for seed in config.seeds:
+                done = bar.add_task(f"{panel.name}, seed {seed}", total=len(panel.tasks))
+                path = episodes_path(out, panel.name, seed)
+                if not path.exists():
+                    played = worker.play(panel, seed, _journal(path), _counter(bar, done))
+                    part = path.with_name(path.name + ".part.gz")
+                    write_jsonl(part, played)
+                    part.replace(path)
+                    EpisodeJournal(_journal(path)).drop()
+                seeds[seed] = Evaluation(tuple(read_jsonl(path)))
+                bar.update(done, completed=len(panel.tasks))
+            whole = Evaluation(tuple(t for part in seeds.values() for t in part.trajectories))
+            rows[panel.name] = whole.summary() | {"by_seed": {str(s): e.success for s, e in seeds.items()}}
     result = {"panels": rows} | ({"usage": worker.usage} if worker.usage else {})
     replace_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     title = f"{config.agent} on {config.env}, seeds {', '.join(map(str, config.seeds))}; " + ", ".join(
@@ -123,7 +128,8 @@ def _open(out: Path, settings: Mapping[str, Any]) -> None:
         (out / "episodes").mkdir(parents=True, exist_ok=True)
         if path.exists():
             known = read_settings(out)
-            known.setdefault("model", settings["model"])  # earlier versions looked at the weights alone
+            if known.get("model") is None:  # earlier versions looked at the weights alone, or at no model of a hub
+                known["model"] = settings["model"]
             changed = next((name for name in settings if known.get(name) != settings[name]), None)
             if changed:
                 raise AtodError(

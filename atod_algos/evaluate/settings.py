@@ -196,7 +196,7 @@ def make_env(config: EvaluateConfig, sampling: Sampling, split: str) -> gym.Env[
 
 
 def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, Any], list[Panel]]:
-    """Everything that defines the numbers, JSON-compatible, and the panels."""
+    """What defines the numbers, JSON-compatible, and the panels; :func:`agent_digest` is left for later."""
 
     def text_env(split: str) -> TextEnv:
         return cast("TextEnv", make_env(config, sampling, split).unwrapped)
@@ -208,7 +208,6 @@ def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, A
         "option": list(sampling.option),
         "agent": config.agent,
         "weights": weights_digest(config.agent),
-        "model": _model_digest(config.agent, panels[0].env_key),
         "api_extra": config.api_extra,
         "sampling": {
             name: value
@@ -223,7 +222,8 @@ def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, A
     return settings, panels
 
 
-def _model_digest(agent: str, world: str) -> str | None:
+def agent_digest(agent: str, world: str) -> str | None:
+    """Digest of all that decides what a model says, once it was loaded; None for other agents."""
     kind, _, role = agent.partition(":")
     if agent in ("random", "expert") or kind == "api":
         return None

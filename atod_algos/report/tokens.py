@@ -58,6 +58,7 @@ class Scorer:
     teacher: str | None = None
     compute: bool = True
     _loaded: Any = field(default=None, repr=False)
+    _digests: dict[str, str | None] = field(default_factory=dict, repr=False)
 
     def scores(self, kind: str, step: int, episodes: list[Trajectory]) -> dict[tuple[int, int], TurnScores]:
         """Scores of a step's turns, by (place of the episode in the file, turn)."""
@@ -94,18 +95,35 @@ class Scorer:
         name = self.teacher or self.run.teacher
         if name is None:
             return None
-        if stored is None or stored["teacher"] != [name]:
+        if stored is None or not self._made_by(name, stored["teacher"]):
             if not self.compute or not any(turn.response_ids for e in episodes for turn in e.turns):
                 return None
             model = self.load(name)
             if model is None:
                 return None
-            stored = {"teacher": [name], **self._compute(model, kind, episodes)}
+            stored = {"teacher": [name, self._digest(name)], **self._compute(model, kind, episodes)}
             path.parent.mkdir(exist_ok=True)
             part = path.with_name(path.name + ".part")
             part.write_bytes(gzip.compress(json.dumps(stored).encode(), 3, mtime=0))
             part.replace(path)
         return dict(zip(_places(stored), stored["token_teacher"], strict=True))
+
+    def _made_by(self, name: str, teacher: list[str | None]) -> bool:
+        """Whether stored scores are those of the model that lies under a name now, or of one whose files are gone."""
+        return teacher[:1] == [name] and (self._digest(name) is None or teacher == [name, self._digest(name)])
+
+    def _digest(self, name: str) -> str | None:
+        if name not in self._digests:
+            try:
+                from agents.models import model_digest
+            except ImportError:  # a page can be made where no model can be loaded
+                return None
+            self._digests[name] = model_digest(name, self._world, "teacher")
+        return self._digests[name]
+
+    @property
+    def _world(self) -> str:
+        return getattr(environment_class(self.run.env), "env_key", "")
 
     def _compute(self, model: Any, kind: str, episodes: list[Trajectory]) -> dict[str, list[Any]]:
         from atod_algos.batch import make_batch
@@ -129,9 +147,8 @@ class Scorer:
         if self._loaded is None:
             from agents.models import load_model
 
-            world = getattr(environment_class(self.run.env), "env_key", "")
             try:
-                self._loaded = load_model(name, "teacher", world=world)
+                self._loaded = load_model(name, "teacher", world=self._world)
             except AtodError as error:
                 log.warning("no token scores: %s", error)
                 self._loaded = False

@@ -215,7 +215,7 @@ def require_same_models(path: Path, extra: Mapping[str, Any], digests: Mapping[s
     """
     known = extra.get("models", {})
     for name, digest in digests.items():
-        if known.get(name, digest) != digest:
+        if known.get(name) not in (None, digest):  # earlier versions looked at no model of a hub, or at none
             raise AtodError(
                 f"{path} was trained with another model {name}: its files have changed since; give the old ones back, or start another "
                 "run with --run"

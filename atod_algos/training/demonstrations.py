@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from atod_algos.turn_plans import EpisodeSpec, Role, TurnActor
 from atod_envs.errors import AtodError
 from atod_envs.styles import History, PromptStyle, phrase_response, read_response
 from atod_envs.text_env import TextEnv
-from atod_envs.trajectory import StopReason, Trajectory, Turn, read_jsonl
+from atod_envs.trajectory import StopReason, Trajectory, Turn, read_jsonl, to_record
 
 log = logging.getLogger(__name__)
 
@@ -245,6 +247,14 @@ def _read(path: Path) -> Iterable[Trajectory]:
 
         return read_parquet(path)
     return read_jsonl(path)
+
+
+def episodes_digest(trajectories: Iterable[Trajectory]) -> str:
+    """Digest of episodes, in their order: equal digests, equal demonstrations."""
+    whole = hashlib.blake2b(digest_size=8)
+    for trajectory in trajectories:
+        whole.update(json.dumps(to_record(trajectory)).encode() + b"\n")
+    return whole.hexdigest()
 
 
 def tokenized(

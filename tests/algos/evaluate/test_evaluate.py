@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import gymnasium as gym
 import pytest
 from episodes import outcome
+from hubcache import commit
 from toy import ToyEnv
 from toyworld import TOY
 
@@ -121,6 +122,22 @@ def test_a_signal_is_one_line_and_what_had_ended_is_kept(number, tmp_path, monke
     assert len(played) == 8, "nothing was played twice"
     results = [(tmp_path / name / "result.json").read_text() for name in ("whole", "parts")]
     assert results[0] == results[1]
+
+
+def test_a_hub_model_that_was_replaced_under_its_name_is_refused(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    asked = EvaluateConfig(
+        env=TOY, agent="someone/model", panels=("valid/2",), out=tmp_path / "e", device="cpu", max_response=4
+    )
+    with pytest.raises(AtodError, match="'someone/model' could not be loaded"):
+        run(asked, show=False)
+    commit(tmp_path / "hub", "someone/model", models["student"])
+    first = run(asked, show=False)
+    assert run(asked, show=False) == first
+    commit(tmp_path / "hub", "someone/model", models["teacher"])
+    with pytest.raises(AtodError, match="holds an evaluation with model="):
+        run(asked, show=False)
 
 
 def test_a_folder_has_one_process(tmp_path):

@@ -12,6 +12,7 @@ import time
 import types
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +94,28 @@ def test_scores_are_kept(folders, monkeypatch):
     d, h = (np.full(len(x), 0.5) if np.ptp(x) < 1e-8 else (x - x.min()) / np.ptp(x) for x in (d, h))
     weights = 1 - (1 - d) * (1 - h)
     assert [t.w for t in one] == pytest.approx(weights)
+
+
+def test_scores_of_a_teacher_that_was_replaced_are_made_again(folders, tmp_path):
+    run = read_run(shutil.copytree(folders / "atod", tmp_path / "run"))
+    teacher = shutil.copytree(run.settings["train"]["teacher"], tmp_path / "teacher")
+    episodes = run.episodes("valid", 4)
+
+    def scores(compute=True):
+        found = Scorer(run, str(teacher), compute=compute).scores("valid", 4, episodes)
+        return [found[0, k].teacher for k in range(len(episodes[0].turns))]
+
+    first = scores()
+    assert scores(compute=False) == first
+    weights = (teacher / "model.safetensors").read_bytes()
+    student = Path(run.settings["train"]["student"])
+    (teacher / "model.safetensors").write_bytes((student / "model.safetensors").read_bytes())
+    assert scores(compute=False) == [None] * len(first)
+    assert scores() != first
+    (teacher / "model.safetensors").write_bytes(weights)
+    assert scores() == first
+    shutil.rmtree(teacher)
+    assert scores() == first, "what was scored is shown where the teacher is gone"
 
 
 def test_a_run_without_a_teacher_shows_what_the_student_thought(folders):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import gymnasium as gym
@@ -103,6 +104,23 @@ def test_a_signal_is_one_line_and_the_same_command_goes_on(student, tmp_path, nu
     assert stop.value.code == 128 + number and f"kept in {tmp_path / 'parts'}" in said and "finished rounds 1" in said
     parts = sft(student, tmp_path / "parts", *options)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_other_weights_or_episodes_than_before_are_refused(student, evaluation, tmp_path, capsys):
+    model = shutil.copytree(student, tmp_path / "model")
+    source = shutil.copytree(evaluation / "expert", tmp_path / "episodes")
+    options = ("--rounds", "2", "--episodes", "2", "--source", str(source), "--stop", "1")
+    sft(model, tmp_path / "o", *options)
+    sft(model, tmp_path / "o", *options)
+    (file,) = (source / "episodes").iterdir()
+    whole = file.read_bytes()
+    write_jsonl(file, list(read_jsonl(file))[1:])
+    for wanted in ("on other episodes than --source", "with another model"):
+        with pytest.raises(SystemExit):
+            sft(model, tmp_path / "o", *options)
+        assert wanted in capsys.readouterr().err
+        file.write_bytes(whole)
+        (model / "generation_config.json").write_text('{"eos_token_id": 1}')
 
 
 def test_another_setting_is_refused(student, tmp_path, capsys):

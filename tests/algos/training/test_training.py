@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from hubcache import commit
 from paths import SUPPORT
 from safetensors.torch import load_file
 from toy import WORDS
@@ -136,6 +137,25 @@ def test_other_models_than_the_run_was_trained_with_are_refused(options, models,
     assert whole["models"].keys() == {str(teacher), str(models["student"])} and all(whole.pop("models").values())
     done.write_text(json.dumps(whole))  # as versions wrote it that did not look
     main(ATOD, [*command, "--steps", "3"])
+
+
+def test_a_hub_model_that_was_replaced_under_its_name_is_refused(options, models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    commit(tmp_path / "hub", "someone/teacher", models["teacher"])
+    commit(tmp_path / "hub", "someone/student", models["student"])
+    monkeypatch.chdir(tmp_path)
+    command = [*options, "--teacher", "someone/teacher", "--student", "someone/student", "--run", str(tmp_path / "r")]
+    main(ATOD, [*command, "--steps", "1", "--checkpoint-every", "1"])
+    main(ATOD, [*command, "--steps", "2"])
+    commit(tmp_path / "hub", "someone/teacher", models["student"])
+    said = failing(ATOD, [*command, "--steps", "3"], capsys)
+    assert "with another model someone/teacher: its files have changed" in said
+    kept = commit(tmp_path / "hub", "someone/teacher", models["teacher"])
+    (kept / "pytorch_model.bin").write_text("the same weights in an older form, fetched by another program")
+    main(ATOD, [*command, "--steps", "3"])
+    blob = (kept / "generation_config.json").resolve()
+    blob.write_bytes(blob.read_bytes() + b" ")
+    assert "with another model someone/" in failing(ATOD, [*command, "--steps", "4"], capsys)
 
 
 def test_a_slip_in_an_option_costs_nothing(options, tmp_path, capsys):

@@ -218,6 +218,24 @@ def test_dense_errors(tmp_path):
         TransformersEncoder(EncoderSettings("x", pooling="max"))
 
 
+@needs_faiss
+def test_another_encoder_under_the_same_name_is_refused(tmp_path):
+    DenseIndex.build(DOCS, tmp_path, LetterEncoder())
+    assert DenseIndex.open(tmp_path, encoder=LetterEncoder()).search("fox", 1)
+
+    class Other(LetterEncoder):
+        def encode(self, texts, *, is_query):
+            return super().encode([text.translate(str.maketrans("aeio", "bcdf")) for text in texts], is_query=is_query)
+
+    class Wider(LetterEncoder):
+        def encode(self, texts, *, is_query):
+            return np.pad(super().encode(texts, is_query=is_query), ((0, 0), (0, 2)))
+
+    for encoder in (Other(), Wider()):
+        with pytest.raises(DataError, match="built with another encoder than 'letters' is now"):
+            DenseIndex.open(tmp_path, encoder=encoder)
+
+
 def test_prefixes_of_known_encoders():
     assert settings_for("intfloat/e5-base-v2").query_prefix == "query: "
     assert settings_for("intfloat/e5-base-v2").passage_prefix == "passage: "
