@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -31,14 +32,20 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def file_stamp(path: Path) -> tuple[int, int, int]:
-    """Size, time of change and time of status of a file: what tells that something read from it is stale.
-
-    A program can write bytes of equal number and set the time of change back, not the time of status.
+    """What tells that something read from a file is stale; see :func:`stamp_of`.
 
     Raises:
         OSError: there is no such file.
     """
-    status = path.stat()
+    return stamp_of(path.stat())
+
+
+def stamp_of(status: os.stat_result) -> tuple[int, int, int]:
+    """Size, time of change and time of status of a file. They are compared for being equal, never for being later.
+
+    A program can write bytes of equal number and set the time of change back, not the time of status; and a clock that
+    is set back makes a changed file look older, not equal.
+    """
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

@@ -106,7 +106,7 @@ def finish_cell(
             )
         return known
     with held(folder):
-        started = time.time()
+        started = time.monotonic()
         cell: dict[str, Any] = {"world": world.name, "method": method.name, "seed": seed, "versions": versions()}
         if method.algorithm:
             train_cell(folder, method, world, rules, seed, lr)
@@ -127,7 +127,7 @@ def finish_cell(
             checkpoints = {"last": Path(f"builtin:{role}" if name == "builtin" else name)}
         for which, checkpoint in checkpoints.items():
             cell[which] = _evaluate(folder / f"evaluation-{which}", str(checkpoint), world, seed, split)
-        cell["seconds"] = time.time() - started
+        cell["seconds"] = time.monotonic() - started
         replace_text(folder / "cell.json", json.dumps(cell, indent=1) + "\n")
     found = read_cell(folder)
     assert found is not None

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 from atod_envs.alfworld.engine.game import TASK_TYPES, Game
-from atod_envs.alfworld.index import GAME_FILE, Entry, open_index, read_trajectory, stamp_of, version_of
+from atod_envs.alfworld.index import GAME_FILE, Entry, open_index, read_trajectory, version_of
 from atod_envs.errors import DataError, UnknownName
+from atod_envs.files import file_stamp
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ class FolderSource:
         """
         path = self.root / task_id / GAME_FILE
         try:
-            stamp = stamp_of(path.stat())
+            stamp = file_stamp(path)
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}); it was there when the games were listed"

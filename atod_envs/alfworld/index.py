@@ -3,7 +3,7 @@
 Reading 3553 games takes seconds, looking whether their files have changed takes a fraction of one: so what was learned
 about each trial folder is kept with the time stamps and sizes of its files, and only folders that changed are read
 again. Invariant: the index equals what reading every file afresh would give, as long as a changed file has another time
-stamp or size; and it is never written into the data folder.
+or size; and it is never written into the data folder.
 
 The filters are the reference loader's: no folder whose path holds `movable` or `Sliced`, one of the six task types, a
 game file that says `solvable: true`. The reference also demands `traj_data.json`; where a folder has a game but not
@@ -23,16 +23,17 @@ from pathlib import Path
 from atod_envs.alfworld.engine.game import TASK_TYPES, Game
 from atod_envs.caches import cache_folder
 from atod_envs.errors import DataError
-from atod_envs.files import read_object
+from atod_envs.files import read_object, stamp_of
 
 logger = logging.getLogger(__name__)
 
 GAME_FILE, TRAJECTORY_FILE = "game.tw-pddl", "traj_data.json"
 
-FORMAT = 3
+FORMAT = 4
 """Changes whenever an older cache file would say other things than a fresh look: new fields, filters, engine rules."""
 
-Stamp = tuple[int, int]
+Stamp = tuple[int, int, int]
+_NO_FILE: Stamp = (0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Entry:
 
     Attributes:
         task_id: the folder, relative to the data root, with `/` separators.
-        game: time stamp (ns) and size of the game file; (0, 0) if there is none.
+        game: stamp of the game file (``atod_envs.files.stamp_of``); zeros if there is none.
         trajectory: the same of `traj_data.json`.
         task_type: one of the six types; empty if the folder is not played.
         walkthrough: number of commands of the stored solution.
@@ -63,11 +64,6 @@ class Entry:
     def playable(self) -> bool:
         """Neither filtered out nor broken."""
         return not self.excluded and not self.broken
-
-
-def stamp_of(status: os.stat_result) -> Stamp:
-    """What tells that a file has changed; the time of status cannot be set back."""
-    return max(status.st_mtime_ns, status.st_ctime_ns), status.st_size
 
 
 def open_index(root: Path, split: str) -> tuple[Entry, ...]:
@@ -115,7 +111,7 @@ def examine(root: Path, task_id: str, game: Stamp, trajectory: Stamp) -> Entry:
         task_type = _task_type(folder, task_id, trajectory)
         if task_type not in TASK_TYPES:
             return entry(excluded=f"task type {task_type!r}")
-        if game == (0, 0):
+        if game == _NO_FILE:
             return entry(excluded="no game file")
         loaded = Game.load(folder / GAME_FILE)
     except DataError as error:
@@ -144,7 +140,7 @@ def read_trajectory(folder: Path) -> Mapping[str, object]:
 
 
 def _task_type(folder: Path, task_id: str, trajectory: Stamp) -> str:
-    if trajectory == (0, 0):
+    if trajectory == _NO_FILE:
         return task_id.split("/")[-2].partition("-")[0]
     task_type = read_trajectory(folder).get("task_type")
     if not isinstance(task_type, str):
@@ -167,8 +163,8 @@ def _folders(root: Path, split: str) -> Iterator[tuple[str, Stamp, Stamp]]:
         if stamps:
             yield (
                 folder.relative_to(root).as_posix(),
-                stamps.get(GAME_FILE, (0, 0)),
-                stamps.get(TRAJECTORY_FILE, (0, 0)),
+                stamps.get(GAME_FILE, _NO_FILE),
+                stamps.get(TRAJECTORY_FILE, _NO_FILE),
             )
 
 
@@ -177,7 +173,7 @@ def _read(cache: Path) -> dict[str, Entry]:
         data = read_object(cache)
         if data["format"] != FORMAT or data["digest"] != _digest(data["entries"]):
             return {}
-        rows = [Entry(row[0], (row[1], row[2]), (row[3], row[4]), *row[5:]) for row in data["entries"]]
+        rows = [Entry(row[0], tuple(row[1:4]), tuple(row[4:7]), *row[7:]) for row in data["entries"]]
     except (DataError, KeyError, TypeError, IndexError):
         return {}  # No cache, a damaged one, or not one of ours: look afresh.
     return {entry.task_id: entry for entry in rows}

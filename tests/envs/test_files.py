@@ -4,11 +4,13 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import time
 
 import numpy as np
 import pytest
+from paths import REPOSITORY
 
 from atod_envs import caches
 from atod_envs.alfworld.engine.game import Game
@@ -343,3 +345,11 @@ def test_a_turn_that_does_not_fit_is_refused(field, value, tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps(record))
     with pytest.raises(DataError, match=r"t\.jsonl, line 1"):
         list(read_jsonl(tmp_path / "t.jsonl"))
+
+
+def test_no_duration_is_taken_from_a_clock_that_can_be_set():
+    """A clock that is set by an hour ends no wait, expires no lease and changes no measured time."""
+    wall = re.compile(r"\btime\.time(_ns)?\(|from time import|datetime\.(now|utcnow|today)\(")
+    files = [path for room in ("atod_envs", "agents", "atod_algos") for path in (REPOSITORY / room).rglob("*.py")]
+    found = [str(path) for path in files if wall.search(path.read_text(encoding="utf-8"))]
+    assert len(files) > 250 and found == []

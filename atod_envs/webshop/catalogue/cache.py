@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from atod_envs.caches import build_once, cache_folder
-from atod_envs.files import file_stamp
+from atod_envs.files import file_stamp, stamp_of
 from atod_envs.webshop.catalogue.build import build_store
 from atod_envs.webshop.catalogue.files import DATA_VARIABLE, CatalogueFiles, find_files
 from atod_envs.webshop.catalogue.store import STORE_VERSION, Store, digest
@@ -49,11 +49,11 @@ def _named_folder(name: str) -> Path:
 
 def _open(folder: Path) -> Store:
     status = (folder / "store.json").stat()
-    return _opened(folder, (status.st_mtime_ns, status.st_ino))
+    return _opened(folder, (*stamp_of(status), status.st_ino))
 
 
 @functools.lru_cache(maxsize=8)
-def _opened(folder: Path, stamp: tuple[int, int]) -> Store:
+def _opened(folder: Path, stamp: tuple[int, ...]) -> Store:
     return Store(folder)
 
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import signal
+import time
 
 import pytest
 from toyworld import TOY
@@ -80,6 +81,13 @@ def test_a_study_runs_every_method_and_goes_on_where_it_stopped(preset, tmp_path
     ):
         assert words in text
     assert "toy  ATOD  seed 1: last" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_clock_that_is_set_changes_no_duration(preset, tmp_path, monkeypatch):
+    now, world = time.time(), preset.worlds[0]
+    monkeypatch.setattr("time.time", lambda: now - 3600 * len(list(tmp_path.rglob("*"))))
+    cell = finish_cell(tmp_path, METHODS["vanilla"], world, "paper", 0, 1e-3, "test")
+    assert 0 < cell["seconds"] < 600
 
 
 def test_a_signal_is_one_line(preset, tmp_path, monkeypatch, capsys):

@@ -165,6 +165,22 @@ def test_a_game_that_changes_after_it_was_listed_is_refused(root):
         source.content(task_id)
 
 
+@pytest.mark.parametrize("hours", [-1, 1], ids=["older", "from the future"])
+def test_a_clock_that_is_set_hides_no_change(root, hours):
+    """A file from an hour ahead of the clock, changed to as many bytes, with its time of change put back."""
+    source = open_source(root, SPLIT)
+    path = root / source.task_ids[0] / "game.tw-pddl"
+    then = time.time_ns() + hours * 3600 * 10**9
+    os.utime(path, ns=(then, then))
+    version = open_source(root, SPLIT).data_version
+    text = path.read_text()
+    path.write_text(text.replace('", "', '" ,"', 1))
+    os.utime(path, ns=(then, then))
+    assert open_source(root, SPLIT).data_version != version
+    path.write_text(text)
+    assert open_source(root, SPLIT).data_version == version
+
+
 def test_the_index_is_never_written_into_the_data(root):
     before = sorted(path for path in root.rglob("*"))
     ids(root)
