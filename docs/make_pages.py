@@ -130,6 +130,11 @@ LINES: dict[str, dict[str, tuple[str, str, str]]] = {
         "who plays": ("atod_algos.turn_plans", "Guided.begin", "lambda turn: self.guide if"),
         "A_t": ("", "GuidedOPD.advantages", 'distillation_M=scores.require("teacher")'),
     },
+    "reopd": {
+        "p_t": ("atod_algos.turn_plans", "Stored.begin", "weights = self.decay"),
+        "who plays": ("atod_algos.turn_plans", "Stored.begin", "lambda turn: stored[turn] if"),
+        "A_t": ("", "ReOPD.advantages", 'distillation_M=scores.require("teacher")'),
+    },
     "sage_opd": {
         "c_k": ("", "SageOPD.advantages", "confidence_K = turn_mean("),
         "u_k": ("", "SageOPD.advantages", "help_K = np.where("),

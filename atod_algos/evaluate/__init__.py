@@ -132,7 +132,8 @@ def evaluate(
     Raises:
         AtodError: not one prompt fitted the context.
     """
-    from atod_algos.rollout.episodes import EpisodeSpec, collect_groups, require_turns
+    from atod_algos.rollout.episodes import EpisodeSpec
+    from atod_algos.rollout.groups import collect_groups, require_turns
 
     specs = [EpisodeSpec(task, task, episode_seed(seed, task), world) for task in tasks]
     trajectories = tuple(play(specs, on_finish=on_finish))

@@ -5,7 +5,7 @@ finished episode costs nothing more. The invariant: what an episode samples depe
 weights, not on which other episodes run at the same time, because each request draws from its own random stream.
 
 A turn is answered by the student (a language model on an engine, many turns in one forward pass), by an agent (a
-scripted expert, a random agent, a model behind a server), or by a decision that was made before (a stored episode). An
+scripted expert, a random agent, a model behind a server), or as it was answered before (a stored episode). An
 algorithm's ``TurnPlan`` says which. Turns of others than the one who is learned from are executed and recorded, but
 they have no token ids: they are part of the prompt that follows them, and nothing is learned from them.
 """
@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,13 +30,14 @@ from agents.engines.base import Engine
 from agents.expert import expert_for, expert_solution
 from agents.policy import Phrased, Policy, next_prompt
 from atod_algos.algorithm import RolloutLimits
+from atod_algos.rollout.groups import collect_groups
 from atod_algos.rollout.stage import Stage
 from atod_algos.turn_plans import EpisodeSpec as EpisodeSpec
-from atod_algos.turn_plans import Role, TurnActor
+from atod_algos.turn_plans import Replay, Role, TurnActor
 from atod_envs.errors import AtodError
 from atod_envs.prompting import Prompted
 from atod_envs.recording import RecordTurns
-from atod_envs.styles import PromptStyle, phrase_response
+from atod_envs.styles import PromptStyle, phrase_response, read_response
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Group, StopReason, Trajectory
 
@@ -265,6 +266,9 @@ class _Play:
         rollout = self.rollout
         while message is not None:
             actor = episode.actor(episode.turn)
+            if actor is None:
+                self._end(episode, episode.env.close_episode(StopReason.TURN_LIMIT))
+                return
             policy = episode.stage.teacher if actor == "teacher" else episode.stage.policy
             if rollout.chat is not None:
                 layout = cast("Prompted", episode.env.env).style.layout
@@ -288,6 +292,9 @@ class _Play:
                 self.asked[request] = episode
                 policy.submit(request, episode.prompt, rollout.seed_of_turn(episode.spec.seed, episode.turn))
                 return
+            if isinstance(actor, Replay):
+                message = self._again(episode, actor)
+                continue
             if isinstance(actor, Decision):
                 prompted = cast("Prompted", episode.env.env)
                 response = phrase_response(prompted.style, actor.action, actor.thought, prompted.history)
@@ -299,6 +306,19 @@ class _Play:
                 self._later(episode, episode.agent.act, lambda get: self._say(episode, "expert", get().action))
                 return
             message = self._say(episode, "expert", episode.agent.act().action)
+
+    def _again(self, episode: _Episode, stored: Replay) -> str | None:
+        """Play a stored turn where it was played before."""
+        shown = episode.env.trajectory.final_observation
+        if shown != stored.observation:
+            raise AtodError(
+                f"the stored episode of task {episode.spec.task_id!r} cannot be played again: before turn {episode.turn} it was shown "
+                f"{stored.observation!r}, the environment shows {shown!r}; give episodes of the same data, options and seeds"
+            )
+        response, prompted = stored.response, cast("Prompted", episode.env.env)
+        if not stored.ids and read_response(prompted.style, response, prompted.history).action != stored.action:
+            response = phrase_response(prompted.style, stored.action, "", prompted.history)
+        return self._say(episode, None, response, stored.ids)
 
     def _say(
         self,
@@ -312,7 +332,7 @@ class _Play:
         """Execute a response; the environment's next message, or None where it has ended or is waited for."""
         chat, env = self.rollout.chat, episode.env
         if chat is not None:
-            if role not in ("student", "teacher"):
+            if not ids and role not in ("student", "teacher"):
                 ids = chat.encode_response(response)
                 logprobs = (0.0,) * len(ids)
             if role == episode.learned:
@@ -372,25 +392,3 @@ class _Play:
             self.on_trajectory(trajectory)
         if self.on_finish is not None:
             self.on_finish(len(self.finished))
-
-
-def collect_groups(trajectories: Iterable[Trajectory]) -> list[Group]:
-    """Trajectories by ``group_id``, in order of first appearance."""
-    groups: dict[str, list[Trajectory]] = {}
-    for trajectory in trajectories:
-        groups.setdefault(trajectory.group_id, []).append(trajectory)
-    return [Group(members[0].task_id, tuple(members)) for members in groups.values()]
-
-
-def require_turns(groups: Iterable[Group]) -> None:
-    """Refuse episodes of which not one has a turn, because no prompt fitted the context.
-
-    Raises:
-        AtodError: says which settings to change.
-    """
-    episodes = [trajectory for group in groups for trajectory in group.trajectories]
-    if episodes and all(not t.turns and t.stop_reason is StopReason.CONTEXT_LIMIT for t in episodes):
-        raise AtodError(
-            f"not one of {len(episodes)} episodes could begin: every first prompt and a response are longer than the context; raise "
-            "--max-context (as far as the model's own limit), lower --max-response, or choose a shorter prompt --style"
-        )

@@ -11,7 +11,8 @@ from fractions import Fraction
 
 from atod_algos.algorithm import Algorithm
 from atod_algos.batch import make_batch
-from atod_algos.rollout.episodes import EpisodeSpec, Play, collect_groups, derive_seed, require_turns
+from atod_algos.rollout.episodes import EpisodeSpec, Play, derive_seed
+from atod_algos.rollout.groups import collect_groups, require_turns
 from atod_envs.tasks import TaskSet
 from atod_envs.trajectory import Group
 

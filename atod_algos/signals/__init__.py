@@ -14,5 +14,6 @@ the method floor.
     turn_opd     the gap, from a mean over tokens to one over turns        does a long turn shout?
     sage_opd     the gap, weighted by the teacher's confidence             does it know what it says?
     guided_opd   the gap, in episodes that a guide helps to play           does it meet states that teach?
+    reopd        the gap, on single turns of stored episodes               must a student live its own episodes?
     siblings     a successful attempt of the group as privileged text      is the better teacher at hand already?
 """

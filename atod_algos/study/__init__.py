@@ -74,6 +74,7 @@ METHODS: Mapping[str, Method] = {
         _signal("turn-opd", "TurnOPD's loss", "turn_opd"),
         _signal("sage-opd", "SAGE-OPD's weights", "sage_opd"),
         _signal("guided-opd", "Guided-OPD", "guided_opd"),
+        _signal("reopd", "ReOPD", "reopd"),
         _signal("sibling-sdpo", "sibling, SDPO", "siblings"),
         _signal("sibling-opid", "sibling, OPID", "siblings", rule="opid"),
         _signal("sibling-grsd", "sibling, GRSD", "siblings", rule="grsd"),

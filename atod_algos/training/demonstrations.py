@@ -30,9 +30,10 @@ from atod_algos.learner.lora import merged_weights
 from atod_algos.rollout.episodes import Rollout, derive_seed
 from atod_algos.turn_plans import EpisodeSpec, Role, TurnActor
 from atod_envs.errors import AtodError
+from atod_envs.stored import episode_files, read_episodes
 from atod_envs.styles import History, PromptStyle, phrase_response, read_response
 from atod_envs.text_env import TextEnv
-from atod_envs.trajectory import StopReason, Trajectory, Turn, read_jsonl, to_record
+from atod_envs.trajectory import StopReason, Trajectory, Turn, to_record
 
 log = logging.getLogger(__name__)
 
@@ -213,8 +214,8 @@ def read_recorded(paths: Iterable[str | Path], *, only: Literal["all", "success"
         AtodError: nothing is there, or nothing is left.
         DataError: a file is broken.
     """
-    files = [file for path in paths for file in _files(Path(path).expanduser())]
-    found = [t for file in files for t in _read(file) if t.turns and t.stop_reason is not StopReason.ABORTED]
+    files = [file for path in paths for file in episode_files(path, "--source", "'expert', ")]
+    found = [t for file in files for t in read_episodes(file) if t.turns and t.stop_reason is not StopReason.ABORTED]
     kept = [t for t in found if t.success or only == "all"]
     if best_of:
         by_task: dict[str, list[Trajectory]] = {}
@@ -227,26 +228,6 @@ def read_recorded(paths: Iterable[str | Path], *, only: Literal["all", "success"
             "--only all"
         )
     return kept
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    names = ("trajectories/*.jsonl.gz", "episodes/*.jsonl.gz", "*.jsonl.gz", "*.jsonl", "*.parquet")
-    for name in names:
-        if files := sorted(path.glob(name)):
-            return files
-    raise AtodError(
-        f"--source {path}: expected 'expert', a file of episodes (.jsonl, .jsonl.gz, .parquet), or the folder of a run or an evaluation"
-    )
-
-
-def _read(path: Path) -> Iterable[Trajectory]:
-    if path.suffix == ".parquet":
-        from atod_envs.trajectory import read_parquet
-
-        return read_parquet(path)
-    return read_jsonl(path)
 
 
 def episodes_digest(trajectories: Iterable[Trajectory]) -> str:

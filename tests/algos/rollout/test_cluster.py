@@ -22,7 +22,8 @@ from agents.models import load_model
 from atod_algos.algorithm import RolloutLimits
 from atod_algos.atod import ATOD
 from atod_algos.grpo import GRPO
-from atod_algos.rollout.episodes import EpisodeSpec, collect_groups, derive_seed
+from atod_algos.rollout.episodes import EpisodeSpec, derive_seed
+from atod_algos.rollout.groups import collect_groups
 from atod_algos.rollout.pools import Conditions, local_pool, worker_pool
 from atod_algos.rollout.ray_pool import RayPool, start_ray
 from atod_algos.rollout.work_queue import WorkQueue

@@ -1,0 +1,30 @@
+"""Episodes by group, and the check that there is something to learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from atod_envs.errors import AtodError
+from atod_envs.trajectory import Group, StopReason, Trajectory
+
+
+def collect_groups(trajectories: Iterable[Trajectory]) -> list[Group]:
+    """Trajectories by ``group_id``, in order of first appearance."""
+    groups: dict[str, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        groups.setdefault(trajectory.group_id, []).append(trajectory)
+    return [Group(members[0].task_id, tuple(members)) for members in groups.values()]
+
+
+def require_turns(groups: Iterable[Group]) -> None:
+    """Refuse episodes of which not one has a turn, because no prompt fitted the context.
+
+    Raises:
+        AtodError: says which settings to change.
+    """
+    episodes = [trajectory for group in groups for trajectory in group.trajectories]
+    if episodes and all(not t.turns and t.stop_reason is StopReason.CONTEXT_LIMIT for t in episodes):
+        raise AtodError(
+            f"not one of {len(episodes)} episodes could begin: every first prompt and a response are longer than the context; raise "
+            "--max-context (as far as the model's own limit), lower --max-response, or choose a shorter prompt --style"
+        )
