@@ -10,17 +10,17 @@ loads no torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
 from atod_algos.advantages import GroupOptions, reward_advantage, task_reward
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.turn_plans import TurnPlan
+from atod_algos.turn_plans import Branch, Role, TurnPlan
 from atod_envs.errors import AtodError, UnknownName
 from atod_envs.trajectory import Group, Trajectory
 
@@ -74,6 +74,21 @@ class RolloutLimits:
     max_turns: int | None = None
     rounds: int = 1
     who: TurnPlan | None = None
+
+
+class Branching(Protocol):
+    """What plays and scores the branches of a step's episodes, with the weights that played them."""
+
+    def play(self, branches: Mapping[int, Branch], learned: Role) -> dict[int, Trajectory]:
+        """Play branches.
+
+        Args:
+            branches: index of the episode (axis N) that is branched -> how.
+            learned: whose turns carry token ids.
+        """
+
+    def score(self, trajectories: Sequence[Trajectory]) -> tuple[TokenBatch, Scores]:
+        """Lay episodes out, and score their tokens as those of the step are scored."""
 
 
 _TERMS = ("distillation_M", "reward_M", "teacher_weight_M", "turn_weight_K", "left_out_N")
@@ -188,6 +203,24 @@ class Algorithm(ABC):
     def limits(self, step: int) -> RolloutLimits:
         """Limits of the training rollouts at a step (from 1); none by default."""
         return RolloutLimits()
+
+    def branch(
+        self, batch: TokenBatch, scores: Scores, step: int, branching: Branching
+    ) -> tuple[Sequence[Trajectory], Mapping[str, float]]:
+        """Further episodes to learn from at a step, such as branches of those that were played; none by default.
+
+        A method that has this hook plays in one process, without ``--staleness``.
+
+        Args:
+            batch: what was played.
+            scores: its log-probs.
+            step: training step, from 1.
+            branching: plays and scores branches.
+
+        Returns:
+            The episodes, each a group of its own, and numbers to publish by name.
+        """
+        return (), {}
 
     def reward(self, batch: TokenBatch) -> np.ndarray:
         """Training reward of each trajectory (axis N); by default reported only."""

@@ -175,7 +175,7 @@ class Stored:
         if self.episodes is None:
             stored = solution()
         elif own := self.episodes.get(spec.task_id):
-            stored = own[rng.integers(len(own))]
+            stored = own[int(rng.integers(len(own)))]
         weights = self.decay ** np.arange(max(1, len(stored)))
         first = int(rng.choice(len(weights), p=weights / weights.sum()))
         last = first + self.turns if self.turns else np.inf

@@ -212,8 +212,8 @@ def _trainer(algorithm: Any, device: str, setting: Setting) -> Any:
     from pathlib import Path
 
     from atod_algos.training.config import TrainConfig, resolve
-    from atod_algos.training.run_dir import RunFolder
-    from atod_algos.training.trainer import Trainer, settings_of
+    from atod_algos.training.run_dir import RunFolder, settings_of
+    from atod_algos.training.trainer import Trainer
 
     tasks, group, turns = (2, 2, 3) if setting.toy else (4, 4, 14)
     config = resolve(

@@ -108,8 +108,8 @@ def _atod(
     from atod_algos.atod import ATOD
     from atod_algos.training.config import TrainConfig, resolve
     from atod_algos.training.console import Progress
-    from atod_algos.training.run_dir import RunFolder
-    from atod_algos.training.trainer import Trainer, settings_of
+    from atod_algos.training.run_dir import RunFolder, settings_of
+    from atod_algos.training.trainer import Trainer
 
     toy = setting.toy
     steps, tasks, group = (2, 2, 2) if toy else (60, 16, 8)

@@ -100,8 +100,8 @@ def run_ours(folder: Path, args: argparse.Namespace, phases: Phases) -> None:
     from atod_algos.grpo import GRPO
     from atod_algos.training.config import TrainConfig, resolve
     from atod_algos.training.console import Progress
-    from atod_algos.training.run_dir import RunFolder
-    from atod_algos.training.trainer import Trainer, settings_of
+    from atod_algos.training.run_dir import RunFolder, settings_of
+    from atod_algos.training.trainer import Trainer
 
     config = resolve(
         TrainConfig(

@@ -135,6 +135,14 @@ LINES: dict[str, dict[str, tuple[str, str, str]]] = {
         "who plays": ("atod_algos.turn_plans", "Stored.begin", "lambda turn: stored[turn] if"),
         "A_t": ("", "ReOPD.advantages", 'distillation_M=scores.require("teacher")'),
     },
+    "futurebridge": {
+        "d_k": ("", "FutureBridge.places", "d_K = turn_mean("),
+        "k*": ("", "FutureBridge.places", "k = max(earlier"),
+        "the bridge": ("", "FutureBridge.branch", "bridges = branching.play("),
+        "q": ("", "preferred", "better_M = "),
+        "what is kept": ("", "FutureBridge.branch", "kept = [bridges[n]"),
+        "A_t": ("", "FutureBridge.advantages", 'distillation_M=scores.require("teacher")'),
+    },
     "sage_opd": {
         "c_k": ("", "SageOPD.advantages", "confidence_K = turn_mean("),
         "u_k": ("", "SageOPD.advantages", "help_K = np.where("),

@@ -60,7 +60,7 @@ def test_results_are_the_studys(name, maker):
 
 @pytest.mark.parametrize("name", POINTS)
 def test_own_metrics_are_explained(name):
-    """The keys of ``notes`` and ``coefficients`` in the algorithm's file are those of its page."""
+    """The keys of ``notes`` and ``coefficients``, and those that ``branch`` gives, are those of the page."""
     tree = ast.parse(inspect.getsource(sys.modules[POINTS[name].load().__module__]))
     named = [
         argument.value
@@ -70,6 +70,8 @@ def test_own_metrics_are_explained(name):
         if argument.arg in ("notes", "coefficients")
     ]
     named += [node.value for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and node.target.id == "notes"]
+    branch = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name == "branch"]
+    named += [node for f in branch for node in ast.walk(f) if isinstance(node, ast.Dict)]
     keys = {key.value for node in named if isinstance(node, ast.Dict) for key in node.keys if key is not None}
     assert name in ("grpo", "opd", "sod") or keys, "this test has lost sight of the algorithm's metrics"
     page = page_of(name)

@@ -15,5 +15,6 @@ the method floor.
     sage_opd     the gap, weighted by the teacher's confidence             does it know what it says?
     guided_opd   the gap, in episodes that a guide helps to play           does it meet states that teach?
     reopd        the gap, on single turns of stored episodes               must a student live its own episodes?
+    futurebridge the gap, and the teacher's turn where it helps            does a shown turn help the next ones?
     siblings     a successful attempt of the group as privileged text      is the better teacher at hand already?
 """

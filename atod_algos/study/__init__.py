@@ -75,6 +75,7 @@ METHODS: Mapping[str, Method] = {
         _signal("sage-opd", "SAGE-OPD's weights", "sage_opd"),
         _signal("guided-opd", "Guided-OPD", "guided_opd"),
         _signal("reopd", "ReOPD", "reopd"),
+        _signal("futurebridge", "FutureBridge-OPD", "futurebridge"),
         _signal("sibling-sdpo", "sibling, SDPO", "siblings"),
         _signal("sibling-opid", "sibling, OPID", "siblings", rule="opid"),
         _signal("sibling-grsd", "sibling, GRSD", "siblings", rule="grsd"),

@@ -57,8 +57,8 @@ def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int
     import torch
 
     from atod_algos.training.console import Progress
-    from atod_algos.training.run_dir import RunFolder
-    from atod_algos.training.trainer import Trainer, settings_of
+    from atod_algos.training.run_dir import RunFolder, settings_of
+    from atod_algos.training.trainer import Trainer
 
     config = config_of(world, seed, lr, folder)
     if config.threads or (config.student == "builtin" and not torch.cuda.is_available()):

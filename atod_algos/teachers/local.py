@@ -225,7 +225,8 @@ class StepScorer:
         Raises:
             AtodError: they cannot play here; says what to use instead.
         """
-        if limits.who is None or not limits.who.teacher_plays:
+        branches = type(self.algorithm).branch is not Algorithm.branch
+        if not branches and (limits.who is None or not limits.who.teacher_plays):
             return []
         config = self.config
         reasons = {

@@ -191,8 +191,7 @@ def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool 
 
     from atod_algos.learner import distributed
     from atod_algos.training.console import Progress, result_tables
-    from atod_algos.training.run_dir import Onlooker, RunFolder, held
-    from atod_algos.training.trainer import settings_of
+    from atod_algos.training.run_dir import Onlooker, RunFolder, held, settings_of
 
     if config.threads or (config.student == "builtin" and not torch.cuda.is_available()):
         torch.set_num_threads(config.threads or 1)

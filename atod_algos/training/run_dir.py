@@ -27,10 +27,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from atod_algos.algorithm import find_algorithm
-from atod_algos.training.config import TrainConfig
+from atod_algos.algorithm import Algorithm, find_algorithm
+from atod_algos.training.config import RunConfig, TrainConfig
 from atod_algos.training.writers import TensorBoard, Writer, open_writers
 from atod_envs import files
 from atod_envs.errors import AtodError, DataError
@@ -353,6 +353,20 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif a != b:
             return f"{prefix}{name}", a, b
     return None
+
+
+def settings_of(config: RunConfig, algorithm: Algorithm, rules: str) -> dict[str, Any]:
+    """Everything that defines a run, JSON-compatible."""
+    options = dataclasses.asdict(cast("Any", algorithm))
+    # A run may be prolonged, but not one whose learning rate falls towards its last step.
+    horizon = None if config.lr_floor == 1.0 else config.steps
+    return {
+        "rules": rules,
+        "horizon": horizon,
+        "train": config.stored(),
+        "algorithm": {"name": algorithm.name, **options},
+        **({"worlds": worlds} if (worlds := config.stored_worlds()) else {}),
+    }
 
 
 def versions() -> dict[str, str]:

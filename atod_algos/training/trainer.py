@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from atod_algos.rollout.pools import Conditions, RankPool, RolloutPool, device_o
 from atod_algos.rollout.task_sampler import StepSampler, solved_at_least_once
 from atod_algos.teachers.local import LocalScorer, StepScorer
 from atod_algos.teachers.routing import gap_factors, require_scale, world_places
+from atod_algos.training.branching import StepBranching, first_only, with_branches
 from atod_algos.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -185,6 +186,16 @@ class Trainer:
         clock.lap("rollout")
         progress.phase("scoring")
         scores = self.scorer.score(batch)
+        branching = StepBranching(
+            batch.trajectories,
+            world_places(batch.trajectories, config),
+            play_specs=self._training(),
+            wake=partial(self._sync, step - 1),
+            rest=self.pool.rest,
+            score_batch=self.scorer.score,
+            rows=self.rows,
+        )
+        batch, scores, branched = with_branches(algorithm, groups, batch, scores, step, branching)
         clock.lap("score")
         world_N = world_places(batch.trajectories, config)
         advantages = algorithm.advantages(batch, scores, step)
@@ -225,9 +236,14 @@ class Trainer:
         clock.lap("store")
         aborted = [t.stop_reason is StopReason.ABORTED for group in groups for t in group.trajectories]
         metrics["episode/aborted"] = sum(aborted) / len(aborted)
+        n = len(branching.episodes)
+        batch, scores, advantages = first_only(n, batch, scores, advantages)
+        reward_N, world_N = reward_N[:n], world_N[:n]
         if config.old_logprobs == "learner":
             metrics |= sampler_metrics(batch, scores)
-        metrics |= sampling | corrected | scale | step_metrics(algorithm, batch, scores, advantages, reward_N)
+        metrics |= (
+            sampling | corrected | scale | branched | step_metrics(algorithm, batch, scores, advantages, reward_N)
+        )
         if len(self.names) > 1:
             metrics |= world_metrics(algorithm, batch, scores, advantages, reward_N, world_N, self.names)
         return metrics | clock.metrics(batch)
@@ -380,17 +396,3 @@ class Trainer:
             self.async_rollout.close()
         self.pool.close()
         self.run.close()
-
-
-def settings_of(config: RunConfig, algorithm: Algorithm, rules: str) -> dict[str, Any]:
-    """Everything that defines a run, JSON-compatible."""
-    options = dataclasses.asdict(cast("Any", algorithm))
-    # A run may be prolonged, but not one whose learning rate falls towards its last step.
-    horizon = None if config.lr_floor == 1.0 else config.steps
-    return {
-        "rules": rules,
-        "horizon": horizon,
-        "train": config.stored(),
-        "algorithm": {"name": algorithm.name, **options},
-        **({"worlds": worlds} if (worlds := config.stored_worlds()) else {}),
-    }

@@ -23,8 +23,8 @@ from atod_algos.sod import SOD
 from atod_algos.tcod import TCOD
 from atod_algos.training.config import BUILTIN, TrainConfig, resolve
 from atod_algos.training.console import Progress
-from atod_algos.training.run_dir import RunFolder
-from atod_algos.training.trainer import Trainer, settings_of
+from atod_algos.training.run_dir import RunFolder, settings_of
+from atod_algos.training.trainer import Trainer
 from atod_envs.alfworld.env import ALFWorldEnv
 from atod_envs.skills import read_skills
 from atod_envs.tasks import TaskSet
