@@ -23,7 +23,10 @@ except ImportError:  # without it the pages are not tested, everything else is
     Sybil = None
 
 ROOT = Path(__file__).parent
-SHORT = "--steps 1 --tasks-per-step 1 --group-size 2 --max-turns 2 --eval-every 0 --report-tasks 2 --minibatches 1"
+SHORT = (
+    "--steps 1 --tasks-per-step 1 --group-size 2 --max-turns 2 --minibatches 1 "
+    "--eval-every 0 --eval-tasks 2 --report-tasks 2"
+)
 TRAINING = ("python -m atod_algos.", "atod train ")
 NOT_TRAINING = ("evaluate", "report", "study", "sft", "imitation", "--help", "--dry-run")
 

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from forks import forked_runs
 from toy import WORDS
 from toyworld import fit, small_model
 
@@ -40,3 +41,10 @@ def models(tokenizer, tmp_path_factory):
         model.save_pretrained(folders[role])
         tokenizer.save_pretrained(folders[role])
     return folders
+
+
+@pytest.fixture(scope="session")
+def runner(models):
+    """Runs training in forks of a process that has imported everything; see ``faults_runner.py`` for its orders."""
+    with forked_runs(models["student"]) as run:
+        yield run

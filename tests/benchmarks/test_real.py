@@ -2,9 +2,12 @@
 
 import json
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tyro
+from forks import forked_runs
 from paths import REPOSITORY
 
 sys.path.append(str(REPOSITORY / "benchmarks"))  # at the end: a file there is called alfworld
@@ -72,13 +75,23 @@ def test_a_model_is_kept_whole(tmp_path):
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def forked(run, said, command, env):
+    """Carries out a stage's command line in a process that has imported everything."""
+    assert command[:2] == [sys.executable, "-m"] and env["OMP_NUM_THREADS"] == "1"
+    end = run(module=command[2], arguments=list(command[3:]), out=str(said))
+    print(said.read_text())
+    return SimpleNamespace(returncode=end["code"])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # seconds of the CPU are few; a busy machine takes many of the clock
 def test_from_start_to_end(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("ALFWORLD_DATA", raising=False)
     monkeypatch.setenv("REAL_THREADS", "1")
     out = tmp_path / "out"
-    assert main(["--out", str(out), *TINY]) == 0
+    with forked_runs() as run, monkeypatch.context() as patch:
+        patch.setattr("real.subprocess", SimpleNamespace(run=partial(forked, run, tmp_path / "said")))
+        assert main(["--out", str(out), *TINY]) == 0
     said = capfd.readouterr()
     assert "7 of 7 stages" in said.out and "95 % interval" in said.out and "teacher" in said.out
     assert "builtin as it comes: " in said.out and "atod export" in said.out

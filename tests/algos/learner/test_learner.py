@@ -3,14 +3,12 @@
 import copy
 import logging
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from paths import SUPPORT
 from toyworld import learner_options, small_model
 
 from atod_algos.algorithm import Objective
@@ -112,10 +110,8 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(model, batch, monkeypat
 
 
 LIMITED = """
-import logging, resource, sys, numpy as np, torch
-torch.set_num_threads(1)
+import logging, resource, numpy as np
 logging.basicConfig(level=logging.WARNING)
-sys.path[:0] = [{support!r}]
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from toyworld import learner_options
 from atod_algos.learner import memory
@@ -140,12 +136,11 @@ print(learner.budget.tokens, np.isfinite(metrics["actor/grad_norm"]))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address space is limited on Linux only")
-def test_a_real_failed_allocation_is_survived():
-    code = LIMITED.format(support=str(SUPPORT))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    tokens, finite = done.stdout.split()
-    assert finite == "True" and int(tokens) < 10**6 and "out of memory in the update" in done.stderr
+def test_a_real_failed_allocation_is_survived(runner, tmp_path):
+    end, said = runner(code=LIMITED, out=str(tmp_path / "out")), (tmp_path / "out").read_text()
+    assert end["code"] == 0, said[-2000:]
+    tokens, finite = said.split()[-2:]
+    assert finite == "True" and int(tokens) < 10**6 and "out of memory in the update" in said
 
 
 def test_the_budget_is_lowered_before_memory_runs_out(model, batch, monkeypatch, caplog):
@@ -186,13 +181,13 @@ def predicted_and_used():
     return needed, used
 
 
-def test_predicted_memory_is_near_what_a_large_update_uses():
+def test_predicted_memory_is_near_what_a_large_update_uses(runner, tmp_path):
     """In a process of its own: one that has run other tests holds memory that it uses again."""
-    paths = [str(Path(__file__).parent), str(SUPPORT)]
-    code = f"import sys; sys.path[:0] = {paths!r}; import test_learner; print(*test_learner.predicted_and_used())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    needed, used = map(float, done.stdout.split()[-2:])
+    folder = str(Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {folder!r}); import test_learner; print(*test_learner.predicted_and_used())"
+    end, said = runner(code=code, out=str(tmp_path / "out")), (tmp_path / "out").read_text()
+    assert end["code"] == 0, said[-2000:]
+    needed, used = map(float, said.split()[-2:])
     assert used > 100, "too small to measure"
     assert 0.7 < needed / used < 1.4
 

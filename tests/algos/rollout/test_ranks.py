@@ -14,6 +14,7 @@ from paths import SUPPORT
 from safetensors.torch import load_file
 
 from atod_algos.atod import ATOD
+from atod_algos.grpo import GRPO
 from atod_algos.learner import distributed
 from atod_algos.learner.learner import Learner
 from atod_algos.rollout.pools import dtype_of
@@ -25,7 +26,14 @@ from atod_envs.errors import AtodError
 
 pytestmark = pytest.mark.slow
 
-COMMAND = "import sys; sys.path.insert(0, sys.argv.pop(1)); import toyworld; from atod_algos.training.cli import main; "
+COMMAND = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import toyworld
+from atod_algos.atod import ATOD
+from atod_algos.training.cli import main
+main(ATOD, sys.argv[1:])
+"""
 
 
 @pytest.fixture
@@ -38,34 +46,26 @@ def options(models):
     ]  # fmt: skip
 
 
-def torchrun(count, options, tmp_path, algorithm="atod:ATOD", wait=True):
-    module, name = algorithm.split(":")
-    script = tmp_path / "run.py"
-    script.write_text(COMMAND + f"from atod_algos.{module} import {name}; main({name}, sys.argv[1:])\n")
-    return torchrun_script(count, script, [str(SUPPORT), "--", *options], wait)
+@pytest.fixture
+def ranks(runner, tmp_path):
+    """Trains on several ranks, which are started as torchrun starts them, and gives what they say."""
+
+    def run(count, options, algorithm="atod"):
+        out = tmp_path / "said"
+        end = runner(ranks=count, algorithm=algorithm, arguments=["--", *options], out=str(out))
+        assert end["code"] == 0, out.read_text()[-4000:]
+        return out.read_text()
+
+    return run
 
 
-def torchrun_script(count, script, arguments, wait=True):
-    words = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(count),
-        "--master-port",
-        "0",
-        "--rdzv-backend",
-        "c10d",
-    ]
-    words += ["--rdzv-endpoint", "localhost:0", str(script), *arguments]
-    process = subprocess.Popen(
-        [sys.executable, *words],
+def torchrun(count, script, arguments):
+    """Start a script's text under torchrun itself."""
+    words = f"--nproc-per-node {count} --master-port 0 --rdzv-backend c10d --rdzv-endpoint localhost:0".split()
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *words, str(script), *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    if not wait:
-        return process
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out[-4000:]
-    return out
 
 
 def metrics(run):
@@ -105,17 +105,14 @@ def weights(run):
     return dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("count, algorithm", [(2, "atod:ATOD"), (4, "grpo:GRPO")])
-def test_ranks_make_the_run_of_a_single_process(count, algorithm, options, models, tmp_path):
-    kind = {"atod:ATOD": ATOD}.get(algorithm)
-    if kind is None:
-        from atod_algos.grpo import GRPO as kind
+@pytest.mark.parametrize("count, kind", [(2, ATOD), (4, GRPO)])
+def test_ranks_make_the_run_of_a_single_process(count, kind, options, models, ranks, tmp_path):
     extra = ["--rules", "released"] if kind is not ATOD else []  # GRPO's has a reference model and a term of its own
     if kind is ATOD:  # two environments, and a teacher for each of two labels
         options[1:2] = ["toy/Say-v0", "toy/Echo-v0"]
         options += ["--teacher", options[options.index("--teacher") + 1], f"echo/small={models['student']}"]
     main(kind, [*options, *extra, "--steps", "3", "--run", str(tmp_path / "one")])
-    said = torchrun(count, [*options, *extra, "--steps", "3", "--run", str(tmp_path / "many")], tmp_path, algorithm)
+    said = ranks(count, [*options, *extra, "--steps", "3", "--run", str(tmp_path / "many")], kind.name)
     assert said.count("rules:") == 1, "only the first rank speaks"
     require_same_metrics(tmp_path / "one", tmp_path / "many")
     require_same_tensors(weights(tmp_path / "one"), weights(tmp_path / "many"))
@@ -123,24 +120,24 @@ def test_ranks_make_the_run_of_a_single_process(count, algorithm, options, model
     assert stored == json.loads((tmp_path / "one" / "result.json").read_text())["table"]
 
 
-def test_a_run_goes_on_with_any_number_of_ranks(options, tmp_path):
+def test_a_run_goes_on_with_any_number_of_ranks(options, ranks, tmp_path):
     main(ATOD, [*options, "--steps", "6", "--run", str(tmp_path / "whole")])
     run = ["--run", str(tmp_path / "parts")]
     main(ATOD, [*options, *run, "--steps", "2"])
-    torchrun(2, [*options, *run, "--steps", "4"], tmp_path)
+    ranks(2, [*options, *run, "--steps", "4"])
     assert (tmp_path / "parts" / "checkpoints" / "step_000004" / "shards").is_dir()
     main(ATOD, [*options, *run, "--steps", "6"])
     require_same_metrics(tmp_path / "whole", tmp_path / "parts")
     require_same_tensors(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
-def test_adapters_learn_on_any_number_of_ranks(options, tmp_path):
+def test_adapters_learn_on_any_number_of_ranks(options, ranks, tmp_path):
     pytest.importorskip("peft", reason="peft is not installed (extra lora)")
     options = [*options, "--lora-rank", "4", "--checkpoint-every", "1", "--eval-every", "1", "--lr", "1e-2"]
     main(ATOD, [*options, "--steps", "3", "--run", str(tmp_path / "whole")])
     run = ["--run", str(tmp_path / "parts")]
     main(ATOD, [*options, *run, "--steps", "1"])
-    torchrun(2, [*options, *run, "--steps", "2"], tmp_path)
+    ranks(2, [*options, *run, "--steps", "2"])
     assert (tmp_path / "parts" / "checkpoints" / "step_000002" / "shards").is_dir()
     main(ATOD, [*options, *run, "--steps", "3"])
     require_same_metrics(tmp_path / "whole", tmp_path / "parts")
@@ -152,7 +149,9 @@ def test_adapters_learn_on_any_number_of_ranks(options, tmp_path):
 
 def test_a_lost_rank_ends_the_run_which_then_goes_on(options, tmp_path):
     run = ["--run", str(tmp_path / "r")]
-    process = torchrun(2, [*options, *run, "--steps", "10000"], tmp_path, wait=False)
+    script = tmp_path / "run.py"
+    script.write_text(COMMAND)
+    process = torchrun(2, script, [str(SUPPORT), "--", *options, *run, "--steps", "10000"])
     started = time.monotonic()
     while not (tmp_path / "r" / "checkpoints" / "step_000002").is_dir():
         assert process.poll() is None and time.monotonic() - started < 200, process.communicate()[0]
@@ -201,36 +200,36 @@ from atod_algos.training.cli import main
 
 folder, names, *options = sys.argv[1:]
 for name in names.split(","):
-    main(find_algorithm(name), [*options, "--run", f"{folder}/{name}"])
+    name, _, dtype = name.partition(":")
+    main(find_algorithm(name), [*options, "--dtype", dtype or "auto", "--run", f"{folder}/{name}"])
 """
 SHORT = [
     "--data", "builtin", "--steps", "1", "--tasks-per-step", "2", "--group-size", "2", "--max-turns", "2", "--eval-every", "0",
-    "--report-tasks", "2",
+    "--eval-tasks", "2", "--report-tasks", "2",
 ]  # fmt: skip
 EVERY = "entropy_aware,gigpo,gopd,grpo,opd,sdar,sod,tcod,tip,vopd,opsa,iw_opd,agent_opsd,sign_safe,gkd,tropd,turn_opd,sage_opd,siblings"
 
 
-@pytest.mark.parametrize(
-    "names, extra",
-    [
-        # Each a second time: a finished run is shown again. The built-in student's run ends with a page that scores
-        # tokens.
-        pytest.param("atod,atod", [], id="builtin"),
-        pytest.param(EVERY, ["--dtype", "bfloat16"], id="every algorithm in bfloat16", marks=pytest.mark.slow),
-    ],
-)
-def test_runs_on_ranks_end_with_exit_0(names, extra, tmp_path):
+@pytest.mark.timeout(900)  # seconds of the CPU are few; a busy machine takes many of the clock
+def test_runs_on_ranks_end_with_exit_0(tmp_path):
+    """One after the other in the same ranks, each but the first in bfloat16, and the built-in student's a second time.
+
+    A finished run is shown again, and the built-in student's ends with a page that scores tokens.
+    """
     script = tmp_path / "run.py"
     script.write_text(ENDS)
-    out = torchrun_script(2, script, [str(tmp_path), names, *SHORT, *extra])
-    for name in set(names.split(",")):
+    names = ["atod", "atod", *(f"{name}:bfloat16" for name in EVERY.split(","))]
+    process = torchrun(2, script, [str(tmp_path), ",".join(names), *SHORT])
+    out, _ = process.communicate(timeout=850)
+    assert process.returncode == 0, out[-4000:]
+    for name in ("atod", *EVERY.split(",")):
         assert (tmp_path / name / "result.json").is_file() and (tmp_path / name / "report.html").is_file(), out[-3000:]
 
 
-def test_half_precision_frozen_models_and_master_weights_on_ranks(options, tmp_path):
+def test_half_precision_frozen_models_and_master_weights_on_ranks(options, ranks, tmp_path):
     run = ["--run", str(tmp_path / "r"), "--dtype", "bfloat16"]
     main(ATOD, [*options, *run, "--steps", "1", "--checkpoint-every", "1"])
-    torchrun(2, [*options, *run, "--steps", "2", "--checkpoint-every", "1"], tmp_path)
+    ranks(2, [*options, *run, "--steps", "2", "--checkpoint-every", "1"])
     rows = metrics(tmp_path / "r")
     assert [row["step"] for row in rows] == [1, 2] and all(np.isfinite(row["actor/pg_loss"]) for row in rows)
 

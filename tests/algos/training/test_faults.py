@@ -9,14 +9,11 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import gymnasium as gym
 import pytest
 import torch
-from paths import SUPPORT
 from toyworld import TOY, learner_options, small_model
 
 from agents.chat import ChatFormat
@@ -30,29 +27,6 @@ from atod_envs.trajectory import StopReason, read_jsonl
 pytestmark = pytest.mark.slow
 
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def runner(models):
-    if not hasattr(__import__("os"), "fork"):
-        pytest.skip("runs are forked")
-    process = subprocess.Popen(
-        [sys.executable, str(SUPPORT / "faults_runner.py"), str(models["student"])],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    assert process.stdout.readline() == "ready\n"
-
-    def run(**order):
-        process.stdin.write(json.dumps(order) + "\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline())
-
-    yield run
-    process.stdin.close()
-    process.wait(20)
 
 
 @pytest.fixture(scope="module")

@@ -191,12 +191,10 @@ def wait_for_step(run, step, process):
     raise AssertionError("the run did not get going")
 
 
-def test_killed_and_resumed_equals_uninterrupted(options, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(options, runner, tmp_path):
     main(ATOD, [*options, "--steps", "8", "--run", str(tmp_path / "whole")])
-    process = spawn(options, tmp_path / "killed", 8)
-    wait_for_step(tmp_path / "killed", 5, process)
-    process.kill()
-    process.wait()
+    killed = [*options, "--steps", "8", "--run", str(tmp_path / "killed")]
+    assert runner(arguments=killed, out=str(tmp_path / "out"), place="log", count=5, after=True)["killed"]
     main(ATOD, [*options, "--steps", "8", "--run", str(tmp_path / "killed")])
     assert timeless(metrics(tmp_path / "killed")) == timeless(metrics(tmp_path / "whole"))
     for name, tensor in weights(tmp_path / "whole", 8).items():
