@@ -1,14 +1,15 @@
 """Rebuild the small models that come with the project: ``make models``, or this file with names of worlds.
 
-For each world (``alfworld``, ``searchqa``, ``webshop``; all by default):
+For each world (``alfworld``, ``searchqa``, ``webshop``), and for one student of all three (``all``, and its teachers
+``all/alfworld`` and so on); all by default:
 
     tokenizer   its tokens are the world's things, or the parts of its names, and its stock phrases
     student     a small Qwen3, stopped early in imitating the scripted expert: it speaks the language and often fails
-    teacher     a Qwen3 that imitates longer, mostly from its own states, and in ALFWorld is then trained by GRPO; it is
-                larger in WebShop, elsewhere it differs from the student in nothing but when it stopped
+    teacher     a Qwen3 of the same size that imitates longer, mostly from its own states; the teacher of a student of
+                one world is then trained by GRPO
 
 One thread and fixed seeds: on the same machine the same version of the code gives the same bits. ALFWorld's two took
-12 minutes on a busy core; all six take the better part of an hour on one core.
+12 minutes on a busy core, WebShop's 109 CPU-seconds, Search-QA's five minutes, the four of all about twenty.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def imitator(recipe: Recipe, role: str, tokenizer: Any, out: Path) -> None:
             lambda: recipe.world(done),
             options,
             style=profile["style"],
-            max_tokens=profile["max_response"],
+            max_tokens=recipe.max_response or profile["max_response"],
             max_context=profile["max_context"],
             on_round=after,
         )
@@ -172,7 +173,7 @@ def reinforce(recipe: Recipe, role: str, folder: Path) -> Path:
 def make(key: str, out: Path) -> None:
     """Build the models of one world into a scratch folder, then put them in place."""
     recipe, scratch = RECIPES[key], Path("runs/reference-models") / key
-    tokenizer = recipe.tokenizer()
+    tokenizer = recipe.words().tokenizer()
     made = {role: scratch / role for role in recipe.imitation}
     for role, folder in made.items():
         imitator(recipe, role, tokenizer, folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,20 +30,48 @@ class Recipe:
     Attributes:
         env: registered id of the environment.
         world: makes the raw environment that is imitated in, given the number of the round, from 0.
-        tokenizer: makes the tokenizer.
+        words: finds what the tokenizer is made of.
         shapes: by role, the arguments of ``Qwen3Config`` that set the size.
         imitation: by role, how long it imitates: one stretch, or several, each with a schedule of its own.
         reward: by role, settings of the GRPO run that follows; by default none follows.
         copying: begin with heads that copy; see ``teach_copying``.
+        max_response: tokens of a turn; by default those of the environment's profile.
     """
 
     env: str
     world: Callable[[int], gym.Env[str, str]]
-    tokenizer: Callable[[], Any]
+    words: Callable[[], Words]
     shapes: Mapping[str, Mapping[str, int]]
     imitation: Mapping[str, tuple[ImitationOptions, ...]]
     reward: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     copying: bool = False
+    max_response: int | None = None
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a tokenizer is made of: arguments of ``train_tokenizer``, and of several worlds their union."""
+
+    texts: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    stock: Sequence[str] = ()
+    extra: Sequence[str] = ()
+
+    def __add__(self, other: Words) -> Words:
+        """The words of both, each once."""
+        return Words(
+            [*self.texts, *other.texts],
+            *(
+                list(dict.fromkeys([*mine, *others]))
+                for mine, others in zip(
+                    (self.tags, self.stock, self.extra), (other.tags, other.stock, other.extra), strict=True
+                )
+            ),
+        )
+
+    def tokenizer(self) -> Any:
+        """A tokenizer that has them."""
+        return train_tokenizer(self.texts, tags=self.tags, stock=self.stock, extra=self.extra)
 
 
 def shape(layers: int, heads: int, key_value_heads: int, head_dim: int, mlp: int) -> dict[str, int]:
@@ -66,8 +94,8 @@ def household(number: int = 0) -> gym.Env[str, str]:
     return gym.make("atod/ALFWorld-v0", data="builtin", split="train", max_turns=20)
 
 
-def household_tokenizer() -> Any:
-    """A tokenizer from the expert's episodes, with words for everything a household can hold."""
+def household_words() -> Words:
+    """Those of the expert's episodes, and of everything a household can hold."""
     bare = train_tokenizer(["a b"], tags=["<think>"])
     tasks = household().unwrapped.tasks  # type: ignore[attr-defined]
     shown = demonstrate(tasks[:600], household, ChatFormat(bare), style="compact", seed=0)
@@ -75,10 +103,10 @@ def household_tokenizer() -> Any:
     for trajectory in shown:
         texts += [trajectory.task, trajectory.final_observation]
         texts += [text for turn in trajectory.turns for text in (turn.observation, turn.response)]
-    return train_tokenizer(texts, tags=["<think>", "</think><action>", "</action>"], extra=household_words())
+    return Words(texts, tags=["<think>", "</think><action>", "</action>"], extra=names_of_things())
 
 
-def household_words() -> list[str]:
+def names_of_things() -> list[str]:
     """Names of all receptacle and object classes of the official games, with the blank before them."""
     held = tables().contains
     names = set(held).union(*held.values())
@@ -99,17 +127,16 @@ def encyclopedia(number: int) -> gym.Env[str, str]:
     return gym.make("atod/SearchQA-v0", data=f"builtin:{100 + number}", split="train", dataset=dataset, **options)
 
 
-def encyclopedia_tokenizer() -> Any:
-    """A tokenizer from the grammar: syllables, words of titles, halves of years, phrases, the searcher's thoughts.
+def encyclopedia_words() -> Words:
+    """Those of the grammar: syllables, words of titles, halves of years, phrases, the searcher's thoughts.
 
-    It holds no name whole, so the names of the test questions are as new to the models as those of any other
+    They hold no name whole, so the names of the test questions are as new to the models as those of any other
     encyclopedia.
     """
     facts = sorted({fact.replace("_", " ") for known in FACTS.values() for fact in known})
     thoughts = [f" {verb} {fact}" for verb in ("find", "found") for fact in facts]
     numbers = [*(f" {n}" for n in range(10, 20)), *(f"{n:02d}" for n in range(100)), *"0123456789"]
-    return train_tokenizer(
-        [],
+    return Words(
         tags=["<think>", " </think><search>", " </search>", " </think><answer>", " </answer>"],
         stock=[*stock_phrases(), *thoughts, " before", " or"],
         extra=[*name_parts(), *numbers, *"\n-:.,?"],
@@ -130,8 +157,8 @@ def shop(number: int = 0) -> gym.Env[str, str]:
     )
 
 
-def shop_tokenizer() -> Any:
-    """A tokenizer from the product types: attributes, kinds, options, pieces of names, the shopper's thoughts."""
+def shop_words() -> Words:
+    """Those of the product types: attributes, kinds, options, pieces of names, the shopper's thoughts."""
     names: set[str] = set()
     for product_type in read_product_types():
         names |= {
@@ -173,19 +200,35 @@ def shop_tokenizer() -> Any:
     makers = [*(f" {start.lower()}" for start in MAKER_STARTS), *MAKER_MIDDLES, *MAKER_ENDS]
     ranks = [f" #{n}" for n in range(1, 11)]
     numbers = [*(f" {n}" for n in range(10, 1000, 10)), *(f"{n:02d}" for n in range(100)), *"0123456789"]
-    return train_tokenizer(
-        [],
+    return Words(
         tags=["<think>", "</think><action>", "search[", "click[", "]</action>"],
         stock=[*sorted(f" {name}" for name in names), *sorted(choices), *buttons, *thoughts, *frames, *asking, *ranks],
         extra=[*makers, *numbers, " with", " for", " and", *"\n-:.,?$()&|"],
     )
 
 
+# --- All three with one tokenizer ---------------------------------------------------------------------------------
+
+ORDER = "SSASSASASASASASWASASSASASAWSASASASWASASASASAWSASASASWASASASW"
+"""The world of each round of the student that knows three. Search-QA is learned slowest, WebShop fastest."""
+
+
+def any_world(number: int) -> gym.Env[str, str]:
+    """The world of a round, the n-th round of that world."""
+    worlds = {"A": household, "W": shop, "S": encyclopedia}
+    return worlds[ORDER[number]](ORDER[:number].count(ORDER[number]))
+
+
+def all_words() -> Words:
+    """Those of the three worlds."""
+    return household_words() + encyclopedia_words() + shop_words()
+
+
 RECIPES: Mapping[str, Recipe] = {
     "alfworld": Recipe(
         "atod/ALFWorld-v0",
         household,
-        household_tokenizer,
+        household_words,
         {"student": shape(2, 6, 2, 16, 288), "teacher": shape(2, 6, 2, 16, 288)},
         {
             # The student is the teacher, stopped early.
@@ -197,24 +240,65 @@ RECIPES: Mapping[str, Recipe] = {
     "searchqa": Recipe(
         "atod/SearchQA-v0",
         encyclopedia,
-        encyclopedia_tokenizer,
+        encyclopedia_words,
         {"student": shape(2, 4, 4, 32, 192), "teacher": shape(2, 4, 4, 32, 192)},
         {
             # The student is the teacher, stopped early.
-            "student": (ImitationOptions(60, 400, 1, lr=3e-3, last_beta=0.5, batch_tokens=2048, stop=11, seed=1),),
+            "student": (ImitationOptions(60, 400, 1, lr=3e-3, last_beta=0.5, batch_tokens=2048, stop=25, seed=1),),
             "teacher": (ImitationOptions(60, 400, 1, lr=3e-3, last_beta=0.5, batch_tokens=2048, seed=1),),
         },
+        {"teacher": {"steps": 20, "lr": 3e-4, "minibatches": 4, "warmup_steps": 5, "eval_every": 0, "seed": 7}},
         copying=True,
     ),
     "webshop": Recipe(
         "atod/WebShop-v0",
         shop,
-        shop_tokenizer,
-        {"student": shape(2, 6, 2, 16, 288), "teacher": shape(3, 6, 2, 16, 288)},
+        shop_words,
+        {"student": shape(2, 4, 4, 32, 192), "teacher": shape(2, 4, 4, 32, 192)},
         {
-            "student": (ImitationOptions(rounds=5, epochs=4, batch_tokens=2048, last_beta=0.4, seed=1),),
-            "teacher": (ImitationOptions(rounds=12, epochs=4, batch_tokens=2048, last_beta=0.5, seed=2),),
+            # The student is the teacher, stopped early.
+            "student": (ImitationOptions(12, 192, 2, lr=4e-3, last_beta=0.5, batch_tokens=2048, stop=4, seed=1),),
+            "teacher": (ImitationOptions(12, 192, 2, lr=4e-3, last_beta=0.5, batch_tokens=2048, stop=6, seed=1),),
         },
+        {"teacher": {"steps": 12, "lr": 4e-4, "minibatches": 4, "warmup_steps": 5, "eval_every": 0, "seed": 7}},
+        copying=True,
+    ),
+    "all": Recipe(
+        "atod/WebShop-v0",
+        any_world,
+        all_words,
+        {"student": shape(2, 4, 4, 32, 192)},
+        {"student": (ImitationOptions(len(ORDER), 256, 1, lr=4e-3, last_beta=0.5, batch_tokens=2048, seed=1),)},
+        copying=True,
+        max_response=32,
+    ),
+    "all/alfworld": Recipe(
+        "atod/ALFWorld-v0",
+        household,
+        all_words,
+        {"teacher": shape(2, 4, 4, 32, 192)},
+        {"teacher": (ImitationOptions(rounds=30, episodes=256, lr=4e-3, last_beta=0.5, seed=1),)},
+        copying=True,
+        max_response=32,
+    ),
+    "all/webshop": Recipe(
+        "atod/WebShop-v0",
+        shop,
+        all_words,
+        {"teacher": shape(2, 4, 4, 32, 192)},
+        {"teacher": (ImitationOptions(12, 192, 2, lr=4e-3, last_beta=0.5, batch_tokens=2048, stop=6, seed=1),)},
+        copying=True,
+        max_response=32,
+    ),
+    "all/searchqa": Recipe(
+        "atod/SearchQA-v0",
+        encyclopedia,
+        all_words,
+        {"teacher": shape(2, 4, 4, 32, 192)},
+        {"teacher": (ImitationOptions(60, 400, 1, lr=3e-3, last_beta=0.5, batch_tokens=2048, seed=1),)},
+        copying=True,
+        max_response=32,
     ),
 }
-"""By the environment's key."""
+"""By the folder that the models lie in: an environment's key, and ``all`` for one student of three environments with
+their teachers."""

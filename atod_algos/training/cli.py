@@ -32,6 +32,7 @@ from atod_algos.training.presets import (
     refuse_settings,
     require_teacher,
 )
+from atod_algos.training.worlds import ALL
 from atod_envs.errors import AtodError, UnknownName
 from atod_envs.stopping import Terminated, exit_code
 
@@ -107,7 +108,8 @@ def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
         raise UnknownName("rule set", rules, algorithm.rules)
     config_default, options_default = TrainConfig(), with_rules(algorithm, rules)
     preset = _ahead(arguments, "--preset")
-    env = " ".join(word.partition("=")[0] for word in _words(arguments, "--env")) or str(config_default.env)
+    envs = [word.partition("=")[0] for word in _words(arguments, "--env")]
+    env = "all" if sorted(envs) == sorted(ALL) else " ".join(envs) or str(config_default.env)
     if preset is not None:
         config_default = preset_config(preset, env)
         options_default = fit_algorithm(options_default, preset, env)

@@ -133,8 +133,8 @@ BUILTIN: dict[str, Any] = {
 
 BUILTIN_WORLDS: dict[str, dict[str, Any]] = {
     "atod/ALFWorld-v0": {"steps": 150, "max_turns": 14},
-    "atod/WebShop-v0": {"steps": 100, "max_turns": 6, "max_response": 32, "lr": 1.5e-3},
-    "atod/SearchQA-v0": {"steps": 150, "max_turns": 4, "lr": 5e-4, "option": ("topk=1",)},
+    "atod/WebShop-v0": {"steps": 100, "max_turns": 6, "max_response": 32, "lr": 4e-4},
+    "atod/SearchQA-v0": {"steps": 100, "max_turns": 4, "lr": 4e-4, "option": ("topk=1",)},
 }
 """Registered id -> what the reference models of that environment need as well as, or instead of, ``BUILTIN``. Its
 ``option`` stands before the options that were given, so that those win."""

@@ -111,16 +111,19 @@ MODELS: Mapping[str, tuple[str, str]] = MappingProxyType(
 """Preset -> student, and the model that its teacher was before GRPO."""
 
 
+_EXACT: Mapping[str, Any] = {"gap": "exact", "lr": 4e-4, "warmup_steps": 5, "staleness": 1}
+_ANNEALED: Mapping[str, Any] = {"coef_anneal_steps": 60, "objective": {"clip_high": 0.28}}
+
 BUILTIN_RUNS: Mapping[tuple[str, str], tuple[Mapping[str, Any], Mapping[str, Any]]] = MappingProxyType(
     {
-        ("atod", "atod/ALFWorld-v0"): (
-            {"steps": 110, "gap": "exact", "lr": 4e-4, "warmup_steps": 5, "staleness": 1},
-            {"coef_anneal_steps": 60, "objective": {"clip_high": 0.28}},
-        )
+        ("atod", "atod/ALFWorld-v0"): ({"steps": 110, **_EXACT}, _ANNEALED),
+        ("atod", "atod/WebShop-v0"): (_EXACT, _ANNEALED),
+        ("atod", "atod/SearchQA-v0"): (_EXACT, _ANNEALED),
+        ("atod", "all"): ({"steps": 100, "tasks_per_step": 24, **_EXACT}, _ANNEALED),
     }
 )
-"""(Algorithm, registered id) -> settings of a run and options of the algorithm, for the built-in models and data
-under the paper's rules. Where nothing stands, an algorithm has its own defaults and the profile that all share."""
+"""(Algorithm, registered id or ``all``) -> settings of a run and options of the algorithm, for the built-in models and
+data under the paper's rules. Where nothing stands, an algorithm has its own defaults and the profile that all share."""
 
 
 def override(options: Any, values: Mapping[str, Any]) -> Any:
@@ -137,7 +140,7 @@ def builtin_run(algorithm: Any, env: str) -> tuple[TrainConfig, Any]:
 
     Args:
         algorithm: with the paper's rules.
-        env: registered id of the environment; several are separated by blanks.
+        env: registered id of the environment; ``all`` for the three of the paper; several are separated by blanks.
     """
     settings, options = BUILTIN_RUNS.get((algorithm.name, env), ({}, {}))
     config = TrainConfig(**settings)

@@ -4,6 +4,7 @@ A run has one or several environments. Each has a name, its class's ``env_key``,
 plainly holds for all of them; ``NAME=VALUE`` is for the environment of that name alone:
 
     --env atod/ALFWorld-v0 atod/WebShop-v0=2    environments, and how often each is played (1 unless said)
+    --env all                                   ALFWorld, WebShop and Search-QA
     --max-turns alfworld=20 webshop=6           a setting of each
     --option webshop/catalogue=1000             an argument of one
     --teacher builtin alfworld/LABEL=PATH       a teacher of one, or of the tasks of one that have a label
@@ -21,6 +22,9 @@ from typing import Any
 from atod_envs import environment_class
 from atod_envs.errors import AtodError, UnknownName
 from atod_envs.options import read_pair
+
+ALL = ("atod/ALFWorld-v0", "atod/WebShop-v0", "atod/SearchQA-v0")
+"""What ``--env all`` means: the worlds that one built-in student knows."""
 
 PerWorld = str | tuple[str, ...]
 """What an option holds: a value for all environments, or words of which ``NAME=VALUE`` are for one."""
@@ -49,6 +53,7 @@ def read_worlds(env: PerWorld) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     words = (env,) if isinstance(env, str) else env
+    words = ALL if words == ("all",) else words
     for word in words:
         name, equals, text = word.partition("=")
         try:

@@ -5,15 +5,12 @@ import sys
 
 import gymnasium as gym
 import pytest
+from reference import play_panel
 
-from agents.chat import ChatFormat
-from agents.engines.transformers import TransformersEngine
 from agents.models import REFERENCE, load_model, require_same_tokenizer
 from atod_algos.atod import ATOD
-from atod_algos.evaluate import evaluate
-from atod_algos.rollout.episodes import Rollout
 from atod_algos.training.cli import main
-from atod_algos.training.config import TrainConfig, builtin_profile, resolve
+from atod_algos.training.config import TrainConfig, resolve
 from atod_algos.training.sft import main as imitation
 from atod_envs.options import read_options
 from atod_envs.prompting import prompted
@@ -22,8 +19,6 @@ from atod_envs.searchqa.builtin import make_encyclopedia
 pytestmark = pytest.mark.slow
 
 ENV = "atod/SearchQA-v0"
-PROFILE = builtin_profile(ENV)
-OPTIONS = read_options(PROFILE["option"])
 
 
 @pytest.fixture(scope="module")
@@ -36,27 +31,15 @@ def teacher():
     return load_model("builtin", "teacher", world="searchqa")
 
 
-def exact_match(loaded, data, n):
-    engine = TransformersEngine(loaded.model, slots=n, max_context=PROFILE["max_context"])
-    rollout = Rollout(
-        engine,
-        ChatFormat(loaded.tokenizer),
-        lambda: gym.make(ENV, data=data, split="test", **OPTIONS),
-        style=PROFILE["style"],
-        max_tokens=PROFILE["max_response"],
-    )
-    return evaluate(rollout.play, gym.make(ENV, data=data, split="test").unwrapped.tasks.panel(n)).success
-
-
 def test_both_can_be_improved_on(student, teacher):
     require_same_tokenizer(student, teacher, "teacher")
     assert student.n_parameters <= teacher.n_parameters < 1_000_000
-    assert 0.04 < exact_match(student, "builtin", 96) < 0.25
-    assert 0.5 < exact_match(teacher, "builtin", 96) < 0.8
+    weak, strong = (play_panel(loaded, ENV, 96).success for loaded in (student, teacher))
+    assert 0.25 < weak < 0.5 and 0.55 < strong < 0.8 and strong > weak + 0.15
 
 
 def test_the_teacher_reads_an_encyclopedia_that_nobody_has_seen(teacher):
-    assert exact_match(teacher, "builtin:7", 96) > 0.45
+    assert play_panel(teacher, ENV, 96, "builtin:7").success > 0.45
 
 
 def test_the_profile_shows_one_passage_a_search_unless_told_otherwise():

@@ -366,8 +366,10 @@ def test_the_built_in_run_has_settings_of_its_own_and_flags_win(capsys, monkeypa
     ):
         train, annealing, objective = settings(algorithm, *arguments)
         assert (train, annealing, objective["clip_high"]) == (plain, None if algorithm is GRPO else 80, 0.2)
-    shop = {name: getattr(resolve(TrainConfig(env=WEBSHOP)), name) for name in run}
-    assert settings(ATOD, "--env", WEBSHOP)[:2] == (shop, 80)
+    for other in (WEBSHOP, "atod/SearchQA-v0", "all"):
+        assert settings(ATOD, "--env", other)[:2] == (run | {"steps": 100}, 60)
+    textcraft = {name: getattr(resolve(TrainConfig(env="atod/TextCraft-v0")), name) for name in run}
+    assert settings(ATOD, "--env", "atod/TextCraft-v0")[:2] == (textcraft, 80)
 
 
 def test_what_store_and_cluster_say():

@@ -17,6 +17,8 @@ from atod_algos.report.data import read_run
 from atod_algos.rollout.task_sampler import StepSampler
 from atod_algos.training.cli import main
 from atod_algos.training.config import TrainConfig, resolve
+from atod_algos.training.presets import builtin_run
+from atod_algos.training.worlds import ALL
 from atod_envs.errors import AtodError, UnknownName
 from atod_envs.tasks import TaskSet
 from atod_envs.trajectory import read_jsonl
@@ -71,7 +73,16 @@ def test_built_in_environments_keep_their_profiles():
         (4, 24, ("topk=1",)),
         (14, 24, ()),
     ]
-    assert {(w.steps, w.lr) for w in worlds} == {(100, 1.5e-3)}, "what all share is the first one's"
+    assert {(w.steps, w.lr) for w in worlds} == {(100, 4e-4)}, "what all share is the first one's"
+
+
+@pytest.mark.parametrize("env", ["all", ("all",)])
+def test_all_is_three_worlds_with_models_of_their_own(env):
+    config = resolve(TrainConfig(env=env))
+    assert [world.env for world in config.worlds] == list(ALL) and config.models == "all"
+    assert [config.models_of(world) for world in config.worlds] == ["all/alfworld", "all/webshop", "all/searchqa"]
+    written_out, _ = builtin_run(ATOD(), "all")
+    assert (written_out.tasks_per_step, written_out.gap) == (24, "exact")
 
 
 def test_one_environment_is_stored_as_ever():
