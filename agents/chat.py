@@ -16,7 +16,7 @@ import datetime
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from agents.plain_text import PlainText, ends_with
+from agents.plain_text import PlainText, ends_with, literal_markers
 from atod_envs.styles import whole_characters
 
 _RESPONSE = "\x02the response\x03"
@@ -78,7 +78,7 @@ class _Frame:
         message = whole_characters(message)  # crawled text holds halves, which no tokenizer takes
         trimmed = None if self._trim is None else self._trim(message)
         ids = self._plain.read(self._render(message) if trimmed is None else self.before + trimmed + self.after)
-        if self._plain.controls(ids) == self.controls:
+        if self._plain.controls(ids) == self.controls and self._plain.clean(message):
             return ids
         if trimmed is None:
             return self._plain.read_guarded(self._render(self._plain.guard(message, ends=False)))
@@ -124,6 +124,9 @@ class ChatFormat:
         self._listed = self._wants_parts()
         self._opening = _Frame(lambda message: self._render([self._said("user", message)]), self._plain)
         self._continuation = _Frame(self._between, self._plain)
+        sides = [self._opening.after, self._continuation.before, self._continuation.after]
+        source = str(tokenizer.get_chat_template())
+        self._plain.spell(literal_markers(source, self._conversation(), sides, self._plain.control))
         self.opened, self._closes = _opened(self._opening.after)
         self._end, self._next, final = self._ends()
         further = _generation_ends(model, set(self._plain.control.values()))
@@ -228,6 +231,14 @@ class ChatFormat:
         if not found:
             raise ValueError("the chat template drops earlier responses; it cannot be used for a growing conversation")
         return between
+
+    def _conversation(self) -> str:
+        """A whole conversation as the template writes it, with a system's message where it takes one."""
+        said = [*self._exchange(_MESSAGE), self._said("assistant", _RESPONSE)]
+        try:
+            return self._render([self._said("system", _MESSAGE), *said], generates=False)
+        except ValueError:
+            return self._render(said, generates=False)
 
     def _facts(self) -> dict[str, Any]:
         """What templates are told besides the messages: the date, and "" for special tokens that it lacks."""

@@ -124,4 +124,9 @@ def test_every_template_with_a_real_tokenizer(make):
         for message in ("take apple 1", "  Größe, 你好\n\n1 < 2 | 3 > 2 "):
             own = tokenizer.apply_chat_template([chat._said("user", message)], **told, **chat._told)
             assert chat.opening(message) == list(own), template.name
+        for mark in (mark for mark in MARKS if mark not in control_tokens(tokenizer)):
+            ids, told = chat.encode(f"take {mark} now"), tokenizer.encode(f"take {mark} now", add_special_tokens=False)
+            # Spelled where the template writes it as plain text, and else as it stands.
+            assert (ids == told) == (mark not in template.read_text()), (template.name, mark)
+            assert tokenizer.decode(ids) == f"take {mark} now"
         assert tokenizer.eos_token_id in chat.stop_ids
