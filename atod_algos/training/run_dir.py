@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from atod_algos.algorithm import Algorithm, find_algorithm
+from atod_algos.training.collapse import CollapseWatch
 from atod_algos.training.config import RunConfig, TrainConfig
 from atod_algos.training.writers import TensorBoard, Writer, open_writers
 from atod_envs import files
@@ -107,6 +108,7 @@ class RunFolder:
         self._write("config.json", {"settings": plain, "versions": versions()})
         self._settings = plain
         self._writers: list[Writer] = []
+        self._watch = CollapseWatch()
 
     def begin(self, step: int) -> None:
         """Drop what was logged after ``step`` and open the writers. One line says what is missing of earlier steps.
@@ -122,17 +124,20 @@ class RunFolder:
             )
         if kept or (self.path / "metrics.jsonl").exists():
             replace_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        self._watch = CollapseWatch(kept)
         train = self._settings["train"]
         wanted = [*train.get("log", ()), *([f"wandb={train['wandb']}"] if train.get("wandb") else [])]
         self._writers = open_writers(self.path, wanted, self._settings, step, kept)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a step's metrics."""
+        """Append a step's metrics, and warn where they look like the beginning of a collapse."""
         with written(self.path / "metrics.jsonl") as path, open(path, "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for writer in self._writers:
             with written(self.path / "tensorboard" if isinstance(writer, TensorBoard) else self.path):
                 writer.log(step, metrics)
+        for line in self._watch.see(step, metrics):
+            log.warning("%s", line)
 
     def metrics(self) -> list[dict[str, float]]:
         """All logged steps."""
