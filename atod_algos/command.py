@@ -55,6 +55,9 @@ def commands() -> dict[str, Command]:
         "export": Command("write a run's model for other programs", {"": "atod_algos.export.command"}),
         "report": Command("show every turn of a run, and why it was weighted", {"": "atod_algos.report.command"}),
         "study": Command("compare methods over environments and seeds", {"": "atod_algos.study.command"}),
+        "leaderboard": Command(
+            "put a run on the leaderboard: atod leaderboard add RUN", {"add": "atod_algos.study.leaderboard"}
+        ),
         "data": Command(
             "what data is there, and where it comes from: atod data status|get|verify|build",
             {word: f"atod_envs.datasets.command {word}" for word in ("status", "get", "verify", "build")},

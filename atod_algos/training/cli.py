@@ -12,6 +12,7 @@ import inspect
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -121,7 +122,8 @@ def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
     _refuse_gone(arguments)
     run, config, options = _parse(algorithm, arguments, config_default, options_default)
     logging.basicConfig(level=logging.INFO if run.verbose else logging.WARNING, format="%(levelname)s %(message)s")
-    train(resolve(config), options, run.rules, dry_run=run.dry_run)
+    command = shlex.join(["atod", "train", algorithm.name, *arguments])
+    train(resolve(config), options, run.rules, dry_run=run.dry_run, command=command)
 
 
 def _refuse_gone(arguments: Sequence[str]) -> None:
@@ -181,7 +183,9 @@ def _ahead(arguments: Sequence[str], option: str) -> str | None:
     return next(iter(_words(arguments, option)), None)
 
 
-def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool = False) -> dict[str, Any] | None:
+def train(
+    config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool = False, command: str = ""
+) -> dict[str, Any] | None:
     """Train with resolved settings; return the final table (None for a dry run).
 
     The run folder's unfinished run is resumed; a finished one is shown again.
@@ -214,7 +218,7 @@ def train(config: RunConfig, algorithm: Algorithm, rules: str, *, dry_run: bool 
     envs = "+".join(world.env.split("/")[-1] for world in config.worlds)
     folder = Path(config.run or f"runs/{algorithm.name}-{envs}-seed{config.seed}")
     with nullcontext() if quiet else held(folder):
-        run = Onlooker(folder) if quiet else RunFolder(folder, settings)
+        run = Onlooker(folder) if quiet else RunFolder(folder, settings, command)
         result = _finish(config, algorithm, run, progress)
     if quiet:
         distributed.barrier()  # see its docstring

@@ -1,4 +1,4 @@
-"""What a step's phases take: seconds and memory."""
+"""What a step's phases take: seconds, CPU seconds and memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Clock:
         self._laps: dict[str, float] = {}
         self._peaks: dict[str, float] = {}
         memory.start_peak(self._device)
-        self._last = time.perf_counter()
+        self._last, self._cpu = time.perf_counter(), time.process_time()
 
     def lap(self, name: str) -> None:
         """End a phase."""
@@ -32,7 +32,7 @@ class Clock:
         self._laps[name], self._last = now - self._last, now
 
     def metrics(self, batch: TokenBatch) -> dict[str, float]:
-        """Seconds and peaks of the step's phases, and tokens a second."""
+        """Seconds and peaks of the step's phases, CPU seconds of this process over all its threads, tokens a second."""
         total = sum(self._laps.values())
         rows = sum(len(row) for row in batch.rows)
         return (
@@ -40,6 +40,7 @@ class Clock:
             | {f"time/{name}": seconds for name, seconds in self._laps.items()}
             | {
                 "time/step": total,
+                "time/cpu": time.process_time() - self._cpu,
                 "speed/tokens_per_second": rows / total,
                 "speed/sampled_per_second": batch.n_tokens / self._laps["rollout"],
             }

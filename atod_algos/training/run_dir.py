@@ -1,6 +1,6 @@
 """A run's folder: settings, metrics, trajectories, checkpoints, result.
 
-    config.json               what was asked for, resolved; versions
+    config.json               what was asked for, resolved; versions, the command, commits of the source
     metrics.jsonl             one line a step
     tensorboard/              the same as event files, where tensorboard is installed (``atod_algos.training.writers``)
     trajectories/step_*.jsonl.gz   the episodes (``atod_envs.trajectory``)
@@ -32,6 +32,7 @@ from typing import Any, cast
 from atod_algos.algorithm import Algorithm, find_algorithm
 from atod_algos.training.collapse import CollapseWatch
 from atod_algos.training.config import RunConfig, TrainConfig
+from atod_algos.training.source import source_commit
 from atod_algos.training.writers import TensorBoard, Writer, open_writers
 from atod_envs import files
 from atod_envs.errors import AtodError, DataError
@@ -40,7 +41,7 @@ from atod_envs.trajectory import Trajectory, write_jsonl
 
 log = logging.getLogger(__name__)
 
-_FREE = (
+FREE_SETTINGS = (
     "run",
     "steps",
     "device",
@@ -77,12 +78,13 @@ class RunFolder:
     Args:
         path: the folder.
         settings: resolved settings, JSON-compatible; must equal those of a run that is already there.
+        command: the command line that asks for it.
 
     Raises:
         AtodError: the folder holds a run with other settings, or cannot be written.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], command: str = "") -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         try:
@@ -105,7 +107,13 @@ class RunFolder:
                     f"{path} holds a run with {name}={old!r}{why}, but now it is {new!r}; "
                     "give the old value to resume it, or choose another folder with --run"
                 )
-        self._write("config.json", {"settings": plain, "versions": versions()})
+        self._about: dict[str, Any] = {"settings": plain, "versions": versions()}
+        if begun and (path / "config.json").exists():  # a run that is looked at again stays the one that was trained
+            before = read_object(path / "config.json", _ADVICE)
+            self._about |= {name: before[name] for name in ("command", "commits") if name in before}
+        elif command:
+            self._about["command"] = command
+        self._write("config.json", self._about)
         self._settings = plain
         self._writers: list[Writer] = []
         self._watch = CollapseWatch()
@@ -117,6 +125,10 @@ class RunFolder:
             AtodError: a writer was asked for that is not known or not installed.
             DataError: the log is broken.
         """
+        commits = self._about.setdefault("commits", [])
+        if (commit := source_commit()) not in commits:
+            commits.append(commit)
+            self._write("config.json", self._about)
         kept = [row for row in self.metrics() if row["step"] <= step]
         if len(kept) < step:
             log.warning(
@@ -349,7 +361,7 @@ def _of_this_version(settings: Mapping[str, Any], options: Mapping[str, Any]) ->
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
     for name in {**old, **new}:
         a, b = old.get(name), new.get(name)
-        if name in _FREE and not prefix.startswith("algorithm"):
+        if name in FREE_SETTINGS and not prefix.startswith("algorithm"):
             continue
         if isinstance(a, dict) and isinstance(b, dict):
             inner = _difference(a, b, f"{prefix}{name}.")
