@@ -107,6 +107,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     assert "atod train atod needs tyro, which is not installed: pip install 'atod[train]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("play", "--help"), ("train", "atod", "--help")])
 def test_another_agents_package_is_explained(tmp_path, words):
     (tmp_path / "agents").mkdir()
@@ -128,6 +129,7 @@ def test_agents_whose_init_was_overwritten_are_explained(tmp_path):
     assert done.returncode == 1 and "hides or has overwritten" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_bash_completes_commands_algorithms_options_and_environments(tmp_path, capsys):
     pytest.importorskip("shtab")

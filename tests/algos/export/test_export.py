@@ -134,6 +134,7 @@ def test_a_whole_model(students, tmp_path, kind, capsys):
     assert list(tmp_path.glob(".out*")) == []
 
 
+@pytest.mark.slow
 def test_transformers_alone_reads_the_builtin_student(tmp_path):
     trained = run_of(tmp_path / "run", "agents/reference/alfworld/student")
     main([str(tmp_path / "run"), "--to", str(tmp_path / "out")])

@@ -221,6 +221,7 @@ def options(tmp_path, models, **changes):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", [OPD, ATOD, SOD, TCOD])
 def test_every_method_that_bears_it_trains_with_it(algorithm, tmp_path, models, run_metrics):
     config = options(tmp_path, models, gap="exact", gap_minibatches=2, gap_epochs=2)

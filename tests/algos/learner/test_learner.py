@@ -135,6 +135,7 @@ print(learner.budget.tokens, np.isfinite(metrics["actor/grad_norm"]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address space is limited on Linux only")
 def test_a_real_failed_allocation_is_survived(runner, tmp_path):
     end, said = runner(code=LIMITED, out=str(tmp_path / "out")), (tmp_path / "out").read_text()
@@ -181,6 +182,7 @@ def predicted_and_used():
     return needed, used
 
 
+@pytest.mark.slow
 def test_predicted_memory_is_near_what_a_large_update_uses(runner, tmp_path):
     """In a process of its own: one that has run other tests holds memory that it uses again."""
     folder = str(Path(__file__).parent)

@@ -61,6 +61,7 @@ def trajectory_rows(name, style, tokenizer, make_env, task, split="train"):
     return model, groups, make_batch(groups, rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", sorted(atod_envs.playable()))
 @pytest.mark.parametrize("name", ["window", "turns", "trajectory"])
 def test_the_published_style_in_every_layout(world, name, tokenizer):
@@ -147,6 +148,7 @@ def test_an_episode_is_one_row_as_it_was_sampled_under_a_template_that_would_rew
     assert "<think>" not in rendered  # the template itself would have dropped them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["turns", "trajectory"])
 def test_a_run_learns_in_every_layout(layout, models, tmp_path, capsys):
     main(

@@ -132,6 +132,7 @@ def options(models):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_bridges_and_resumes_exactly(options, tmp_path):
     main(FutureBridge, [*options, "--steps", "2", "--run", str(tmp_path / "whole")])
     for steps in ("1", "2"):

@@ -96,6 +96,7 @@ def options(models):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_learns_from_the_students_turns_until_the_guide_is_gone(options, tmp_path):
     main(GuidedOPD, [*options, "--guide-share", "0.6", "--guide-steps", "1", "--run", str(tmp_path / "r")])
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]

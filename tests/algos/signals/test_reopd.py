@@ -112,6 +112,7 @@ def options(models):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_learns_on_its_own_stored_episodes_and_resumes_exactly(options, tmp_path):
     pool = tmp_path / "pool"
     main(OPD, [*options, "--steps", "1", "--run", str(pool)])

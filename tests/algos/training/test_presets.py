@@ -258,6 +258,7 @@ def test_local_folders_are_read(models, tmp_path):
     assert 0.7 < memory.bytes_per_token(llama) / memory_estimate.activation_bytes(shape, 1, 4) <= 1.01
 
 
+@pytest.mark.slow
 def test_a_step_stays_below_its_estimate(models, tmp_path):
     """Every count of a real run of the toy world, in both layouts."""
     for style in ("atod", "compact"):
@@ -380,6 +381,7 @@ def test_what_store_and_cluster_say():
     )
 
 
+@pytest.mark.slow
 def test_a_dry_run_leaves_nothing_behind_and_fetches_nothing(tmp_path):
     """In a process of its own, in an empty folder, with the hub out of reach."""
     code = "import sys; from atod_algos.training.cli import main; from atod_algos.atod import ATOD; main(ATOD, sys.argv[1:])"

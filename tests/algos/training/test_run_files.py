@@ -77,6 +77,7 @@ def test_a_broken_result_is_named(tmp_path, change):
         run.result()
 
 
+@pytest.mark.slow
 def test_random_damage_is_one_error_or_none(tmp_path):
     begun(tmp_path, 6)
     result(tmp_path)

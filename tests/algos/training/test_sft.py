@@ -68,6 +68,7 @@ def losses(out):
     return [json.loads(line)["sft/loss"] for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [(), ("--lora-rank", "4")], ids=["all weights", "adapters"])
 def test_it_goes_on_bit_for_bit(student, tmp_path, extra, capsys):
     if extra:
@@ -85,6 +86,7 @@ def test_it_goes_on_bit_for_bit(student, tmp_path, extra, capsys):
     assert loaded.n_parameters == load_model(str(student), "student").n_parameters, "a plain model, adapters or not"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_one_line_and_the_same_command_goes_on(student, tmp_path, number, monkeypatch, capsys):
     options = ("--rounds", "2")
@@ -130,6 +132,7 @@ def test_another_setting_is_refused(student, tmp_path, capsys):
     assert "holds a run with algorithm.only='success', but now it is 'all'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["trajectory", "turns", "window"])
 def test_recorded_episodes_teach_in_every_layout(student, evaluation, tmp_path, layout):
     style = ("--style", "atod" if layout == "window" else "compact", "--max-context", "2048")
@@ -195,6 +198,7 @@ def test_turns_that_do_not_fit_are_left_out(chat, evaluation):
         tokenized(recorded, style, chat, 5)
 
 
+@pytest.mark.slow
 def test_a_runs_own_episodes_are_taken(student, chat, tmp_path):
     engine = TransformersEngine(load_model(str(student), "student").model, slots=4, max_context=256)
     rollout = Rollout(engine, chat, world, style="compact", max_tokens=8)
