@@ -65,6 +65,11 @@ def group_advantage(
     count = np.bincount(group_R).astype(np.float64)
     mean = np.where(count > 1, np.bincount(group_R, reward_R) / count, 0.0)
     centred_R = reward_R - mean[group_R]
+    # The mean of equal numbers can miss them by a rounding, which an optimizer would make an update of.
+    low, high = np.full(len(count), np.inf), np.full(len(count), -np.inf)
+    np.minimum.at(low, group_R, reward_R)
+    np.maximum.at(high, group_R, reward_R)
+    centred_R = np.where(((low == high) & (count > 1))[group_R], 0.0, centred_R)
     if not divide:
         return np.asarray(centred_R)
     variance = np.bincount(group_R, centred_R**2) / np.maximum(count - ddof, 1)

@@ -91,6 +91,18 @@ def test_group_advantage(golden):
         close(maths.group_advantage(reward, group, divide=False), case["A_dr_grpo_no_std"])
 
 
+def test_equal_rewards_of_any_size_say_exactly_nothing():
+    """Three thirds of a tenth do not sum to a tenth; an optimizer would make a whole step of what is left."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        n = int(rng.integers(2, 17))
+        reward = np.append(np.full(n, rng.integers(1, 100) / rng.integers(1, 60) * 10), [1.0, 2.0, 7.0])
+        group = np.append(np.zeros(n, dtype=int), [1, 1, 2])
+        for divide in (False, True):
+            found = maths.group_advantage(reward, group, divide=divide)
+            assert not found[:n].any() and found[n] < 0 < found[n + 1] and found[n + 2] > 0
+
+
 def test_group_advantage_over_turn_rows(golden):
     case = golden["group_advantage_turn_rows"]
     reward_N, turns = np.array(case["rewards"], dtype=float), case["n_turns"]
