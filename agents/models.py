@@ -12,7 +12,8 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,9 @@ _READ = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
 )  # fmt: skip
 """What of a model's folder decides what it says."""
+_LAYER = re.compile(r"\.\d+\.")
+_BUFFER = re.compile(r"(inv_freq|position_ids|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
+"""What older versions of transformers wrote besides weights: masks and frequencies, which are computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +125,10 @@ def load_model(
         with contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(source)
             base, options = _adapted(source) if looks_local else (source, {})
-            model = _kind(base, options).from_pretrained(base, dtype=dtype, **options)
+            model, info = _kind(base, options).from_pretrained(base, dtype=dtype, output_loading_info=True, **options)
+            require_all_weights(info)
             if base != source:
-                from peft import PeftModel
-
-                model = PeftModel.from_pretrained(model, source).merge_and_unload()
+                model = _with_adapters(model, source)
     except Exception as error:  # damaged files fail in many ways in other people's code
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = "" if looks_local else "; give the path of a downloaded copy if the hub cannot be reached"
@@ -165,6 +168,45 @@ def model_digest(name: str, world: str = "", role: str = "student") -> str | Non
         with contextlib.suppress(OSError):  # loading says what is wrong with it
             whole.update((model_digest(_adapted(str(folder))[0]) or "").encode())
     return whole.hexdigest() if files else None
+
+
+def require_all_weights(info: Mapping[str, Any], unused: str = "$^") -> None:
+    """Refuse files that are not the whole model, or hold layers that it has not: transformers makes up what is missing.
+
+    Args:
+        info: ``output_loading_info`` of ``from_pretrained``.
+        unused: pattern of weights that may be missing.
+
+    Raises:
+        OSError: names the first weight.
+    """
+    missing = sorted(key for key in info["missing_keys"] if not re.search(unused, key))
+    if missing:
+        raise OSError(
+            f"its files lack {len(missing)} of its weights ({missing[0]}), and transformers would make them up; is a file missing, or "
+            "does config.json belong to another model?"
+        )
+    # A head for something else may lie next to a language model; what belongs into its layers may not be left out.
+    left_out = sorted(key for key in info["unexpected_keys"] if _LAYER.search(key) and not _BUFFER.search(key))
+    if left_out:
+        raise OSError(
+            f"its files hold {len(left_out)} weights for which config.json has no place ({left_out[0]}); does it belong to another model?"
+        )
+
+
+def _with_adapters(model: Any, source: str) -> Any:
+    """A model with a folder's adapters added to its weights.
+
+    Raises:
+        OSError: the folder's adapters are not those of the model; peft would leave such out.
+    """
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+
+    adapted = PeftModel.from_pretrained(model, source)
+    there, wanted = set(load_peft_weights(source, device="cpu")), set(get_peft_model_state_dict(adapted))
+    if there != wanted:
+        raise OSError(f"its adapters do not fit the model (one that only one of the two has: {min(there ^ wanted)})")
+    return adapted.merge_and_unload()
 
 
 def _snapshot(name: str) -> Path | None:

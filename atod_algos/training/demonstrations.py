@@ -230,6 +230,32 @@ def read_recorded(paths: Iterable[str | Path], *, only: Literal["all", "success"
     return kept
 
 
+def require_episodes_of(trajectories: Sequence[Trajectory], env: str, split: str) -> None:
+    """Refuse episodes of another environment; one line says how many are of tasks that a model is judged by.
+
+    Args:
+        trajectories: the episodes.
+        env: registered id of the environment that is learned.
+        split: its split for training.
+
+    Raises:
+        AtodError: one is of another environment.
+    """
+    others = {trajectory.env_id for trajectory in trajectories} - {env.rpartition(":")[2]}
+    if others:
+        raise AtodError(
+            f"--source holds episodes of {', '.join(sorted(others))}, but --env is {env}; give episodes of one environment"
+        )
+    held_out = sum(trajectory.split != split for trajectory in trajectories)
+    if held_out:
+        log.warning(
+            "%d of %d recorded episodes are not of the split %r; do not judge the model by their tasks",
+            held_out,
+            len(trajectories),
+            split,
+        )
+
+
 def episodes_digest(trajectories: Iterable[Trajectory]) -> str:
     """Digest of episodes, in their order: equal digests, equal demonstrations."""
     whole = hashlib.blake2b(digest_size=8)

@@ -47,6 +47,7 @@ from atod_algos.training.demonstrations import (
     Recorded,
     episodes_digest,
     read_recorded,
+    require_episodes_of,
     tokenized,
 )
 from atod_envs.errors import AtodError
@@ -291,6 +292,7 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
         else read_recorded(command.source, only=command.only, best_of=command.best_of)
     )
     shown = episodes_digest(recorded)
+    require_episodes_of(recorded, command.env, facts.splits[0])
     done = 0
     path = latest_checkpoint(run.checkpoints)
     if path is not None:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from requests_to_engines import plain_logprobs, prompts, run, small
+from safetensors.torch import load_file, save_file
+from tinymodel import tiny_qwen3
 
 from agents.engines.base import SamplingParams
 from agents.engines.transformers import TransformersEngine
@@ -183,6 +185,65 @@ def saved(tokenizer, tmp_path):
         return str(tmp_path / name)
 
     return save
+
+
+def rename(weights, old, new):
+    weights[new] = weights.pop(old)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+HALF = [
+    ("lack 1 of its weights", {}, lambda w: w.pop(UP)),
+    ("lack 1 of its weights", {}, lambda w: rename(w, UP, f"{UP}s")),
+    ("lack 1 of its weights", {"tie_word_embeddings": False}, lambda w: w.pop("lm_head.weight", None)),
+    ("lack 25 of its weights", {}, lambda w: [rename(w, name, f"module.{name}") for name in list(w)]),
+    (
+        "no place .*layers.1.input_layernorm",
+        {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
+        lambda w: None,
+    ),
+    ("no place .*q_proj.bias", {}, lambda w: w.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)})),
+    (None, {}, lambda w: w.update({"v_head.weight": torch.ones(1, 32)})),
+    (None, {}, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})),
+]
+
+
+@pytest.mark.parametrize(("said", "settings", "change"), HALF)
+def test_files_that_are_not_the_whole_model_are_refused(saved, tokenizer, said, settings, change):
+    """transformers makes up what is missing and leaves out what has no place; log-probs would be another model's."""
+    model = tiny_qwen3(len(tokenizer), 0)
+    folder = Path(saved("whole", model))
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | settings))
+    if said is None:
+        ids = probe_ids(model, 12, 1)
+        loaded = load_model(str(folder), "student").model
+        np.testing.assert_allclose(own_logits(loaded, ids).detach(), own_logits(model, ids).detach(), atol=1e-5)
+    else:
+        with pytest.raises(AtodError, match=said):
+            load_model(str(folder), "student")
+
+
+def test_adapters_of_another_model_are_refused(saved, tokenizer, tmp_path):
+    pytest.importorskip("peft", reason="needs the lora extra")
+    model = tiny_qwen3(len(tokenizer), 0)
+    saved("base", model)
+    folder = tmp_path / "adapters"
+    add_adapters(model, rank=2, alpha=4, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": str(tmp_path / "base")})
+    )
+    load_model(str(folder), "student")
+    weights = load_file(folder / "adapter_model.safetensors")
+    name = next(iter(weights))
+    rename(weights, name, name.replace("layers.", "blocks."))
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AtodError, match="its adapters do not fit the model"):
+        load_model(str(folder), "student")
 
 
 def test_weights_that_are_no_numbers_are_named_when_they_are_loaded(saved, tokenizer):

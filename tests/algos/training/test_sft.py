@@ -18,7 +18,7 @@ from agents.reference.tokenizer import train_tokenizer
 from atod_algos.evaluate.command import run as evaluate
 from atod_algos.evaluate.settings import EvaluateConfig
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
-from atod_algos.training.demonstrations import demonstrate, read_recorded, tokenized
+from atod_algos.training.demonstrations import demonstrate, read_recorded, require_episodes_of, tokenized
 from atod_algos.training.sft import Imitator, main
 from atod_envs.errors import AtodError
 from atod_envs.styles import as_conversation
@@ -106,6 +106,16 @@ def test_a_signal_is_one_line_and_the_same_command_goes_on(student, tmp_path, nu
     assert stop.value.code == 128 + number and f"kept in {tmp_path / 'parts'}" in said and "finished rounds 1" in said
     parts = sft(student, tmp_path / "parts", *options)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_episodes_of_another_environment_are_refused_and_held_out_ones_named(evaluation, caplog):
+    found = read_recorded([evaluation / "expert"], only="all", best_of=0)
+    require_episodes_of(found, "atod/ALFWorld-v0", "train")
+    assert not caplog.records
+    require_episodes_of(found, "atod/ALFWorld-v0", "valid_seen")
+    assert "6 of 6 recorded episodes are not of the split 'valid_seen'" in caplog.text
+    with pytest.raises(AtodError, match=r"holds episodes of atod/ALFWorld-v0, but --env is atod/WebShop-v0"):
+        require_episodes_of(found, "atod/WebShop-v0", "train")
 
 
 def test_other_weights_or_episodes_than_before_are_refused(student, evaluation, tmp_path, capsys):
