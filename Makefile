@@ -120,7 +120,7 @@ $(VENV)-lint/ready: $(VENV)-lint/tools $(call locks,all)
 $(VENV)-%/tools $(VENV)-%/ready: BIN = $(@D)/bin
 
 peers: $(VENV)-verifiers/ready $(VENV)-openenv/ready
-	"$(VENV)-verifiers/bin/python" -m pytest tests/integrations/test_verifiers.py docs/integrations.md
+	"$(VENV)-verifiers/bin/python" -m pytest tests/integrations/test_verifiers.py tests/integrations/test_verifiers_tasks.py docs/integrations.md
 	"$(VENV)-openenv/bin/python" -m pytest tests/integrations/test_openenv.py docs/integrations.md
 
 vllm: BIN = $(VENV)-vllm/bin

@@ -119,7 +119,8 @@ class ForeignEnv(TextEnv):
         kind = type(self._foreign)
         # What belongs to the environment's class is the instance's here.
         own = {"env_key": manner.key, "about": manner.about, "tells_rules_first": manner.tells_rules_first}
-        for name, value in {**own, "data_version": f"{manner.key}/{kind.__module__}.{kind.__qualname__}"}.items():
+        version = getattr(self._foreign, "data_version", f"{kind.__module__}.{kind.__qualname__}")
+        for name, value in {**own, "data_version": f"{manner.key}/{version}"}.items():
             setattr(self, name, value)
         self._players = hasattr(self._foreign, "get_observation")  # TextArena's games are for several
         self._seeded = _takes_seed(self._foreign.reset)
