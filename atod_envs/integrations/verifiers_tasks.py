@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -185,7 +186,7 @@ def _seat(environment: Any) -> str:
     if environment is None:
         return "agent"
     kind = type(environment)
-    seats = [name for name, value in environment.config if isinstance(value, vf.AgentConfig)]
+    seats: list[str] = [name for name, value in environment.config if isinstance(value, vf.AgentConfig)]
     if len(seats) != 1:
         raise AtodError(f"{kind.__name__} has {len(seats)} agents ({', '.join(seats)}); a text environment is for one")
     for hook in ("start", "stop", "finalize"):
@@ -205,11 +206,7 @@ def _require_text(task: Any) -> None:
         "a judge": bool(task.plugged_judges()),
         "stop conditions": bool(task.hooks("stop")),
         "a prompt that is no text": not _is_text(data.prompt),
-        **{
-            f"a runtime for {fn.__name__}": "runtime" in fn.__code__.co_varnames[: fn.__code__.co_argcount]
-            for fn in task.hooks("reward")
-            if hasattr(fn, "__code__")
-        },
+        **{f"a runtime for {fn.__name__}": "runtime" in signature(fn).parameters for fn in task.hooks("reward")},
     }
     lacking = [what for what, needed in needs.items() if needed]
     if lacking:
