@@ -183,6 +183,12 @@ def compare(a: Evaluation, b: Evaluation) -> Comparison:
             f"the two evaluations differ in {len(strangers)} episodes, e.g. task {strangers[0][0]!r} with seed {strangers[0][1]}; "
             "a paired comparison needs the same panel and seeds: evaluate one of them again with the other's --panels and --seeds"
         )
+    for key, trajectory in episodes_a.items():
+        if trajectory.task != episodes_b[key].task:
+            raise AtodError(
+                f"task {key[0]!r} is {trajectory.task!r:.80} in one evaluation and {episodes_b[key].task!r:.80} in the other; a paired "
+                "comparison needs the same data: evaluate one of them again on the other's"
+            )
     tasks: dict[str, list[tuple[Trajectory, Trajectory]]] = {}
     for key, trajectory in episodes_a.items():
         tasks.setdefault(key[0], []).append((trajectory, episodes_b[key]))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,6 +15,8 @@ from atod_algos.evaluate.settings import episodes_path
 from atod_algos.training.run_dir import read_settings
 from atod_envs.errors import AtodError, DataError
 from atod_envs.trajectory import read_jsonl
+
+log = logging.getLogger(__name__)
 
 
 def load_evaluation(folder: Path) -> dict[str, Evaluation]:
@@ -35,6 +40,28 @@ def load_evaluation(folder: Path) -> dict[str, Evaluation]:
     }
 
 
+def _say_what_differs(a: Path, b: Path, names: Sequence[str]) -> None:
+    """One line for each thing that decides numbers and is not the same on both sides: environment, data, limits."""
+
+    def known(folder: Path) -> dict[str, Any]:
+        settings = read_settings(folder)
+        sampling = settings.get("sampling", {})
+        versions = {f"data of {p['name']}": p.get("data_version") for p in settings["panels"] if p["name"] in names}
+        own = {
+            "environment": settings.get("env"),
+            "options": settings.get("option"),
+            "max_turns": sampling.get("max_turns"),
+        }
+        return own | versions
+
+    left, right = known(a), known(b)
+    for name, value in left.items():
+        if value != right.get(name):
+            log.warning(
+                "A and B differ in more than who plays: %s is %r in A and %r in B", name, value, right.get(name)
+            )
+
+
 def show_comparison(a: Path, b: Path) -> dict[str, Comparison]:
     """Compare two stored evaluations and show the table.
 
@@ -45,6 +72,7 @@ def show_comparison(a: Path, b: Path) -> dict[str, Comparison]:
     shared = [name for name in left if name in right]
     if not shared:
         raise AtodError(f"{a} holds {', '.join(left)} and {b} holds {', '.join(right)}: no panel in common")
+    _say_what_differs(a, b, shared)
     table = Table(title=f"A = {a}\nB = {b}", title_justify="left")
     for column in (
         "panel",

@@ -19,7 +19,7 @@ from agents.api import ChatClient
 from atod_algos.evaluate import Evaluation, compare
 from atod_algos.evaluate.command import main, run
 from atod_algos.evaluate.journal import EpisodeJournal
-from atod_algos.evaluate.paired_command import load_evaluation
+from atod_algos.evaluate.paired_command import load_evaluation, show_comparison
 from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, make_env, sampling_of
 from atod_algos.rollout.environments import make_env as make_training_env
 from atod_algos.training.config import TrainConfig, resolve
@@ -55,6 +55,9 @@ def test_comparison_pairs_tasks_and_refuses_other_panels():
     assert result.by_label["x"].difference == pytest.approx(0.25) and result.by_label["y"].difference == 0.5
     with pytest.raises(AtodError, match="same panel and seeds"):
         compare(a, Evaluation(b.trajectories[:-1]))
+    other = dataclasses.replace(b.trajectories[0], task="find another thing")
+    with pytest.raises(AtodError, match=r"'find another thing' in the other.* needs the same data"):
+        compare(a, Evaluation((other, *b.trajectories[1:])))
 
 
 def test_an_environment_without_files_need_not_take_data(tmp_path):
@@ -219,6 +222,19 @@ def test_the_world_is_the_runs_or_the_profiles_unless_told_otherwise(tmp_path):
     _, info = env.reset(seed=0)
     found = env.step(f"<search>{info['task']}</search>")[0]
     assert "Doc 2" in found and "Doc 3" not in found
+
+
+def test_what_differs_besides_who_plays_is_said(tmp_path, caplog, monkeypatch):
+    asked = EvaluateConfig(env=TOY, agent="random", panels=("valid/2",))
+    run(dataclasses.replace(asked, out=tmp_path / "a"), show=False)
+    run(dataclasses.replace(asked, out=tmp_path / "same"), show=False)
+    monkeypatch.setattr("toy.ToyEnv.data_version", "toy/2")
+    run(dataclasses.replace(asked, out=tmp_path / "b", max_turns=2), show=False)
+    show_comparison(tmp_path / "a", tmp_path / "same")
+    assert not caplog.records
+    show_comparison(tmp_path / "a", tmp_path / "b")
+    assert "max_turns is None in A and 2 in B" in caplog.text
+    assert "data of valid/2 is '' in A and 'toy/2' in B" in caplog.text
 
 
 def test_builtin_expert_beats_random_task_by_task(tmp_path, capsys):
