@@ -119,7 +119,7 @@ BUILTIN_RUNS: Mapping[tuple[str, str], tuple[Mapping[str, Any], Mapping[str, Any
         ("atod", "atod/ALFWorld-v0"): ({"steps": 110, **_EXACT}, _ANNEALED),
         ("atod", "atod/WebShop-v0"): (_EXACT, _ANNEALED),
         ("atod", "atod/SearchQA-v0"): (_EXACT, _ANNEALED),
-        ("atod", "all"): ({"steps": 100, "tasks_per_step": 24, **_EXACT}, _ANNEALED),
+        ("atod", "all"): ({"steps": 100, "tasks_per_step": 24, "minibatches": 12, **_EXACT}, _ANNEALED),
     }
 )
 """(Algorithm, registered id or ``all``) -> settings of a run and options of the algorithm, for the built-in models and

@@ -82,7 +82,7 @@ def test_all_is_three_worlds_with_models_of_their_own(env):
     assert [world.env for world in config.worlds] == list(ALL) and config.models == "all"
     assert [config.models_of(world) for world in config.worlds] == ["all/alfworld", "all/webshop", "all/searchqa"]
     written_out, _ = builtin_run(ATOD(), "all")
-    assert (written_out.tasks_per_step, written_out.gap) == (24, "exact")
+    assert (written_out.tasks_per_step, written_out.minibatches, written_out.gap) == (24, 12, "exact")
 
 
 def test_one_environment_is_stored_as_ever():
