@@ -200,6 +200,10 @@ class Algorithm(ABC):
         """The third model, read if ``scores`` name "base": a folder or a hub id; ``None`` for the initial student."""
         return None
 
+    def reads(self) -> Mapping[str, str]:
+        """Digests of the files that it reads, by what names them: a run goes on with the same alone. None by default."""
+        return {}
+
     def limits(self, step: int) -> RolloutLimits:
         """Limits of the training rollouts at a step (from 1); none by default."""
         return RolloutLimits()

@@ -38,7 +38,7 @@ from atod_algos.algorithm import RELEASED, Advantages, Algorithm, RolloutLimits
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.turn_plans import Replay, Stored
 from atod_envs.errors import AtodError
-from atod_envs.stored import episode_files, read_episodes
+from atod_envs.stored import episode_files, files_digest, read_episodes
 from atod_envs.trajectory import StopReason
 
 
@@ -66,6 +66,12 @@ class ReOPD(Algorithm):
                 f"--decay {self.decay} and --student-turns {self.student_turns}: expected a decay above 0 and at most 1, and a number of "
                 "turns from 0 (all that follow)"
             )
+
+    def reads(self) -> Mapping[str, str]:
+        """The stored episodes."""
+        if self.episodes == "expert":
+            return {}
+        return {f"--episodes {self.episodes}": files_digest(episode_files(self.episodes, "--episodes", "'expert', "))}
 
     def limits(self, step: int) -> RolloutLimits:
         """A stored beginning, and the student's turns."""

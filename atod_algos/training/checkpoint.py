@@ -190,7 +190,7 @@ def require_whole(path: Path) -> dict[str, Any]:
 
 
 def model_digests(config: RunConfig, algorithm: Algorithm) -> dict[str, str | None]:
-    """What the models that a run reads besides its checkpoints are made of: their files may change under it.
+    """What the models and other files that a run reads besides its checkpoints are made of: they may change under it.
 
     Only the first rank compares them; the others get nothing.
     """
@@ -204,7 +204,7 @@ def model_digests(config: RunConfig, algorithm: Algorithm) -> dict[str, str | No
         asked.append(("student", algorithm.base_model, config.models))
     return {
         f"{role} {where}" if name == "builtin" else name: model_digest(name, where, role) for role, name, where in asked
-    }
+    } | dict(algorithm.reads())
 
 
 def require_same_models(path: Path, extra: Mapping[str, Any], digests: Mapping[str, str | None]) -> None:
@@ -217,8 +217,8 @@ def require_same_models(path: Path, extra: Mapping[str, Any], digests: Mapping[s
     for name, digest in digests.items():
         if known.get(name) not in (None, digest):  # earlier versions looked at no model of a hub, or at none
             raise AtodError(
-                f"{path} was trained with another model {name}: its files have changed since; give the old ones back, or start another "
-                "run with --run"
+                f"{path} was trained with another {'' if name.startswith('--') else 'model '}{name}: its files have changed since; "
+                "give the old ones back, or start another run with --run"
             )
 
 

@@ -207,7 +207,7 @@ SHORT = [
     "--data", "builtin", "--steps", "1", "--tasks-per-step", "2", "--group-size", "2", "--max-turns", "2", "--eval-every", "0",
     "--eval-tasks", "2", "--report-tasks", "2",
 ]  # fmt: skip
-EVERY = "entropy_aware,gigpo,gopd,grpo,opd,sdar,sod,tcod,tip,vopd,opsa,iw_opd,agent_opsd,sign_safe,gkd,tropd,turn_opd,sage_opd,siblings"
+EVERY = "entropy_aware,gigpo,gopd,grpo,opd,sdar,sod,tcod,tip,vopd,opsa,iw_opd,agent_opsd,sign_safe,gkd,tropd,turn_opd,sage_opd,siblings,reopd"
 
 
 @pytest.mark.timeout(900)  # seconds of the CPU are few; a busy machine takes many of the clock

@@ -113,7 +113,7 @@ def options(models):
 
 
 @pytest.mark.slow
-def test_a_run_learns_on_its_own_stored_episodes_and_resumes_exactly(options, tmp_path):
+def test_a_run_learns_on_its_own_stored_episodes_and_resumes_exactly(options, tmp_path, capsys):
     pool = tmp_path / "pool"
     main(OPD, [*options, "--steps", "1", "--run", str(pool)])
     stored = stored_turns(str(pool))
@@ -140,6 +140,13 @@ def test_a_run_learns_on_its_own_stored_episodes_and_resumes_exactly(options, tm
         actions = [[turn.action for turn in episode.turns[:-1]] for episode in episodes]
         for episode, done in zip(episodes, actions, strict=True):
             assert done in [[turn.action for turn in turns[: len(done)]] for turns in stored[episode.task_id]]
+    (file,) = (pool / "trajectories").glob("*.jsonl.gz")
+    write_jsonl(file, list(read_jsonl(file))[1:])
+    with pytest.raises(SystemExit):
+        main(ReOPD, [*method, "--steps", "3", "--run", str(tmp_path / "parts")])
+    assert f"trained with another --episodes {pool}: its files have changed" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_what_cannot_be_meant_is_refused(options, tmp_path, capsys):
