@@ -201,7 +201,7 @@ class Algorithm(ABC):
         return None
 
     def reads(self) -> Mapping[str, str]:
-        """Digests of the files that it reads, by what names them: a run goes on with the same alone. None by default."""
+        """Digests of files that it reads, by what names them: a run goes on with the same alone. None by default."""
         return {}
 
     def limits(self, step: int) -> RolloutLimits:
