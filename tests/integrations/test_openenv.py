@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import gymnasium as gym
 import pytest
 import tiny
 
@@ -19,6 +20,7 @@ from openenv.core import GenericEnvClient
 from websockets.exceptions import ConnectionClosed
 
 from atod_envs.errors import DataError
+from atod_envs.integrations import wrap
 from atod_envs.integrations.openenv import TextAction, TextEnvClient, make_app
 
 pytestmark = pytest.mark.slow
@@ -53,6 +55,23 @@ def test_client_and_server_play_the_experts_episode(env_id, options):
         state = client.state()
         assert state.step_count == len(episode.turns) and state.success and state.task_id == episode.task_id
         assert state.episode_id == "mine"
+
+
+def test_a_client_is_wrapped_as_an_environment_of_ours():
+    """Any OpenEnv client becomes one. This one's server plays ALFWorld, so what must come out is known."""
+    own = {"data": "builtin", "split": "train"}
+    direct = gym.make("atod/ALFWorld-v0", **own)
+    _, info = direct.reset(seed=5)
+    tasks = list(direct.unwrapped.tasks)
+    episode = tiny.expert_trajectory("atod/ALFWorld-v0", own, task=tasks.index(info["task_id"]), seed=5)
+    with serving(make_app("atod/ALFWorld-v0", **own)) as url, TextEnvClient(base_url=url).sync() as client:
+        env = wrap(client, key="house", actions=lambda text: TextAction(text=text), text=lambda seen: seen.text)
+        seen, _ = env.reset(seed=0, options={"task_id": "train-5"})
+        for turn in episode.turns:
+            assert seen == turn.observation
+            seen, reward, terminated, truncated, info = env.step(turn.action)
+        assert seen == episode.final_observation and terminated and not truncated
+        assert info["success"] and reward == info["score"] == 1.0
 
 
 def test_prompts_are_served_and_plain_dictionaries_work():
