@@ -53,8 +53,7 @@ def make_recipes(seed: int) -> dict[str, dict[str, Any]]:
     for good in GOODS:
         uses = [(dice.choices(tuple(TIERS), (4, 3, 3, 4))[0], dice.randint(1, 6))]
         if dice.random() < 0.6:
-            kinds = (*BINDERS, *(f"any {first}" for _, first in CLASSES))
-            uses.append((dice.choice(kinds), dice.randint(1, 4)))
+            uses.append((dice.choice((*BINDERS, *(f"any {first}" for _, first in CLASSES))), dice.randint(1, 4)))
         plans[good] = (uses, dice.choice((1, 1, 1, 2, 3)))
     return {f"{made}.json": file for made, file in _files(plans, dice.choice(BINDERS))}
 
@@ -76,8 +75,7 @@ def _named(use: str, names: dict[str, str]) -> dict[str, str]:
     kind = use.removeprefix("any ")
     if use != kind and not names["first"].endswith(kind):  # of its own class, a good takes its own material
         return {"tag": f"{NAMESPACE}{kind}s"}
-    use = "first" if use != kind else use
-    return {"item": NAMESPACE + names.get(use, use)}
+    return {"item": NAMESPACE + names.get("first" if use != kind else use, use)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

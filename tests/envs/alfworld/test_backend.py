@@ -18,7 +18,7 @@ pytestmark = [
 
 @pytest.fixture
 def pair(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
     made = []
 
     def make(**options):

@@ -21,7 +21,7 @@ SPLIT = "valid_seen"
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("ALFWORLD_DATA", raising=False)
 
@@ -191,7 +191,7 @@ def test_the_index_is_never_written_into_the_data(root):
 def test_an_index_that_cannot_be_kept_is_only_a_warning(root, tmp_path, monkeypatch, caplog):
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where a folder is needed")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    monkeypatch.setenv("ATOD_CACHE", str(blocked))
     assert len(ids(root)) == 3
     assert "cannot be kept" in caplog.text
 

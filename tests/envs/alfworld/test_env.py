@@ -16,7 +16,7 @@ from atod_envs.errors import DataError, UnknownName
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ALFWORLD_DATA", raising=False)
 
 
