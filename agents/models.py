@@ -8,7 +8,6 @@ looked for and where.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -24,6 +23,7 @@ from agents.chat import CHAT_DATE, ChatFormat, ThinkingMode, first_difference
 from agents.gguf import converted, gguf_file
 from agents.logits import limit_vocabulary, logit_head, require_finite, usable_ids, vocabulary_rows
 from atod_envs.errors import AtodError
+from atod_envs.files import hash_of
 
 REFERENCE = Path(__file__).parent / "reference"
 """The reference models that come with the project: ``<environment key>/<role>``."""
@@ -153,17 +153,13 @@ def model_digest(name: str, world: str = "", role: str = "student") -> str | Non
     """
     packed = None if "://" in name else gguf_file(name)
     folder = REFERENCE / world / role if name == "builtin" else Path(name).expanduser()
-    whole = hashlib.blake2b(digest_size=8)
     kinds: tuple[str, ...] = _READ
     if not packed and not folder.is_dir() and "://" not in name:
         folder = _snapshot(name) or folder
         if any(folder.glob("*.safetensors")):  # another program may have fetched the same weights in the older form
             kinds = tuple(kind for kind in _READ if not kind.endswith(".bin"))
     files = {packed} if packed else {file for kind in kinds for file in folder.glob(kind) if file.is_file()}
-    for file in sorted(files):
-        whole.update(file.name.encode())
-        with open(file, "rb") as content:
-            hashlib.file_digest(content, lambda: whole)
+    whole = hash_of(sorted(files))
     if not packed and (folder / "adapter_config.json").is_file():
         with contextlib.suppress(OSError):  # loading says what is wrong with it
             whole.update((model_digest(_adapted(str(folder))[0]) or "").encode())

@@ -8,11 +8,12 @@ understood.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from tokenize import TokenError
@@ -47,6 +48,16 @@ def stamp_of(status: os.stat_result) -> tuple[int, int, int]:
     is set back makes a changed file look older, not equal.
     """
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def hash_of(files: Iterable[Path]) -> hashlib.blake2b:
+    """A hash of sixteen hexadecimal digits, of the names and contents of files in their order."""
+    whole = hashlib.blake2b(digest_size=8)
+    for file in files:
+        whole.update(file.name.encode())
+        with open(file, "rb") as content:
+            hashlib.file_digest(content, lambda: whole)
+    return whole
 
 
 def parse_json(text: str | bytes, where: str, advice: str = AGAIN) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,16 +30,6 @@ def episode_files(path: str | Path, option: str, others: str = "") -> list[Path]
     raise AtodError(
         f"{option} {path}: expected {others}a file of episodes (.jsonl, .jsonl.gz, .parquet), or the folder of a run or an evaluation"
     )
-
-
-def files_digest(files: Iterable[Path]) -> str:
-    """Sixteen hexadecimal digits of the names and contents of files, in their order."""
-    whole = hashlib.blake2b(digest_size=8)
-    for file in files:
-        whole.update(file.name.encode())
-        with open(file, "rb") as content:
-            hashlib.file_digest(content, lambda: whole)
-    return whole.hexdigest()
 
 
 def read_episodes(path: Path) -> Iterable[Trajectory]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -225,29 +225,34 @@ def all_words() -> Words:
     return household_words() + encyclopedia_words() + shop_words()
 
 
+READER = shape(2, 4, 4, 32, 192)
+"""Size of the models that copy."""
+HOUSEHOLD = ImitationOptions(rounds=30, episodes=256, lr=4e-3, last_beta=0.5, seed=1)
+SHOP = ImitationOptions(12, 192, 2, lr=4e-3, last_beta=0.5, batch_tokens=2048, stop=6, seed=1)
+ENCYCLOPEDIA = ImitationOptions(60, 400, 1, lr=3e-3, last_beta=0.5, batch_tokens=2048, seed=1)
+"""How long each world's teacher imitates; its student is the same model, stopped earlier."""
+
+
+def common_teacher(env: str, world: Callable[[int], gym.Env[str, str]], options: ImitationOptions) -> Recipe:
+    """A teacher of the student that knows all worlds."""
+    return Recipe(env, world, all_words, {"teacher": READER}, {"teacher": (options,)}, copying=True, max_response=32)
+
+
 RECIPES: Mapping[str, Recipe] = {
     "alfworld": Recipe(
         "atod/ALFWorld-v0",
         household,
         household_words,
         {"student": shape(2, 6, 2, 16, 288), "teacher": shape(2, 6, 2, 16, 288)},
-        {
-            # The student is the teacher, stopped early.
-            "student": (ImitationOptions(rounds=30, episodes=256, lr=4e-3, last_beta=0.5, stop=19, seed=1),),
-            "teacher": (ImitationOptions(rounds=30, episodes=256, lr=4e-3, last_beta=0.5, seed=1),),
-        },
+        {"student": (replace(HOUSEHOLD, stop=19),), "teacher": (HOUSEHOLD,)},
         {"teacher": {"steps": 12, "lr": 3e-4, "minibatches": 4, "warmup_steps": 5, "eval_every": 0, "seed": 7}},
     ),
     "searchqa": Recipe(
         "atod/SearchQA-v0",
         encyclopedia,
         encyclopedia_words,
-        {"student": shape(2, 4, 4, 32, 192), "teacher": shape(2, 4, 4, 32, 192)},
-        {
-            # The student is the teacher, stopped early.
-            "student": (ImitationOptions(60, 400, 1, lr=3e-3, last_beta=0.5, batch_tokens=2048, stop=25, seed=1),),
-            "teacher": (ImitationOptions(60, 400, 1, lr=3e-3, last_beta=0.5, batch_tokens=2048, seed=1),),
-        },
+        {"student": READER, "teacher": READER},
+        {"student": (replace(ENCYCLOPEDIA, stop=25),), "teacher": (ENCYCLOPEDIA,)},
         {"teacher": {"steps": 20, "lr": 3e-4, "minibatches": 4, "warmup_steps": 5, "eval_every": 0, "seed": 7}},
         copying=True,
     ),
@@ -255,12 +260,8 @@ RECIPES: Mapping[str, Recipe] = {
         "atod/WebShop-v0",
         shop,
         shop_words,
-        {"student": shape(2, 4, 4, 32, 192), "teacher": shape(2, 4, 4, 32, 192)},
-        {
-            # The student is the teacher, stopped early.
-            "student": (ImitationOptions(12, 192, 2, lr=4e-3, last_beta=0.5, batch_tokens=2048, stop=4, seed=1),),
-            "teacher": (ImitationOptions(12, 192, 2, lr=4e-3, last_beta=0.5, batch_tokens=2048, stop=6, seed=1),),
-        },
+        {"student": READER, "teacher": READER},
+        {"student": (replace(SHOP, stop=4),), "teacher": (SHOP,)},
         {"teacher": {"steps": 12, "lr": 4e-4, "minibatches": 4, "warmup_steps": 5, "eval_every": 0, "seed": 7}},
         copying=True,
     ),
@@ -268,7 +269,7 @@ RECIPES: Mapping[str, Recipe] = {
         "atod/WebShop-v0",
         any_world,
         all_words,
-        {"student": shape(2, 4, 4, 32, 192)},
+        {"student": READER},
         {
             "student": (
                 ImitationOptions(60, 256, 1, lr=4e-3, last_beta=0.5, batch_tokens=2048, seed=1),
@@ -278,33 +279,9 @@ RECIPES: Mapping[str, Recipe] = {
         copying=True,
         max_response=32,
     ),
-    "all/alfworld": Recipe(
-        "atod/ALFWorld-v0",
-        household,
-        all_words,
-        {"teacher": shape(2, 4, 4, 32, 192)},
-        {"teacher": (ImitationOptions(rounds=30, episodes=256, lr=4e-3, last_beta=0.5, seed=1),)},
-        copying=True,
-        max_response=32,
-    ),
-    "all/webshop": Recipe(
-        "atod/WebShop-v0",
-        shop,
-        all_words,
-        {"teacher": shape(2, 4, 4, 32, 192)},
-        {"teacher": (ImitationOptions(12, 192, 2, lr=4e-3, last_beta=0.5, batch_tokens=2048, stop=6, seed=1),)},
-        copying=True,
-        max_response=32,
-    ),
-    "all/searchqa": Recipe(
-        "atod/SearchQA-v0",
-        encyclopedia,
-        all_words,
-        {"teacher": shape(2, 4, 4, 32, 192)},
-        {"teacher": (ImitationOptions(60, 400, 1, lr=3e-3, last_beta=0.5, batch_tokens=2048, seed=1),)},
-        copying=True,
-        max_response=32,
-    ),
+    "all/alfworld": common_teacher("atod/ALFWorld-v0", household, HOUSEHOLD),
+    "all/webshop": common_teacher("atod/WebShop-v0", shop, SHOP),
+    "all/searchqa": common_teacher("atod/SearchQA-v0", encyclopedia, ENCYCLOPEDIA),
 }
 """By the folder that the models lie in: an environment's key, and ``all`` for one student of three environments with
 their teachers."""

@@ -38,7 +38,8 @@ from atod_algos.algorithm import RELEASED, Advantages, Algorithm, RolloutLimits
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.turn_plans import Replay, Stored
 from atod_envs.errors import AtodError
-from atod_envs.stored import episode_files, files_digest, read_episodes
+from atod_envs.files import hash_of
+from atod_envs.stored import episode_files, read_episodes
 from atod_envs.trajectory import StopReason
 
 
@@ -71,7 +72,9 @@ class ReOPD(Algorithm):
         """The stored episodes."""
         if self.episodes == "expert":
             return {}
-        return {f"--episodes {self.episodes}": files_digest(episode_files(self.episodes, "--episodes", "'expert', "))}
+        return {
+            f"--episodes {self.episodes}": hash_of(episode_files(self.episodes, "--episodes", "'expert', ")).hexdigest()
+        }
 
     def limits(self, step: int) -> RolloutLimits:
         """A stored beginning, and the student's turns."""
