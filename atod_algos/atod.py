@@ -85,7 +85,7 @@ class ATOD(RewardAlgorithm):
     """Trajectories whose largest d_k is below it keep weight 1: 0 (paper), 0.01 (released code)."""
     tdur_mean_preserve: bool = False
     """Rescale each trajectory's turn weights to a mean of 1 over its tokens (an option of the released code, off in its
-    scripts)."""
+    scripts); token weights to a mean of 1 over the batch, within which they are normalised."""
     baseline: Literal["none", "kl"] = "none"
     """What is subtracted from the sampled gap: 'none' (paper), or 'kl', its exact mean -KL(pi_old || pi_T) (vOPD)."""
 
@@ -144,6 +144,8 @@ class ATOD(RewardAlgorithm):
             return np.ones_like(w), np.ones(batch.n_tokens), None
         if self.weighting == "token":
             w_token = token_weights(log_pi, delta)
+            if self.tdur_mean_preserve:
+                w_token = w_token / (w_token.mean() + 1e-8)
             return turn_mean(w_token, k, len(w)), w_token, None
         largest_d = np.zeros(len(batch.group_N))
         np.maximum.at(largest_d, tau, d)

@@ -4,8 +4,8 @@
 
 trains what is not yet trained, evaluates it on fixed panels, and writes the paper's Table 1 and Figure 4 in our terms.
 The invariant: methods differ in nothing but themselves. Student, teacher, tasks, episodes' seeds, steps, panels and
-sampling are shared, and each method's learning rate is chosen from the same grid, on the same split, with a seed that
-the study itself does not use.
+sampling are shared, and each method's learning rate and number of updates are chosen from the same values, on the same
+split, with a seed that the study itself does not use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Method:
         label: as printed.
         algorithm: name in the entry-point group ``atod.algorithms``; empty for a policy that is not trained.
         options: the algorithm's options that differ from its rule set.
-        tuned_as: the method whose learning rate it takes: an ablation changes one thing only.
+        tuned_as: the method whose learning rate and updates it takes: an ablation changes one thing only.
         asked_for: it is run only where the command names it.
     """
 
@@ -40,6 +40,12 @@ class Method:
 
 def _signal(name: str, label: str, algorithm: str, **options: Any) -> Method:
     return Method(name, label, algorithm, options, asked_for=True)
+
+
+def _distilled(name: str, label: str, algorithm: str = "atod", **options: Any) -> Method:
+    """OPD with one thing changed, so with OPD's learning rate; of ATOD the teacher's term alone, at a strength of 1."""
+    alone = {"rho_init": 0.0, "rho_max": 0.0, "coef_anneal_steps": 0, "tdur_mean_preserve": True}
+    return Method(name, label, algorithm, {**(alone if algorithm == "atod" else {}), **options}, "opd", asked_for=True)
 
 
 METHODS: Mapping[str, Method] = {
@@ -57,11 +63,14 @@ METHODS: Mapping[str, Method] = {
         Method("atod-uniform", "ATOD w/o T-DUR", "atod", {"weighting": "none"}, "atod"),
         Method("atod-token", "ATOD token-level", "atod", {"weighting": "token"}, "atod"),
         Method("atod-level", "ATOD, weights of mean 1", "atod", {"tdur_mean_preserve": True}, "atod", asked_for=True),
+        _distilled("opd-turn", "OPD by turn, weights of mean 1"),
+        _distilled("opd-token", "OPD by token, weights of mean 1", weighting="token"),
+        _distilled("iw-opd-level", "OPD by position, weights of mean 1", "iw_opd", mean_preserve=True),
+        _distilled("guided-opd", "Guided-OPD", "guided_opd"),
         _signal("vopd", "vOPD", "vopd"),
         _signal("opsa", "no teacher, fixed", "opsa"),
         _signal("opsa-entropy", "no teacher, by entropy", "opsa", adapt="entropy"),
         _signal("iw-opd", "IW-OPD", "iw_opd"),
-        _signal("iw-opd-level", "IW-OPD, weights of mean 1", "iw_opd", mean_preserve=True),
         _signal("agent-opsd", "AgentOPSD", "agent_opsd"),
         _signal("rlsd", "RLSD", "sign_safe"),
         _signal("crest", "CrEST", "sign_safe", rule="crest"),
@@ -73,7 +82,6 @@ METHODS: Mapping[str, Method] = {
         _signal("tropd", "TrOPD", "tropd"),
         _signal("turn-opd", "TurnOPD's loss", "turn_opd"),
         _signal("sage-opd", "SAGE-OPD's weights", "sage_opd"),
-        _signal("guided-opd", "Guided-OPD", "guided_opd"),
         _signal("reopd", "ReOPD", "reopd"),
         _signal("futurebridge", "FutureBridge-OPD", "futurebridge"),
         _signal("sibling-sdpo", "sibling, SDPO", "siblings"),
@@ -114,6 +122,8 @@ class Preset:
     Attributes:
         worlds: the columns.
         lrs: learning rates to choose from; a single one is taken without tuning.
+        updates: numbers of updates a step (``minibatches``) to choose from, once the rate is chosen, under the first of
+            them; empty for the training's own.
         seeds: training seeds.
         tuning_seed: of the runs that choose the learning rate; not among ``seeds``.
         others: worlds that are played where they are named.
@@ -124,6 +134,7 @@ class Preset:
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 1000
     others: tuple[World, ...] = ()
+    updates: tuple[int, ...] = ()
 
 
 ANNEALING_SHARE = 80 / 150
@@ -157,7 +168,7 @@ def _laptop() -> Preset:
         "tasks_per_step": 8,
         "warmup_steps": 4,
         "gap": "exact",
-        "eval_every": 10,
+        "eval_every": 20,
         "eval_tasks": 128,
         "checkpoint_every": 5,
         "store": "trajectories/10",
@@ -169,7 +180,8 @@ def _laptop() -> Preset:
             _world("webshop", "atod/WebShop-v0", steps=60, report_tasks=500, **common),
             _world("searchqa", "atod/SearchQA-v0", steps=60, report_tasks=512, **common),
         ),
-        lrs=(3e-4, 1e-3),
+        lrs=(4e-4, 1e-3),
+        updates=(4, 12),
         others=(
             _world("textcraft", "atod/TextCraft-v0", steps=60, report_tasks=240, max_turns=40, **(common | small)),
             _world("scienceworld", "atod/ScienceWorld-v0", steps=20, report_tasks=60, max_turns=30, **(common | small)),

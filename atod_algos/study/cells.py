@@ -3,7 +3,7 @@
     STUDY/WORLD/METHOD/seedS/           a training run's folder (see ``atod_algos.training.run_dir``)
     STUDY/WORLD/METHOD/seedS/evaluation-last, evaluation-best    its evaluations on the final panel, episodes included
     STUDY/WORLD/METHOD/seedS/cell.json  the numbers; a cell without it is not finished
-    STUDY/WORLD/tuning/METHOD/lrX/      the runs that chose the learning rate, with validation alone
+    STUDY/WORLD/tuning/METHOD/lrX-updatesU/     the runs that chose rate and updates, with validation alone
 
 The invariant: a cell is computed from its settings alone, whatever was interrupted; two processes may share a study,
 each takes cells that the other does not hold.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,30 @@ def algorithm_of(method: Method, world: World, rules: str) -> Any:
     return dataclasses.replace(algorithm, **options)
 
 
-def config_of(world: World, seed: int, lr: float, run: Path) -> RunConfig:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tuned:
+    """What is chosen for each method.
+
+    Attributes:
+        lr: learning rate.
+        updates: updates a step; 0 for the training's own.
+    """
+
+    lr: float
+    updates: int = 0
+
+    def __str__(self) -> str:
+        return f"learning rate {self.lr:g}" + (f", {self.updates} updates a step" if self.updates else "")
+
+
+def config_of(world: World, seed: int, tuned: Tuned, run: Path) -> RunConfig:
     """Settings of a run."""
     base = preset_config(world.preset, world.train["env"]) if world.preset else TrainConfig()
-    return resolve(dataclasses.replace(base, **{**world.train, "seed": seed, "lr": lr, "run": str(run)}))
+    chosen = {"seed": seed, "lr": tuned.lr, "run": str(run)} | ({"minibatches": tuned.updates} if tuned.updates else {})
+    return resolve(dataclasses.replace(base, **{**world.train, **chosen}))
 
 
-def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int, lr: float) -> None:
+def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int, tuned: Tuned) -> None:
     """Train one run to its end, from its last checkpoint if there is one."""
     import torch
 
@@ -60,7 +77,7 @@ def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int
     from atod_algos.training.run_dir import RunFolder, settings_of
     from atod_algos.training.trainer import Trainer
 
-    config = config_of(world, seed, lr, folder)
+    config = config_of(world, seed, tuned, folder)
     if config.threads or (config.student == "builtin" and not torch.cuda.is_available()):
         torch.set_num_threads(config.threads or 1)
     algorithm = algorithm_of(method, world, rules)
@@ -69,7 +86,7 @@ def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int
     trainer = Trainer(config, algorithm, run)
     try:
         done = trainer.resume()
-        progress = Progress(config.steps, f"{method.label} on {world.name}, seed {seed}, lr {lr:g}", done + 1)
+        progress = Progress(config.steps, f"{method.label} on {world.name}, seed {seed}, {tuned}", done + 1)
         # Through a pipe a study says a line a cell; a terminal shows the panel.
         progress.console.quiet = not progress.console.is_terminal
         with progress:
@@ -80,7 +97,7 @@ def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int
 
 
 def finish_cell(
-    study: Path, method: Method, world: World, rules: str, seed: int, lr: float, split: str
+    study: Path, method: Method, world: World, rules: str, seed: int, tuned: Tuned, split: str
 ) -> dict[str, Any]:
     """Train and evaluate a cell; return its numbers.
 
@@ -90,29 +107,31 @@ def finish_cell(
         world: the column.
         rules: rule set of all algorithms.
         seed: training seed; the final panel is played with the same one, so all methods meet the same episodes.
-        lr: learning rate.
+        tuned: learning rate and updates.
         split: the split to report on.
 
     Raises:
         Busy: another process is at it.
-        AtodError: the cell was trained with another learning rate.
+        AtodError: the cell was trained with another learning rate, or another number of updates.
     """
     folder = study / world.name / method.name / f"seed{seed}"
     known = read_cell(folder)
     if known is not None:
-        if known.get("lr", lr) != lr:
+        before = Tuned(known.get("lr", tuned.lr), known.get("updates", tuned.updates))
+        if before != tuned:
             raise AtodError(
-                f"{folder} was trained with learning rate {known['lr']:g}, but now it is {lr:g}; give the same --lrs, or another --out"
+                f"{folder} was trained with {before}, but now it is {tuned}; give the same --lrs and --updates, or another --out"
             )
         return known
     with held(folder):
         started = time.monotonic()
         cell: dict[str, Any] = {"world": world.name, "method": method.name, "seed": seed, "versions": versions()}
         if method.algorithm:
-            train_cell(folder, method, world, rules, seed, lr)
+            train_cell(folder, method, world, rules, seed, tuned)
             rows = read_metrics(folder)
             validations = {int(row["step"]): row["val/success_rate"] for row in rows if "val/success_rate" in row}
-            cell |= {"lr": lr, "validation": validations, "seconds_training": sum(r["time/step"] for r in rows)}
+            cell |= {"lr": tuned.lr, **({"updates": tuned.updates} if tuned.updates else {})}
+            cell |= {"validation": validations, "seconds_training": sum(r["time/step"] for r in rows)}
             steps = int(rows[-1]["step"])
             checkpoints = {
                 "last": folder / "checkpoints" / f"step_{steps:06d}",
@@ -120,7 +139,7 @@ def finish_cell(
             }
         else:
             role = "student" if method.name == "vanilla" else "teacher"
-            config = config_of(world, seed, lr, folder)
+            config = config_of(world, seed, tuned, folder)
             if role == "teacher":
                 require_teacher(config, frozenset({"teacher"}))
             name = config.student if role == "student" else config.teacher
@@ -138,7 +157,7 @@ def _evaluate(out: Path, agent: str, world: World, seed: int, split: str) -> dic
     from atod_algos.evaluate.command import run
     from atod_algos.evaluate.settings import make_env, sampling_of
 
-    config = config_of(world, seed, 1.0, out)
+    config = config_of(world, seed, Tuned(1.0), out)
     asked = EvaluateConfig(
         env=config.env,
         agent=agent,
@@ -159,28 +178,48 @@ def _evaluate(out: Path, agent: str, world: World, seed: int, split: str) -> dic
     return dict(summary)
 
 
-def tune(study: Path, method: Method, world: World, rules: str, seed: int, lrs: tuple[float, ...]) -> float:
-    """Choose a learning rate: the best mean success over the second half of the validations.
+def tune(
+    study: Path, method: Method, world: World, rules: str, seed: int, lrs: Sequence[float], updates: Sequence[int] = ()
+) -> Tuned:
+    """Choose a learning rate, then a number of updates: the best mean success over the later half of the validations.
 
-    The mean, because a single validation of 128 tasks has a standard error of about four points.
+    The mean, because a single validation of 128 tasks has a standard error of about four points. One after the other,
+    because the whole grid would cost more runs than the study has seeds. What has one value is taken as it is.
+
+    Args:
+        study: the study's folder.
+        method: the method to tune.
+        world: where.
+        rules: rule set of all algorithms.
+        seed: training seed, none of the study's.
+        lrs: learning rates; they are compared under the first number of updates.
+        updates: numbers of updates a step, or none for the training's own.
 
     Raises:
         Busy: another process is at one of the runs.
     """
-    if len(lrs) == 1:
-        return lrs[0]
-    found = {}
-    for lr in lrs:
-        folder = study / world.name / "tuning" / method.name / f"lr{lr:g}"
-        done = folder / "tuned.json"
-        if not done.exists():
-            with held(folder):
-                train_cell(folder, method, world, rules, seed, lr)
-                values = [row["val/success_rate"] for row in read_metrics(folder) if "val/success_rate" in row]
-                late = values[len(values) // 2 :]
-                replace_text(done, json.dumps({"lr": lr, "validation": values, "score": sum(late) / len(late)}) + "\n")
-        found[lr] = read_object(done, "delete it to choose again", score=float)["score"]
-    return max(found, key=lambda lr: found[lr])
+    first = updates[0] if updates else 0
+    rates = [Tuned(lr, first) for lr in lrs]
+    best = rates[0] if len(rates) == 1 else max(rates, key=lambda t: _validated(study, method, world, rules, seed, t))
+    numbers = [best, *(Tuned(best.lr, number) for number in updates[1:])]
+    if len(numbers) == 1:
+        return best
+    return max(numbers, key=lambda t: _validated(study, method, world, rules, seed, t))
+
+
+def _validated(study: Path, method: Method, world: World, rules: str, seed: int, tuned: Tuned) -> float:
+    """Train with these settings, unless that was done; the mean of the later half of the validations."""
+    name = f"lr{tuned.lr:g}" + (f"-updates{tuned.updates}" if tuned.updates else "")
+    folder = study / world.name / "tuning" / method.name / name
+    done = folder / "tuned.json"
+    if not done.exists():
+        with held(folder):
+            train_cell(folder, method, world, rules, seed, tuned)
+            values = [row["val/success_rate"] for row in read_metrics(folder) if "val/success_rate" in row]
+            late = values[len(values) // 2 :]
+            found = {**dataclasses.asdict(tuned), "validation": values, "score": sum(late) / len(late)}
+            replace_text(done, json.dumps(found) + "\n")
+    return float(read_object(done, "delete it to choose again", score=float)["score"])
 
 
 def read_cell(folder: Path) -> dict[str, Any] | None:
@@ -207,10 +246,10 @@ def read_study(study: Path) -> list[dict[str, Any]]:
     return sorted(cells, key=lambda cell: (cell["world"], order.index(cell["method"]), cell["seed"]))
 
 
-def lrs_of(study: Path, world: World) -> Mapping[str, dict[str, float]]:
-    """What tuning found: score of each learning rate by method."""
-    found: dict[str, dict[str, float]] = {}
+def tuned_of(study: Path, world: World) -> Mapping[str, dict[Tuned, float]]:
+    """What tuning found: score of each choice by method."""
+    found: dict[str, dict[Tuned, float]] = {}
     for path in sorted((study / world.name / "tuning").glob("*/lr*/tuned.json")):
         one = read_object(path, "delete it to choose again", lr=float, score=float)
-        found.setdefault(path.parent.parent.name, {})[f"{one['lr']:g}"] = one["score"]
+        found.setdefault(path.parent.parent.name, {})[Tuned(one["lr"], one.get("updates", 0))] = one["score"]
     return found

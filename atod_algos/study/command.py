@@ -16,7 +16,7 @@ from rich.console import Console
 from atod_algos.evaluate.settings import held_out_splits
 from atod_algos.guard import guarded, parse
 from atod_algos.study import METHODS, PRESETS, Method, Preset, World
-from atod_algos.study.cells import finish_cell, read_study, tune
+from atod_algos.study.cells import Tuned, finish_cell, read_study, tune
 from atod_algos.training.run_dir import Busy, replace_text
 from atod_envs.errors import UnknownName
 from atod_envs.options import read_pair
@@ -39,6 +39,9 @@ class StudyConfig:
     """Training seeds; by default the preset's."""
     lrs: tuple[float, ...] = ()
     """Learning rates to choose from for each method; a single one is taken as it is. By default the preset's."""
+    updates: tuple[int, ...] = ()
+    """Updates a step (--minibatches) to choose from for each method, after the rate; a single number is taken as it is.
+    By default the preset's."""
     rules: Literal["paper", "released"] = "paper"
     """Rule set of all algorithms."""
     student: str | None = None
@@ -102,21 +105,23 @@ def _run_world(
     out: Path, world: World, preset: Preset, methods: Sequence[Method], rules: str, console: Console
 ) -> None:
     split = held_out_splits(world.train["env"])[1]
-    lrs: dict[str, float] = {}
+    tuned: dict[str, Tuned] = {}
     for method in methods:
         if not method.algorithm:
-            lrs[method.name] = preset.lrs[0]
+            tuned[method.name] = Tuned(preset.lrs[0])
             continue
         tuned_as = METHODS[method.tuned_as] if method.tuned_as else method
-        lrs[method.name] = _again(lambda m=tuned_as: tune(out, m, world, rules, preset.tuning_seed, preset.lrs))
-        console.print(f"{world.name}  {method.label}: learning rate {lrs[method.name]:g}", highlight=False)
+        tuned[method.name] = _again(
+            lambda m=tuned_as: tune(out, m, world, rules, preset.tuning_seed, preset.lrs, preset.updates)
+        )
+        console.print(f"{world.name}  {method.label}: {tuned[method.name]}", highlight=False)
     # Seed by seed, so that a study that is stopped early has compared all methods.
     left = [(seed, method) for seed in preset.seeds for method in methods]
     while left:
         waiting = []
         for seed, method in left:
             try:
-                cell = finish_cell(out, method, world, rules, seed, lrs[method.name], split)
+                cell = finish_cell(out, method, world, rules, seed, tuned[method.name], split)
             except Busy:
                 waiting.append((seed, method))
                 continue
@@ -157,5 +162,5 @@ def _chosen(preset: Preset, config: StudyConfig) -> Preset:
         for world in known
         if world.name in (config.worlds or [usual.name for usual in preset.worlds])
     )
-    seeds, lrs = config.seeds or preset.seeds, config.lrs or preset.lrs
-    return dataclasses.replace(preset, worlds=worlds, others=(), seeds=seeds, lrs=lrs)
+    chosen = {name: getattr(config, name) or getattr(preset, name) for name in ("seeds", "lrs", "updates")}
+    return dataclasses.replace(preset, worlds=worlds, others=(), **chosen)

@@ -18,7 +18,7 @@ from atod_algos.evaluate import Evaluation, compare
 from atod_algos.evaluate.paired_command import load_evaluation
 from atod_algos.evaluate.statistics import Paired, t_interval, welch
 from atod_algos.study import ABLATIONS, METHODS, Preset
-from atod_algos.study.cells import lrs_of
+from atod_algos.study.cells import Tuned, tuned_of
 from atod_algos.training.run_dir import read_metrics, replace_text
 
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -35,8 +35,14 @@ CLAIMS = (
     ("annealing is needed", "atod", "atod-constant"),
     ("turn weights are needed", "atod", "atod-uniform"),
     ("turns are a better unit than tokens", "atod", "atod-token"),
+    ("turn weights are needed, at equal strength", "atod-level", "atod-uniform"),
+    ("distillation: turns against nothing", "opd-turn", "opd"),
+    ("distillation: turns against tokens", "opd-turn", "opd-token"),
+    ("distillation: turns against positions", "opd-turn", "iw-opd-level"),
+    ("a teacher against no teacher", "opd", "opsa"),
+    ("a teacher that plays against one that comments", "guided-opd", "opd"),
 )
-"""The paper's claims: who should be ahead of whom."""
+"""The paper's claims, then the questions about weights and teachers: who should be ahead of whom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +106,8 @@ def write_tables(out: Path, cells: Sequence[Mapping[str, Any]], preset: Preset) 
         lines += ["", f"## {name}", "", *_success(methods), "", *_claims(decisions[name])]
         lines += ["", *_labels(methods), "", *_groups(methods), "", *_curves(methods)]
         found = [world for world in preset.worlds if world.name == name]
-        if found and (lrs := lrs_of(out, found[0])):
-            lines += ["", *_tuning(lrs)]
+        if found and (tuned := tuned_of(out, found[0])):
+            lines += ["", *_tuning(tuned)]
     replace_text(out / "tables.md", "\n".join(lines) + "\n")
     plain = [{key: value for key, value in cell.items() if key != "folder"} for cell in cells]
     known = {
@@ -241,16 +247,16 @@ def _curves(methods: Cells) -> list[str]:
     return ["Validation success by step, %, mean over seeds:", "", *_rows(["method", *map(str, steps)], rows)]
 
 
-def _tuning(lrs: Mapping[str, Mapping[str, float]]) -> list[str]:
-    rates = sorted({lr for found in lrs.values() for lr in found}, key=float)
+def _tuning(tuned: Mapping[str, Mapping[Tuned, float]]) -> list[str]:
+    columns = sorted({one for found in tuned.values() for one in found}, key=lambda one: (one.updates, one.lr))
     rows = [
-        [METHODS[name].label, *[f"{100 * found[lr]:.1f}" if lr in found else "-" for lr in rates]]
-        for name, found in lrs.items()
+        [METHODS[name].label, *[f"{100 * found[one]:.1f}" if one in found else "-" for one in columns]]
+        for name, found in tuned.items()
     ]
     return [
-        "Choice of the learning rate: mean of the later validations, %, with a seed of its own:",
+        "Choice of the settings: mean of the later validations, %, with a seed of its own:",
         "",
-        *_rows(["method", *rates], rows),
+        *_rows(["method", *map(str, columns)], rows),
     ]
 
 

@@ -177,3 +177,7 @@ def test_mean_preserving_weights(golden):
     close(weight_K[:3], case["w"])
     mean_N = np.bincount(batch.trajectory_K, weight_K * batch.n_K) / np.bincount(batch.trajectory_K, batch.n_K)
     close(mean_N, np.ones(4))
+    plain, level = (
+        ATOD(weighting="token", tdur_mean_preserve=is_on).advantages(batch, scores, 1) for is_on in (False, True)
+    )
+    close(level.teacher_weight_M, plain.teacher_weight_M / plain.teacher_weight_M.mean())

@@ -12,7 +12,7 @@ from toyworld import TOY
 
 from agents.models import REFERENCE
 from atod_algos.study import METHODS, PRESETS, Preset, World
-from atod_algos.study.cells import algorithm_of, config_of, finish_cell, read_study, tune
+from atod_algos.study.cells import Tuned, algorithm_of, config_of, finish_cell, read_study, tune, tuned_of
 from atod_algos.study.command import StudyConfig, main, run
 from atod_algos.study.tables import decide
 from atod_algos.training.run_dir import Busy
@@ -77,7 +77,7 @@ def test_a_study_runs_every_method_and_goes_on_where_it_stopped(preset, tmp_path
         "ATOD beats GRPO",
         "turn weights are needed",
         "the runner-up",
-        "Choice of the learning rate",
+        "Choice of the settings",
     ):
         assert words in text
     assert "toy  ATOD  seed 1: last" in capsys.readouterr().out.replace("\n", " ")
@@ -86,7 +86,7 @@ def test_a_study_runs_every_method_and_goes_on_where_it_stopped(preset, tmp_path
 def test_a_clock_that_is_set_changes_no_duration(preset, tmp_path, monkeypatch):
     now, world = time.time(), preset.worlds[0]
     monkeypatch.setattr("time.time", lambda: now - 3600 * len(list(tmp_path.rglob("*"))))
-    cell = finish_cell(tmp_path, METHODS["vanilla"], world, "paper", 0, 1e-3, "test")
+    cell = finish_cell(tmp_path, METHODS["vanilla"], world, "paper", 0, Tuned(1e-3), "test")
     assert 0 < cell["seconds"] < 600
 
 
@@ -117,6 +117,24 @@ def test_tuning_is_the_same_for_all_and_ablations_change_one_thing(preset, tmp_p
     assert changed == {"weighting", "coef_anneal_steps"}  # the toy preset scales the annealing of ATOD alone
 
 
+def test_updates_are_chosen_at_the_best_rate(preset, tmp_path, monkeypatch):
+    """Rates under the first number of updates, then the numbers at the best rate; no run is repeated."""
+    scores = {(1e-3, 2): 0.3, (2e-3, 2): 0.5, (2e-3, 4): 0.4, (2e-3, 1): 0.6}
+    tried = []
+
+    def train(folder, method, world, rules, seed, tuned):
+        tried.append((tuned.lr, tuned.updates))
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [{"step": step, "val/success_rate": value} for step, value in ((1, 0.9), (2, scores[tried[-1]]))]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr("atod_algos.study.cells.train_cell", train)
+    arguments = (tmp_path, METHODS["atod"], preset.worlds[0], "paper", 9, (1e-3, 2e-3), (2, 4, 1))
+    assert tune(*arguments) == tune(*arguments) == Tuned(2e-3, 1)
+    assert tried == [(1e-3, 2), (2e-3, 2), (2e-3, 4), (2e-3, 1)]
+    assert tuned_of(tmp_path, preset.worlds[0]) == {"atod": {Tuned(*key): value for key, value in scores.items()}}
+
+
 def test_textcraft_is_studied_where_it_is_named(tmp_path, monkeypatch):
     laptop = PRESETS["laptop"]
     assert {world.name for world in (*laptop.worlds, *laptop.others)} == set(ROOMS), "every environment"
@@ -138,21 +156,26 @@ def test_textcraft_is_studied_where_it_is_named(tmp_path, monkeypatch):
 
 
 def test_one_learning_rate_needs_no_tuning(preset, tmp_path):
-    assert tune(tmp_path, METHODS["grpo"], preset.worlds[0], "paper", 9, (0.5,)) == 0.5 and not list(tmp_path.iterdir())
+    taken = tune(tmp_path, METHODS["grpo"], preset.worlds[0], "paper", 9, (0.5,), (3,))
+    assert taken == Tuned(0.5, 3) and not list(tmp_path.iterdir())
 
 
 def test_cells_of_other_learning_rates_are_not_mixed_in(preset, tmp_path):
     arguments = (tmp_path, METHODS["grpo"], preset.worlds[0], "paper", 0)
-    first = finish_cell(*arguments, 1e-3, "test")
-    assert finish_cell(*arguments, 1e-3, "test") == first
-    with pytest.raises(AtodError, match=r"trained with learning rate 0.001, but now it is 0.002"):
-        finish_cell(*arguments, 2e-3, "test")
+    first = finish_cell(*arguments, Tuned(1e-3), "test")
+    assert finish_cell(*arguments, Tuned(1e-3), "test") == first
+    with pytest.raises(AtodError, match=r"trained with learning rate 0.001, but now it is learning rate 0.002"):
+        finish_cell(*arguments, Tuned(2e-3), "test")
+    second = finish_cell(tmp_path, METHODS["grpo"], preset.worlds[0], "paper", 1, Tuned(1e-3, 1), "test")
+    assert (first.get("updates"), second["updates"]) == (None, 1)
+    with pytest.raises(AtodError, match=r"0.001, 1 updates a step, but now it is learning rate 0.001, 3 updates"):
+        finish_cell(tmp_path, METHODS["grpo"], preset.worlds[0], "paper", 1, Tuned(1e-3, 3), "test")
 
 
 def test_a_cell_that_another_process_holds_is_left_to_it(preset, tmp_path):
     folder = tmp_path / "toy" / "vanilla" / "seed0"
     folder.mkdir(parents=True)
-    arguments = (tmp_path, METHODS["vanilla"], preset.worlds[0], "paper", 0, 1e-3, "test")
+    arguments = (tmp_path, METHODS["vanilla"], preset.worlds[0], "paper", 0, Tuned(1e-3), "test")
     with open(folder / ".lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(Busy):
@@ -216,7 +239,7 @@ def test_the_paper_presets_are_the_published_settings(tmp_path):
     preset = PRESETS["paper-1.7b"]
     assert [w.name for w in preset.worlds] == ["alfworld", "webshop", "searchqa"] and preset.lrs == (1e-6,)
     alfworld = preset.worlds[0]
-    config = config_of(alfworld, 3, 1e-6, tmp_path)
+    config = config_of(alfworld, 3, Tuned(1e-6), tmp_path)
     assert (config.student, config.steps, config.max_turns, config.seed, config.lr) == (
         "Qwen/Qwen3-1.7B",
         150,
@@ -227,7 +250,7 @@ def test_the_paper_presets_are_the_published_settings(tmp_path):
     assert algorithm_of(METHODS["atod"], alfworld, "paper").coef_anneal_steps == 150
     assert algorithm_of(METHODS["atod-constant"], alfworld, "paper").coef_anneal_steps == 0
     with pytest.raises(AtodError, match="--teacher"):
-        finish_cell(tmp_path, METHODS["teacher"], alfworld, "paper", 0, 1e-6, "valid_unseen")
+        finish_cell(tmp_path, METHODS["teacher"], alfworld, "paper", 0, Tuned(1e-6), "valid_unseen")
 
 
 @pytest.mark.parametrize(
