@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atod_algos.algorithm import find_algorithm
 from atod_algos.evaluate.settings import EvaluateConfig
 from atod_algos.study import METHODS, Method, World
 from atod_algos.training.cli import with_rules
 from atod_algos.training.config import RunConfig, TrainConfig, resolve
-from atod_algos.training.presets import fit_algorithm, preset_config, require_teacher
+from atod_algos.training.presets import builtin_run, fit_algorithm, preset_config, require_teacher
 from atod_algos.training.run_dir import held, read_metrics, read_object, replace_text, versions
 from atod_envs.errors import AtodError, DataError
 
@@ -33,8 +35,6 @@ def algorithm_of(method: Method, world: World, rules: str) -> Any:
     Raises:
         UnknownName: no installed package offers it.
     """
-    from atod_algos.algorithm import find_algorithm
-
     algorithm = with_rules(find_algorithm(method.algorithm), rules)
     if world.preset:
         algorithm = fit_algorithm(algorithm, world.preset, world.train["env"])
@@ -64,9 +64,43 @@ class Tuned:
 
 def config_of(world: World, seed: int, tuned: Tuned, run: Path) -> RunConfig:
     """Settings of a run."""
+    return resolve(_asked(world, seed, tuned, run))
+
+
+def _asked(world: World, seed: int, tuned: Tuned, run: Path) -> TrainConfig:
     base = preset_config(world.preset, world.train["env"]) if world.preset else TrainConfig()
     chosen = {"seed": seed, "lr": tuned.lr, "run": str(run)} | ({"minibatches": tuned.updates} if tuned.updates else {})
-    return resolve(dataclasses.replace(base, **{**world.train, **chosen}))
+    return dataclasses.replace(base, **{**world.train, **chosen})
+
+
+def command_of(method: Method, world: World, rules: str, seed: int, tuned: Tuned, run: Path) -> str:
+    """The command line that trains a cell's run by itself: whatever differs from what ``atod train`` would take."""
+    env, kind = world.train["env"], find_algorithm(method.algorithm)
+    plain, options = TrainConfig(), with_rules(kind, rules)
+    asked, algorithm = _asked(world, seed, tuned, run), algorithm_of(method, world, rules)
+    words = ["atod", "train", method.algorithm, "--env", env]
+    if rules != "paper":
+        words += ["--rules", rules]
+    if world.preset:
+        plain, options = preset_config(world.preset, env), fit_algorithm(options, world.preset, env)
+        words += ["--preset", world.preset]
+    elif rules == "paper" and {asked.student, *asked.teacher, asked.data or "builtin"} == {"builtin"}:
+        plain, options = builtin_run(options, env)
+    return shlex.join([*words, *_flags(dataclasses.replace(plain, env=env), asked), *_flags(options, algorithm)])
+
+
+def _flags(plain: Any, changed: Any) -> Iterator[str]:
+    """Options that make one configuration the other."""
+    for field in dataclasses.fields(changed):
+        value, flag = getattr(changed, field.name), field.name.replace("_", "-")
+        if value == getattr(plain, field.name):
+            continue
+        if dataclasses.is_dataclass(value):
+            yield from _flags(getattr(plain, field.name), value)
+        elif isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        else:
+            yield from (f"--{flag}", *map(str, value if isinstance(value, (tuple, list)) else [value]))
 
 
 def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int, tuned: Tuned) -> None:
@@ -82,7 +116,8 @@ def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int
         torch.set_num_threads(config.threads or 1)
     algorithm = algorithm_of(method, world, rules)
     require_teacher(config, algorithm.scores)
-    run = RunFolder(folder, settings_of(config, algorithm, rules))
+    command = command_of(method, world, rules, seed, tuned, folder)
+    run = RunFolder(folder, settings_of(config, algorithm, rules), command)
     trainer = Trainer(config, algorithm, run)
     try:
         done = trainer.resume()

@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shlex
 import signal
 import time
 
@@ -12,9 +13,10 @@ from toyworld import TOY
 
 from agents.models import REFERENCE
 from atod_algos.study import METHODS, PRESETS, Preset, World
-from atod_algos.study.cells import Tuned, algorithm_of, config_of, finish_cell, read_study, tune, tuned_of
+from atod_algos.study.cells import Tuned, algorithm_of, command_of, config_of, finish_cell, read_study, tune, tuned_of
 from atod_algos.study.command import StudyConfig, main, run
 from atod_algos.study.tables import decide
+from atod_algos.training import cli
 from atod_algos.training.run_dir import Busy
 from atod_algos.training.trainer import Trainer
 from atod_envs import ROOMS
@@ -216,6 +218,22 @@ def test_a_claim_needs_both_tasks_and_seeds(tmp_path):
     one = decide("x", strong[:1], weak)
     assert one.seeds == (0,) and one.p_seeds == 1.0 and one.verdict == "ahead, not decided"
     assert decide("x", strong[:1], weak[1:]) is None
+
+
+@pytest.mark.parametrize("rules", ["paper", "released"])
+@pytest.mark.parametrize("name", ["laptop", "paper-0.6b"])
+def test_a_cells_command_is_its_run(name, rules, tmp_path, monkeypatch):
+    """Parsed as the command line parses it, the command asks for the run that the study trains."""
+    asked = []
+    monkeypatch.setattr(cli, "train", lambda config, algorithm, its, **_: asked.append((config, algorithm, its)))
+    for world in (*PRESETS[name].worlds, *PRESETS[name].others):
+        world = dataclasses.replace(world, train={"teacher": ("builtin",), **world.train})
+        for method in METHODS.values():
+            if not method.algorithm:
+                continue
+            arguments = (method, world, rules, 3, Tuned(1e-3, 12), tmp_path)
+            cli.main_by_name(method.algorithm, shlex.split(command_of(*arguments))[3:])
+            assert asked.pop() == (config_of(world, *arguments[3:]), algorithm_of(*arguments[:3]), rules)
 
 
 def test_the_laptop_preset_scales_its_schedules():
