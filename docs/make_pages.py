@@ -35,8 +35,6 @@ HEADINGS = (
 )
 """The sections of a page, in order."""
 STUDY = FOLDER.parent / "study" / "study-results.json"
-STUDY_COMMIT = "40fc439"
-"""The commit that holds the study's results and the code that made them."""
 WORLDS = {"alfworld": "ALFWorld", "searchqa": "Search-QA", "webshop": "WebShop"}
 MADE = re.compile(r"<!-- made: (\w+) -->\n.*?<!-- made: end -->", re.DOTALL)
 DIFFERS = re.compile(r"^(``--|Differences|Where the paper|What is uncertain)")
@@ -253,28 +251,34 @@ def results(name: str) -> str:
         offered = [key for key, method in METHODS.items() if method.algorithm == name]
         how = f"\nTo run it there: `--methods {' '.join(offered)}`." if offered else ""
         return f"Not run in [the study](../study.md): there is no table and no curve, in any world.{how}"
-    versions = cells_of(rows[0])["alfworld"][0]["versions"]
+    cells = [cell for key in rows for found in cells_of(key).values() for cell in found]
+    torch = {cell["versions"]["torch"] for cell in cells}
+    commits = dict.fromkeys(commit[:7] for cell in cells for commit in cell["commits"])
+    seeds = sorted({len(found) for key in rows for found in cells_of(key).values() if found})
+    how_many = " or ".join(map(str, seeds))
     table = ["| | ALFWorld | turns | Search-QA | turns | WebShop | turns |", f"|---|{'---:|' * 6}"]
     for key in ("vanilla", *rows, "teacher"):
         label = {"vanilla": "the student before", "teacher": "the teacher"}.get(key) or f"**{METHODS[key].label}**"
         table.append(f"| {label} | {' | '.join(in_world(cells) for cells in cells_of(key).values())} |")
     return "\n".join(
         [
-            "Success in % of the last checkpoint, with the 95 % t-interval over three training seeds, 60 steps each.",
-            "ALFWorld's models were then a student of 16 % and a teacher of 82 %.",
+            f"Success in % of the last checkpoint, with the 95 % t-interval over {how_many} training seeds, 60 steps each.",
             "",
             *table,
             "",
             f"![validation success by step, the other methods in grey](../images/results-{name}.svg)",
             "",
-            f"Command: `python -m atod_algos.study --preset laptop`, commit `{STUDY_COMMIT}`, torch {versions['torch']}.",
+            f"Command: `python -m atod_algos.study --preset laptop --methods {' '.join(rows)}`,",
+            f"commit `{', '.join(commits)}`, torch {', '.join(sorted(torch))}.",
             "All rows, seeds and curves: [tables](../study/tables.md).",
         ]
     )
 
 
 def in_world(cells: list[dict[str, Any]]) -> str:
-    """Success with its interval, and turns."""
+    """Success with its interval, and turns; a bar where the method was not run."""
+    if not cells:
+        return "- | -"
     values = [100 * cell["last"]["success"] for cell in cells]
     low, high = t_interval(values)
     turns = sum(cell["last"]["length"] for cell in cells) / len(cells)
@@ -284,7 +288,8 @@ def in_world(cells: list[dict[str, Any]]) -> str:
 def curves(name: str) -> str:
     """Validation success by step in each world, the mean over seeds: own methods in colour, the others in grey."""
     width, height, left, top, bottom = 300, 190, 44, 24, 36
-    colours, dashes = ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), ("", "7 3", "2 2", "8 3 2 3")
+    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f", "#7a5195")
+    dashes = ("", "7 3", "2 2", "8 3 2 3", "1 3", "10 2", "4 1", "6 2 1 2")
     own = rows_of(name)
     body = []
     for column, (world, title) in enumerate(WORLDS.items()):
@@ -321,7 +326,7 @@ def curves(name: str) -> str:
         f'<text transform="translate(11 {(top + height - bottom) / 2}) rotate(-90)" text-anchor="middle">success, %</text>'
     )
     for place, key in enumerate(own):
-        x, y = 44 + place * 200, height + 12
+        x, y = 44 + place % 4 * 215, height + 12 + place // 4 * 18
         body.append(
             f'<path stroke-width="2.2" stroke="{colours[place]}" stroke-dasharray="{dashes[place]}" d="M{x} {y - 4}h28"/>'
         )
@@ -330,7 +335,8 @@ def curves(name: str) -> str:
         "text{font:11px system-ui,Arial,sans-serif;fill:#5b6570}.b{font-weight:700;font-size:13px}.g{stroke:#e3e7eb}"
         ".o{stroke:#b9c1ca}@media(prefers-color-scheme:dark){text{fill:#99a3b0}.g{stroke:#39414b}.o{stroke:#5b6570}}"
     )
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {3 * width} {height + 20}" role="img">'
+    tall = height + 20 + (len(own) - 1) // 4 * 18
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {3 * width} {tall}" role="img">'
     return "\n".join([head, f"<style>{style}</style>", *body, "</svg>", ""])
 
 

@@ -53,7 +53,7 @@ def test_results_are_the_studys(name, maker):
     if not maker.rows_of(name):
         assert "Not run in [the study]" in page and not image.exists()
         return
-    row = re.search(rf"^\| {label} \| (.+) \| [\d.]+ \|$", tables, re.MULTILINE)[1]  # the last column is a mean
+    row = re.search(rf"^\| {label} \| (.+) \| [\d.-]+ \|$", tables, re.MULTILINE)[1]  # the last column is a mean
     assert f"| **{label}** | {row} |" in page
     assert image.read_text() == maker.curves(name) and f"../images/{image.name}" in page
 

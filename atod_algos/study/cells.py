@@ -103,6 +103,18 @@ def _flags(plain: Any, changed: Any) -> Iterator[str]:
             yield from (f"--{flag}", *map(str, value if isinstance(value, (tuple, list)) else [value]))
 
 
+def without(command: str, *options: str) -> str:
+    """A command line without some options and their values."""
+    kept: list[str] = []
+    dropping = False
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            dropping = word.partition("=")[0] in options
+        if not dropping:
+            kept.append(word)
+    return shlex.join(kept)
+
+
 def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int, tuned: Tuned) -> None:
     """Train one run to its end, from its last checkpoint if there is one."""
     import torch

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from atod_algos.evaluate.settings import (
 from atod_algos.evaluate.statistics import t_interval, wilson
 from atod_algos.guard import guarded, parse
 from atod_algos.study import METHODS, PRESETS
+from atod_algos.study.cells import without
 from atod_algos.training.checkpoint import latest_checkpoint, require_whole
 from atod_algos.training.config import builtin_profile
 from atod_algos.training.run_dir import FREE_SETTINGS, read_metrics, read_object, read_settings, replace_text
@@ -236,18 +236,6 @@ def label_of(algorithm: Mapping[str, Any]) -> str:
         if method.algorithm and all(algorithm.get(name) == value for name, value in own.items()):
             return method.label
     return str(algorithm["name"])
-
-
-def without(command: str, *options: str) -> str:
-    """A command line without some options and their values."""
-    kept: list[str] = []
-    dropping = False
-    for word in shlex.split(command):
-        if word.startswith("--"):
-            dropping = word.partition("=")[0] in options
-        if not dropping:
-            kept.append(word)
-    return shlex.join(kept)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from atod_algos.evaluate import Evaluation, compare
 from atod_algos.evaluate.paired_command import load_evaluation
 from atod_algos.evaluate.statistics import Paired, t_interval, welch
 from atod_algos.study import ABLATIONS, METHODS, Preset
-from atod_algos.study.cells import Tuned, tuned_of
-from atod_algos.training.run_dir import read_metrics, replace_text
+from atod_algos.study.cells import Tuned, tuned_of, without
+from atod_algos.training.run_dir import read_metrics, read_object, replace_text
 
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]
 """Finished cells of one world by method, in the order of the table."""
@@ -75,18 +75,30 @@ class Decision:
 
 
 def decide(claim: str, ahead: Sequence[Mapping[str, Any]], behind: Sequence[Mapping[str, Any]]) -> Decision | None:
-    """Compare two methods' last checkpoints on the seeds that both have; None where they share none."""
-    left, right = ({cell["seed"]: cell for cell in side} for side in (ahead, behind))
-    seeds = tuple(sorted(left.keys() & right.keys()))
+    """Compare two methods' last checkpoints on the seeds that both have; None where they share none.
+
+    Cells of several worlds are taken together: all their tasks are compared, and a seed's value is its mean over the
+    worlds. A seed counts where both methods have it in all worlds of the cells.
+    """
+    worlds = {cell.get("world") for cell in (*ahead, *behind)}
+    left, right = ({(cell["seed"], cell.get("world")): cell for cell in side} for side in (ahead, behind))
+    both = left.keys() & right.keys()
+    seeds = tuple(sorted({seed for seed, _ in both if all((seed, world) in both for world in worlds)}))
     if not seeds:
         return None
+    chosen = [[[side[seed, world] for world in worlds] for seed in seeds] for side in (left, right)]
     whole = []
-    for side in (left, right):
-        parts = [load_evaluation(Path(side[seed]["folder"]) / "evaluation-last") for seed in seeds]
+    for side in chosen:
+        parts = [load_evaluation(Path(cell["folder"]) / "evaluation-last") for cells in side for cell in cells]
         whole.append(Evaluation(tuple(t for part in parts for e in part.values() for t in e.trajectories)))
     result = compare(whole[0], whole[1])
-    values = [[float(side[seed]["last"]["success"]) for seed in seeds] for side in (left, right)]
-    return Decision(claim, seeds, result.success, welch(*values), result.by_label)
+    return Decision(
+        claim,
+        seeds,
+        result.success,
+        welch(*[[_mean(cells, "last") for cells in side] for side in chosen]),
+        result.by_label,
+    )
 
 
 def write_tables(out: Path, cells: Sequence[Mapping[str, Any]], preset: Preset) -> None:
@@ -101,6 +113,8 @@ def write_tables(out: Path, cells: Sequence[Mapping[str, Any]], preset: Preset) 
     for cell in cells:
         worlds.setdefault(cell["world"], {}).setdefault(cell["method"], []).append(cell)
     decisions = {name: _decisions(methods) for name, methods in worlds.items()}
+    if together := _together(worlds):
+        decisions["together"] = together
     lines = ["# Results", "", *_table1(worlds)]
     for name, methods in worlds.items():
         lines += ["", f"## {name}", "", *_success(methods), "", *_claims(decisions[name])]
@@ -108,8 +122,11 @@ def write_tables(out: Path, cells: Sequence[Mapping[str, Any]], preset: Preset) 
         found = [world for world in preset.worlds if world.name == name]
         if found and (tuned := tuned_of(out, found[0])):
             lines += ["", *_tuning(tuned)]
+    if together:
+        note = "All tasks of the worlds together; a seed's value is its mean over them. Claims that every world decides on."
+        lines += ["", f"## {', '.join(worlds)}", "", note, "", *_claims(together)]
     replace_text(out / "tables.md", "\n".join(lines) + "\n")
-    plain = [{key: value for key, value in cell.items() if key != "folder"} for cell in cells]
+    plain = [_published(cell) for cell in cells]
     known = {
         name: [asdict(decision) | {"verdict": decision.verdict} for decision in found]
         for name, found in decisions.items()
@@ -121,6 +138,16 @@ def write_tables(out: Path, cells: Sequence[Mapping[str, Any]], preset: Preset) 
         return
 
 
+def _published(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell's numbers, with the command and the commits of its training run."""
+    about = Path(cell["folder"]) / "config.json"
+    source = read_object(about, "train the cell again") if about.exists() else {}
+    named = {name: source[name] for name in ("command", "commits") if name in source}
+    if "command" in named:
+        named["command"] = without(named["command"], "--run")
+    return {name: value for name, value in cell.items() if name != "folder"} | named
+
+
 def _decisions(methods: Cells) -> list[Decision]:
     found = [decide(claim, methods[a], methods[b]) for claim, a, b in CLAIMS if a in methods and b in methods]
     trained = [name for name in methods if METHODS[name].algorithm and name not in ABLATIONS[1:]]
@@ -128,6 +155,16 @@ def _decisions(methods: Cells) -> list[Decision]:
         first, second = sorted(trained, key=lambda name: -_mean(methods[name], "last"))[:2]
         claim = f"the first, {METHODS[first].label}, against the runner-up, {METHODS[second].label}"
         found.append(decide(claim, methods[first], methods[second]))
+    return [decision for decision in found if decision is not None]
+
+
+def _together(worlds: Mapping[str, Cells]) -> list[Decision]:
+    """The claims over all worlds; none where there is one world."""
+    found = []
+    for claim, a, b in CLAIMS if len(worlds) > 1 else ():
+        if all(a in methods and b in methods for methods in worlds.values()):
+            sides = [[cell for methods in worlds.values() for cell in methods[name]] for name in (a, b)]
+            found.append(decide(claim, *sides))
     return [decision for decision in found if decision is not None]
 
 

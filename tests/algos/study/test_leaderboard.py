@@ -12,6 +12,7 @@ from atod_algos.command import main as atod
 from atod_algos.evaluate.statistics import t_interval, wilson
 from atod_algos.opd import OPD
 from atod_algos.study import leaderboard
+from atod_algos.study.cells import without
 from atod_algos.training import config as profiles
 from atod_algos.training import run_dir
 from atod_algos.training.cli import main
@@ -136,7 +137,7 @@ def test_a_run_keeps_its_command_and_commits(train, monkeypatch):
 
 def test_the_command_of_a_row_has_no_seed_and_no_folder():
     said = "atod train opd --seed 3 --env a b --run 'x y' --seed=4 --lr 1e-3 --verbose"
-    assert leaderboard.without(said, "--seed", "--run") == "atod train opd --env a b --lr 1e-3 --verbose"
+    assert without(said, "--seed", "--run") == "atod train opd --env a b --lr 1e-3 --verbose"
 
 
 def test_the_commit_of_a_clone_and_of_none(tmp_path, monkeypatch):

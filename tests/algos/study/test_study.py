@@ -41,7 +41,7 @@ def preset(models, monkeypatch):
 
 def results(folder):
     cells = json.loads((folder / "study-results.json").read_text())["cells"]
-    return [{k: v for k, v in cell.items() if not k.startswith("seconds")} for cell in cells]
+    return [{k: v for k, v in cell.items() if not k.startswith("seconds") and k != "commits"} for cell in cells]
 
 
 def test_a_study_runs_every_method_and_goes_on_where_it_stopped(preset, tmp_path, monkeypatch, capsys):
@@ -49,6 +49,7 @@ def test_a_study_runs_every_method_and_goes_on_where_it_stopped(preset, tmp_path
     cells = results(tmp_path / "whole")
     assert [(c["method"], c["seed"]) for c in cells] == [(name, seed) for name in NAMES for seed in (0, 1)]
     assert all(cell["last"]["n"] == 4 for cell in cells)
+    assert cells[-1]["command"].startswith("atod train atod --env ") and "--run" not in cells[-1]["command"]
     assert set(cells[-1]["validation"]) == {"1", "2"} and cells[0]["method"] == "vanilla" and "best" not in cells[0]
 
     stops = iter([3, 2, 7])
@@ -185,7 +186,7 @@ def test_a_cell_that_another_process_holds_is_left_to_it(preset, tmp_path):
     assert finish_cell(*arguments)["last"]["n"] == 4
 
 
-def write_cell(root, method, seed, solved):
+def write_cell(root, method, seed, solved, prefix=""):
     """A finished cell whose evaluation solved some tasks."""
     from episodes import outcome
 
@@ -193,7 +194,7 @@ def write_cell(root, method, seed, solved):
 
     folder = root / method / f"seed{seed}"
     (folder / "evaluation-last" / "episodes").mkdir(parents=True)
-    tasks = [outcome(f"t{i}", won, seed=seed, label="x" if i % 2 else "y") for i, won in enumerate(solved)]
+    tasks = [outcome(f"{prefix}t{i}", won, seed=seed, label="x" if i % 2 else "y") for i, won in enumerate(solved)]
     write_jsonl(folder / "evaluation-last" / "episodes" / f"test-{len(solved)}-seed{seed}.jsonl.gz", tasks)
     panel = {"name": f"test/{len(solved)}"}
     (folder / "evaluation-last" / "config.json").write_text(
@@ -218,6 +219,21 @@ def test_a_claim_needs_both_tasks_and_seeds(tmp_path):
     one = decide("x", strong[:1], weak)
     assert one.seeds == (0,) and one.p_seeds == 1.0 and one.verdict == "ahead, not decided"
     assert decide("x", strong[:1], weak[1:]) is None
+
+
+def test_worlds_are_decided_together_on_the_seeds_that_all_have(tmp_path):
+    def cells(method, solved_by_world, seeds):
+        return [
+            write_cell(tmp_path / world, method, seed, [i < solved for i in range(100)], prefix=world)
+            | {"world": world}
+            for world, solved in solved_by_world.items()
+            for seed in seeds
+        ]
+
+    ahead, behind = cells("a", {"one": 60, "two": 90}, range(3)), cells("b", {"one": 50, "two": 80}, range(2))
+    both = decide("x", ahead, behind)
+    assert both.seeds == (0, 1) and both.tasks.difference == pytest.approx(0.1) and both.tasks.tasks == 200
+    assert decide("x", ahead, [cell for cell in behind if cell["world"] == "one"]) is None
 
 
 @pytest.mark.parametrize("rules", ["paper", "released"])
