@@ -253,7 +253,7 @@ def results(name: str) -> str:
         return f"Not run in [the study](../study.md): there is no table and no curve, in any world.{how}"
     cells = [cell for key in rows for found in cells_of(key).values() for cell in found]
     torch = {cell["versions"]["torch"] for cell in cells}
-    commits = dict.fromkeys(commit[:7] for cell in cells for commit in cell["commits"])
+    commits = dict.fromkeys(commit[:7] for cell in cells for commit in cell.get("commits", ()))
     seeds = sorted({len(found) for key in rows for found in cells_of(key).values() if found})
     how_many = " or ".join(map(str, seeds))
     table = ["| | ALFWorld | turns | Search-QA | turns | WebShop | turns |", f"|---|{'---:|' * 6}"]
