@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -105,8 +106,10 @@ def make_decoder(model: Any, slots: int, max_context: int) -> tuple[Decoder, Any
         if reason is None:
             return make(), ragged_store(base, slots)
         reasons.append(reason)
+    device = next(base.parameters()).device
     for caches in (True, False):
-        reason = _reason(base, head, lambda: OwnDecoder(base, head, caches=caches), lambda _: OwnStore(), max_context)  # noqa: B023
+        own = partial(OwnDecoder, base, head, caches=caches)
+        reason = _reason(base, head, own, lambda _: OwnStore(device), max_context)
         if reason is None:
             log.warning(
                 "%s runs through its own forward pass, one request at a time%s, which is slow (%s); --engine vllm may be faster",
@@ -114,7 +117,7 @@ def make_decoder(model: Any, slots: int, max_context: int) -> tuple[Decoder, Any
                 "" if caches else " and without a cache",
                 reasons[-1] if reasons else "its layers do not attend to the whole context",
             )
-            return OwnDecoder(base, head, caches=caches), OwnStore()
+            return own(), OwnStore(device)
         reasons.append(reason)
     raise UnsupportedModel(f"{name} cannot be sampled from by this engine: {reasons[-1]}; use --engine vllm")
 
@@ -136,7 +139,7 @@ def _reason(
     try:
         with torch.inference_mode(), in_eval_mode(model):
             store, decoder = make_store(len(_PROBE[1])), make()
-            device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+            dtype = next(model.parameters()).dtype
             rows = [
                 probe_ids(model, min(longest, sum(p[row] for p in _PROBE if row < len(p))), 7 + row) for row in range(3)
             ]
@@ -151,10 +154,7 @@ def _reason(
                         done[row] += len(new)
                 if not segments:
                     continue
-                columns_T = np.concatenate([np.arange(s.start, s.start + s.width) for s in segments])
-                store.begin(segments, columns_T)
-                last = torch.from_numpy(np.cumsum([s.width for s in segments]) - 1).to(device)
-                tokens, places = torch.tensor(ids, device=device), torch.from_numpy(columns_T).to(device)
+                tokens, places, last = store.begin(segments, np.array(ids, dtype=np.int64))
                 got = decoder.next_logits(tokens, places, store, last).float()
                 expected = torch.stack([own_logits(model, rows[s.row][: done[s.row]])[-1] for s in segments])
                 if not agree(got, expected, dtype):

@@ -3,6 +3,8 @@
 The new tokens of all requests, whether a whole prompt or a single token, are laid end to end: nothing but attention
 needs to know where one request ends, so no layer computes padding. Attention goes by blocks of rows that want a similar
 amount of work. The invariant: a token sees the positions of its own slot up to its own, and nothing else.
+
+Which token goes where is worked out in numpy. It reaches the device in one copy a pass; no layer copies or waits.
 """
 
 from __future__ import annotations
@@ -40,14 +42,37 @@ class Segment:
     width: int
 
 
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """Small arrays of one type on a device, in one copy that the host does not wait for; a CPU shares their memory."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    joined = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+    gpu = device.type == "cuda"
+    # Only memory that is pinned is copied without waiting; torch keeps it until the copy is done.
+    there = (joined.pin_memory() if gpu else joined).to(device, non_blocking=gpu)
+    parts = there.split_with_sizes([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Rows that attend together, as the host works them out; n rows of up to w queries over ``span`` positions."""
+
+    rows: slice | np.ndarray
+    gather: np.ndarray  # [n, w] places in the pass
+    real: np.ndarray  # [t] places in [n * w] that are real
+    span: int
+    last: np.ndarray | None  # [n, w] last position that each query sees; None: causal from the first position
+
+
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Rows that attend together; n rows of up to w queries over ``span`` positions."""
+    """A plan on the device."""
 
     rows: torch.Tensor | slice
-    gather: torch.Tensor  # [n, w] places in the pass
-    scatter: torch.Tensor  # [t] places in [n * w] that are real
-    target: torch.Tensor  # [t] where they stand in the pass
+    gather: torch.Tensor  # [n, w]
+    scatter: torch.Tensor  # [t]
+    target: torch.Tensor  # [t] where the real queries stand in the pass
     span: int
     bias: torch.Tensor | None  # [n, 1, 1, w, span], 0 or -inf; None: causal from the first position
 
@@ -65,7 +90,7 @@ class Store:
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
         self._ramp = torch.empty(0, dtype=torch.int64, device=device)
-        self._shut = torch.tensor(float("-inf"), device=device)
+        self._shut = torch.full((), float("-inf"), device=device)
         self._blocks: list[_Block] = []
         self._place = torch.empty(0)
 
@@ -94,36 +119,37 @@ class Store:
 
     def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copy the first ``length`` positions of one row to others."""
-        rows = list(targets)
+        (rows,) = to_device([np.array(targets, dtype=np.int64)], self.keys[0].device)
         for tensors in (self.keys, self.values):
             for tensor in tensors:
                 tensor[rows, :, :length] = tensor[source, :, :length]
 
     # --- one pass -------------------------------------------------------------------------------------------------
 
-    def begin(self, segments: Sequence[Segment], columns_T: np.ndarray) -> None:
+    def begin(self, segments: Sequence[Segment], ids_T: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Prepare a pass over the new tokens of some slots, laid end to end in this order.
 
         Args:
             segments: one for each slot; every slot at most once.
-            columns_T: position of each token in its slot.
+            ids_T: their new tokens, int64.
+
+        Returns:
+            On the device: the ids and their positions, each [T], and the place of each slot's last token, [S].
         """
+        columns_T = positions_of(segments)
         self.grow(int(columns_T.max()) + 1)
         device = self.keys[0].device
         heads = self.keys[0].shape[1]
         rows_T = np.repeat([s.row for s in segments], [s.width for s in segments])
         place = (rows_T[:, None] * heads + np.arange(heads)) * self.length + columns_T[:, None]
-        self._place = torch.from_numpy(place.ravel()).to(device)
         offsets = np.cumsum([0, *(s.width for s in segments)])
         single = [i for i, s in enumerate(segments) if s.width == 1]
         narrow = sorted((i for i, s in enumerate(segments) if 1 < s.width < _WIDE), key=lambda i: segments[i].width)
-        self._blocks = [
-            self._wide_block(segments[i], int(offsets[i])) for i, s in enumerate(segments) if s.width >= _WIDE
-        ]
+        plans = [_wide_plan(segments[i], int(offsets[i])) for i, s in enumerate(segments) if s.width >= _WIDE]
         if single:
             for together in self._split([segments[i] for i in single]):
                 chosen = [single[i] for i in together]
-                self._blocks.append(self._single_block([segments[i] for i in chosen], offsets[chosen]))
+                plans.append(_single_plan([segments[i] for i in chosen], offsets[chosen]))
         while narrow:
             # Rows of similar width share a block; one stays small enough for its scores to be held.
             span = max(segments[i].start + segments[i].width for i in narrow)
@@ -133,7 +159,15 @@ class Store:
                     break
                 count += 1
             part, narrow = narrow[:count], narrow[count:]
-            self._blocks.append(self._narrow_block([segments[i] for i in part], offsets[part]))
+            plans.append(_narrow_plan([segments[i] for i in part], offsets[part]))
+        arrays = [ids_T, columns_T, offsets[1:] - 1, place.ravel()]
+        for plan in plans:
+            arrays += [plan.gather, plan.real, plan.gather.ravel()[plan.real]]
+            arrays += [array for array in (plan.rows, plan.last) if isinstance(array, np.ndarray)]
+        sent = iter(to_device(arrays, device))
+        ids, columns, last, self._place = (next(sent) for _ in range(4))
+        self._blocks = [self._block(plan, sent) for plan in plans]
+        return ids, columns, last
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store the pass's keys and values of a layer, each [tokens, heads, width]."""
@@ -175,22 +209,6 @@ class Store:
 
     # --- blocks ---------------------------------------------------------------------------------------------------
 
-    def _wide_block(self, segment: Segment, offset: int) -> _Block:
-        places = np.arange(offset, offset + segment.width)
-        start, span = segment.start, segment.start + segment.width
-        bias = self._bias(np.arange(start, span)[None], span) if start else None
-        return self._block(slice(segment.row, segment.row + 1), places[None], np.arange(segment.width), span, bias)
-
-    def _narrow_block(self, segments: Sequence[Segment], offsets: np.ndarray) -> _Block:
-        width = max(s.width for s in segments)
-        starts, widths = np.array([s.start for s in segments]), np.array([s.width for s in segments])
-        ramp = np.arange(width)
-        gather = offsets[:, None] + np.minimum(ramp, widths[:, None] - 1)
-        real = np.flatnonzero((ramp < widths[:, None]).ravel())
-        span = int((starts + widths).max())
-        rows = torch.tensor([s.row for s in segments], device=self.keys[0].device)
-        return self._block(rows, gather, real, span, self._bias(starts[:, None] + ramp, span))
-
     def _split(self, segments: Sequence[Segment]) -> Iterator[np.ndarray]:
         """Divide rows with one new token, in order of slots, into blocks of similar length.
 
@@ -220,37 +238,17 @@ class Store:
             else:
                 yield order[low:high]
 
-    def _single_block(self, segments: Sequence[Segment], offsets: np.ndarray) -> _Block:
-        """Rows with one new token.
+    def _block(self, plan: _Plan, sent: Iterator[torch.Tensor]) -> _Block:
+        """A plan whose arrays have been sent, in the order of ``begin``."""
+        gather, real, target = (next(sent) for _ in range(3))
+        rows = plan.rows if isinstance(plan.rows, slice) else next(sent)
+        bias = None if plan.last is None else self._bias(next(sent), plan.span)
+        return _Block(rows, gather, real, target, plan.span, bias)
 
-        Where most slots between the first and the last take part, the others are carried along: a contiguous view of
-        the store costs nothing, a gathered copy costs a pass over it. What they compute is dropped.
-        """
-        rows = np.array([s.row for s in segments])
-        starts = np.array([s.start for s in segments])
-        span = int(starts.max()) + 1
-        low, high = int(rows.min()), int(rows.max()) + 1
-        if 2 * len(rows) < high - low:
-            index = torch.from_numpy(rows).to(self.keys[0].device)
-            return self._block(index, offsets[:, None], np.arange(len(rows)), span, self._bias(starts[:, None], span))
-        gather = np.full(high - low, offsets[0])
-        gather[rows - low] = offsets
-        ends = np.zeros(high - low, dtype=np.int64)
-        ends[rows - low] = starts
-        return self._block(slice(low, high), gather[:, None], rows - low, span, self._bias(ends[:, None], span))
-
-    def _block(
-        self, rows: torch.Tensor | slice, gather: np.ndarray, real: np.ndarray, span: int, bias: torch.Tensor | None
-    ) -> _Block:
-        device = self.keys[0].device
-        target = torch.from_numpy(gather.ravel()[real]).to(device)
-        return _Block(rows, torch.from_numpy(gather).to(device), torch.from_numpy(real).to(device), target, span, bias)
-
-    def _bias(self, positions: np.ndarray, span: int) -> torch.Tensor:
+    def _bias(self, last: torch.Tensor, span: int) -> torch.Tensor:
         """0 where a query may look, -inf beyond its position: [n, w] -> [n, 1, 1, w, span]."""
-        last = torch.from_numpy(positions).to(self._ramp.device)[:, None, None, :, None]
-        shut = self._shut.to(self.keys[0].dtype) if positions.shape[1] >= _WIDE else self._shut
-        return torch.where(self._ramp[:span] > last, shut, torch.zeros_like(shut))
+        shut = self._shut.to(self.keys[0].dtype) if last.shape[1] >= _WIDE else self._shut
+        return torch.where(self._ramp[:span] > last[:, None, None, :, None], shut, torch.zeros_like(shut))
 
     # --- transformers' cache protocol -----------------------------------------------------------------------------
 
@@ -264,3 +262,44 @@ class Store:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions are always given explicitly; nothing is inferred from this."""
         return 0
+
+
+def positions_of(segments: Sequence[Segment]) -> np.ndarray:
+    """Position of each new token in its slot, [T]."""
+    return np.concatenate([np.arange(s.start, s.start + s.width) for s in segments])
+
+
+def _wide_plan(segment: Segment, offset: int) -> _Plan:
+    places = np.arange(offset, offset + segment.width)
+    start, span = segment.start, segment.start + segment.width
+    last = np.arange(start, span)[None] if start else None
+    return _Plan(slice(segment.row, segment.row + 1), places[None], np.arange(segment.width), span, last)
+
+
+def _narrow_plan(segments: Sequence[Segment], offsets: np.ndarray) -> _Plan:
+    width = max(s.width for s in segments)
+    starts, widths = np.array([s.start for s in segments]), np.array([s.width for s in segments])
+    ramp = np.arange(width)
+    gather = offsets[:, None] + np.minimum(ramp, widths[:, None] - 1)
+    real = np.flatnonzero((ramp < widths[:, None]).ravel())
+    span = int((starts + widths).max())
+    return _Plan(np.array([s.row for s in segments]), gather, real, span, starts[:, None] + ramp)
+
+
+def _single_plan(segments: Sequence[Segment], offsets: np.ndarray) -> _Plan:
+    """Rows with one new token.
+
+    Where most slots between the first and the last take part, the others are carried along: a contiguous view of the
+    store costs nothing, a gathered copy costs a pass over it. What they compute is dropped.
+    """
+    rows = np.array([s.row for s in segments])
+    starts = np.array([s.start for s in segments])
+    span = int(starts.max()) + 1
+    low, high = int(rows.min()), int(rows.max()) + 1
+    if 2 * len(rows) < high - low:
+        return _Plan(rows, offsets[:, None], np.arange(len(rows)), span, starts[:, None])
+    gather = np.full(high - low, offsets[0])
+    gather[rows - low] = offsets
+    ends = np.zeros(high - low, dtype=np.int64)
+    ends[rows - low] = starts
+    return _Plan(slice(low, high), gather[:, None], rows - low, span, ends[:, None])

@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from agents.engines.kv_cache import Segment
+from agents.engines.kv_cache import Segment, positions_of, to_device
 from agents.logits import LogitHead
 
 
@@ -29,10 +29,12 @@ def cache_argument(module: Any) -> str:
 class OwnStore:
     """The tokens and the cache of every slot, with the verbs of the ragged :class:`~agents.engines.kv_cache.Store`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.ids: dict[int, list[int]] = {}
         self.caches: dict[int, Any] = {}
         self.segments: list[Segment] = []
+        self.new: list[list[int]] = []
 
     @property
     def length(self) -> int:
@@ -44,7 +46,7 @@ class OwnStore:
 
     def clear(self) -> None:
         """Give the memory back."""
-        self.ids, self.caches, self.segments = {}, {}, []
+        self.ids, self.caches, self.segments, self.new = {}, {}, [], []
 
     def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copy the first ``length`` tokens of one row to others; their cache only where it is the whole row's."""
@@ -55,9 +57,17 @@ class OwnStore:
             if whole:
                 self.caches[row] = copy.deepcopy(self.caches[source])
 
-    def begin(self, segments: Sequence[Segment], columns_T: np.ndarray) -> None:
-        """Prepare a pass over the new tokens of some slots, laid end to end in this order."""
+    def begin(self, segments: Sequence[Segment], ids_T: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Prepare a pass over the new tokens of some slots, laid end to end in this order.
+
+        Returns:
+            What the ragged store returns: ids, positions, and the place of each slot's last token.
+        """
+        ends = np.cumsum([s.width for s in segments])
         self.segments = list(segments)
+        self.new = [part.tolist() for part in np.split(ids_T, ends[:-1])]
+        ids, positions, last = to_device([ids_T, positions_of(segments), ends - 1], self._device)
+        return ids, positions, last
 
 
 class OwnDecoder:
@@ -83,7 +93,7 @@ class OwnDecoder:
     ) -> torch.Tensor:
         """Logits [S, V] of the token that follows each slot."""
         found, begin = [], 0
-        for segment in store.segments:
+        for segment, known in zip(store.segments, store.new, strict=True):
             new = ids_T[begin : begin + segment.width]
             begin += segment.width
             before = store.ids.get(segment.row, [])[: segment.start]
@@ -92,7 +102,7 @@ class OwnDecoder:
                 cache = None
             if cache is None and before:
                 new = torch.cat([new.new_tensor(before), new])
-            store.ids[segment.row] = [*before, *ids_T[begin - segment.width : begin].tolist()]
+            store.ids[segment.row] = [*before, *known]
             logits, cache = self._forward(new, cache)
             if cache is not None:
                 store.caches[segment.row] = cache

@@ -23,7 +23,7 @@ import torch
 
 from agents.engines.base import Completion, EngineDied, SamplingParams, check_request, uniform
 from agents.engines.decoder import make_decoder
-from agents.engines.kv_cache import Segment
+from agents.engines.kv_cache import Segment, to_device
 from agents.logits import logit_head, longest_context, require_steady_positions
 
 PASS_TOKENS = 8192
@@ -249,12 +249,8 @@ class TransformersEngine:
         new = [slot.new_ids() for slot in slots]
         segments = [Segment(slot.row, len(slot.cached), len(ids)) for slot, ids in zip(slots, new, strict=True)]
         ids_T = np.fromiter(itertools.chain.from_iterable(new), dtype=np.int64)
-        columns_T = np.concatenate([np.arange(s.start, s.start + s.width) for s in segments])
-        self.store.begin(segments, columns_T)
-        device = self.device
-        tokens, columns = torch.from_numpy(ids_T).to(device), torch.from_numpy(columns_T).to(device)
-        last = torch.from_numpy(np.cumsum([s.width for s in segments]) - 1).to(device)
-        logits = self.decoder.next_logits(tokens, columns, self.store, last)
+        tokens, positions, last = self.store.begin(segments, ids_T)
+        logits = self.decoder.next_logits(tokens, positions, self.store, last)
         drawn, source = list(slots), list(range(len(slots)))
         for place, (slot, ids) in enumerate(zip(slots, new, strict=True)):
             slot.cached += ids
@@ -266,28 +262,53 @@ class TransformersEngine:
                 drawn.append(other)
                 source.append(place)
         if len(drawn) > len(slots):
-            logits = logits[torch.tensor(source, device=device)]
+            logits = logits[to_device([np.array(source)], self.device)[0]]
         self._sample([slot.request for slot in drawn if slot.request is not None], self._head.close(logits.float()))
 
-    @staticmethod
-    def _sample(requests: list[_Request], logits: torch.Tensor) -> None:
-        """Draw one token a row by inverting the cumulative distribution at the request's own random number."""
-        heat = torch.tensor([r.params.temperature or 1.0 for r in requests], device=logits.device)
-        logprobs = torch.log_softmax(logits / heat[:, None], dim=-1)
-        seeds = np.array([r.params.seed & 0xFFFFFFFFFFFFFFFF for r in requests], dtype=np.uint64)
-        places = np.array([len(r.tokens) for r in requests], dtype=np.uint64)
-        cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
-        draws = torch.from_numpy(uniform(seeds, places)).to(logits.device) * cumulative[:, -1]
-        # Below the total even where the product was rounded up: past it stand only ids without any probability.
-        draws = torch.minimum(draws, torch.nextafter(cumulative[:, -1], torch.zeros_like(draws)))
-        chosen = torch.searchsorted(cumulative, draws[:, None], right=True)[:, 0]
-        if any(r.params.temperature == 0 for r in requests):
-            greedy = torch.tensor([r.params.temperature == 0 for r in requests], device=logits.device)
-            chosen = torch.where(greedy, logits.argmax(dim=-1), chosen)
-        picked = logprobs.gather(1, chosen[:, None])[:, 0]
-        for request, token, logprob in zip(requests, chosen.tolist(), picked.tolist(), strict=True):
-            request.tokens.append(token)
-            request.logprobs.append(logprob)
+    def _sample(self, requests: list[_Request], logits: torch.Tensor) -> None:
+        """Draw one token a row, and hand it to the row's request."""
+        temperatures = np.array([r.params.temperature for r in requests], dtype=np.float64)
+        temperature_S, draws_S = to_device([temperatures, _draws(requests)], logits.device)
+        drawn = draw(logits, temperature_S, draws_S, greedy=bool((temperatures == 0).any()))
+        _append(requests, *drawn.tolist())  # the only wait of a pass
+
+
+def draw(logits: torch.Tensor, temperature_S: torch.Tensor, draws_S: torch.Tensor, *, greedy: bool) -> torch.Tensor:
+    """Draw one token a row by inverting the cumulative distribution at the row's own random number.
+
+    Args:
+        logits: [S, V] in float32.
+        temperature_S: divides a row's logits, float64; 0 takes the most likely token.
+        draws_S: a number in [0, 1) for each row, float64.
+        greedy: whether some temperature may be 0.
+
+    Returns:
+        [2, S] in float64, which holds both exactly: the ids, and their log-probs at the row's temperature (greedy: 1).
+    """
+    cold_S = temperature_S == 0
+    heat_S = temperature_S.masked_fill(cold_S, 1.0).float()
+    logprobs = torch.log_softmax(logits / heat_S[:, None], dim=-1)
+    cumulative = logprobs.exp().cumsum(dim=-1, dtype=torch.float64)
+    wanted = draws_S * cumulative[:, -1]
+    # Below the total even where the product was rounded up: past it stand only ids without any probability.
+    wanted = torch.minimum(wanted, torch.nextafter(cumulative[:, -1], torch.zeros_like(wanted)))
+    chosen = torch.searchsorted(cumulative, wanted[:, None], right=True)[:, 0]
+    if greedy:
+        chosen = torch.where(cold_S, logits.argmax(dim=-1), chosen)
+    picked = logprobs.gather(1, chosen[:, None])[:, 0]
+    return torch.stack([chosen.double(), picked.double()])
+
+
+def _draws(requests: Sequence[_Request]) -> np.ndarray:
+    """The next number of each request's own random stream."""
+    seeds = np.array([r.params.seed & 0xFFFFFFFFFFFFFFFF for r in requests], dtype=np.uint64)
+    return uniform(seeds, np.array([len(r.tokens) for r in requests], dtype=np.uint64))
+
+
+def _append(requests: Sequence[_Request], ids: Sequence[float], logprobs: Sequence[float]) -> None:
+    for request, token, logprob in zip(requests, ids, logprobs, strict=True):
+        request.tokens.append(int(token))
+        request.logprobs.append(logprob)
 
 
 def _finish(slot: _Slot) -> Completion:
