@@ -54,13 +54,21 @@ def _compared(model: Any, setting: Setting) -> dict[str, Any]:
     prompts, prompt, response = (3, 24, 6) if setting.toy else (16, 300, 48)
     rng = np.random.default_rng(0)
     asked = [rng.integers(0, vocabulary_of(model), int(prompt * rng.uniform(0.3, 1))).tolist() for _ in range(prompts)]
-    engine = TransformersEngine(model, slots=prompts, max_context=prompt + response + 1)
-    for place, ids in enumerate(asked):
-        engine.submit(str(place), ids, SamplingParams(response, 1.0, seed=place))
-    answers: dict[int, Any] = {}
-    while len(answers) < prompts:
-        answers |= {int(done.request_id): done for done in engine.step()}
-    engine.close()
+
+    def answered(graphs: bool) -> dict[int, Any]:
+        engine = TransformersEngine(model, slots=prompts, max_context=prompt + response + 1, graphs=graphs)
+        for place, ids in enumerate(asked):
+            engine.submit(str(place), ids, SamplingParams(response, 1.0, seed=place))
+        answers: dict[int, Any] = {}
+        while len(answers) < prompts:
+            answers |= {int(done.request_id): done for done in engine.step()}
+        if graphs:
+            found["recorded steps"] = len(engine.graphs.recorded) if engine.graphs is not None else "none"
+        engine.close()
+        return answers
+
+    found: dict[str, Any] = {}
+    ways = {"engine": answered(True), "engine without graphs": answered(False)}
 
     def own(row: list[int], start: int) -> np.ndarray:
         with torch.no_grad():
@@ -68,7 +76,12 @@ def _compared(model: Any, setting: Setting) -> dict[str, Any]:
             chosen = torch.tensor(row[start:], device=logits.device)
             return torch.log_softmax(logits, -1).gather(1, chosen[:, None])[:, 0].double().cpu().numpy()
 
-    gaps = [np.abs(own([*ids, *answers[i].token_ids], len(ids)) - answers[i].logprobs) for i, ids in enumerate(asked)]
+    gaps = {
+        way: np.concatenate(
+            [np.abs(own([*ids, *said[i].token_ids], len(ids)) - said[i].logprobs) for i, ids in enumerate(asked)]
+        )
+        for way, said in ways.items()
+    }
     batch = batch_of(vocabulary_of(model), 2, 4, prompt, response)
     scored = score(model, batch, temperature=1.0)[0]
     expected = np.zeros(batch.n_tokens)
@@ -77,9 +90,11 @@ def _compared(model: Any, setting: Setting) -> dict[str, Any]:
         whole = own(ids.tolist(), 1)
         expected[mine] = whole[batch.column_M[mine] - 1]
     allowed = TOLERANCES[next(model.parameters()).dtype]
-    worst = {"engine": float(np.concatenate(gaps).max()), "learner": float(np.abs(scored - expected).max())}
-    found: dict[str, Any] = {f"{who}, largest difference (nats)": value for who, value in worst.items()}
-    found["engine, mean difference (nats)"] = float(np.concatenate(gaps).mean())
+    worst = {way: float(gap.max()) for way, gap in gaps.items()} | {"learner": float(np.abs(scored - expected).max())}
+    found |= {f"{who}, largest difference (nats)": value for who, value in worst.items()}
+    found |= {f"{way}, mean difference (nats)": float(gap.mean()) for way, gap in gaps.items()}
+    same = [ways["engine"][i].token_ids == ways["engine without graphs"][i].token_ids for i in range(prompts)]
+    found["responses that are the same with and without graphs"] = f"{sum(same)} of {prompts}"
     found["within what rounding may make"] = f"{'yes' if max(worst.values()) <= allowed else 'NO'} ({allowed:g})"
     if next(model.parameters()).dtype is torch.bfloat16:
         model.float()

@@ -168,7 +168,7 @@ def offload(setting: Setting) -> dict[str, Any]:
 
 
 def engine(setting: Setting) -> dict[str, Any]:
-    """Tokens a second of the engine and of ``generate()`` over conversations of several turns."""
+    """Tokens a second of the engine, with and without graphs, and of ``generate()`` over conversations."""
     from engine import LockStep, Turn, replay
 
     from agents.engines.transformers import TransformersEngine
@@ -195,11 +195,11 @@ def engine(setting: Setting) -> dict[str, Any]:
         sampled = sum(turn.response for row in rows for turn in row)
         context = max(sum(len(t.new_ids) + t.response for t in row) for row in rows) + 2
         rates: dict[str, float] = {}
-        for who in ("engine", "generate()"):
+        for who in ("engine", "engine without graphs", "generate()"):
             made: Any = (
-                TransformersEngine(model, slots=count, max_context=context)
-                if who == "engine"
-                else LockStep(model, count, context)
+                LockStep(model, count, context)
+                if who == "generate()"
+                else TransformersEngine(model, slots=count, max_context=context, graphs=who == "engine")
             )
             times = []
             for seed in range(2):  # the first one warms up
@@ -211,6 +211,8 @@ def engine(setting: Setting) -> dict[str, Any]:
                 times.append(time.perf_counter() - began)
                 if setting.left() < 3:
                     break
+            if isinstance(made, TransformersEngine):
+                found[f"{name}: {who}, a step of {count} tokens (ms)"] = _decoding(made, model, setting, count, said)
             made.close()
             rates[who] = sampled / times[-1]
             found[f"{name}: {who} (sampled tokens/s)"] = rates[who]
@@ -220,6 +222,25 @@ def engine(setting: Setting) -> dict[str, Any]:
         if setting.device == "cuda":
             torch.cuda.empty_cache()
     return found
+
+
+def _decoding(engine: Any, model: Any, setting: Setting, count: int, prompt: int) -> float:
+    """Milliseconds of a step in which every slot takes one token: the median of steps without prompts."""
+    from agents.engines.base import SamplingParams
+
+    steps = 4 if setting.toy else 24
+    engine.load_weights(model.named_parameters())
+    for place in range(count):
+        ids = np.random.default_rng(place).integers(0, vocabulary_of(model), prompt).tolist()
+        engine.submit(str(place), ids, SamplingParams(steps + 3, 1.0, seed=place))
+    times = []
+    for _ in range(steps + 3):
+        setting.sync()
+        began = time.perf_counter()
+        engine.step()
+        setting.sync()
+        times.append(time.perf_counter() - began)
+    return 1000 * float(np.median(times[2:-1]))  # the first reads the prompts, the second records
 
 
 def learner(setting: Setting) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-_GROWTH = 256
+GROWTH = 256
 """The store grows in steps of this many positions, so that short episodes do not pay for the longest context."""
 _WIDE = 64
 """Rows with at least this many new tokens attend on their own: nothing is padded, and a fused kernel pays."""
@@ -103,7 +103,7 @@ class Store:
         """Make room for ``length`` positions."""
         if length <= self.length:
             return
-        length = -(-length // _GROWTH) * _GROWTH
+        length = -(-length // GROWTH) * GROWTH
         for tensors in (self.keys, self.values):
             for i, old in enumerate(tensors):
                 new = old.new_zeros(old.shape[0], old.shape[1], length, old.shape[3])
@@ -168,6 +168,20 @@ class Store:
         ids, columns, last, self._place = (next(sent) for _ in range(4))
         self._blocks = [self._block(plan, sent) for plan in plans]
         return ids, columns, last
+
+    def begin_fixed(self, rows_n: torch.Tensor, positions_n: torch.Tensor, span: int) -> None:
+        """Prepare a pass of one token for each of some slots, without a look at which they are.
+
+        Args:
+            rows_n: different slots, on the device; where they are all, in order: then keys are viewed, not copied.
+            positions_n: position of each one's token, within the store's length.
+            span: how many positions are read; more than the position of any token whose result is used.
+        """
+        slots, heads = self.keys[0].shape[:2]
+        head, token = (torch.arange(n, device=rows_n.device) for n in (heads, len(rows_n)))
+        self._place = ((rows_n[:, None] * heads + head) * self.length + positions_n[:, None]).flatten()
+        rows = slice(0, slots) if len(rows_n) == slots else rows_n
+        self._blocks = [_Block(rows, token[:, None], token, token, span, self._bias(positions_n[:, None], span))]
 
     def write(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Store the pass's keys and values of a layer, each [tokens, heads, width]."""

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from agents.engines.base import Completion, EngineDied, SamplingParams, check_request, uniform
-from agents.engines.decoder import make_decoder
+from agents.engines.decode_graph import DecodeGraphs, NextTokens
+from agents.engines.decoder import FamilyDecoder, make_decoder
 from agents.engines.kv_cache import Segment, to_device
 from agents.logits import logit_head, longest_context, require_steady_positions
 
@@ -69,6 +70,8 @@ class TransformersEngine:
         model: the model; it may be the learner's own, then loading its weights copies nothing.
         slots: requests that run at the same time; more wait in a queue.
         max_context: longest prompt plus response, in tokens; by default the model's own.
+        graphs: whether a step without prompt tokens runs at a fixed shape, on a GPU as a recorded CUDA graph; by
+            default on a GPU. Only models with their own code here (:class:`FamilyDecoder`) have it.
 
     Attributes:
         prefilled: prompt tokens that were computed so far.
@@ -78,7 +81,14 @@ class TransformersEngine:
         UnsupportedModel: the model's own log-probs cannot be had here; says what to use instead.
     """
 
-    def __init__(self, model: torch.nn.Module, *, slots: int = 128, max_context: int | None = None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        slots: int = 128,
+        max_context: int | None = None,
+        graphs: bool | None = None,
+    ) -> None:
         wrapped: Any = model
         base = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
         self.model = model
@@ -90,6 +100,9 @@ class TransformersEngine:
         self.decoder, self.store = make_decoder(model, slots, self.max_context)
         self._slots = [_Slot(row) for row in range(slots)]
         self._queue: deque[_Request] = deque()
+        self.graphs: DecodeGraphs | None = None
+        if isinstance(self.decoder, FamilyDecoder) and (self.device.type == "cuda" if graphs is None else graphs):
+            self.graphs = DecodeGraphs(base, self.store, slots, self._compute)
         self._clock = 0
         self._dead: Exception | None = None
         self.prefilled = 0
@@ -163,7 +176,7 @@ class TransformersEngine:
         self._queue.clear()
         for slot in self._slots:
             slot.request, slot.cached = None, []
-        self.store.clear()
+        self._clear_store()
 
     def _require_idle(self, what: str) -> None:
         if any(slot.request is not None for slot in self._slots) or self._queue:
@@ -171,8 +184,13 @@ class TransformersEngine:
 
     def _drop_finished(self) -> None:
         self._slots = [_Slot(row) for row in range(len(self._slots))]
-        self.store.clear()
+        self._clear_store()
         self._clock = 0
+
+    def _clear_store(self) -> None:
+        if self.graphs is not None:
+            self.graphs.drop()  # they read and write the store's memory
+        self.store.clear()
 
     # --- admission ------------------------------------------------------------------------------------------------
 
@@ -246,6 +264,9 @@ class TransformersEngine:
 
     def _pass(self, slots: list[_Slot], copies: dict[int, list[_Slot]]) -> None:
         """Compute the new tokens of some slots and draw the next token of each, and of those that copy them."""
+        single = all(slot.request is not None and slot.request.tokens for slot in slots)
+        if self.graphs is not None and single and self._fixed_pass(self.graphs, slots):
+            return
         new = [slot.new_ids() for slot in slots]
         segments = [Segment(slot.row, len(slot.cached), len(ids)) for slot, ids in zip(slots, new, strict=True)]
         ids_T = np.fromiter(itertools.chain.from_iterable(new), dtype=np.int64)
@@ -264,6 +285,37 @@ class TransformersEngine:
         if len(drawn) > len(slots):
             logits = logits[to_device([np.array(source)], self.device)[0]]
         self._sample([slot.request for slot in drawn if slot.request is not None], self._head.close(logits.float()))
+
+    def _fixed_pass(self, graphs: DecodeGraphs, slots: list[_Slot]) -> bool:
+        """The same for slots with one new token each, at a fixed shape; False where that cannot be had."""
+        requests = [slot.request for slot in slots if slot.request is not None]
+        alive = {slot.row for slot in slots}
+        live = NextTokens(
+            np.array([slot.row for slot in slots]),
+            np.array([request.tokens[-1] for request in requests]),
+            np.array([len(slot.cached) for slot in slots]),
+            np.array([request.params.temperature for request in requests], dtype=np.float64),
+            _draws(requests),
+        )
+        drawn = graphs.step(live, [(slot.row, len(slot.cached)) for slot in self._slots if slot.row not in alive])
+        if drawn is None:
+            return False
+        for slot, request in zip(slots, requests, strict=True):
+            slot.cached.append(request.tokens[-1])
+        _append(requests, *drawn)
+        return True
+
+    def _compute(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        last: torch.Tensor,
+        temperatures: torch.Tensor,
+        draws: torch.Tensor,
+    ) -> torch.Tensor:
+        """From the tokens of a fixed pass to what is drawn; see :data:`agents.engines.decode_graph.Compute`."""
+        logits = self.decoder.next_logits(ids, positions, self.store, last)
+        return draw(self._head.close(logits.float()), temperatures, draws, greedy=True)
 
     def _sample(self, requests: list[_Request], logits: torch.Tensor) -> None:
         """Draw one token a row, and hand it to the row's request."""

@@ -49,12 +49,17 @@ def test_all_parts_at_toy_size(tmp_path):
     numbers = {name: part["numbers"] for name, part in result["parts"].items()}
     within = [value for name, value in numbers["log-probs"].items() if name.endswith("rounding may make")]
     assert len(within) == 4 and all(value.startswith("yes") for value in within)
+    with_graphs = [numbers["log-probs"][name] for name in numbers["log-probs"] if name.endswith("recorded steps")]
+    assert len(with_graphs) == 4 and all(count > 0 for count in with_graphs)
+    same = [value for name, value in numbers["log-probs"].items() if name.endswith("with and without graphs")]
+    assert same[0] == "3 of 3", "in float32 both ways sample the same"
     assert [value for name, value in numbers["weights"].items() if "other weights" in name] == ["noticed"] * 2
     assert numbers["packing"]["float32: largest difference of a log-prob (nats)"] < 1e-4
     steps = [name for name in numbers["algorithms"] if "step on the device" in name]
     same = [value for name, value in numbers["algorithms"].items() if "largest relative" in name]
     assert len(steps) == 10 and same == ["0 (none)"] * 10, "the CPU's numbers equal its own"
     assert numbers["adamw8bit"] == {"adamw8bit": "not available: it runs on a GPU only"}
+    assert numbers["engine"]["1.7B: engine without graphs, a step of 4 tokens (ms)"] > 0
     assert numbers["engine"]["1.7B: engine / generate()"] > 0 and numbers["train"]["ATOD, last step (s)"] > 0
     text = (tmp_path / "out" / "gpu.md").read_text()
     assert "| **train** | done" in text and "the numbers mean nothing" in text

@@ -31,6 +31,9 @@ class Far(torch.Tensor):
     def tolist(self):
         return self.to("cpu").tolist()
 
+    def data_ptr(self):
+        return self.near.data_ptr()
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise RuntimeError(f"{func} on the fake device, outside of it")
