@@ -72,7 +72,7 @@ def parse_json(text: str | bytes, where: str, advice: str = AGAIN) -> Any:
         DataError: it is no JSON, is nested too deeply, holds a number of thousands of digits, or names a field twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=unique_fields)
     except RecursionError:
         raise DataError(f"{where}: broken JSON (nested too deeply to be read); {advice}") from None
     except UnicodeDecodeError as error:
@@ -83,7 +83,12 @@ def parse_json(text: str | bytes, where: str, advice: str = AGAIN) -> Any:
         raise DataError(f"{where}: broken JSON ({error}); {advice}") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; for ``json.loads(object_pairs_hook=...)``.
+
+    Raises:
+        ValueError: a field stands twice.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]

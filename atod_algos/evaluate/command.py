@@ -36,7 +36,7 @@ from atod_algos.evaluate.worker import EvaluationWorker
 from atod_algos.guard import guarded, parse
 from atod_algos.training.console import result_table
 from atod_algos.training.run_dir import held, read_settings, replace_text, versions
-from atod_envs.errors import AtodError
+from atod_envs.errors import AtodError, DataError
 from atod_envs.trajectory import read_jsonl, write_jsonl
 
 
@@ -103,6 +103,11 @@ def _played(
                     part.replace(path)
                     EpisodeJournal(_journal(path)).drop()
                 seeds[seed] = Evaluation(tuple(read_jsonl(path)))
+                if sorted(t.task_id for t in seeds[seed].trajectories) != sorted(panel.tasks):
+                    raise DataError(
+                        f"{path}: expected one episode of each of the panel's {len(panel.tasks)} tasks, found "
+                        f"{len(seeds[seed].trajectories)} of these or others; delete it to play them again"
+                    )
                 bar.update(done, completed=len(panel.tasks))
             whole = Evaluation(tuple(t for part in seeds.values() for t in part.trajectories))
             rows[panel.name] = whole.summary() | {"by_seed": {str(s): e.success for s, e in seeds.items()}}

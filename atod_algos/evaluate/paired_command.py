@@ -34,10 +34,18 @@ def load_evaluation(folder: Path) -> dict[str, Evaluation]:
         raise DataError(
             f"{folder / 'config.json'}: expected the panels and seeds of an evaluation ({error!r})"
         ) from error
-    return {
+    found = {
         name: Evaluation(tuple(t for seed in seeds for t in read_jsonl(episodes_path(folder, name, seed))))
         for name in names
     }
+    for panel in settings["panels"]:
+        played, wanted = len(found[str(panel["name"])].trajectories), panel.get("tasks")
+        if type(wanted) is int and played != wanted * len(seeds):
+            raise DataError(
+                f"{folder}: expected {wanted} episodes of {panel['name']} for each of {len(seeds)} seeds, found {played} in all; run the "
+                "evaluation again in another folder"
+            )
+    return found
 
 
 def _say_what_differs(a: Path, b: Path, names: Sequence[str]) -> None:

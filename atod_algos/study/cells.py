@@ -22,10 +22,20 @@ from typing import Any
 from atod_algos.algorithm import find_algorithm
 from atod_algos.evaluate.settings import EvaluateConfig
 from atod_algos.study import METHODS, Method, World
+from atod_algos.study.checks import Tuned, read_tuned, require_whole_cell
 from atod_algos.training.cli import with_rules
 from atod_algos.training.config import RunConfig, TrainConfig, resolve
 from atod_algos.training.presets import builtin_run, fit_algorithm, preset_config, require_teacher
-from atod_algos.training.run_dir import held, read_metrics, read_object, replace_text, versions
+from atod_algos.training.run_dir import (
+    held,
+    read_metrics,
+    read_object,
+    read_settings,
+    replace_text,
+    require_settings,
+    settings_of,
+    versions,
+)
 from atod_envs.errors import AtodError, DataError
 
 
@@ -44,22 +54,6 @@ def algorithm_of(method: Method, world: World, rules: str) -> Any:
     if unknown:
         raise AtodError(f"{method.label} has no option {unknown[0]!r}; expected one of: {', '.join(sorted(known))}")
     return dataclasses.replace(algorithm, **options)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Tuned:
-    """What is chosen for each method.
-
-    Attributes:
-        lr: learning rate.
-        updates: updates a step; 0 for the training's own.
-    """
-
-    lr: float
-    updates: int = 0
-
-    def __str__(self) -> str:
-        return f"learning rate {self.lr:g}" + (f", {self.updates} updates a step" if self.updates else "")
 
 
 def config_of(world: World, seed: int, tuned: Tuned, run: Path) -> RunConfig:
@@ -120,7 +114,7 @@ def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int
     import torch
 
     from atod_algos.training.console import Progress
-    from atod_algos.training.run_dir import RunFolder, settings_of
+    from atod_algos.training.run_dir import RunFolder
     from atod_algos.training.trainer import Trainer
 
     config = config_of(world, seed, tuned, folder)
@@ -159,38 +153,36 @@ def finish_cell(
 
     Raises:
         Busy: another process is at it.
-        AtodError: the cell was trained with another learning rate, or another number of updates.
+        AtodError: the cell was trained with other settings, or played with another model.
+        DataError: what tells its settings is gone or broken.
     """
     folder = study / world.name / method.name / f"seed{seed}"
     known = read_cell(folder)
     if known is not None:
+        require_whole_cell(known)
         before = Tuned(known.get("lr", tuned.lr), known.get("updates", tuned.updates))
         if before != tuned:
             raise AtodError(
                 f"{folder} was trained with {before}, but now it is {tuned}; give the same --lrs and --updates, or another --out"
             )
+        _require_same_cell(folder, method, world, rules, seed, tuned, split)
         return known
     with held(folder):
         started = time.monotonic()
         cell: dict[str, Any] = {"world": world.name, "method": method.name, "seed": seed, "versions": versions()}
         if method.algorithm:
             train_cell(folder, method, world, rules, seed, tuned)
-            rows = read_metrics(folder)
+            rows = _whole_metrics(folder, config_of(world, seed, tuned, folder).steps)
             validations = {int(row["step"]): row["val/success_rate"] for row in rows if "val/success_rate" in row}
             cell |= {"lr": tuned.lr, **({"updates": tuned.updates} if tuned.updates else {})}
             cell |= {"validation": validations, "seconds_training": sum(r["time/step"] for r in rows)}
-            steps = int(rows[-1]["step"])
+            steps = config_of(world, seed, tuned, folder).steps
             checkpoints = {
                 "last": folder / "checkpoints" / f"step_{steps:06d}",
                 "best": folder / "checkpoints" / "best",
             }
         else:
-            role = "student" if method.name == "vanilla" else "teacher"
-            config = config_of(world, seed, tuned, folder)
-            if role == "teacher":
-                require_teacher(config, frozenset({"teacher"}))
-            name = config.student if role == "student" else config.teacher
-            checkpoints = {"last": Path(f"builtin:{role}" if name == "builtin" else name)}
+            checkpoints = {"last": Path(_untrained(method, world, seed, folder))}
         for which, checkpoint in checkpoints.items():
             cell[which] = _evaluate(folder / f"evaluation-{which}", str(checkpoint), world, seed, split)
         cell["seconds"] = time.monotonic() - started
@@ -200,8 +192,61 @@ def finish_cell(
     return found
 
 
+def _untrained(method: Method, world: World, seed: int, folder: Path) -> str:
+    """The model of a row that is not trained."""
+    role = "student" if method.name == "vanilla" else "teacher"
+    config = config_of(world, seed, Tuned(1.0), folder)
+    if role == "teacher":
+        require_teacher(config, frozenset({"teacher"}))
+    name = config.student if role == "student" else config.teacher
+    return f"builtin:{role}" if name == "builtin" else str(name)
+
+
+def _whole_metrics(folder: Path, steps: int) -> list[dict[str, float]]:
+    """The metrics of a finished run.
+
+    Raises:
+        DataError: steps are missing.
+    """
+    rows = read_metrics(folder)
+    if [row["step"] for row in rows] != list(range(1, steps + 1)) or not all("time/step" in row for row in rows):
+        raise DataError(
+            f"{folder / 'metrics.jsonl'}: expected the steps 1 to {steps} of a finished run; restore the file, or delete the folder to "
+            "train again"
+        )
+    return rows
+
+
+def _require_same_cell(
+    folder: Path, method: Method, world: World, rules: str, seed: int, tuned: Tuned, split: str
+) -> None:
+    """Refuse a finished cell of another study: other models, data, options or rules in the same folder."""
+    if method.algorithm:
+        config = config_of(world, seed, tuned, folder)
+        require_settings(folder, settings_of(config, algorithm_of(method, world, rules), rules))
+        return
+    from atod_algos.evaluate.settings import sampling_of
+    from atod_algos.evaluate.settings import settings_of as evaluated
+
+    asked = _evaluation(folder / "evaluation-last", _untrained(method, world, seed, folder), world, seed, split)
+    its, now = read_settings(folder / "evaluation-last"), evaluated(asked, sampling_of(asked))[0]
+    for name in now:
+        if its.get(name) != json.loads(json.dumps(now[name])):
+            raise AtodError(
+                f"{folder} was evaluated with {name}={its.get(name)!r:.200}, but now it is {now[name]!r:.200}; give the old value, or "
+                "another --out"
+            )
+
+
 def _evaluate(out: Path, agent: str, world: World, seed: int, split: str) -> dict[str, Any]:
     from atod_algos.evaluate.command import run
+
+    result = run(_evaluation(out, agent, world, seed, split), show=False)
+    (summary,) = result["panels"].values()
+    return dict(summary)
+
+
+def _evaluation(out: Path, agent: str, world: World, seed: int, split: str) -> EvaluateConfig:
     from atod_algos.evaluate.settings import make_env, sampling_of
 
     config = config_of(world, seed, Tuned(1.0), out)
@@ -220,9 +265,7 @@ def _evaluate(out: Path, agent: str, world: World, seed: int, split: str) -> dic
     )
     env: Any = make_env(asked, sampling_of(asked), split).unwrapped
     size = min(world.report_tasks, len(env.tasks))
-    result = run(dataclasses.replace(asked, panels=(f"{split}/{size}",)), show=False)
-    (summary,) = result["panels"].values()
-    return dict(summary)
+    return dataclasses.replace(asked, panels=(f"{split}/{size}",))
 
 
 def tune(
@@ -263,10 +306,22 @@ def _validated(study: Path, method: Method, world: World, rules: str, seed: int,
         with held(folder):
             train_cell(folder, method, world, rules, seed, tuned)
             values = [row["val/success_rate"] for row in read_metrics(folder) if "val/success_rate" in row]
+            if not values:
+                raise AtodError(
+                    f"{folder} has no validation to choose by; set a time for it (eval_every) in the preset"
+                )
             late = values[len(values) // 2 :]
             found = {**dataclasses.asdict(tuned), "validation": values, "score": sum(late) / len(late)}
             replace_text(done, json.dumps(found) + "\n")
-    return float(read_object(done, "delete it to choose again", score=float)["score"])
+    chosen, score = read_tuned(done)
+    if chosen != tuned:
+        raise AtodError(
+            f"{done} is about {chosen}, and {tuned} has the same name; give rates that differ in six digits"
+        )
+    if (folder / "config.json").exists():
+        config = config_of(world, seed, tuned, folder)
+        require_settings(folder, settings_of(config, algorithm_of(method, world, rules), rules))
+    return score
 
 
 def read_cell(folder: Path) -> dict[str, Any] | None:
@@ -282,6 +337,9 @@ def read_cell(folder: Path) -> dict[str, Any] | None:
     cell = read_object(path, advice, world=str, method=str, seed=int)
     if cell["method"] not in METHODS:
         raise DataError(f"{path}: expected one of the study's methods, found {cell['method']!r}; {advice}")
+    if [cell["world"], cell["method"], f"seed{cell['seed']}"] != list(folder.parts[-3:]):
+        names = f"{cell['world']}/{cell['method']}/seed{cell['seed']}"
+        raise DataError(f"{path} is the cell of {names}; was it copied? Delete it")
     cell["folder"] = str(folder)
     return cell
 
@@ -297,6 +355,6 @@ def tuned_of(study: Path, world: World) -> Mapping[str, dict[Tuned, float]]:
     """What tuning found: score of each choice by method."""
     found: dict[str, dict[Tuned, float]] = {}
     for path in sorted((study / world.name / "tuning").glob("*/lr*/tuned.json")):
-        one = read_object(path, "delete it to choose again", lr=float, score=float)
-        found.setdefault(path.parent.parent.name, {})[Tuned(one["lr"], one.get("updates", 0))] = one["score"]
+        chosen, score = read_tuned(path)
+        found.setdefault(path.parent.parent.name, {})[chosen] = score
     return found

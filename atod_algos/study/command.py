@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from rich.console import Console
 from atod_algos.evaluate.settings import held_out_splits
 from atod_algos.guard import guarded, parse
 from atod_algos.study import METHODS, PRESETS, Method, Preset, World
-from atod_algos.study.cells import Tuned, finish_cell, read_study, tune
+from atod_algos.study.cells import finish_cell, read_study, tune
+from atod_algos.study.checks import Tuned, require_whole_cell
 from atod_algos.training.run_dir import Busy, replace_text
-from atod_envs.errors import UnknownName
+from atod_envs.caches import one_at_a_time
+from atod_envs.errors import AtodError, UnknownName
 from atod_envs.options import read_pair
 
 
@@ -92,12 +95,17 @@ def run(config: StudyConfig) -> None:
     console = Console(soft_wrap=True)
     if not config.tables_only:
         stored = {"preset": config.preset, "rules": config.rules, **dataclasses.asdict(preset)}
-        replace_text(out / "study.json", json.dumps(stored, indent=1, default=str) + "\n")
+        with one_at_a_time(out):  # two processes may share a study
+            replace_text(out / "study.json", json.dumps(stored, indent=1, default=str) + "\n")
         for world in preset.worlds:
             _run_world(out, world, preset, methods, config.rules, console)
     from atod_algos.study.tables import write_tables
 
-    write_tables(out, read_study(out), preset)
+    cells = read_study(out)
+    for cell in cells:
+        require_whole_cell(cell)
+    with one_at_a_time(out):
+        write_tables(out, cells, preset)
     console.print(f"{out / 'tables.md'} and {out / 'study-results.json'}", highlight=False)
 
 
@@ -163,4 +171,15 @@ def _chosen(preset: Preset, config: StudyConfig) -> Preset:
         if world.name in (config.worlds or [usual.name for usual in preset.worlds])
     )
     chosen = {name: getattr(config, name) or getattr(preset, name) for name in ("seeds", "lrs", "updates")}
-    return dataclasses.replace(preset, worlds=worlds, others=(), **chosen)
+    found = dataclasses.replace(preset, worlds=worlds, others=(), **chosen)
+    if len({f"{lr:g}" for lr in found.lrs}) < len(found.lrs) or not all(0 < lr < math.inf for lr in found.lrs):
+        raise AtodError(f"--lrs {found.lrs}: expected rates above 0 that differ in six digits")
+    for name, least in (("seeds", 0), ("updates", 1)):
+        values = getattr(found, name)
+        if len(set(values)) < len(values) or any(value < least for value in values):
+            raise AtodError(f"--{name} {values}: expected different whole numbers from {least}")
+    if preset.tuning_seed in found.seeds and len(found.lrs) * max(1, len(found.updates)) > 1:
+        raise AtodError(
+            f"--seeds {found.seeds}: {preset.tuning_seed} is the seed that chooses rate and updates; take others"
+        )
+    return found

@@ -31,11 +31,14 @@ from atod_algos.evaluate.statistics import t_interval, wilson
 from atod_algos.guard import guarded, parse
 from atod_algos.study import METHODS, PRESETS
 from atod_algos.study.cells import without
-from atod_algos.training.checkpoint import latest_checkpoint, require_whole
+from atod_algos.study.checks import is_number
+from atod_algos.training.checkpoint import latest_checkpoint, require_whole, step_of
 from atod_algos.training.config import builtin_profile
 from atod_algos.training.run_dir import FREE_SETTINGS, read_metrics, read_object, read_settings, replace_text
 from atod_envs import make
-from atod_envs.errors import AtodError
+from atod_envs.caches import one_at_a_time
+from atod_envs.errors import AtodError, DataError
+from atod_envs.files import read_text
 from atod_envs.text_env import TextEnv
 
 FIXED = {str(world.train["env"]): world.report_tasks for world in PRESETS["laptop"].worlds}
@@ -77,21 +80,62 @@ def add(run: Path, page: Path) -> str:
     Raises:
         AtodError: the run or the page does not fit; says what was expected.
     """
-    if not page.is_file() or _BEGIN not in page.read_text(encoding="utf-8"):
-        raise AtodError(
-            f"--page {page}: expected a page with the line {_BEGIN!r}; run this in a clone of the repository"
-        )
-    entry = measured(run)
+    _parts_of(page)
     store = page.with_suffix(".json")
-    rows = read_object(store, _ADVICE, rows=list)["rows"] if store.exists() else []
-    rows = merged(rows, entry)
-    replace_text(store, json.dumps({"rows": rows}, indent=1) + "\n")
-    before, _, rest = page.read_text(encoding="utf-8").partition(_BEGIN)
-    replace_text(page, f"{before}{_BEGIN}\n\n{tables(rows)}\n{_END}{rest.partition(_END)[2]}")
+    read_rows(store)
+    entry = measured(run)
+    with one_at_a_time(page.parent):  # what another process adds meanwhile stays
+        rows = merged(read_rows(store), entry)
+        before, after = _parts_of(page)
+        replace_text(store, json.dumps({"rows": rows}, indent=1) + "\n")
+        replace_text(page, f"{before}{_BEGIN}\n\n{tables(rows)}\n{_END}{after}")
     one = entry["runs"][0]
     return (
         f"{entry['method']} in {entry['env']}, seed {one['seed']}: {one['solved']} of {one['n']} solved; {page} has it"
     )
+
+
+def _parts_of(page: Path) -> tuple[str, str]:
+    """The text before and after the rows."""
+    text = read_text(page, _ADVICE) if page.is_file() else ""
+    before, begun, rest = text.partition(_BEGIN)
+    _, ended, after = rest.partition(_END)
+    if not begun or not ended:
+        raise AtodError(
+            f"--page {page}: expected a page with the line {_BEGIN!r}, and {_END!r} after it; run this in a clone of the repository"
+        )
+    return before, after
+
+
+def read_rows(store: Path) -> list[dict[str, Any]]:
+    """The rows that are kept next to the page; none where there is no file.
+
+    Raises:
+        DataError: a row is none; names its place and what was expected.
+    """
+    rows = read_object(store, _ADVICE, rows=list)["rows"] if store.exists() else []
+    for place, row in enumerate(rows, 1):
+        texts = ("env", "panel", "digest", "data", "method", "command")
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in texts):
+            raise DataError(f"{store}, row {place}: expected an object with the texts {', '.join(texts)}; {_ADVICE}")
+        runs = row.get("runs")
+        if not isinstance(row.get("settings"), dict) or not isinstance(runs, list) or not runs:
+            raise DataError(f"{store}, row {place}: expected an object 'settings' and a list 'runs'; {_ADVICE}")
+        for run in runs:
+            if not isinstance(run, dict) or not _is_run(run):
+                raise DataError(
+                    f"{store}, row {place}: expected runs with a whole 'seed', 'solved' of 'n' tasks, 'cpu_minutes' and 'commit'; {_ADVICE}"
+                )
+        if len({run["seed"] for run in runs}) < len(runs):
+            raise DataError(f"{store}, row {place}: a seed stands twice; {_ADVICE}")
+    return rows
+
+
+def _is_run(run: Mapping[str, Any]) -> bool:
+    counts = [run.get(name) for name in ("seed", "solved", "n")]
+    if not all(type(count) is int for count in counts) or not isinstance(run.get("commit"), str):
+        return False
+    return 0 <= run["solved"] <= run["n"] and run["n"] > 0 and is_number(run.get("cpu_minutes"))
 
 
 def measured(run: Path) -> dict[str, Any]:
@@ -103,10 +147,20 @@ def measured(run: Path) -> dict[str, Any]:
     settings = read_settings(run, "train", "algorithm")
     about = read_object(run / "config.json", _ADVICE)
     train, algorithm = settings["train"], settings["algorithm"]
+    kinds: dict[str, type] = {"env": str, "steps": int, "seed": int}
+    for name, kind in kinds.items():
+        if type(train.get(name)) is not kind:
+            raise DataError(f"{run / 'config.json'}: expected train.{name} of type {kind.__name__}; {_ADVICE}")
     env = train["env"]
     if settings.get("worlds") or env not in FIXED:
         raise AtodError(f"{run}: a run in {env} has no place here; expected one of: {', '.join(FIXED)}, alone")
     commits, command = about.get("commits", []), about.get("command", "")
+    if (
+        not isinstance(commits, list)
+        or not all(isinstance(one, str) for one in commits)
+        or not isinstance(command, str)
+    ):
+        raise DataError(f"{run / 'config.json'}: expected texts as 'commits', and a text as 'command'; {_ADVICE}")
     if len(commits) != 1 or "+" in commits[0] or commits[0] == "unknown" or not command:
         raise AtodError(
             f"{run}: its source is not that of one commit (commits: {', '.join(commits) or 'none'}; command: {command or 'not stored'}); "
@@ -116,7 +170,12 @@ def measured(run: Path) -> dict[str, Any]:
     checkpoint = latest_checkpoint(run / "checkpoints")
     if len(rows) < train["steps"] or checkpoint is None:
         raise AtodError(f"{run} has {len(rows)} of {train['steps']} steps; run its command again to finish it")
-    if not all("time/cpu" in row for row in rows):
+    if [row["step"] for row in rows] != list(range(1, train["steps"] + 1)) or step_of(checkpoint) != train["steps"]:
+        raise AtodError(
+            f"{run}: it is said to have {train['steps']} steps, logged {len(rows)}, and its last checkpoint is {checkpoint.name}; run its "
+            "command again to finish it"
+        )
+    if not all(is_number(row.get("time/cpu")) for row in rows):
         raise AtodError(f"{run}: its steps have no time/cpu, so it is of an earlier version; train it again")
     require_whole(checkpoint)
     panel = fixed_panel(env)
@@ -226,7 +285,7 @@ def _line(row: Mapping[str, Any]) -> str:
     seeds = ", ".join(str(run["seed"]) for run in runs)
     interval = f"{100 * max(0.0, low):.1f} - {100 * min(1.0, high):.1f}"
     cells = (row["method"], f"{_success(row):.1%}", interval, seeds, f"{minutes:.1f}", commits, f"`{row['command']}`")
-    return f"| {' | '.join(cells)} |\n"
+    return f"| {' | '.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in cells)} |\n"
 
 
 def label_of(algorithm: Mapping[str, Any]) -> str:

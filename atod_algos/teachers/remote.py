@@ -22,6 +22,7 @@ import numpy as np
 from agents.api import ApiClient, ApiOptions
 from atod_algos.batch import TokenBatch
 from atod_envs.errors import AtodError
+from atod_envs.files import as_text
 from atod_envs.http.client import ServerRefused
 
 _REQUEST_TOKENS = 16384
@@ -206,7 +207,7 @@ class RemoteJudge:
 
     def _first_model(self) -> str:
         try:
-            return str(self._api.ask("/models", None)["data"][0]["id"])
+            return as_text(self._api.ask("/models", None)["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
             raise AtodError(f"{self._api.base} names no model; give one: --teacher {self.address}#MODEL") from error
 

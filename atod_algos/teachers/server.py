@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import tyro
@@ -29,6 +29,7 @@ from atod_algos.learner.logprobs import score
 from atod_algos.learner.options import UpdateOptions
 from atod_envs.http.messages import Refused, parse_object
 from atod_envs.options import needed_imports
+from atod_envs.styles import whole_characters
 
 with needed_imports("serve", __name__):
     from starlette.applications import Starlette
@@ -43,8 +44,14 @@ LIMITS = HttpLimits(connections=256, body_bytes=8 << 20)
 """What one server gives to its clients."""
 MOST_IDS = 1 << 18
 """Token ids in one request."""
+MOST_CHARACTERS = 1 << 17
+"""Characters of a text that becomes ids."""
+SLICE_ROWS = 256
+"""Rows of a request that are scored before it is another's turn; fewer where they are long."""
 COLDEST, HOTTEST = 1e-3, 1e3
 """Temperatures at which log-probs are still numbers."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def row_batch(rows: Sequence[np.ndarray]) -> TokenBatch:
 
 
 class TeacherServer(HttpServer):
-    """Answers requests for one model; passes run one after the other.
+    """Answers requests for one model; passes run one after the other, and requests take turns.
 
     Args:
         loaded: the model.
@@ -102,11 +109,13 @@ class TeacherServer(HttpServer):
     def __init__(self, loaded: LoadedModel, options: ServeOptions) -> None:
         self.loaded, self.budget = loaded, options.token_budget
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="teacher")
+        self._waiting = ThreadPoolExecutor(LIMITS.connections, thread_name_prefix="request")
 
         @asynccontextmanager
         async def lifespan(app: Starlette) -> AsyncIterator[None]:
             yield
-            self._worker.shutdown(wait=False, cancel_futures=True)
+            for pool in (self._worker, self._waiting):
+                pool.shutdown(wait=False, cancel_futures=True)
 
         routes = [
             Route("/v1/completions", self._posted(lambda body: self.completions(body)), methods=["POST"]),
@@ -127,33 +136,12 @@ class TeacherServer(HttpServer):
         Raises:
             Refused: the request is for something else.
         """
-        prompts = body.get("prompt")
-        if isinstance(prompts, list) and prompts and isinstance(prompts[0], int):
-            prompts = [prompts]
-        size = int(self.loaded.model.get_input_embeddings().num_embeddings)
-        if not isinstance(prompts, list) or not prompts or not all(_are_ids(prompt, size) for prompt in prompts):
-            raise Refused(400, f"prompt must be a list of token ids from 0 to {size - 1}, or several such lists")
-        most = body.get("max_tokens", 1)
-        if body.get("prompt_logprobs") is None or not isinstance(most, int) or most > 1:
-            raise Refused(400, "this server gives prompt log-probs only: prompt_logprobs=1, max_tokens=1")
-        temperature = body.get("temperature", 1.0)
-        if type(temperature) not in (int, float) or not COLDEST <= temperature <= HOTTEST:
-            raise Refused(400, f"temperature is {temperature!r}; expected a number from {COLDEST:g} to {HOTTEST:g}")
-        limit = longest_context(self.loaded.model)
-        longest = max(map(len, prompts))
-        if longest > limit:
-            raise Refused(400, f"a prompt has {longest} ids, but the model reads {limit}")
-        if (total := sum(map(len, prompts))) > MOST_IDS:
-            raise Refused(413, f"the prompts have {total} ids together; send at most {MOST_IDS} in a request")
-        scored = [prompt for prompt in prompts if len(prompt) > 1]
-        values = np.zeros(0)
-        if scored:
-            rows = row_batch([np.array(prompt) for prompt in scored])
-            values = score(self.loaded.model, rows, temperature=float(temperature), budget=self.budget)[0]
-        choices, start = [], 0
-        for index, prompt in enumerate(prompts):
-            own = values[start : start + len(prompt) - 1].tolist()
-            start += len(prompt) - 1
+        prompts, temperature = self._asked(body)
+        values: list[list[float]] = []
+        for part in self._slices(prompts):
+            values += self._in_turn(lambda part=part: self._scored(part, temperature))
+        choices = []
+        for index, (prompt, own) in enumerate(zip(prompts, values, strict=True)):
             places = [None, *({str(token): {"logprob": value}} for token, value in zip(prompt[1:], own, strict=True))]
             choices.append({"index": index, "text": "", "finish_reason": "length", "prompt_logprobs": places})
         return {"object": "text_completion", "model": self.loaded.name, "choices": choices}
@@ -164,21 +152,72 @@ class TeacherServer(HttpServer):
         Raises:
             Refused: there is none.
         """
-        prompt = body.get("prompt")
-        if not isinstance(prompt, str):
-            raise Refused(400, f"prompt must be a text, not {type(prompt).__name__}")
-        tokens = self.loaded.tokenizer.encode(prompt, add_special_tokens=bool(body.get("add_special_tokens")))
+        prompt, special = body.get("prompt"), body.get("add_special_tokens", False)
+        if not isinstance(prompt, str) or not isinstance(special, bool):
+            kinds = f"{type(prompt).__name__} and {type(special).__name__}"
+            raise Refused(400, f"prompt must be a text and add_special_tokens true or false, not {kinds}")
+        if len(prompt) > MOST_CHARACTERS:
+            raise Refused(413, f"the text has {len(prompt)} characters; send at most {MOST_CHARACTERS} in a request")
+        text = whole_characters(prompt)
+        tokens = self._in_turn(lambda: self.loaded.tokenizer.encode(text, add_special_tokens=special))
         return {"count": len(tokens), "tokens": tokens}
+
+    def _asked(self, body: dict[str, Any]) -> tuple[list[list[int]], float]:
+        """The prompts and the temperature of a request."""
+        prompts = body.get("prompt")
+        if isinstance(prompts, list) and prompts and isinstance(prompts[0], int):
+            prompts = [prompts]
+        size = int(self.loaded.model.get_input_embeddings().num_embeddings)
+        if not isinstance(prompts, list) or not prompts or not all(_are_ids(prompt, size) for prompt in prompts):
+            raise Refused(400, f"prompt must be a list of token ids from 0 to {size - 1}, or several such lists")
+        wanted, most = body.get("prompt_logprobs"), body.get("max_tokens", 1)
+        if type(wanted) is not int or wanted < 0 or type(most) is not int or most not in (0, 1):
+            raise Refused(400, "this server gives prompt log-probs only: prompt_logprobs=1, max_tokens=1")
+        if body.get("stream") or body.get("n", 1) != 1:
+            raise Refused(400, "this server answers once and whole: leave out stream and n")
+        temperature = body.get("temperature", 1.0)
+        if type(temperature) not in (int, float) or not COLDEST <= temperature <= HOTTEST:
+            raise Refused(400, f"temperature is {temperature!r}; expected a number from {COLDEST:g} to {HOTTEST:g}")
+        limit = longest_context(self.loaded.model)
+        longest = max(map(len, prompts))
+        if longest > limit:
+            raise Refused(400, f"a prompt has {longest} ids, but the model reads {limit}")
+        if (total := sum(map(len, prompts))) > MOST_IDS:
+            raise Refused(413, f"the prompts have {total} ids together; send at most {MOST_IDS} in a request")
+        return prompts, float(temperature)
+
+    def _slices(self, prompts: list[list[int]]) -> Iterator[list[list[int]]]:
+        """Prompts in their order, as many at a time as one pass or a few can hold."""
+        part: list[list[int]] = []
+        for prompt in prompts:
+            if part and (len(part) == SLICE_ROWS or sum(map(len, part)) + len(prompt) > 4 * self.budget):
+                yield part
+                part = []
+            part.append(prompt)
+        yield part
+
+    def _scored(self, prompts: list[list[int]], temperature: float) -> list[list[float]]:
+        """Log-probs of the prompts' ids but their first."""
+        rows = [np.array(prompt) for prompt in prompts if len(prompt) > 1]
+        if not rows:
+            return [[] for _ in prompts]
+        values = score(self.loaded.model, row_batch(rows), temperature=temperature, budget=self.budget)[0].tolist()
+        ends = np.cumsum([len(prompt) - 1 for prompt in prompts]).tolist()
+        return [values[end - len(prompt) + 1 : end] for prompt, end in zip(prompts, ends, strict=True)]
 
     async def _models(self, request: Request) -> Response:
         return _json(200, {"object": "list", "data": [{"id": self.loaded.name, "object": "model"}]})
 
+    def _in_turn(self, work: Callable[[], T]) -> T:
+        """Work in the one thread that holds the model; requests take turns, a slice each."""
+        return self._worker.submit(work).result()
+
     def _posted(self, work: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Request], Any]:
-        """An endpoint that works in the one thread that holds the model."""
+        """An endpoint that waits for the model in a thread of its own."""
 
         async def answer(request: Request) -> Response:
             body = parse_object(await request.body())
-            return await asyncio.get_running_loop().run_in_executor(self._worker, lambda: _json(200, work(body)))
+            return await asyncio.get_running_loop().run_in_executor(self._waiting, lambda: _json(200, work(body)))
 
         return answer
 

@@ -42,20 +42,9 @@ from atod_envs.trajectory import Trajectory, write_jsonl
 log = logging.getLogger(__name__)
 
 FREE_SETTINGS = (
-    "run",
-    "steps",
-    "device",
-    "threads",
-    "checkpoint_every",
-    "store",
-    "slots",
-    "token_budget",
-    "gradient_checkpointing",
-    "wandb",
-    "log",
-    "cluster",
-    "workers",
-)
+    "run", "steps", "device", "threads", "checkpoint_every", "store", "slots", "token_budget", "gradient_checkpointing", "wandb",
+    "log", "cluster", "workers",
+)  # fmt: skip
 """Settings that a resumed run may change: they do not alter what is computed, only how long or where."""
 
 _GONE = ("keep_trajectories", "keep_tokens", "worker_cpus", "worker_gpus")
@@ -63,7 +52,6 @@ _GONE = ("keep_trajectories", "keep_tokens", "worker_cpus", "worker_gpus")
 
 _FIXED = {"importance_cap": 2.0}
 """Settings of earlier versions that have one value now."""
-
 
 _ADVICE = "restore the file, or delete the folder to begin again"
 
@@ -94,19 +82,13 @@ class RunFolder:
             raise AtodError(
                 f"run folder {path} cannot be written: {error.strerror}; choose another with --run"
             ) from error
-        known = read_settings(path, "train", "algorithm") if (path / "config.json").exists() else None
         plain = json.loads(json.dumps(settings))
         # A run that ended before its first step (a slip in an option) binds no later one.
         begun = (path / "metrics.jsonl").exists() or any(self.checkpoints.iterdir())
-        if known is not None and begun:
-            changed = _difference(_of_this_version(known, plain["algorithm"]), plain)
-            if changed:
-                name, old, new = changed
-                why = " (--steps: its learning rate falls towards the last step)" if name == "horizon" else ""
-                raise AtodError(
-                    f"{path} holds a run with {name}={old!r}{why}, but now it is {new!r}; "
-                    "give the old value to resume it, or choose another folder with --run"
-                )
+        if begun:
+            require_settings(path, plain)
+        elif (path / "config.json").exists():
+            read_settings(path, "train", "algorithm")
         self._about: dict[str, Any] = {"settings": plain, "versions": versions()}
         if begun and (path / "config.json").exists():  # a run that is looked at again stays the one that was trained
             before = read_object(path / "config.json", _ADVICE)
@@ -217,6 +199,24 @@ class Onlooker(RunFolder):
 
     def close(self) -> None:
         """Nothing."""
+
+
+def require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a run that was trained with other settings, or whose settings are gone.
+
+    Raises:
+        AtodError: the settings of :func:`settings_of` differ; names the first.
+        DataError: the file with the run's own cannot be read.
+    """
+    plain = json.loads(json.dumps(settings))
+    changed = _difference(_of_this_version(read_settings(folder, "train", "algorithm"), plain["algorithm"]), plain)
+    if changed:
+        name, old, new = changed
+        why = " (--steps: its learning rate falls towards the last step)" if name == "horizon" else ""
+        raise AtodError(
+            f"{folder} holds a run with {name}={old!r}{why}, but now it is {new!r}; "
+            "give the old value to resume it, or choose another folder with --run"
+        )
 
 
 def read_settings(folder: Path, *parts: str) -> dict[str, Any]:

@@ -83,11 +83,16 @@ class Access:
             raise Refused(403, f"this server is not called {host[:80]!r}; use localhost or 127.0.0.1")
         if scope["path"] in self.open_paths:
             return
+        for name in ("authorization", "origin"):
+            if len(headers.getlist(name)) > 1:
+                raise Refused(400, f"the header {name!r} stands twice")
         if self.token:
             given = headers.get("authorization", "")
             if not secrets.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
                 raise Refused(401, "a token is needed: send it as 'Authorization: Bearer TOKEN'")
-        elif "origin" in headers and not (self.pages and headers["origin"].partition("://")[2] == host):
+        elif "origin" in headers and not (
+            self.pages and headers["origin"].lower() in (f"http://{host.lower()}", f"https://{host.lower()}")
+        ):
             raise Refused(403, "calls from web pages of others are refused, unless the server has a token")
 
 
@@ -157,6 +162,8 @@ class _Body:
         head = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(n) + len(v) for n, v in headers.raw)
         if head > self._limits.head_bytes:
             raise Refused(431, f"the head of the request has more than {self._limits.head_bytes} bytes")
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise Refused(415, "the body is packed (Content-Encoding); send it as it is")
         length = int(headers.get("content-length", "0"))  # h11 lets nothing but digits through
         if length > self._limits.body_bytes:
             raise self._too_long()

@@ -1,7 +1,7 @@
 """JSON as both sides read it, the refusal of a request, and the names that this machine goes by.
 
-Only what RFC 8259 calls JSON is read: no ``NaN``, no ``Infinity``, no number that overflows to one. What cannot be read
-is a ``ValueError`` that says why, whatever its shape.
+Only what RFC 8259 calls JSON is read: no ``NaN``, no ``Infinity``, no number that overflows to one, no field twice in
+an object (which of the two is meant?). What cannot be read is a ``ValueError`` that says why, whatever its shape.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import math
 import re
 from typing import Any, NoReturn
 
+from atod_envs.files import unique_fields
+
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]*)(:[0-9]{0,5})?", re.ASCII)
 _LONG, _LONG_BYTES = re.compile(r"[0-9]{309}"), re.compile(rb"[0-9]{309}")
 """What no whole number that fits a float holds; a text may, so that a find is no verdict."""
 
@@ -37,7 +40,13 @@ def parse(data: bytes | str) -> Any:
     """
     try:
         long = _LONG.search(data) if isinstance(data, str) else _LONG_BYTES.search(data)
-        return json.loads(data, parse_constant=_constant, parse_float=_float, parse_int=_int if long else None)
+        return json.loads(
+            data,
+            object_pairs_hook=unique_fields,
+            parse_constant=_constant,
+            parse_float=_float,
+            parse_int=_int if long else None,
+        )
     except RecursionError as error:
         raise ValueError("the JSON is nested too deeply") from error
     except UnicodeDecodeError as error:
@@ -60,13 +69,15 @@ def parse_object(data: bytes | str) -> dict[str, Any]:
 
 
 def is_local_name(host: str) -> bool:
-    """Whether no stranger can own a name: an address, ``localhost``, a name without a dot, or none (HTTP/1.0)."""
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    name = name.removesuffix(".").lower()
+    """Whether no stranger can own the name in a ``Host``: an address, ``localhost``, a name without a dot, or none."""
+    parts = _HOST.fullmatch(host.lower())
+    if parts is None:  # whatever it is, no browser and no client sends it
+        return False
+    name = parts[1].strip("[]").removesuffix(".")
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        return "." not in name or name.endswith(".localhost")
+        return not parts[1].startswith("[") and ("." not in name or name.endswith(".localhost"))
     return True
 
 

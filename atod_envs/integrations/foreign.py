@@ -16,6 +16,7 @@ is refused, unless it is said to be without chance.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -157,9 +158,10 @@ class ForeignEnv(TextEnv):
             meant = (
                 actions(action) if callable(actions) else actions[wanted] if isinstance(actions, Mapping) else wanted
             )
-            return self._frame_of(self._read(self._foreign.step(meant), begun=False))
+            answer = self._foreign.step(meant)
         except self._manner.refuses as error:
             return self._not_understood(f"{action!r} was not understood: {error}")
+        return self._frame_of(self._read(answer, begun=False))  # whatever is wrong with it is no fault of the action
 
     def _not_understood(self, said: str) -> Frame:
         assert self._frame is not None
@@ -168,26 +170,46 @@ class ForeignEnv(TextEnv):
     def _read(self, answer: Any, *, begun: bool) -> _Answer:
         """An answer in one of the known forms."""
         if self._players:  # the reward comes at the end
-            if begun or not answer[0]:
+            done = answer[0] if isinstance(answer, tuple | list) and answer else None
+            if begun or not self._flag(done, "done"):
                 return _Answer(self._foreign.get_observation()[1])
             rewards, infos = self._foreign.close()
             return _Answer(infos.get(0, {}).get("reason", "The game is over."), self._number(rewards[0]), over=True)
         if hasattr(answer, "observation") and hasattr(answer, "done"):
-            return _Answer(answer.observation, 0.0 if begun else self._number(answer.reward or 0.0), bool(answer.done))
+            reward = 0.0 if begun or getattr(answer, "reward", None) is None else self._number(answer.reward)
+            return _Answer(answer.observation, reward, self._flag(answer.done, "done"))
         match answer:
             case observation, dict() as info if begun:
                 return _Answer(observation, info=info)
             case observation, reward, terminated, truncated, dict() as info if not begun:
-                return _Answer(observation, self._number(reward), bool(terminated or truncated), info)
+                over = [self._flag(terminated, "terminated"), self._flag(truncated, "truncated")]
+                return _Answer(observation, self._number(reward), any(over), info)
         raise AtodError(
             f"{type(self._foreign).__name__}.{'reset' if begun else 'step'} answered {str(answer)[:80]!r}; expected the form of "
             "Gymnasium, OpenEnv or TextArena"
         )
 
     def _number(self, reward: Any) -> float:
-        if isinstance(reward, str | bytes) or not hasattr(reward, "__float__") or not math.isfinite(float(reward)):
+        number = math.nan
+        if not isinstance(reward, str | bytes):
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
+                number = float(reward)
+        if not math.isfinite(number):
             raise AtodError(f"{type(self._foreign).__name__} gave the reward {reward!r:.60}; expected a finite number")
-        return float(reward)
+        return number
+
+    def _flag(self, value: Any, name: str) -> bool:
+        """A yes or no; text such as 'False' counts as true everywhere else."""
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            if not isinstance(value, str | bytes) and float(value) in (0.0, 1.0):
+                return bool(value)
+        raise AtodError(f"{type(self._foreign).__name__} gave {name} {value!r:.60}; expected true or false")
+
+    def _listed(self, offered: Any, name: str) -> tuple[Any, ...]:
+        if not isinstance(offered, str | bytes):
+            with contextlib.suppress(TypeError):
+                return tuple(offered)
+        raise AtodError(f"{type(self._foreign).__name__} gave {name} {offered!r:.60}; expected a list of actions")
 
     def _frame_of(self, answer: _Answer) -> Frame:
         if self._manner.text is str and isinstance(answer.observation, bytes | None):
@@ -198,11 +220,17 @@ class ForeignEnv(TextEnv):
         (failed, solved), info = self._manner.returns, answer.info or {}
         self._return += answer.reward
         score = min(1.0, max(0.0, (self._return - failed) / (solved - failed))) if answer.over else 0.0
-        told = next((bool(info[name]) for name in _SOLVED if name in info), score >= 1.0)
-        offered = next((info[name] for name in _OFFERED if info.get(name)), None) or self._manner.actions
-        listed = ("<any text>",) if offered is None or callable(offered) else tuple(str(one) for one in offered)
+        told = next((self._flag(info[name], name) for name in _SOLVED if info.get(name) is not None), score >= 1.0)
+        given = (self._listed(info[name], name) for name in _OFFERED if info.get(name) is not None)
+        offered: Any = next((actions for actions in given if actions), self._manner.actions)
+        listed = ("<any text>",) if not offered or callable(offered) else tuple(str(one) for one in offered)
+        text = self._manner.text(answer.observation)
+        if not isinstance(text, str):
+            raise AtodError(
+                f"text=... gave {text!r:.60} for an observation of {type(self._foreign).__name__}; expected text"
+            )
         return Frame(
-            self._manner.text(answer.observation),
+            text,
             () if answer.over else listed,
             score,
             score,

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from atod_envs.errors import DataError
 
 from .analyzer import term_of, tokenize
-from .storage import load_array, read_description, write_description
+from .storage import begin_anew, load_array, read_description, write_description
 from .strings import Digest, Strings, StringTable, pack_strings
 
 DEFAULT_K1: Final = 0.9
@@ -207,17 +207,17 @@ def _runs(docs: Iterable[tuple[str, str]], corpus: _Corpus) -> Iterator[tuple[np
 def build_arrays(docs: Iterable[tuple[str, str]], *, k1: float, b: float, directory: Path | None) -> IndexArrays:
     """Index documents in memory, or straight into `directory` (see `BM25Index.build`)."""
     corpus = _Corpus(_TermNumbers(), [], array("i"))
-    scratch = Path(tempfile.mkdtemp(prefix="bm25-", dir=None if directory is None else _made(directory)))
+    scratch = Path(
+        tempfile.mkdtemp(
+            prefix="bm25-",
+            dir=None if directory is None else begin_anew(directory, "index.json", [f"{name}.npy" for name in _ARRAYS]),
+        )
+    )
     try:
         sizes = _write_runs(_runs(docs, corpus), scratch, corpus)
         return _merge(sizes, scratch, corpus, k1, b, directory)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _made(directory: Path) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
 
 
 def _write_runs(runs: Iterator[tuple[npt.NDArray[Any], ...]], scratch: Path, corpus: _Corpus) -> list[int]:
@@ -336,7 +336,7 @@ def _write_description(arrays: IndexArrays, directory: Path) -> None:
 
 def save_arrays(arrays: IndexArrays, directory: Path) -> None:
     """Write an index to a folder, made if need be."""
-    _made(directory)
+    begin_anew(directory, "index.json", [f"{name}.npy" for name in _ARRAYS])
     for name in _ARRAYS:
         np.save(directory / f"{name}.npy", arrays.arrays[name])
     _write_description(arrays, directory)

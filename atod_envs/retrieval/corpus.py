@@ -17,7 +17,7 @@ import numpy.typing as npt
 from atod_envs.errors import DataError, UnknownName
 from atod_envs.files import json_lines, parquet_rows
 
-from .storage import load_array, read_description, write_description
+from .storage import begin_anew, load_array, read_description, write_description
 from .strings import Digest, Strings, StringTable, pack_strings
 
 _ARRAYS: Final = ("passage_bytes", "passage_offsets", "id_bytes", "id_offsets", "id_hashes", "id_numbers")
@@ -96,8 +96,8 @@ class Corpus:
     @classmethod
     def write(cls, passages: Iterable[tuple[str, str]], directory: str | Path) -> Corpus:
         """Write passages to a folder as they come, and open it; memory holds the ids only."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        names = ["passage_bytes.bin", *(f"{name}.npy" for name in _ARRAYS[1:])]
+        folder = begin_anew(Path(directory), "corpus.json", names)
         digest = Digest()
         ids: list[str] = []
         offsets = [0]
@@ -111,7 +111,6 @@ class Corpus:
         for name, values in zip(_ARRAYS[2:], parts, strict=True):
             np.save(folder / f"{name}.npy", values)
         description = {"kind": "corpus", "passages": len(ids), "sha256": digest.value()}
-        names = ["passage_bytes.bin", *(f"{name}.npy" for name in _ARRAYS[1:])]
         write_description(folder / "corpus.json", description, names)
         return cls.open(folder)
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from atod_envs.errors import DataError
 
 from .protocol import Hit, check_depth
-from .storage import load_array, read_description, write_description
+from .storage import begin_anew, load_array, read_description, write_description
 from .strings import Digest, Strings, pack_strings
 
 if TYPE_CHECKING:
@@ -201,8 +201,8 @@ class DenseIndex:
             DataError: faiss is not installed, or there are no passages.
         """
         faiss = _faiss()
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        names = ["dense.faiss", "docid_bytes.npy", "docid_offsets.npy"]
+        folder = begin_anew(Path(directory), "index.json", names)
         digest = Digest()
         docids: list[str] = []
         raw = folder / "vectors.bin"
@@ -232,7 +232,7 @@ class DenseIndex:
             "corpus_sha256": digest.value(),
             "probe": [round(float(value), 4) for value in encoder.encode([_PROBE], is_query=False)[0]],
         }
-        write_description(folder / "index.json", description, ["dense.faiss", "docid_bytes.npy", "docid_offsets.npy"])
+        write_description(folder / "index.json", description, names)
         return cls.open(folder, encoder=encoder)
 
     @classmethod

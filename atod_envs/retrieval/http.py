@@ -9,6 +9,7 @@ number) is said at once.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ class HttpSearch:
         backoff: seconds before the second attempt; doubled each time.
         batch_size: most queries in a request.
         connections: requests under way at a time.
+        scored: refuse passages without a score, in whose place the rank would stand.
         sleep: waits between attempts.
 
     Raises:
@@ -54,10 +56,11 @@ class HttpSearch:
         backoff: float = BACKOFF_SECONDS,
         batch_size: int = BATCH_SIZE,
         connections: int = CONNECTIONS,
+        scored: bool = False,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         parts = address_of(url)
-        self.url = url
+        self.url, self._scored = url, scored
         self._path = (parts.path if parts.path.strip("/") else "/retrieve") + (f"?{parts.query}" if parts.query else "")
         self._client = HttpClient(url, timeout=timeout, retry=Retry(retries, backoff, jitter=0.0), sleep=sleep)
         self._batcher = Batcher(self._answer, workers=connections, batch_size=batch_size)
@@ -81,7 +84,7 @@ class HttpSearch:
         tries = 1
         try:
             answer = self._client.ask(self._path, {"queries": clean, "topk": k, "return_scores": True})
-            return _passages(answer, len(queries), k)
+            return _passages(answer, len(queries), k, self._scored)
         except ServerGone as gone:
             tries, reason = gone.tries, gone.reason
         except (ServerRefused, ValueError) as no:
@@ -90,13 +93,17 @@ class HttpSearch:
         raise RetrievalError(f"{self.url} did not answer {len(queries)} queries ({tried}): {reason}")
 
 
-def _passages(answer: Any, queries: int, k: int) -> list[list[Passage]]:
+def _passages(answer: Any, queries: int, k: int, scored: bool) -> list[list[Passage]]:
     """Check the shape of an answer and read its passages."""
     result = answer.get("result") if isinstance(answer, dict) else None
     if not isinstance(result, list) or len(result) != queries or not all(isinstance(row, list) for row in result):
         shown = json.dumps(answer)[:80]
         raise ValueError(f"expected 'result' with one list for each of {queries} queries; got {shown}")
-    return [[_passage(item, rank) for rank, item in enumerate(row[:k])] for row in result]
+    rows = [[_passage(item, rank) for rank, item in enumerate(row[:k])] for row in result]
+    given = {item.get("score") is not None for row in result for item in row[:k]}
+    if len(given) > 1 or (scored and False in given):
+        raise ValueError("there are passages without a 'score'; expected one for each")
+    return rows
 
 
 def _passage(item: Any, rank: int) -> Passage:
@@ -137,10 +144,25 @@ class ShardedSearch:
         """The best `k` passages over all shards; equal scores are ordered by id.
 
         Raises:
-            RetrievalError: a shard did not answer; a ranking without it would be wrong.
+            RetrievalError: a shard did not answer, and a ranking without it would be wrong; or the shards' passages
+                cannot be merged.
         """
         parts = list(self._pool.map(lambda service: service.retrieve(queries, k), self._services))
-        return [
-            sorted((passage for part in parts for passage in part[place]), key=lambda p: (-p.score, p.docid))[:k]
-            for place in range(len(queries))
-        ]
+        return [_merged([part[place] for part in parts])[:k] for place in range(len(queries))]
+
+
+def _merged(parts: Sequence[Sequence[Passage]]) -> list[Passage]:
+    """The parts' passages of one query in one order.
+
+    Raises:
+        RetrievalError: that order would be wrong: a part ranks by something that is smaller for better, or two parts
+            hold the same passage.
+    """
+    if any(low.score > high.score for part in parts for high, low in itertools.pairwise(part)):
+        raise RetrievalError(
+            "a shard's best passage has not the largest score; expected scores that fall, such as BM25's"
+        )
+    found = [passage for part in parts for passage in part]
+    if sum(len({(p.docid, p.contents) for p in part}) for part in parts) > len({(p.docid, p.contents) for p in found}):
+        raise RetrievalError("two shards hold the same passage; expected parts that share none (is one given twice?)")
+    return sorted(found, key=lambda passage: (-passage.score, passage.docid))

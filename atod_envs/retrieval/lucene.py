@@ -24,7 +24,7 @@ from atod_envs.errors import DataError
 
 from .bm25_build import DEFAULT_B, DEFAULT_K1
 from .protocol import Hit, answer_once, check_depth
-from .storage import read_description, write_description
+from .storage import begin_anew, read_description, write_description
 from .strings import Digest
 
 _log = logging.getLogger(__name__)
@@ -150,8 +150,7 @@ class LuceneIndex:
         Raises:
             DataError: Java or the jar is missing, or the indexer failed (its last lines are in the message).
         """
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = begin_anew(Path(directory), "index.json")
         shutil.rmtree(folder / "lucene", ignore_errors=True)
         digest = Digest()
         with tempfile.TemporaryDirectory(prefix="lucene-", dir=folder) as scratch:

@@ -19,6 +19,22 @@ from atod_envs.errors import DataError
 _AGAIN = "build the index again"
 
 
+def begin_anew(folder: Path, description: str, names: Iterable[str] = ()) -> Path:
+    """Make a folder, without the files of an earlier index: its description first, so that no half of one is opened.
+
+    They are removed and not written over, because a process that has them mapped goes on reading what it opened.
+
+    Args:
+        folder: the folder.
+        description: name of the JSON file.
+        names: of the arrays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (description, *names):
+        (folder / name).unlink(missing_ok=True)
+    return folder
+
+
 def write_description(file: Path, about: Mapping[str, Any], names: Iterable[str]) -> None:
     """Describe an index whose files are written.
 

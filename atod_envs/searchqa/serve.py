@@ -44,6 +44,7 @@ MAX_PASSAGES: Final = BATCH_SIZE * MAX_TOPK
 """Passages in one answer."""
 MAX_WAITING: Final = 1 << 16
 """Queries of all requests together that wait for the search."""
+_FIELDS: Final = frozenset({"queries", "query", "topk", "return_scores"})
 LIMITS: Final = HttpLimits(connections=1024, body_bytes=16 << 20)
 
 
@@ -108,6 +109,10 @@ class RetrievalServer(HttpServer):
 
     def _asked(self, body: bytes) -> tuple[list[str], int, bool]:
         request = parse_object(body)
+        if unknown := sorted(request.keys() - _FIELDS):
+            raise Refused(400, f"unknown field {unknown[0][:40]!r}; expected {', '.join(sorted(_FIELDS))}")
+        if "queries" in request and "query" in request:
+            raise Refused(400, "expected 'queries' or 'query', not both")
         queries = request.get("queries", request.get("query"))
         queries = [queries] if isinstance(queries, str) else queries
         if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
@@ -120,7 +125,11 @@ class RetrievalServer(HttpServer):
         if len(queries) * k > MAX_PASSAGES:
             raise Refused(413, f"{len(queries)} queries with topk={k}; ask for at most {MAX_PASSAGES} passages at once")
         # A single "query" always came with scores in the clients that send it.
-        return queries, k, bool(request.get("return_scores", "query" in request))
+        scores = request.get("return_scores")
+        scores = "query" in request if scores is None else scores
+        if not isinstance(scores, bool):
+            raise Refused(400, f"return_scores={scores!r:.40}; expected true or false")
+        return queries, k, scores
 
 
 def _json(status: int, answer: dict[str, Any]) -> Response:
@@ -156,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with stoppable():
             if options.shard:
-                service = ShardedSearch([HttpSearch(url) for url in options.shard])
+                service = ShardedSearch([HttpSearch(url, scored=True) for url in options.shard])
             else:
                 service = load_service(options.data, options.index or "bm25", None)
             server = RetrievalServer(service, options.host, options.port, options.topk)

@@ -16,7 +16,7 @@ from typing import Any
 
 from atod_envs.http.messages import Refused, parse_object
 from atod_envs.options import needed_imports
-from atod_envs.serve.codec import dumps, restored
+from atod_envs.serve.codec import dumps
 from atod_envs.serve.sessions import Sessions, answer_of
 
 with needed_imports("serve", __name__):
@@ -127,10 +127,7 @@ async def _sweep(sessions: Sessions) -> None:
 
 
 def _message(data: str | bytes) -> dict[str, Any]:
-    try:
-        return restored(parse_object(data or b"{}"))
-    except ValueError as error:
-        raise Refused(400, str(error)) from error
+    return parse_object(data or b"{}")  # arguments are flat: there is no list to restore
 
 
 def _encoded(status: int, message: dict[str, Any], **mark: Any) -> tuple[int, bytes]:

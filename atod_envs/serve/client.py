@@ -7,8 +7,9 @@ what the environment would return here; a call whose answer was lost is sent aga
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -30,6 +31,38 @@ TOKEN_VARIABLE = "ATOD_TOKEN"
 """Environment variable that holds the token where none is given."""
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(map(_is_text, value))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_OPENED: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("session", "env", "split", "env_key", "data_version"), _is_text),
+    **{"splits": _are_texts, "label": lambda label: label is None or _is_text(label)},
+    **{"tasks": _is_count, "max_turns": lambda turns: _is_count(turns) and turns > 0},
+}
+_ANSWER: Mapping[str, Callable[[Any], bool]] = {"observation": _is_text, "info": lambda info: isinstance(info, dict)}
+_STEP: Mapping[str, Callable[[Any], bool]] = {
+    **{"terminated": _is_flag, "truncated": _is_flag},
+    "reward": lambda reward: type(reward) in (int, float) and math.isfinite(reward),
+}
+_INFO: Mapping[str, Callable[[Any], bool]] = {
+    **{"task_id": _is_text, "task": _is_text, "turn": _is_count, "admissible": _are_texts},
+}
+"""What the answers of a server must have, and whether it is that."""
+
+
 class RemoteTasks(TaskSet):
     """The task ids of a split on the server; they are fetched when they are looked at, their number is known before."""
 
@@ -45,10 +78,12 @@ class RemoteTasks(TaskSet):
     def _ids(self) -> tuple[str, ...]:  # type: ignore[override]
         ids: list[str] = []
         while len(ids) < self._count:
-            page = self._env.call("tasks", start=len(ids))["tasks"]
-            if not page:
+            page = self._env.call("tasks", start=len(ids)).get("tasks")
+            if not page or not _are_texts(page):
                 raise RemoteError(f"the server named {len(ids)} of its {self._count} tasks")
             ids.extend(page)
+        if len(set(ids)) != self._count:
+            raise RemoteError(f"the server named {len(set(ids))} different tasks, but has {self._count}")
         return tuple(ids)
 
     @cached_property
@@ -97,6 +132,7 @@ class RemoteEnv(TextEnv):
         retries: int = 4,
         render_mode: str | None = None,
     ) -> None:
+        self._url = url
         self._link = connect(
             url, os.environ.get(TOKEN_VARIABLE, "") if token is None else token, timeout=timeout, retries=retries
         )
@@ -139,7 +175,7 @@ class RemoteEnv(TextEnv):
         except SessionLost:
             self._open()
             answer = self._in_turn("reset", begin)
-        info = answer["info"]
+        info = self._checked(answer)
         self._note(answer["observation"], info, over=False)
         return answer["observation"], info
 
@@ -155,9 +191,7 @@ class RemoteEnv(TextEnv):
         if not isinstance(action, str):
             raise TypeError(f"an action is a str, not {type(action).__name__}")
         answer = self._in_turn("step", {"action": action})
-        info = answer["info"]
-        if "stop_reason" in info:
-            info["stop_reason"] = StopReason(info["stop_reason"])
+        info = self._checked(answer, _STEP)
         terminated, truncated = answer["terminated"], answer["truncated"]
         self._note(answer["observation"], info, over=terminated or truncated)
         return answer["observation"], float(answer["reward"]), terminated, truncated, info
@@ -196,8 +230,27 @@ class RemoteEnv(TextEnv):
     def _open(self) -> dict[str, Any]:
         self.session, self._number = "", 0
         opened = self._link.call("open", self._wanted)
+        self._require(opened, _OPENED)
         self.session = str(opened["session"])
         return opened
+
+    def _checked(self, answer: dict[str, Any], further: Mapping[str, Callable[[Any], bool]] | None = None) -> Any:
+        """The ``info`` of an answer that has what it must have."""
+        self._require(answer, {**_ANSWER, **(further or {})})
+        info = answer["info"]
+        self._require(info, _INFO)
+        if "stop_reason" in info:
+            if info["stop_reason"] not in list(StopReason):
+                raise RemoteError(f"{self._url} answered the stop reason {info['stop_reason']!r:.60}")
+            info["stop_reason"] = StopReason(info["stop_reason"])
+        return info
+
+    def _require(self, answer: Mapping[str, Any], what: Mapping[str, Callable[[Any], bool]]) -> None:
+        for name, fits in what.items():
+            if not fits(answer.get(name)):
+                raise RemoteError(
+                    f"{self._url} answered {name!r} {answer.get(name)!r:.60}, which is none; is it a server of environments?"
+                )
 
     def _in_turn(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         answer = self.call(name, number=self._number + 1, **arguments)

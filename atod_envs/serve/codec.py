@@ -32,25 +32,14 @@ def loads(data: bytes | str) -> dict[str, Any]:
     """
     try:
         message = json.loads(data)
+        if not isinstance(message, dict):
+            raise ValueError(f"expected a JSON object, got {type(message).__name__}")
+        lists = {tuple(path) for path in message.pop("lists", [])}
+        return {name: _restored(value, (name,), lists) for name, value in message.items()}
     except RecursionError as error:
         raise ValueError("the JSON is nested too deeply") from error
-    return restored(message)
-
-
-def restored(message: Any) -> dict[str, Any]:
-    """A message whose JSON has been read.
-
-    Raises:
-        ValueError: it is no object.
-    """
-    if not isinstance(message, dict):
-        raise ValueError(f"expected a JSON object, got {type(message).__name__}")
-    genuine = message.pop("lists", [])
-    try:
-        lists = {tuple(path) for path in genuine}
     except TypeError as error:
         raise ValueError("'lists' has to hold the paths of lists") from error
-    return {name: _restored(value, (name,), lists) for name, value in message.items()}
 
 
 def _plain(value: Any, path: list[str | int], lists: list[list[str | int]]) -> Any:

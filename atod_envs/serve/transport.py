@@ -185,7 +185,7 @@ class SocketLink(_Link):
         except (OSError, failures.WebSocketException) as error:
             self.close()
             raise Passing(f"{type(error).__name__}: {error}") from error
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             self.close()
             raise RemoteError(f"{self.url} answered no message of the protocol ({error})") from error
         if status in _PASSING:

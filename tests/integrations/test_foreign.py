@@ -4,6 +4,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import gymnasium as gym
+import numpy as np
 import pytest
 
 from atod_envs.checker import check_text_env
@@ -196,3 +197,45 @@ def test_answers_that_are_no_text_and_no_number_are_refused(observation, reward,
         assert (
             play(wrap(Odd, text=lambda seen: seen if isinstance(seen, str) else seen.decode()), "go")[-1][0] == "here"
         )
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (("x", 0.0, "False", False, {}), "gave terminated 'False'; expected true or false"),
+        (("x", 0.0, False, np.array([True, False]), {}), "gave truncated array.*expected true or false"),
+        (("x", 0.0, True, False, {"won": "False"}), "gave won 'False'; expected true or false"),
+        (("x", 0.0, False, False, {"legal_actions": "go"}), "gave legal_actions 'go'; expected a list of actions"),
+        (("x", np.array([1.0, 2.0]), False, False, {}), "gave the reward array.*expected a finite number"),
+        (SimpleNamespace(observation="x", reward=1.0, done="no"), "gave done 'no'; expected true or false"),
+    ],
+)
+def test_an_answer_that_could_mean_anything_is_an_error_and_not_a_bad_action(answer, words):
+    class Odd:
+        def reset(self, seed=None):
+            return "here", {"legal_actions": np.array(["go", "stay"])}
+
+        def step(self, action):
+            return answer
+
+    env = wrap(Odd)
+    assert env.reset(seed=0)[1]["admissible"] == ("go", "stay")
+    with pytest.raises(AtodError, match=words):
+        env.step("go")
+
+
+def test_an_error_in_reading_an_answer_is_not_blamed_on_the_action():
+    """The step was carried out, so it must not be answered as if it was not."""
+
+    def broken(seen):
+        return str(int(seen)) if seen != "here" else seen
+
+    class Odd:
+        def reset(self, seed=None):
+            return "here", {}
+
+        def step(self, action):
+            return "seven", 0.0, False, False, {}
+
+    with pytest.raises(ValueError, match="invalid literal"):
+        play(wrap(Odd, text=broken), "go")

@@ -1,5 +1,6 @@
 """A remote environment is an environment like any other, and says what the local one says, byte for byte."""
 
+import json
 import threading
 
 import gymnasium as gym
@@ -7,6 +8,7 @@ import pytest
 import tiny
 from gymnasium.utils.env_checker import check_env
 from servers import TOY_OFFERS, running
+from wire import Scripted, reply
 
 import atod_envs  # noqa: F401  (registers the environments)
 from atod_envs import environment_class
@@ -17,6 +19,7 @@ from atod_envs.recording import RecordTurns
 from atod_envs.serve.client import RemoteEnv
 from atod_envs.serve.codec import dumps, loads
 from atod_envs.serve.sessions import Offer
+from atod_envs.serve.transport import RemoteError
 from atod_envs.vector import TextVectorEnv
 
 
@@ -197,3 +200,42 @@ def test_the_toys_odd_values_arrive(toy_server, kind):
     assert env.reset(seed=1) == local.reset(seed=1)
     assert env.step("pear") == local.step("pear")
     env.close()
+
+
+INFO = {"task_id": "t", "task": "x", "turn": 0, "admissible": ["a"]}
+ANSWERS = {
+    "open": {"session": "s", "env": "odd/Odd-v0", "split": "train", "splits": ["train"], "env_key": "odd", "label": None,
+             "max_turns": 5, "data_version": "v", "tasks": 2},
+    "reset": {"observation": "o", "info": INFO},
+    "step": {"observation": "o", "reward": 0.5, "terminated": False, "truncated": False, "info": INFO},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("call", "changed"),
+    [
+        *[(call, {name: ...}) for call, answer in ANSWERS.items() for name in answer if name != "label"],
+        *[(call, {"info": INFO | {name: 5.5}}) for call in ("reset", "step") for name in INFO],
+        ("open", {"env": ["a"]}),
+        ("open", {"max_turns": 0}),
+        ("step", {"reward": True}),
+        ("step", {"reward": float("nan")}),
+        ("step", {"terminated": 1}),
+        ("step", {"info": INFO | {"stop_reason": "boredom"}}),
+    ],
+)
+def test_answers_of_another_shape_are_one_error(call, changed):
+    answers = {**ANSWERS, call: {n: v for n, v in {**ANSWERS[call], **changed}.items() if v is not ...}}
+    script = [reply(json.dumps(answer).encode()) for answer in answers.values()]
+    said = "is it a server of environments|answered the stop reason"
+    with Scripted(*script, close=False) as server, pytest.raises(RemoteError, match=said):
+        env = RemoteEnv(server.url, retries=0)
+        env.reset(seed=0)
+        env.step("a")
+
+
+@pytest.mark.parametrize("tasks", [["a", "a"], ["a", 5], "ab", None, ["a", "b", "c"]])
+def test_tasks_of_another_number_are_refused(tasks):
+    script = [reply(json.dumps(answer).encode()) for answer in (ANSWERS["open"], {"tasks": tasks})]
+    with Scripted(*script, close=False) as server, pytest.raises(RemoteError, match="the server named"):
+        list(RemoteEnv(server.url, retries=0).tasks)

@@ -134,6 +134,20 @@ def test_foreign_hosts_and_origins_are_refused_without_a_token(ports, name):
     assert same == (303 if name == "shop" else 403)  # only the shop has pages of its own
 
 
+@pytest.mark.parametrize("name", SERVERS)
+def test_hosts_and_headers_that_no_client_sends_are_refused(ports, name):
+    port = ports[name]
+    path = {"environments": "/v1/about", "search": "/retrieve", "shop": "/start", "teacher": "/tokenize"}[name]
+    for host in ("[::1].evil.example", "127.0.0.1:evil.example", "evil.example%00.localhost", "[localhost]", "a b"):
+        assert get(port, "/nothing", Host=host)[0] in (400, 403), host
+    for scheme in ("ftp", ""):
+        assert post(port, path, b"{}", Origin=f"{scheme}://127.0.0.1:{port}")[0] == 403
+    two = f"http://127.0.0.1:{port}\r\nOrigin: https://evil.example"
+    assert post(port, path, b"{}", Origin=two)[0] == 400
+    status, said = post(port, path, b"{}", Content_Encoding="gzip")
+    assert status == 415 and b"send it as it is" in said
+
+
 def test_the_shop_cannot_be_framed(ports):
     head = head_of(send(ports["shop"], b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"))
     assert "frame-ancestors 'none'" in head and "default-src 'none'" in head and "nosniff" in head

@@ -21,8 +21,8 @@ from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, make_env
 from atod_algos.rollout.environments import make_env as make_training_env
 from atod_algos.training.config import TrainConfig, resolve
 from atod_algos.training.run_dir import held
-from atod_envs.errors import AtodError
-from atod_envs.trajectory import read_jsonl
+from atod_envs.errors import AtodError, DataError
+from atod_envs.trajectory import read_jsonl, write_jsonl
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
@@ -98,6 +98,21 @@ def test_a_finished_part_is_not_played_again(tmp_path, monkeypatch):
     first = run(config)
     monkeypatch.setattr("agents.random.RandomAgent.act", lambda self: 1 / 0)
     assert run(config) == first
+
+
+def test_episodes_that_are_missing_are_not_left_out_of_the_mean(tmp_path):
+    """A part that is whole as a file, with an episode too few or one twice."""
+    config = EvaluateConfig(env=TOY, agent="expert", panels=("test/4",), seeds=(0, 1), out=tmp_path / "a")
+    run(config, show=False)
+    path = tmp_path / "a" / "episodes" / "test-4-seed1.jsonl.gz"
+    episodes = list(read_jsonl(path))
+    for changed in (episodes[:-1], [*episodes[:-1], episodes[0]]):
+        write_jsonl(path, changed)
+        with pytest.raises(DataError, match="expected one episode of each of the panel's 4 tasks"):
+            run(config, show=False)
+    write_jsonl(path, episodes[:-1])
+    with pytest.raises(DataError, match="expected 4 episodes of test/4 for each of 2 seeds, found 7 in all"):
+        load_evaluation(tmp_path / "a")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

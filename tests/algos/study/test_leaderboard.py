@@ -17,7 +17,7 @@ from atod_algos.training import config as profiles
 from atod_algos.training import run_dir
 from atod_algos.training.cli import main
 from atod_algos.training.source import source_commit
-from atod_envs.errors import AtodError
+from atod_envs.errors import AtodError, DataError
 
 PAGE = "# Title\n\ntext\n\n<!-- rows: made by atod leaderboard add -->\n<!-- rows: end -->\nafter\n"
 
@@ -121,7 +121,40 @@ def test_what_cannot_be_compared_is_refused(train, tmp_path, capsys):
     refused("differs in its temperature", eval_temperature=0.4)
     (run / "metrics.jsonl").write_text(lines.replace("time/cpu", "time/other"))
     refused("no time/cpu")
+    (run / "metrics.jsonl").write_text(lines)
+    refused("has 1 of 2 steps|its last checkpoint", steps=2)
+    refused("expected train.seed of type int", seed="0")
+    refused("expected texts as 'commits'", commits=[5])
+    (run / "metrics.jsonl").write_text(lines + lines.replace('"step": 1', '"step": 2'))
+    refused("said to have 1 steps, logged 2")
     assert page.read_text() == PAGE and not page.with_suffix(".json").exists()
+    page.write_text(PAGE.replace("<!-- rows: end -->", ""))
+    with pytest.raises(AtodError, match="rows: end"):
+        leaderboard.add(run, page)
+
+
+GOOD = {"env": "e", "panel": "p", "digest": "d", "data": "v", "method": "m", "command": "c", "settings": {},
+        "runs": [{"seed": 0, "n": 4, "solved": 2, "cpu_minutes": 1.0, "commit": "a"}]}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*GOOD, *(f"runs.{name}" for name in GOOD["runs"][0])])
+@pytest.mark.parametrize("value", [None, [], "", -1, 1.5, {}, [None], [{}], True, 10**400], ids=str)
+def test_rows_that_are_none_are_named(name, value, tmp_path):
+    """The numbers next to the page, changed by hand or cut off: read, or refused with the row's place."""
+    store, row = tmp_path / "leaderboard.json", json.loads(json.dumps(GOOD))
+    outer, _, inner = name.partition(".")
+    if inner:
+        row["runs"][0][inner] = value
+    else:
+        row[outer] = value
+    store.write_text(json.dumps({"rows": [GOOD, row]}))
+    try:
+        rows = leaderboard.read_rows(store)
+    except DataError as error:
+        assert f"{store}, row 2: expected" in str(error)
+    else:
+        assert isinstance(value, type(GOOD["runs"][0][inner] if inner else GOOD[outer])) or value == -1 or value == 1.5
+        assert leaderboard.tables(rows)
 
 
 def test_a_run_keeps_its_command_and_commits(train, monkeypatch):

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import signal
 import time
 
@@ -175,6 +176,71 @@ def test_cells_of_other_learning_rates_are_not_mixed_in(preset, tmp_path):
         finish_cell(tmp_path, METHODS["grpo"], preset.worlds[0], "paper", 1, Tuned(1e-3, 3), "test")
 
 
+def test_a_finished_study_is_not_taken_for_one_with_other_settings(preset, tmp_path, models):
+    """Another student, other rules, settings that are gone, cells that are copied or lack a number: each is refused."""
+    world, tuned = preset.worlds[0], Tuned(1e-3)
+    other = dataclasses.replace(world, train={**world.train, "student": str(models["teacher"])})
+    for name, rules in (("grpo", "released"), ("vanilla", "paper")):
+        finish_cell(tmp_path, METHODS[name], world, "paper", 0, tuned, "test")
+        with pytest.raises(AtodError, match="but now it is"):
+            finish_cell(tmp_path, METHODS[name], other, "paper", 0, tuned, "test")
+        if rules != "paper":
+            with pytest.raises(AtodError, match="rules='paper', but now it is 'released'"):
+                finish_cell(tmp_path, METHODS[name], world, rules, 0, tuned, "test")
+    folder = tmp_path / "toy" / "grpo" / "seed0"
+    cell = json.loads((folder / "cell.json").read_text())
+    for name, value in (("seconds", None), ("validation", {"x": 1}), ("validation", {}), ("last", {"success": 0.5}), ("best", 5),
+                        ("lr", 10**400), ("updates", "4")):  # fmt: skip
+        (folder / "cell.json").write_text(json.dumps({**cell, name: value}))
+        with pytest.raises(DataError, match=rf"cell\.json: expected a number as {name}"):
+            run(StudyConfig("toy", tmp_path, tables_only=True))
+    (folder / "cell.json").write_text(json.dumps(cell))
+    copied = shutil.copytree(folder, tmp_path / "toy" / "grpo" / "seed1")
+    with pytest.raises(DataError, match="is the cell of toy/grpo/seed0; was it copied"):
+        read_study(tmp_path)
+    shutil.rmtree(copied)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "cell.json").unlink()
+    (folder / "metrics.jsonl").write_text(lines[1])
+    with pytest.raises(DataError, match="expected the steps 1 to 2 of a finished run"):
+        finish_cell(tmp_path, METHODS["grpo"], world, "paper", 0, tuned, "test")
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    (folder / "config.json").unlink()
+    with pytest.raises(DataError, match=r"config\.json: cannot be read"):
+        finish_cell(tmp_path, METHODS["grpo"], world, "paper", 0, tuned, "test")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"score": float("nan")}, "expected lr above 0"),
+        ({"score": 2}, "expected lr above 0"),
+        ({"score": "0.5"}, "expected lr above 0"),
+        ({"updates": "2"}, "expected lr above 0"),
+        ({"updates": None}, "expected lr above 0"),
+        ({"lr": -1.0}, "expected lr above 0"),
+        ({"lr": 10**400}, "expected lr above 0"),
+        ({"lr": 5e-3}, "is about learning rate 0.005, 2 updates a step, and learning rate 0.001"),
+    ],
+)
+def test_a_choice_that_is_broken_or_anothers_is_refused(wrong, said, preset, tmp_path):
+    """A file of an earlier version has no updates, and stands under another name."""
+    for lr in (1e-3, 2e-3):
+        folder = tmp_path / "toy" / "tuning" / "grpo" / f"lr{lr:g}-updates2"
+        folder.mkdir(parents=True)
+        (folder / "tuned.json").write_text(json.dumps({"lr": lr, "updates": 2, "score": 0.5}))
+    arguments = (tmp_path, METHODS["grpo"], preset.worlds[0], "paper", 9, (1e-3, 2e-3), (2,))
+    assert tune(*arguments) == Tuned(1e-3, 2)
+    earlier = tmp_path / "toy" / "tuning" / "grpo" / "lr0.001"
+    earlier.mkdir()
+    (earlier / "tuned.json").write_text(json.dumps({"lr": 1e-3, "validation": [0.5], "score": 0.5}))
+    assert set(tuned_of(tmp_path, preset.worlds[0])["grpo"]) == {Tuned(1e-3), Tuned(1e-3, 2), Tuned(2e-3, 2)}
+    first = tmp_path / "toy" / "tuning" / "grpo" / "lr0.001-updates2" / "tuned.json"
+    first.write_text(json.dumps({"lr": 1e-3, "updates": 2, "score": 0.5, **wrong}))
+    with pytest.raises(AtodError, match=said):
+        tune(*arguments)
+
+
 def test_a_cell_that_another_process_holds_is_left_to_it(preset, tmp_path):
     folder = tmp_path / "toy" / "vanilla" / "seed0"
     folder.mkdir(parents=True)
@@ -315,6 +381,11 @@ def test_a_broken_cell_is_named(content, tmp_path):
         (["--methods", "grop"], "unknown method 'grop'; did you mean 'grpo'"),
         (["--worlds", "alf"], "unknown world 'alf'"),
         (["--data", "alfworld"], "unknown world in --data 'alfworld'"),
+        (["--seeds", "1000"], "is the seed that chooses rate and updates"),
+        (["--seeds", "1", "1"], "expected different whole numbers from 0"),
+        (["--updates", "0"], "expected different whole numbers from 1"),
+        (["--lrs", "1e-3", "1.0000001e-3"], "expected rates above 0 that differ in six digits"),
+        (["--lrs", "nan"], "expected rates above 0"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(options, words, tmp_path, capsys):

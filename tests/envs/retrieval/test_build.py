@@ -265,3 +265,30 @@ def test_encoding_does_not_depend_on_company(tmp_path):
     assert together.shape == (5, 384)
     assert np.abs(together - alone).max() < 1e-5
     assert np.linalg.norm(together, axis=1) == pytest.approx(np.ones(5), abs=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["bm25", pytest.param("dense", marks=needs_faiss)])
+def test_an_index_that_is_built_anew_leaves_those_who_have_it_open_alone(backend, tmp_path, monkeypatch):
+    """Its files are mapped: written over, they would end a running server, or change what it answers."""
+    monkeypatch.setattr("atod_envs.retrieval.build.TransformersEncoder", lambda settings, half=False: LetterEncoder())
+    monkeypatch.setattr("atod_envs.retrieval.dense.TransformersEncoder", lambda settings: LetterEncoder())
+    build_index(DOCS, tmp_path, backend)
+    opened = open_index(tmp_path / backend)
+    before = opened.retrieve(["river", "leaves"], 3)
+    assert before[0]
+    build_index([(f"n{n}", f'"N"\nnothing {n} of rivers') for n in range(2)], tmp_path, backend)
+    assert opened.retrieve(["river", "leaves"], 3) == before and list(opened.corpus) == DOCS
+    assert {p.docid for p in open_index(tmp_path / backend).retrieve(["rivers"], 3)[0]} == {"n0", "n1"}
+
+
+def test_a_build_that_fails_leaves_no_index_that_opens(tmp_path):
+    build_index(DOCS, tmp_path, "bm25")
+
+    def cut_off():
+        yield DOCS[0]
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        build_index(cut_off(), tmp_path, "bm25")
+    with pytest.raises(DataError, match=r"corpus\.json does not exist"):
+        open_index(tmp_path / "bm25")

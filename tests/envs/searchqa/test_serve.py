@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from paths import REPOSITORY
+from wire import Scripted, reply
 
 pytest.importorskip("uvicorn", reason="the server's packages are not installed (extra 'serve')")
 
@@ -128,6 +129,10 @@ def test_the_published_request_and_answer():
         {"queries": ["x"], "topk": 10**6},
         {"queries": ["x"], "topk": 0},
         {"queries": ["x"], "topk": True},
+        {"queries": ["x"], "top_k": 1},
+        {"queries": ["x"], "query": "y"},
+        {"queries": ["x"], "return_scores": "false"},
+        b'{"queries": ["x"], "queries": ["y"]}',
         b"\xff\xfe",
     ],
 )
@@ -310,6 +315,20 @@ def test_shards_answer_as_one():
         ShardedSearch([Part([]), Down()]).retrieve(["q"], 1)
     with pytest.raises(ValueError, match="no shards"):
         ShardedSearch([])
+    first = Part(whole[0][1])
+    with pytest.raises(RetrievalError, match="two shards hold the same passage"):
+        ShardedSearch([first, first]).retrieve(["q"], 3)
+    with pytest.raises(RetrievalError, match="not the largest score"):  # distances: smaller is better
+        ShardedSearch([first, Part([Passage("5", "x", 0.1), Passage("6", "x", 0.9)])]).retrieve(["q"], 3)
+
+
+@pytest.mark.parametrize(("scored", "scores"), [(True, (None, None)), (False, (1.0, None))])
+def test_a_rank_is_not_taken_for_a_score(scored, scores):
+    """A shard without scores would lose against every other, and half a ranking is in no order."""
+    found = [{"document": {"id": str(n), "contents": "x"}, "score": score} for n, score in enumerate(scores)]
+    answer = reply(json.dumps({"result": [found]}).encode())
+    with Scripted(answer) as server, pytest.raises(RetrievalError, match="passages without a 'score'"):
+        HttpSearch(server.url, retries=0, scored=scored).retrieve(["q"], 2)
 
 
 def test_shards_behind_http_are_one_search_until_one_is_down():
