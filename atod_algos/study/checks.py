@@ -36,7 +36,9 @@ def read_tuned(path: Path) -> tuple[Tuned, float]:
     """
     advice = "delete it to choose again"
     one = read_object(path, advice)
-    lr, updates, score = one.get("lr"), one.get("updates", 0), one.get("score")
+    lr: Any = one.get("lr")
+    updates: Any = one.get("updates", 0)
+    score: Any = one.get("score")
     good = is_number(lr) and type(updates) is int and is_number(score)
     if not good or lr <= 0 or updates < 0 or not 0 <= score <= 1:
         raise DataError(f"{path}: expected lr above 0, updates from 0 and a score from 0 to 1; {advice}")

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -139,7 +140,7 @@ class TeacherServer(HttpServer):
         prompts, temperature = self._asked(body)
         values: list[list[float]] = []
         for part in self._slices(prompts):
-            values += self._in_turn(lambda part=part: self._scored(part, temperature))
+            values += self._in_turn(partial(self._scored, part, temperature))
         choices = []
         for index, (prompt, own) in enumerate(zip(prompts, values, strict=True)):
             places = [None, *({str(token): {"logprob": value}} for token, value in zip(prompt[1:], own, strict=True))]
