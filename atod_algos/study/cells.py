@@ -199,7 +199,7 @@ def _untrained(method: Method, world: World, seed: int, folder: Path) -> str:
     if role == "teacher":
         require_teacher(config, frozenset({"teacher"}))
     name = config.student if role == "student" else config.teacher
-    return f"builtin:{role}" if name == "builtin" else str(name)
+    return f"builtin:{role}" if name == "builtin" else str(Path(name))
 
 
 def _whole_metrics(folder: Path, steps: int) -> list[dict[str, float]]:
