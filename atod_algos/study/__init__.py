@@ -144,16 +144,18 @@ ANNEALING_SHARE = 80 / 150
 def _world(name: str, env: str, *, steps: int, report_tasks: int, **train: Any) -> World:
     """A world of the reference models, with the turns that they know, whose schedules fit its number of steps.
 
-    ATOD's annealing ends at the published share of the training; TCOD's window reaches the turn limit half-way (its
-    paper: after a quarter, ATOD's re-implementation: at the end).
+    ATOD's annealing ends at the published share of the training, and with it the turns that a guide plays and the
+    balance of TurnOPD; TCOD's window reaches the turn limit half-way (its paper: after a quarter, ATOD's
+    re-implementation: at the end).
     """
     annealing = {"coef_anneal_steps": round(ANNEALING_SHARE * steps)}
     scaled = {name: annealing for name in ("atod", "atod-uniform", "atod-token", "atod-level")}
     max_turns = train.pop("max_turns", None) or builtin_profile(env)["max_turns"]
     window = {"turns_every": max(1, steps // (2 * (max_turns - 1)))}
     settings = {"env": env, "steps": steps, "max_turns": max_turns, **train}
-    balance = {"balance_steps": annealing["coef_anneal_steps"]}
-    return World(name, settings, report_tasks, {**scaled, "tcod": window, "turn-opd": balance})
+    end = annealing["coef_anneal_steps"]
+    ends = {"turn-opd": {"balance_steps": end}, "guided-opd": {"guide_steps": end}}
+    return World(name, settings, report_tasks, {**scaled, **ends, "tcod": window})
 
 
 def _laptop() -> Preset:

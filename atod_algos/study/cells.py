@@ -78,9 +78,15 @@ def command_of(method: Method, world: World, rules: str, seed: int, tuned: Tuned
     if world.preset:
         plain, options = preset_config(world.preset, env), fit_algorithm(options, world.preset, env)
         words += ["--preset", world.preset]
-    elif rules == "paper" and {asked.student, *asked.teacher, asked.data or "builtin"} == {"builtin"}:
+    elif rules == "paper" and _is_builtin(asked.student, asked.teacher, asked.data or "builtin"):
         plain, options = builtin_run(options, env)
     return shlex.join([*words, *_flags(dataclasses.replace(plain, env=env), asked), *_flags(options, algorithm)])
+
+
+def _is_builtin(*values: str | tuple[str, ...]) -> bool:
+    """Whether the command line takes the settings of the built-in run: nothing else is named for any environment."""
+    words = [word for value in values for word in ([value] if isinstance(value, str) else value)]
+    return all(word.rpartition("=")[2] == "builtin" for word in words)
 
 
 def _flags(plain: Any, changed: Any) -> Iterator[str]:

@@ -33,6 +33,7 @@ CLAIMS = (
     ("ATOD beats SOD", "atod", "sod"),
     ("ATOD beats TCOD", "atod", "tcod"),
     ("the student passes its teacher", "atod", "teacher"),
+    ("a distilled student passes its teacher", "opd", "teacher"),
     ("annealing is needed", "atod", "atod-constant"),
     ("turn weights are needed", "atod", "atod-uniform"),
     ("turns are a better unit than tokens", "atod", "atod-token"),
@@ -81,8 +82,8 @@ def decide(claim: str, ahead: Sequence[Mapping[str, Any]], behind: Sequence[Mapp
     Cells of several worlds are taken together: all their tasks are compared, and a seed's value is its mean over the
     worlds. A seed counts where both methods have it in all worlds of the cells.
     """
-    worlds = {cell.get("world") for cell in (*ahead, *behind)}
-    left, right = ({(cell["seed"], cell.get("world")): cell for cell in side} for side in (ahead, behind))
+    worlds = sorted({str(cell.get("world")) for cell in (*ahead, *behind)})  # an order of their own, or p would vary
+    left, right = ({(cell["seed"], str(cell.get("world"))): cell for cell in side} for side in (ahead, behind))
     both = left.keys() & right.keys()
     seeds = tuple(sorted({seed for seed, _ in both if all((seed, world) in both for world in worlds)}))
     if not seeds:
