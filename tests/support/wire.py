@@ -22,31 +22,45 @@ class Scripted:
     def __init__(self, *answers, close=True):
         self.answers, self.close = answers, close
         self.requests, self.connections = [], 0
+        self._open, self._threads = [], []
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._start(self._serve)
+
+    def _start(self, work, *given):
+        self._threads.append(threading.Thread(target=work, args=given, daemon=True))
+        self._threads[-1].start()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        with contextlib.suppress(OSError):
-            self._listening.shutdown(socket.SHUT_RDWR)  # else a thread stays in accept()
+        _shut(self._listening)
+        self._join(self._threads[0])  # no connection is accepted any more
         self._listening.close()
+        for connection in self._open:
+            _shut(connection)
+        for thread in self._threads[1:]:
+            self._join(thread)
+
+    def _join(self, thread):
+        thread.join(60)
+        assert not thread.is_alive(), "a thread runs on, and would take the processor from every later test"
 
     def _serve(self):
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = self._listening.accept()
                 self.connections += 1
-                threading.Thread(target=self._converse, args=(connection,), daemon=True).start()
+                self._open.append(connection)
+                self._start(self._converse, connection)
 
     def _converse(self, connection):
         with connection, contextlib.suppress(OSError):
             connection.settimeout(120)
             stream = connection.makefile("rb")
-            while head := b"".join(iter(stream.readline, b"\r\n")):
+            while head := _head(stream):
                 length = next(
                     (int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0
                 )
@@ -57,6 +71,22 @@ class Scripted:
                 connection.sendall(answer)
                 if self.close:
                     return
+
+
+def _shut(one):
+    """End what a thread waits for at a socket."""
+    with contextlib.suppress(OSError):
+        one.shutdown(socket.SHUT_RDWR)
+
+
+def _head(stream):
+    """The lines before the empty one; nothing where the other side has closed."""
+    head = b""
+    while (line := stream.readline()) != b"\r\n":
+        if not line:
+            return b""
+        head += line
+    return head
 
 
 def reply(body=b"{}", status="200 OK", **headers):
