@@ -2,7 +2,8 @@
 
 A page is written by hand but for what stands between ``<!-- made: PART -->`` and ``<!-- made: end -->``: the head, the
 equations and differences (both from the module's docstring), the lines that compute the equations, the study's results
-(``docs/study/study-results.json``) and the options. The curves of the results are drawn into ``docs/images``.
+(``docs/study/study-results.json``) and the options. The curves of the results are drawn into ``docs/images``. The
+study's page and the README's table of it are filled along (``make_study.py``).
 """
 
 from __future__ import annotations
@@ -367,22 +368,24 @@ def filled(page: str, made: dict[str, str]) -> str:
 
 def main() -> int:
     """Write or check; returns the exit status."""
+    import make_study  # of this folder
+
     stale: list[str] = []
+    targets = {path: filled(path.read_text(), made) for path, made in make_study.pages().items()}
     for point in entry_points(group="atod.algorithms"):
         if not point.module.startswith("atod_algos."):
             continue
         path = FOLDER / f"{point.name}.md"
         if not path.exists():
             raise SystemExit(f"{path} is missing: write it with the sections of the other pages")
-        text = path.read_text()
-        made = {path: filled(text, parts(point.name, point.load()))}
+        targets[path] = filled(path.read_text(), parts(point.name, point.load()))
         if rows_of(point.name):
-            made[IMAGES / f"results-{point.name}.svg"] = curves(point.name)
-        for target, wanted in made.items():
-            if not target.exists() or target.read_text() != wanted:
-                stale.append(target.name)
-                if "--check" not in sys.argv:
-                    target.write_text(wanted)
+            targets[IMAGES / f"results-{point.name}.svg"] = curves(point.name)
+    for target, wanted in targets.items():
+        if not target.exists() or target.read_text() != wanted:
+            stale.append(target.name)
+            if "--check" not in sys.argv:
+                target.write_text(wanted)
     if "--check" not in sys.argv:
         print(f"wrote: {', '.join(stale) or 'nothing, all are up to date'}")
         return 0

@@ -27,6 +27,16 @@ def page_of(name):
     return (REPOSITORY / "docs" / "algorithms" / f"{name}.md").read_text()
 
 
+def test_the_studys_numbers_are_those_of_its_results(maker, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "docs")
+    import make_study
+
+    for path, made in make_study.pages().items():
+        page = path.read_text()
+        assert re.findall(r"<!-- made: (\w+) -->", page)[::2] == list(made)
+        assert page == maker.filled(page, made), "run python docs/make_pages.py"
+
+
 def test_every_page_has_an_algorithm():
     pages = {path.stem for path in (REPOSITORY / "docs" / "algorithms").glob("*.md")}
     assert pages == set(POINTS)

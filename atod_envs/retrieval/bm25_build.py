@@ -24,7 +24,7 @@ import numpy.typing as npt
 from atod_envs.errors import DataError
 
 from .analyzer import term_of, tokenize
-from .storage import begin_anew, load_array, read_description, write_description
+from .storage import SCRATCH, begin_anew, load_array, read_description, write_description
 from .strings import Digest, Strings, StringTable, pack_strings
 
 DEFAULT_K1: Final = 0.9
@@ -209,7 +209,7 @@ def build_arrays(docs: Iterable[tuple[str, str]], *, k1: float, b: float, direct
     corpus = _Corpus(_TermNumbers(), [], array("i"))
     scratch = Path(
         tempfile.mkdtemp(
-            prefix="bm25-",
+            prefix=SCRATCH,
             dir=None if directory is None else begin_anew(directory, "index.json", [f"{name}.npy" for name in _ARRAYS]),
         )
     )

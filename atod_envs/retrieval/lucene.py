@@ -24,7 +24,7 @@ from atod_envs.errors import DataError
 
 from .bm25_build import DEFAULT_B, DEFAULT_K1
 from .protocol import Hit, answer_once, check_depth
-from .storage import begin_anew, read_description, write_description
+from .storage import SCRATCH, begin_anew, read_description, write_description
 from .strings import Digest
 
 _log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class LuceneIndex:
         folder = begin_anew(Path(directory), "index.json")
         shutil.rmtree(folder / "lucene", ignore_errors=True)
         digest = Digest()
-        with tempfile.TemporaryDirectory(prefix="lucene-", dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
             with Path(scratch, "documents.jsonl").open("w", encoding="utf-8") as out:
                 for docid, text in docs:
                     digest.add(docid, text)

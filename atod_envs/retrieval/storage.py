@@ -6,6 +6,7 @@ The invariant: whatever is missing, cut off, changed or of another kind ends in 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,15 @@ from atod_envs.errors import DataError
 _AGAIN = "build the index again"
 
 
+SCRATCH = ".scratch-"
+"""What folders begin with that a build needs within an index's folder, and removes."""
+
+
 def begin_anew(folder: Path, description: str, names: Iterable[str] = ()) -> Path:
     """Make a folder, without the files of an earlier index: its description first, so that no half of one is opened.
 
-    They are removed and not written over, because a process that has them mapped goes on reading what it opened.
+    They are removed and not written over, because a process that has them mapped goes on reading what it opened. What
+    a killed build could not remove goes too.
 
     Args:
         folder: the folder.
@@ -32,6 +38,8 @@ def begin_anew(folder: Path, description: str, names: Iterable[str] = ()) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     for name in (description, *names):
         (folder / name).unlink(missing_ok=True)
+    for left in folder.glob(f"{SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
     return folder
 
 

@@ -4,6 +4,8 @@ import gzip
 import importlib.util
 import io
 import json
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -140,6 +142,21 @@ def test_two_that_build_in_one_folder_take_turns(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["--corpus", str(tmp_path / "file"), "--out", str(tmp_path / "file" / "below")]) == 1
     assert "error: [Errno 20] Not a directory" in capsys.readouterr().err
+
+
+def test_what_a_killed_build_left_goes_with_the_next(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from atod_envs.retrieval.bm25 import BM25Index\n"
+        "def docs():\n yield 'a', 'tea'; print('half', flush=True); time.sleep(100)\n"
+        "BM25Index.build(docs(), directory=Path(sys.argv[1], 'bm25'))"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert killed.stdout.readline() == "half\n"
+    killed.kill()
+    killed.communicate()
+    assert [path.is_dir() for path in (tmp_path / "bm25").iterdir()] == [True], "the scratch folder of what was killed"
+    build_index(DOCS, tmp_path, "bm25")
+    assert not [path for path in (tmp_path / "bm25").iterdir() if path.is_dir()]
 
 
 def test_the_command(tmp_path, capsys):
