@@ -314,9 +314,9 @@ def test_a_cells_command_is_its_run(name, rules, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "train", lambda config, algorithm, its, **_: asked.append((config, algorithm, its)))
     preset = PRESETS[name]
     given = [replace_train(world, teacher=("builtin",)) for world in (*preset.worlds[:1], *preset.others)]
-    for world in (*given, *(preset.worlds if name == "laptop" else ())):
+    for number, world in enumerate((*(preset.worlds if name == "laptop" else ()), *given)):
         for method in METHODS.values():
-            if not method.algorithm:
+            if not method.algorithm or (number and method.asked_for):  # one world does for those
                 continue
             arguments = (method, world, rules, 3, Tuned(1e-3, 12), tmp_path)
             cli.main_by_name(method.algorithm, shlex.split(command_of(*arguments))[3:])
