@@ -31,8 +31,8 @@ def pages() -> dict[Path, dict[str, str]]:
     study = {
         "results": success(cells, tuple(METHODS)),
         "settings": settings(cells),
-        "claims": decisions(claims),
         "source": source(cells),
+        "claims": decisions(claims),
     }
     return {DOCS / "study.md": study, DOCS.parent / "README.md": {"study": success(cells, SHORT)}}
 

@@ -215,10 +215,10 @@ def _success(methods: Cells) -> list[str]:
         )  # fmt: skip
     n = next(iter(methods.values()))[0]["last"]["n"]
     note = (
-        f"Final panel: {n} tasks a seed, on which nothing was chosen. The highest validation is what papers report; it is an optimistic "
-        "number, on the panel that chose it."
+        f"Final panel: {n} tasks a seed, on which nothing was chosen. The highest validation is what papers report; it is",
+        "an optimistic number, on the panel that chose it.",
     )
-    return [note, "", *_rows(header, rows)]
+    return [*note, "", *_rows(header, rows)]
 
 
 def _claims(decisions: Sequence[Decision]) -> list[str]:
