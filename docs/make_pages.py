@@ -18,6 +18,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from make_study import RESULTS, WORLDS, pages
+
 from atod_algos.evaluate.statistics import t_interval
 from atod_algos.guard import explanations
 from atod_algos.study import METHODS
@@ -35,8 +37,6 @@ HEADINGS = (
     "Options",
 )
 """The sections of a page, in order."""
-STUDY = FOLDER.parent / "study" / "study-results.json"
-WORLDS = {"alfworld": "ALFWorld", "searchqa": "Search-QA", "webshop": "WebShop"}
 MADE = re.compile(r"<!-- made: (\w+) -->\n.*?<!-- made: end -->", re.DOTALL)
 DIFFERS = re.compile(r"^(``--|Differences|Where the paper|What is uncertain)")
 """How the paragraph of a docstring begins from which on it speaks of differences."""
@@ -236,7 +236,7 @@ def lines_table(name: str, algorithm: type[Any]) -> str:
 
 def cells_of(method: str) -> dict[str, list[dict[str, Any]]]:
     """The study's finished cells of a method, by world."""
-    every = json.loads(STUDY.read_text())["cells"]
+    every = json.loads(RESULTS.read_text())["cells"]
     return {world: [cell for cell in every if (cell["world"], cell["method"]) == (world, method)] for world in WORLDS}
 
 
@@ -368,10 +368,8 @@ def filled(page: str, made: dict[str, str]) -> str:
 
 def main() -> int:
     """Write or check; returns the exit status."""
-    import make_study  # of this folder
-
     stale: list[str] = []
-    targets = {path: filled(path.read_text(), made) for path, made in make_study.pages().items()}
+    targets = {path: filled(path.read_text(), made) for path, made in pages().items()}
     for point in entry_points(group="atod.algorithms"):
         if not point.module.startswith("atod_algos."):
             continue

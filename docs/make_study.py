@@ -1,7 +1,7 @@
 """The made parts of the study's page and of the README, from ``docs/study/study-results.json``.
 
-``docs/make_pages.py`` writes and checks them. A number of the study stands in no other place by hand, so that none can
-differ from what was run.
+``docs/make_pages.py`` writes and checks them, so that no table can differ from what was run. What is said about the
+tables is written by hand.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atod_algos.evaluate.statistics import t_interval
 from atod_algos.study import METHODS
 from atod_algos.study.cells import without
+from atod_algos.study.tables import markdown_table, with_spread
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "study" / "study-results.json"
@@ -41,9 +41,8 @@ def _of(cells: Cells, method: str, world: str) -> list[Mapping[str, Any]]:
     return [cell for cell in cells if (cell["method"], cell["world"]) == (method, world)]
 
 
-def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" if line[0] != "---" else f"|{'|'.join(line)}|" for line in lines)
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(markdown_table(header, rows))
 
 
 def success(cells: Cells, methods: Sequence[str]) -> str:
@@ -53,14 +52,12 @@ def success(cells: Cells, methods: Sequence[str]) -> str:
         found = [_of(cells, method, world) for world in WORLDS]
         if not all(found):
             continue
-        values = [[100 * cell["last"]["success"] for cell in some] for some in found]
-        means = [sum(some) / len(some) for some in values]
-        spreads = [(high - low) / 2 for low, high in map(t_interval, values)]
-        shown = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in zip(means, spreads, strict=True)]
+        means = [sum(100 * cell["last"]["success"] for cell in some) / len(some) for some in found]
+        shown = [with_spread(some, "last") for some in found]
         rows.append([METHODS[method].label, *shown, f"{sum(means) / len(means):.1f}"])
     counts = {len(_of(cells, method, world)) for method in methods for world in WORLDS} - {0}
     seeds = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts)
-    return _rows([f"last checkpoint, %, {seeds} seeds", *WORLDS.values(), "mean"], rows)
+    return _table([f"last checkpoint, %, {seeds} seeds", *WORLDS.values(), "mean"], rows)
 
 
 def settings(cells: Cells) -> str:
@@ -71,7 +68,7 @@ def settings(cells: Cells) -> str:
         if METHODS[method].algorithm and not METHODS[method].tuned_as and all(found):
             chosen = [f"{some[0]['lr']:g}, {some[0].get('updates', 'as trained')}" for some in found]
             rows.append([METHODS[method].label, *chosen])
-    return _rows(["rate, updates a step", *WORLDS.values()], rows)
+    return _table(["rate, updates a step", *WORLDS.values()], rows)
 
 
 def decisions(claims: Mapping[str, Cells]) -> str:
@@ -79,7 +76,7 @@ def decisions(claims: Mapping[str, Cells]) -> str:
     columns = {name: {one["claim"]: one for one in claims.get(name, ())} for name in (*WORLDS, "together")}
     names = dict.fromkeys(claim for found in columns.values() for claim in found if not claim.startswith("the first,"))
     rows = [[name, *[_difference(found.get(name)) for found in columns.values()]] for name in names]
-    return _rows(["claim", *WORLDS.values(), "all"], rows)
+    return _table(["claim", *WORLDS.values(), "all"], rows)
 
 
 def _difference(one: Mapping[str, Any] | None) -> str:

@@ -19,7 +19,9 @@ POINTS = {
 def maker():
     spec = importlib.util.spec_from_file_location("make_pages", REPOSITORY / "docs" / "make_pages.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPOSITORY / "docs")  # as where it is run as a script
+        spec.loader.exec_module(module)
     return module
 
 
@@ -27,11 +29,8 @@ def page_of(name):
     return (REPOSITORY / "docs" / "algorithms" / f"{name}.md").read_text()
 
 
-def test_the_studys_numbers_are_those_of_its_results(maker, monkeypatch):
-    monkeypatch.syspath_prepend(REPOSITORY / "docs")
-    import make_study
-
-    for path, made in make_study.pages().items():
+def test_the_studys_numbers_are_those_of_its_results(maker):
+    for path, made in maker.pages().items():
         page = path.read_text()
         assert re.findall(r"<!-- made: (\w+) -->", page)[::2] == list(made)
         assert page == maker.filled(page, made), "run python docs/make_pages.py"

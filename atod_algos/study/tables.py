@@ -173,7 +173,8 @@ def _together(worlds: Mapping[str, Cells]) -> list[Decision]:
 # --- parts of the page ------------------------------------------------------------------------------------------------
 
 
-def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first column stands left, the others right."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
@@ -191,12 +192,12 @@ def _table1(worlds: Mapping[str, Cells]) -> list[str]:
         for methods in worlds.values():
             cells = methods.get(key, [])
             values += [_mean(cells, "last")] if cells else []
-            row += [_with_spread(cells, "last"), f"{_mean(cells, 'last', 'length'):.1f}"] if cells else ["-", "-"]
+            row += [with_spread(cells, "last"), f"{_mean(cells, 'last', 'length'):.1f}"] if cells else ["-", "-"]
         rows.append([*row, f"{100 * sum(values) / len(values):.1f}" if len(values) == len(worlds) else "-"])
     return [
         "Last checkpoint, % of the final panel; ± half of the 95 % t-interval over training seeds.",
         "",
-        *_rows([*header, "mean"], rows),
+        *markdown_table([*header, "mean"], rows),
     ]
 
 
@@ -209,7 +210,7 @@ def _success(methods: Cells) -> list[str]:
         peaks = [max(cell["validation"].values()) for cell in cells] if trained else []
         rows.append(
             [
-                METHODS[name].label, str(len(cells)), _with_spread(cells, "last"), each, _with_spread(cells, "best") if trained else "-",
+                METHODS[name].label, str(len(cells)), with_spread(cells, "last"), each, with_spread(cells, "best") if trained else "-",
                 f"{100 * sum(peaks) / len(peaks):.1f}" if peaks else "-", f"{_mean(cells, 'last', 'length'):.2f}",
             ]
         )  # fmt: skip
@@ -218,7 +219,7 @@ def _success(methods: Cells) -> list[str]:
         f"Final panel: {n} tasks a seed, on which nothing was chosen. The highest validation is what papers report; it is",
         "an optimistic number, on the panel that chose it.",
     )
-    return [*note, "", *_rows(header, rows)]
+    return [*note, "", *markdown_table(header, rows)]
 
 
 def _claims(decisions: Sequence[Decision]) -> list[str]:
@@ -238,7 +239,7 @@ def _claims(decisions: Sequence[Decision]) -> list[str]:
         ]
         for d in decisions
     ]  # fmt: skip
-    return _rows(header, rows)
+    return markdown_table(header, rows)
 
 
 def _labels(methods: Cells) -> list[str]:
@@ -252,7 +253,7 @@ def _labels(methods: Cells) -> list[str]:
     return [
         "Success by kind of task, last checkpoint, %, mean over seeds:",
         "",
-        *_rows(["kind", *[METHODS[m].label for m in methods]], rows),
+        *markdown_table(["kind", *[METHODS[m].label for m in methods]], rows),
     ]
 
 
@@ -273,7 +274,7 @@ def _groups(methods: Cells) -> list[str]:
         fail, won = share("group/all_fail", last), share("group/all_success", last)
         numbers = (share("group/all_fail", first), fail, won, 1 - fail - won)
         rows.append([METHODS[name].label, *[f"{100 * x:.0f} %" for x in numbers]])
-    return ["Groups by outcome during training:", "", *_rows(header, rows)]
+    return ["Groups by outcome during training:", "", *markdown_table(header, rows)]
 
 
 def _curves(methods: Cells) -> list[str]:
@@ -283,7 +284,7 @@ def _curves(methods: Cells) -> list[str]:
         if "validation" in cells[0]:
             means = [[cell["validation"][str(s)] for cell in cells if str(s) in cell["validation"]] for s in steps]
             rows.append([METHODS[name].label, *[f"{100 * sum(v) / len(v):.1f}" if v else "-" for v in means]])
-    return ["Validation success by step, %, mean over seeds:", "", *_rows(["method", *map(str, steps)], rows)]
+    return ["Validation success by step, %, mean over seeds:", "", *markdown_table(["method", *map(str, steps)], rows)]
 
 
 def _tuning(tuned: Mapping[str, Mapping[Tuned, float]]) -> list[str]:
@@ -295,7 +296,7 @@ def _tuning(tuned: Mapping[str, Mapping[Tuned, float]]) -> list[str]:
     return [
         "Choice of the settings: mean of the later validations, %, with a seed of its own:",
         "",
-        *_rows(["method", *map(str, columns)], rows),
+        *markdown_table(["method", *map(str, columns)], rows),
     ]
 
 
@@ -304,7 +305,8 @@ def _mean(cells: Sequence[Mapping[str, Any]], which: str, key: str = "success") 
     return sum(values) / len(values)
 
 
-def _with_spread(cells: Sequence[Mapping[str, Any]], which: str) -> str:
+def with_spread(cells: Sequence[Mapping[str, Any]], which: str) -> str:
+    """Mean success over seeds in %, with half of its 95 % t-interval where there are two or more."""
     values = [100 * float(cell[which]["success"]) for cell in cells]
     low, high = t_interval(values)
     return f"{sum(values) / len(values):.1f}" + (f" ± {(high - low) / 2:.1f}" if math.isfinite(low) else "")
