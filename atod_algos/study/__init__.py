@@ -158,8 +158,8 @@ def _world(name: str, env: str, *, steps: int, report_tasks: int, **train: Any) 
     return World(name, settings, report_tasks, {**scaled, **ends, "tcod": window})
 
 
-def _laptop() -> Preset:
-    """The reference models on one core: about 160 seconds a run of ALFWorld, two hours in all with three seeds.
+def _laptop(steps: int = 60) -> Preset:
+    """The reference models on one core; 60 steps of ALFWorld take about 160 seconds.
 
     Eight tasks a step are half of the built-in run's. Gradients are noisier for it: at the built-in run's learning rate
     reward alone unlearns within ten steps what the student knew, hence the lower rates and the warm-up. Four updates a
@@ -178,9 +178,9 @@ def _laptop() -> Preset:
     small: dict[str, Any] = {"style": "compact", "max_response": 64, "max_context": 4096, "eval_tasks": 60}
     return Preset(
         worlds=(
-            _world("alfworld", "atod/ALFWorld-v0", steps=60, report_tasks=256, **common),
-            _world("webshop", "atod/WebShop-v0", steps=60, report_tasks=500, **common),
-            _world("searchqa", "atod/SearchQA-v0", steps=60, report_tasks=512, **common),
+            _world("alfworld", "atod/ALFWorld-v0", steps=steps, report_tasks=256, **common),
+            _world("webshop", "atod/WebShop-v0", steps=steps, report_tasks=500, **common),
+            _world("searchqa", "atod/SearchQA-v0", steps=steps, report_tasks=512, **common),
         ),
         lrs=(4e-4, 1e-3),
         updates=(4, 12),
@@ -202,7 +202,7 @@ def _paper(name: str) -> Preset:
     return Preset(worlds, lrs=(1e-6,))
 
 
-PRESETS: Mapping[str, Preset] = {"laptop": _laptop()} | {
+PRESETS: Mapping[str, Preset] = {"laptop": _laptop(), "laptop-150": _laptop(150)} | {
     name: _paper(name) for name in ("paper-0.6b", "paper-1.7b", "paper-4b")
 }
-"""Scales by name."""
+"""Scales by name. ``laptop-150`` has the paper's number of steps."""

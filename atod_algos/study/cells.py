@@ -364,3 +364,18 @@ def tuned_of(study: Path, world: World) -> Mapping[str, dict[Tuned, float]]:
         chosen, score = read_tuned(path)
         found.setdefault(path.parent.parent.name, {})[chosen] = score
     return found
+
+
+def chosen_in(study: Path, method: Method, world: World) -> Tuned:
+    """What another study chose for a method: the best score, of equal ones the smaller number, as ``tune`` does it.
+
+    Raises:
+        AtodError: it chose nothing for this method in this world.
+    """
+    found = tuned_of(study, world).get(method.name)
+    if not found:
+        raise AtodError(
+            f"{study / world.name / 'tuning' / method.name}: expected what a study chose for {method.label} in {world.name} "
+            "(lr*/tuned.json); name another folder, or leave it out to choose here"
+        )
+    return max(sorted(found, key=lambda tuned: (tuned.updates, tuned.lr)), key=lambda tuned: found[tuned])

@@ -17,7 +17,7 @@ from rich.console import Console
 from atod_algos.evaluate.settings import held_out_splits
 from atod_algos.guard import guarded, parse
 from atod_algos.study import METHODS, PRESETS, Method, Preset, World
-from atod_algos.study.cells import finish_cell, read_study, tune
+from atod_algos.study.cells import chosen_in, finish_cell, read_study, tune
 from atod_algos.study.checks import Tuned, require_whole_cell
 from atod_algos.training.run_dir import Busy, replace_text
 from atod_envs.caches import one_at_a_time
@@ -45,6 +45,9 @@ class StudyConfig:
     updates: tuple[int, ...] = ()
     """Updates a step (--minibatches) to choose from for each method, after the rate; a single number is taken as it is.
     By default the preset's."""
+    settings_of: Path | None = None
+    """Folder of a study: each method takes the rate and the updates that were chosen there, and nothing is chosen here.
+    A long study can so build on a short one."""
     rules: Literal["paper", "released"] = "paper"
     """Rule set of all algorithms."""
     student: str | None = None
@@ -94,11 +97,12 @@ def run(config: StudyConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     console = Console(soft_wrap=True)
     if not config.tables_only:
-        stored = {"preset": config.preset, "rules": config.rules, **dataclasses.asdict(preset)}
+        asked = {"preset": config.preset, "rules": config.rules, "settings_of": config.settings_of}
+        stored = {**asked, **dataclasses.asdict(preset)}
         with one_at_a_time(out):  # two processes may share a study
             replace_text(out / "study.json", json.dumps(stored, indent=1, default=str) + "\n")
         for world in preset.worlds:
-            _run_world(out, world, preset, methods, config.rules, console)
+            _run_world(out, world, preset, methods, config, console)
     from atod_algos.study.tables import write_tables
 
     cells = read_study(out)
@@ -110,8 +114,9 @@ def run(config: StudyConfig) -> None:
 
 
 def _run_world(
-    out: Path, world: World, preset: Preset, methods: Sequence[Method], rules: str, console: Console
+    out: Path, world: World, preset: Preset, methods: Sequence[Method], config: StudyConfig, console: Console
 ) -> None:
+    rules = config.rules
     split = held_out_splits(world.train["env"])[1]
     tuned: dict[str, Tuned] = {}
     for method in methods:
@@ -119,9 +124,12 @@ def _run_world(
             tuned[method.name] = Tuned(preset.lrs[0])
             continue
         tuned_as = METHODS[method.tuned_as] if method.tuned_as else method
-        tuned[method.name] = _again(
-            lambda m=tuned_as: tune(out, m, world, rules, preset.tuning_seed, preset.lrs, preset.updates)
-        )
+        if config.settings_of:
+            tuned[method.name] = chosen_in(config.settings_of, tuned_as, world)
+        else:
+            tuned[method.name] = _again(
+                lambda m=tuned_as: tune(out, m, world, rules, preset.tuning_seed, preset.lrs, preset.updates)
+            )
         console.print(f"{world.name}  {method.label}: {tuned[method.name]}", highlight=False)
     # Seed by seed, so that a study that is stopped early has compared all methods.
     left = [(seed, method) for seed in preset.seeds for method in methods]

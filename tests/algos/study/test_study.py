@@ -14,7 +14,17 @@ from toyworld import TOY
 
 from agents.models import REFERENCE
 from atod_algos.study import METHODS, PRESETS, Preset, World
-from atod_algos.study.cells import Tuned, algorithm_of, command_of, config_of, finish_cell, read_study, tune, tuned_of
+from atod_algos.study.cells import (
+    Tuned,
+    algorithm_of,
+    chosen_in,
+    command_of,
+    config_of,
+    finish_cell,
+    read_study,
+    tune,
+    tuned_of,
+)
 from atod_algos.study.command import StudyConfig, main, run
 from atod_algos.study.tables import decide
 from atod_algos.training import cli
@@ -119,6 +129,11 @@ def test_tuning_is_the_same_for_all_and_ablations_change_one_thing(preset, tmp_p
     assert settings[0]["train"] == settings[1]["train"]
     changed = {k for k in settings[0]["algorithm"] if settings[0]["algorithm"][k] != settings[1]["algorithm"][k]}
     assert changed == {"weighting", "coef_anneal_steps"}  # the toy preset scales the annealing of ATOD alone
+    long, asked = tmp_path / "long", ("atod-uniform",)
+    run(StudyConfig("toy", long, methods=asked, seeds=(1,), settings_of=tmp_path))
+    assert [cell["lr"] for cell in read_study(long)] == [by_method["atod"]["lr"]]
+    assert [path.name for path in (long / "toy").iterdir()] == ["atod-uniform"], "nothing is chosen again"
+    assert json.loads((long / "study.json").read_text())["settings_of"] == str(tmp_path)
 
 
 def test_updates_are_chosen_at_the_best_rate(preset, tmp_path, monkeypatch):
@@ -137,6 +152,9 @@ def test_updates_are_chosen_at_the_best_rate(preset, tmp_path, monkeypatch):
     assert tune(*arguments) == tune(*arguments) == Tuned(2e-3, 1)
     assert tried == [(1e-3, 2), (2e-3, 2), (2e-3, 4), (2e-3, 1)]
     assert tuned_of(tmp_path, preset.worlds[0]) == {"atod": {Tuned(*key): value for key, value in scores.items()}}
+    assert chosen_in(tmp_path, *arguments[1:3]) == Tuned(2e-3, 1)
+    with pytest.raises(AtodError, match="expected what a study chose for GRPO in toy"):
+        chosen_in(tmp_path, METHODS["grpo"], preset.worlds[0])
 
 
 def test_textcraft_is_studied_where_it_is_named(tmp_path, monkeypatch):
@@ -330,6 +348,8 @@ def test_the_laptop_preset_scales_its_schedules():
     assert algorithm_of(methods["atod-uniform"], alfworld, "paper").coef_anneal_steps == round(steps * 80 / 150)
     assert algorithm_of(methods["atod-constant"], alfworld, "paper").coef_anneal_steps == 0
     assert algorithm_of(methods["guided-opd"], alfworld, "paper").guide_steps == round(steps * 80 / 150)
+    published = PRESETS["laptop-150"].worlds[0]
+    assert (published.train["steps"], algorithm_of(methods["atod"], published, "paper").coef_anneal_steps) == (150, 80)
     tcod = algorithm_of(methods["tcod"], alfworld, "paper")
     assert tcod.turns(steps // 2) >= alfworld.train["max_turns"] - 1
     for method in methods.values():
