@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atod_algos.guard import guarded
+
 PROMPTS = ("--style", "compact")
 """Whole conversations with short turns: about 600 tokens an official game."""
 
@@ -107,7 +109,8 @@ def stages(options: argparse.Namespace) -> list[Stage]:
             (
                 *world, *PROMPTS, *limits, "--student", str(student), "--teacher", str(teacher), "--run", str(out / "atod"), "--dtype", options.dtype,
                 "--steps", str(options.steps), "--tasks-per-step", str(options.tasks), "--group-size", str(options.group), "--lr", str(options.rl_lr),
-                "--minibatches", "2", "--eval-every", "0", "--eval-tasks", "1", "--eval-temperature", "0.4", "--report-tasks", str(options.panel),
+                "--minibatches", "4", "--gap", "exact", "--eval-every", "0", "--eval-tasks", "1", "--eval-temperature", "0.4",
+                "--report-tasks", str(options.panel),
                 "--coef-anneal-steps", str(options.steps),
             ),
             lambda: False,  # a finished run shows its table again
@@ -156,17 +159,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: what is faster here"
     )
-    parser.add_argument("--max-turns", type=int, default=30)
+    parser.add_argument("--max-turns", type=int, default=20)
     parser.add_argument("--vanilla", type=int, default=8, help="tasks of the panel of the model as it comes")
-    parser.add_argument("--rounds", type=int, default=8, help="rounds of demonstrations for the teacher")
-    parser.add_argument("--early", type=int, default=5, help="rounds for the student")
-    parser.add_argument("--episodes", type=int, default=40, help="demonstrations a round")
+    parser.add_argument("--rounds", type=int, default=6, help="rounds of demonstrations for the teacher")
+    parser.add_argument("--early", type=int, default=3, help="rounds for the student")
+    parser.add_argument("--episodes", type=int, default=32, help="demonstrations a round")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--steps", type=int, default=3, help="steps of ATOD")
-    parser.add_argument("--tasks", type=int, default=8, help="tasks of a step")
+    parser.add_argument("--tasks", type=int, default=4, help="tasks of a step")
     parser.add_argument("--group", type=int, default=4, help="attempts at each")
-    parser.add_argument("--rl-lr", type=float, default=1e-5)
-    parser.add_argument("--panel", type=int, default=64, help="tasks of the table")
+    parser.add_argument("--rl-lr", type=float, default=1e-4)
+    parser.add_argument("--panel", type=int, default=48, help="tasks of the table")
     parser.add_argument("--plan", action="store_true", help="print the commands and stop")
     options = parser.parse_args(arguments)
     if options.dtype == "auto":
@@ -195,10 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stage in left:
         print(f"\n== {stage.title}", flush=True)
         began = time.monotonic()
-        try:
-            status = subprocess.run(stage.command, env={**os.environ, "OMP_NUM_THREADS": threads}).returncode
-        except KeyboardInterrupt:
-            status = 130
+        status = subprocess.run(stage.command, env={**os.environ, "OMP_NUM_THREADS": threads}).returncode
         if status:
             print(
                 f"error: this stage ended with status {status}; the same command goes on from here:\n{' '.join(stage.command)}",
@@ -225,4 +225,5 @@ def _show_vanilla(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # A signal ends the stage that runs, too: left alone it would hold its folder.
+    guarded(lambda: sys.exit(main()), "the same command goes on with the stage that ran")

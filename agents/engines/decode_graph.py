@@ -122,7 +122,7 @@ class DecodeGraphs:
         rows = np.concatenate([live.rows_S, carried[:, 0]])
         positions = np.concatenate([live.positions_S, carried[:, 1]])
         order = np.argsort(rows)  # where all slots take part, row i is slot i
-        self._store.grow(int(positions.max()) + 1)
+        self._store.grow(int(positions.max()) + 1, self._slots)
         span = -(-(int(live.positions_S.max()) + 1) // GROWTH) * GROWTH
         buffers = self._buffers.get(count)
         if buffers is None:

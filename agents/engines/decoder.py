@@ -102,9 +102,9 @@ def make_decoder(model: Any, slots: int, max_context: int) -> tuple[Decoder, Any
         kinds.append(lambda: ModuleDecoder(base, head))
     reasons = []
     for make in kinds:
-        reason = _reason(base, head, make, lambda count: ragged_store(base, count), max_context)
+        reason = _reason(base, head, make, lambda count: ragged_store(base, count, max_context), max_context)
         if reason is None:
-            return make(), ragged_store(base, slots)
+            return make(), ragged_store(base, slots, max_context)
         reasons.append(reason)
     device = next(base.parameters()).device
     for caches in (True, False):
@@ -122,13 +122,13 @@ def make_decoder(model: Any, slots: int, max_context: int) -> tuple[Decoder, Any
     raise UnsupportedModel(f"{name} cannot be sampled from by this engine: {reasons[-1]}; use --engine vllm")
 
 
-def ragged_store(model: Any, slots: int) -> Store:
+def ragged_store(model: Any, slots: int, context: int) -> Store:
     """An empty store of the shape that the model's attention writes."""
     config = text_config(model)
     parameter = next(model.parameters())
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return Store(config.num_hidden_layers, slots, heads, width, parameter.dtype, parameter.device)
+    return Store(config.num_hidden_layers, slots, context, heads, width, parameter.dtype, parameter.device)
 
 
 def _reason(

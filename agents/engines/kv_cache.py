@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 GROWTH = 256
-"""The store grows in steps of this many positions, so that short episodes do not pay for the longest context."""
+"""The store's positions come in multiples of this, so that short episodes do not pay for the longest context."""
 _WIDE = 64
 """Rows with at least this many new tokens attend on their own: nothing is padded, and a fused kernel pays."""
 BLOCK_SCORES = 1 << 22
@@ -78,15 +78,27 @@ class _Block:
 
 
 class Store:
-    """Keys and values of all slots: for each layer one tensor [slots, heads, positions, width].
+    """Keys and values of all slots: for each layer one tensor [rows, heads, positions, width].
 
-    It is also the cache object that transformers' attention layers write through.
+    It grows with what is used, in rows (a slot is one) and in positions. Growing copies what is there, so it grows by
+    half or more, but never beyond what its slots and their context can fill. It is also the cache object that
+    transformers' attention layers write through.
+
+    Args:
+        layers: of the model.
+        slots: most rows.
+        context: most positions of a row; the store has their number rounded up to a multiple of ``GROWTH``.
+        heads: that keys and values have.
+        width: of a head.
+        dtype: of keys and values.
+        device: where they are.
     """
 
     def __init__(
-        self, layers: int, slots: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
+        self, layers: int, slots: int, context: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (slots, heads, 0, width)
+        shape = (0, heads, 0, width)
+        self._most = (slots, -(-context // GROWTH) * GROWTH)
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]
         self._ramp = torch.empty(0, dtype=torch.int64, device=device)
@@ -99,26 +111,32 @@ class Store:
         """Positions there is room for."""
         return int(self.keys[0].shape[2]) if self.keys else 0
 
-    def grow(self, length: int) -> None:
-        """Make room for ``length`` positions."""
-        if length <= self.length:
+    def grow(self, length: int, rows: int) -> None:
+        """Make room for ``length`` positions in each of the first ``rows`` rows."""
+        known, heads, before, width = self.keys[0].shape
+        if length <= before and rows <= known:
             return
-        length = -(-length // GROWTH) * GROWTH
+        if rows > known:
+            rows = max(rows, min(self._most[0], known + known // 2))
+        if length > before:
+            length = max(-(-length // GROWTH) * GROWTH, min(self._most[1], (before + before // 2) // GROWTH * GROWTH))
+        shape = (max(rows, known), heads, max(length, before), width)
         for tensors in (self.keys, self.values):
             for i, old in enumerate(tensors):
-                new = old.new_zeros(old.shape[0], old.shape[1], length, old.shape[3])
-                new[:, :, : old.shape[2]] = old
+                new = old.new_zeros(shape)
+                new[:known, :, :before] = old
                 tensors[i] = new
-        self._ramp = torch.arange(length, device=self.keys[0].device)
+        self._ramp = torch.arange(shape[2], device=self.keys[0].device)
 
     def clear(self) -> None:
         """Give the memory back."""
         for tensors in (self.keys, self.values):
-            tensors[:] = [tensor[:, :, :0].clone() for tensor in tensors]
+            tensors[:] = [tensor[:0, :, :0].clone() for tensor in tensors]
         self._blocks = []
 
     def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copy the first ``length`` positions of one row to others."""
+        self.grow(length, max(targets) + 1)
         (rows,) = to_device([np.array(targets, dtype=np.int64)], self.keys[0].device)
         for tensors in (self.keys, self.values):
             for tensor in tensors:
@@ -137,7 +155,7 @@ class Store:
             On the device: the ids and their positions, each [T], and the place of each slot's last token, [S].
         """
         columns_T = positions_of(segments)
-        self.grow(int(columns_T.max()) + 1)
+        self.grow(int(columns_T.max()) + 1, max(s.row for s in segments) + 1)
         device = self.keys[0].device
         heads = self.keys[0].shape[1]
         rows_T = np.repeat([s.row for s in segments], [s.width for s in segments])

@@ -41,7 +41,7 @@ class OwnStore:
         """Positions of the longest slot."""
         return max((len(ids) for ids in self.ids.values()), default=0)
 
-    def grow(self, length: int) -> None:
+    def grow(self, length: int, rows: int) -> None:
         """Nothing to do: caches grow by themselves."""
 
     def clear(self) -> None:

@@ -1,10 +1,10 @@
 """The engine that works anywhere: continuous batching over a Hugging Face causal language model.
 
-Each running request owns a slot: one row of a preallocated key/value store. Every ``step`` is one ragged forward pass:
-the new tokens of requests that have just been admitted stand next to the single next tokens of all running ones, with
-no padding between them. So a finished request costs nothing more, and a waiting one starts at once. A slot keeps its
-keys and values when its request ends: the next turn of the same conversation, or another episode with the same opening,
-reads in only what is new.
+Each running request owns a slot: one row of a key/value store that grows with use. Every ``step`` is one ragged
+forward pass: the new tokens of requests that have just been admitted stand next to the single next tokens of all
+running ones, with no padding between them. So a finished request costs nothing more, and a waiting one starts at once.
+A slot keeps its keys and values when its request ends: the next turn of the same conversation, or another episode with
+the same opening, reads in only what is new.
 
 The invariant: ``slot.cached`` is exactly the list of ids whose keys and values stand in the slot's row.
 """
@@ -207,7 +207,8 @@ class TransformersEngine:
             slot.used = self._clock
             admitted.append(slot)
         if admitted:
-            self.store.grow(max(len(s.request.prompt) + s.request.params.max_tokens for s in admitted if s.request))
+            most = max(len(s.request.prompt) + s.request.params.max_tokens for s in admitted if s.request)
+            self.store.grow(most, max(slot.row for slot in admitted) + 1)
         return admitted
 
     def _place(self, prompt: list[int], free: list[_Slot]) -> tuple[_Slot, int]:

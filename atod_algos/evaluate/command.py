@@ -79,7 +79,8 @@ def run(config: EvaluateConfig, *, show: bool = True) -> dict[str, Any]:
     sampling = sampling_of(config)
     settings, panels = settings_of(config, sampling)
     out = _folder(config)
-    with held(out, "--out"), closing(EvaluationWorker(config, sampling, panels[0].env_key)) as worker:
+    most = max(len(panel.tasks) for panel in panels)
+    with held(out, "--out"), closing(EvaluationWorker(config, sampling, panels[0].env_key, most)) as worker:
         _open(out, settings | {"model": agent_digest(config.agent, panels[0].env_key)})
         return _played(config, sampling, panels, worker, out, show)
 

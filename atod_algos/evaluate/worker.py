@@ -27,10 +27,12 @@ class EvaluationWorker:
         config: what was asked for.
         sampling: the resolved sampling.
         env_key: the environment's key.
+        episodes: most episodes of a panel; an engine holds memory for no more of them at once.
     """
 
-    def __init__(self, config: EvaluateConfig, sampling: Sampling, env_key: str) -> None:
+    def __init__(self, config: EvaluateConfig, sampling: Sampling, env_key: str, episodes: int) -> None:
         self._config, self._sampling = config, sampling
+        self._at_once = min(config.concurrency, episodes)
         self._client: Any = None
         self._engine: Any = None
         self._chat: Any = None
@@ -74,7 +76,7 @@ class EvaluationWorker:
         model = load_model(name, role or "student", world=env_key, device=device)
         limit = longest_context(model.model)
         self._engine = TransformersEngine(
-            model.model, slots=self._config.concurrency, max_context=min(cast("int", self._sampling.max_context), limit)
+            model.model, slots=self._at_once, max_context=min(cast("int", self._sampling.max_context), limit)
         )
         sampling = self._sampling
         self._chat = model.chat(cast("ThinkingMode", sampling.thinking), cast("str", sampling.chat_date))
@@ -104,7 +106,7 @@ class EvaluationWorker:
             style=sampling.style,
             max_tokens=sampling.max_response or 1,
             temperature=1.0 if sampling.temperature is None else sampling.temperature,
-            concurrency=config.concurrency,
+            concurrency=self._at_once,
             agent=None if self._engine is not None else self._agent,
             agent_waits=self._client is not None,
         )

@@ -23,16 +23,18 @@ EVEN_ROWS = 64
 every length, kernels would lie scattered among large tensors, and the memory between them could not be used again."""
 AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
 """The operator is private to PyTorch: a build without it uses its default."""
+FASTER: bool = AVAILABLE and torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""On a CPU with AVX2 alone MKL leaves nothing idle, and is the faster one at the gradients (docs/log.md)."""
 
 
 @contextlib.contextmanager
 def onednn_linear(device: torch.device) -> Iterator[None]:
-    """Linear layers that are called in here, and their backward passes wherever those run, use oneDNN.
+    """Linear layers that are called in here, and their backward passes wherever those run, use oneDNN where it pays.
 
     Args:
         device: of the model; anything but a CPU is left alone.
     """
-    if device.type != "cpu" or not AVAILABLE:
+    if device.type != "cpu" or not FASTER:
         yield
         return
     with _Replaced():
@@ -41,7 +43,7 @@ def onednn_linear(device: torch.device) -> Iterator[None]:
 
 def row_padding(rows: int, device: torch.device) -> int:
     """How many rows to add to a large batch so that few different numbers of rows occur."""
-    return -rows % EVEN_ROWS if device.type == "cpu" and AVAILABLE and rows >= 8 * EVEN_ROWS else 0
+    return -rows % EVEN_ROWS if device.type == "cpu" and FASTER and rows >= 8 * EVEN_ROWS else 0
 
 
 def recompute_context() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:

@@ -208,10 +208,12 @@ def local_pool(
         teachers: the teacher's model in each environment, where it plays turns.
     """
     context = min(max(world.max_context for world in config.worlds), longest_context(model))
-    engine = make_engine(config.engine, model, slots=config.slots, max_context=context, memory=config.engine_memory)
+    engine = make_engine(
+        config.engine, model, slots=config.engine_slots, max_context=context, memory=config.engine_memory
+    )
 
     guides = {
-        model: make_engine("transformers", model, slots=config.slots, max_context=context, memory=0.0)
+        model: make_engine("transformers", model, slots=config.engine_slots, max_context=context, memory=0.0)
         for model in teachers
     }
 
@@ -239,7 +241,7 @@ def local_pool(
             max_tokens=config.max_response,
             temperature=under.temperature,
             max_context=config.max_context,
-            concurrency=config.slots,
+            concurrency=config.engine_slots,
             tolerated=under.tolerated,
             others=further,
             teacher=teacher(0, under),

@@ -82,6 +82,11 @@ class RunConfig(TrainConfig, OptimizerOptions):
         return (self, *self.others)
 
     @property
+    def engine_slots(self) -> int:
+        """``slots``, or fewer where not even so many episodes are ever played at once: each costs memory."""
+        return min(self.slots, max(self.tasks_per_step * self.group_size, self.eval_tasks, self.report_tasks))
+
+    @property
     def name(self) -> str:
         """The environment's name among the run's."""
         return key_of(self.env)

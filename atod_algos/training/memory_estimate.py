@@ -213,7 +213,7 @@ def memory(config: RunConfig, algorithm: Algorithm) -> list[Part]:
     elif number != _FLOAT:
         add("student: master weights", student, lambda s: _FLOAT * s.parameters, "float32, which the updates move")
     add("student: AdamW", student, lambda s: 2 * moment * learned(s), "two moments of each weight that learns")
-    slots, context = config.slots, max(world.max_context for world in config.worlds)
+    slots, context = config.engine_slots, max(world.max_context for world in config.worlds)
     how = f"{slots} slots (--slots) of {context:,} tokens (--max-context)"
     add("engine: keys, values", student, lambda s: cache_bytes(s, slots, context, number), how)
 

@@ -233,6 +233,21 @@ def test_an_engine_that_failed_stays_dead_and_says_why(tiny_model):
             engine.step()
 
 
+def test_memory_grows_with_what_is_used_and_seldom(tiny_model):
+    """Slots that nothing used cost nothing; a long conversation is not copied at every few positions."""
+    engine = TransformersEngine(tiny_model, slots=64, max_context=2000)
+    shapes, known = [], {str(i): [5 + i] * 60 for i in range(3)}
+    while len(known["0"]) < 1900:
+        got = run(engine, [(name, ids, SamplingParams(2, seed=1)) for name, ids in known.items()])
+        known = {name: [*ids, *got[name].token_ids, *[7] * 98] for name, ids in known.items()}
+        shapes.append(tuple(engine.store.keys[0].shape[::2]))
+    assert {rows for rows, _ in shapes} == {3}
+    lengths = sorted({length for _, length in shapes})
+    assert lengths[-1] == 2048 and len(lengths) <= 7 and all(length % 256 == 0 for length in lengths)
+    run(engine, [(str(i), [5, 6], SamplingParams(1, seed=i)) for i in range(64)])
+    assert engine.store.keys[0].shape[::2] == (64, 2048)
+
+
 def test_a_sleeping_engine_holds_no_memory_and_answers_as_before(tiny_model):
     engine = TransformersEngine(tiny_model, slots=4)
     request = ("a", prompts(1, seed=13)[0], SamplingParams(6, seed=1))

@@ -1,7 +1,11 @@
 """``make real``: its stages are commands that exist, what is done is left alone, the whole runs from start to end."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -35,7 +39,7 @@ def test_every_stage_is_a_command_line_that_its_command_understands(tmp_path, ca
     assert taught.fit.stop is None and taught.fit.first_beta == 0.2 and taught.dtype == "float32"
     train(ATOD, [*plan["atod_algos.atod"].arguments, "--dry-run"])
     said = capsys.readouterr().out
-    assert '"minibatches": 2' in said and '"coef_anneal_steps": 3' in said
+    assert '"minibatches": 4' in said and '"coef_anneal_steps": 3' in said
 
 
 def test_generated_games_come_first_where_there_are_no_others(tmp_path, monkeypatch):
@@ -48,7 +52,7 @@ def test_generated_games_come_first_where_there_are_no_others(tmp_path, monkeypa
 
 def test_student_and_teacher_learn_on_one_schedule(tmp_path):
     early, late = [s for s in planned(tmp_path, "--data", "builtin") if s.module == "atod_algos.training.sft"]
-    assert early.arguments == (*late.arguments, "--stop", "5")
+    assert early.arguments == (*late.arguments, "--stop", "3")
 
 
 def test_a_stage_that_fails_ends_it_and_says_how_to_go_on(tmp_path, monkeypatch, capfd):
@@ -65,6 +69,28 @@ def test_a_stage_that_fails_ends_it_and_says_how_to_go_on(tmp_path, monkeypatch,
     assert "the same command goes on from here" in said.err and "json.tool" in said.err
     kept = [json.loads(line)["stage"] for line in (tmp_path / "out" / "seconds.jsonl").read_text().splitlines()]
     assert kept == ["good"]
+
+
+def test_a_signal_ends_the_stage_that_runs(tmp_path):
+    pid = tmp_path / "pid"
+    script = f"""
+import real, sys
+sleeps = "import os, pathlib, time; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(600)"
+real.stages = lambda options: [real.Stage("sleeps", "timeit", ("-n", "1", "-r", "1", sleeps), lambda: False)]
+real.guarded(lambda: sys.exit(real.main(["--out", {str(tmp_path / "out")!r}, "--dtype", "float32"])), "go on")
+"""
+    path = os.pathsep.join((str(REPOSITORY / "benchmarks"), str(REPOSITORY)))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
+    )
+    while not (pid.exists() and pid.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGTERM)
+    _, said = parent.communicate(timeout=60)
+    assert parent.returncode == 143 and said.startswith("error: ended by SIGTERM; go on")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 def test_a_model_is_kept_whole(tmp_path):

@@ -21,6 +21,12 @@ CPU = torch.device("cpu")
 needs_onednn = pytest.mark.skipif(not onednn.AVAILABLE, reason="this torch has no oneDNN")
 
 
+@pytest.fixture(autouse=True)
+def on_every_cpu(monkeypatch):
+    """Where it does not pay it is tried, too."""
+    monkeypatch.setattr(onednn, "FASTER", onednn.AVAILABLE)
+
+
 def episodes(rows, seed=0, longest=40):
     rng = np.random.default_rng(seed)
     made = []
@@ -65,6 +71,14 @@ def test_only_large_float32_linear_layers_on_a_cpu_are_replaced():
     assert not replaced(x[:0], large)
     assert not replaced(x, large, torch.device("cuda"))
     assert not replaced(x.bfloat16(), large.detach().bfloat16().requires_grad_())
+
+
+def test_a_cpu_on_which_it_is_slower_keeps_the_default(monkeypatch):
+    monkeypatch.setattr(onednn, "FASTER", False)
+    with onednn.onednn_linear(CPU):
+        got = linear(torch.randn(5, 64), torch.randn(64, 64, requires_grad=True))
+    assert "_Linear" not in got.grad_fn.name()
+    assert onednn.row_padding(1000, CPU) == 0
 
 
 @needs_onednn
