@@ -1,4 +1,4 @@
-"""The made parts of the study's page and of the README, from ``docs/study/study-results.json``.
+"""The made parts of the study's page and of the README, from the results in ``docs/study``: of 60 steps, and of 150.
 
 ``docs/make_pages.py`` writes and checks them, so that no table can differ from what was run. What is said about the
 tables is written by hand.
@@ -17,6 +17,7 @@ from atod_algos.study.tables import markdown_table, with_spread
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "study" / "study-results.json"
+LONG = DOCS / "study" / "laptop-150" / "study-results.json"
 WORLDS = {"alfworld": "ALFWorld", "searchqa": "Search-QA", "webshop": "WebShop"}
 SHORT = ("vanilla", "teacher", "grpo", "opd", "atod")
 """Rows of the README's table."""
@@ -26,15 +27,22 @@ Cells = Sequence[Mapping[str, Any]]
 
 def pages() -> dict[Path, dict[str, str]]:
     """Made parts by page."""
-    known = json.loads(RESULTS.read_text())
-    cells, claims = known["cells"], known["claims"]
+    short, long = (json.loads(path.read_text()) for path in (RESULTS, LONG))
+    cells = short["cells"]
     study = {
         "results": success(cells, tuple(METHODS)),
         "settings": settings(cells),
-        "source": source(cells),
-        "claims": decisions(claims),
+        "source": source(cells, "laptop"),
+        "claims": decisions(short["claims"]),
+        "long-results": success(long["cells"], tuple(METHODS)),
+        "long-source": source(long["cells"], "laptop-150", "--settings-of studies/laptop"),
+        "long-claims": decisions(long["claims"]),
     }
     return {DOCS / "study.md": study, DOCS.parent / "README.md": {"study": success(cells, SHORT)}}
+
+
+def _worlds(cells: Cells) -> list[str]:
+    return [world for world in WORLDS if any(cell["world"] == world for cell in cells)]
 
 
 def _of(cells: Cells, method: str, world: str) -> list[Mapping[str, Any]]:
@@ -46,18 +54,23 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def success(cells: Cells, methods: Sequence[str]) -> str:
-    """Success of the last checkpoint by method and world, half of the 95 % t-interval over seeds, and the mean."""
-    rows = []
+    """Success of the last checkpoint by method and world, half of the 95 % t-interval over seeds.
+
+    With several worlds their mean comes last.
+    """
+    rows, worlds = [], _worlds(cells)
     for method in methods:
-        found = [_of(cells, method, world) for world in WORLDS]
+        found = [_of(cells, method, world) for world in worlds]
         if not all(found):
             continue
         means = [sum(100 * cell["last"]["success"] for cell in some) / len(some) for some in found]
         shown = [with_spread(some, "last") for some in found]
-        rows.append([METHODS[method].label, *shown, f"{sum(means) / len(means):.1f}"])
-    counts = {len(_of(cells, method, world)) for method in methods for world in WORLDS} - {0}
+        mean = [f"{sum(means) / len(means):.1f}"] if len(worlds) > 1 else []
+        rows.append([METHODS[method].label, *shown, *mean])
+    counts = {len(_of(cells, method, world)) for method in methods for world in worlds} - {0}
     seeds = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts)
-    return _table([f"last checkpoint, %, {seeds} seeds", *WORLDS.values(), "mean"], rows)
+    header = [f"last checkpoint, %, {seeds} seeds", *(WORLDS[world] for world in worlds)]
+    return _table([*header, "mean"] if len(worlds) > 1 else header, rows)
 
 
 def settings(cells: Cells) -> str:
@@ -73,10 +86,11 @@ def settings(cells: Cells) -> str:
 
 def decisions(claims: Mapping[str, Cells]) -> str:
     """Difference of each claim in each world and in all together, with both tests; bold where both decide."""
-    columns = {name: {one["claim"]: one for one in claims.get(name, ())} for name in (*WORLDS, "together")}
+    known = [name for name in (*WORLDS, "together") if name in claims]
+    columns = {name: {one["claim"]: one for one in claims[name]} for name in known}
     names = dict.fromkeys(claim for found in columns.values() for claim in found if not claim.startswith("the first,"))
     rows = [[name, *[_difference(found.get(name)) for found in columns.values()]] for name in names]
-    return _table(["claim", *WORLDS.values(), "all"], rows)
+    return _table(["claim", *(WORLDS.get(name, "all") for name in known)], rows)
 
 
 def _difference(one: Mapping[str, Any] | None) -> str:
@@ -91,19 +105,22 @@ def _p(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
 
 
-def source(cells: Cells) -> str:
+def source(cells: Cells, preset: str, *more: str) -> str:
     """Command, commits and torch of the cells; one cell's own command as an example."""
     methods = [method for method in METHODS if any(cell["method"] == method for cell in cells)]
     seeds = sorted({cell["seed"] for cell in cells})
     commits = sorted({commit[:7] for cell in cells for commit in cell.get("commits", ())})
     torch = sorted({cell["versions"]["torch"] for cell in cells})
+    chosen = ["--seeds", *map(str, seeds), "--methods", *methods]
+    if len(_worlds(cells)) < len(WORLDS):
+        chosen = ["--worlds", *_worlds(cells), *chosen]
     one = next(cell["command"] for cell in cells if cell["method"] == "atod" and "command" in cell)
     lines = [
         '<!-- skip: next "trains for hours" -->',
         "",
         "```bash",
-        "python -m atod_algos.study --preset laptop \\",
-        f"    --seeds {' '.join(map(str, seeds))} --methods {' '.join(methods)}",
+        f"{' '.join(['python -m atod_algos.study --preset', preset, *more])} \\",
+        f"    {' '.join(chosen)}",
         "```",
         "",
         f"Commit `{', '.join(commits)}`, torch {', '.join(torch)}, one thread a run. Every cell can be trained by itself;",
