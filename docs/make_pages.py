@@ -37,7 +37,7 @@ HEADINGS = (
     "Options",
 )
 """The sections of a page, in order."""
-MADE = re.compile(r"<!-- made: (\w+) -->\n.*?<!-- made: end -->", re.DOTALL)
+MADE = re.compile(r"<!-- made: ([\w-]+) -->\n.*?<!-- made: end -->", re.DOTALL)
 DIFFERS = re.compile(r"^(``--|Differences|Where the paper|What is uncertain)")
 """How the paragraph of a docstring begins from which on it speaks of differences."""
 

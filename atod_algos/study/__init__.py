@@ -159,7 +159,7 @@ def _world(name: str, env: str, *, steps: int, report_tasks: int, **train: Any) 
 
 
 def _laptop(steps: int = 60) -> Preset:
-    """The reference models on one core; 60 steps of ALFWorld take about 160 seconds.
+    """The reference models on one core; 60 steps of ALFWorld take about four minutes.
 
     Eight tasks a step are half of the built-in run's. Gradients are noisier for it: at the built-in run's learning rate
     reward alone unlearns within ten steps what the student knew, hence the lower rates and the warm-up. Four updates a
