@@ -139,6 +139,12 @@ def load_model(
     return LoadedModel(name, accept(model.to(device).eval(), tokenizer, f"{role} model {name!r}"), tokenizer)
 
 
+def like(model: Any, other: Any) -> bool:
+    """Whether two models have the same class and the same parameters, but for their values."""
+    shapes = [{name: weight.shape for name, weight in one.named_parameters()} for one in (model, other)]
+    return type(model) is type(other) and shapes[0] == shapes[1]
+
+
 def model_digest(name: str, world: str = "", role: str = "student") -> str | None:
     """Digest of all that decides what a model says: weights, configuration, tokenizer and template, and adapters' base.
 

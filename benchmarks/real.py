@@ -46,7 +46,7 @@ class Stage:
     module: str
     arguments: tuple[str, ...]
     done: Callable[[], bool]
-    after: Callable[[], None] = field(default=lambda: None)
+    after: Callable[[], object] = field(default=lambda: None)
 
     @property
     def command(self) -> list[str]:
@@ -83,6 +83,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         )
     )
     teacher, student = out / "teacher", out / "student"
+    taught = out / "rounds"  # of the teacher that is whole; its folder has files from the student's rounds on
     lesson = (
         "--student", options.student, "--out", str(teacher), *world, *PROMPTS, *limits, "--dtype", options.dtype, "--rounds", str(options.rounds),
         "--episodes", str(options.episodes), "--epochs", "1", "--first-beta", "0.2", "--last-beta", "0.3", "--lr", str(options.lr),
@@ -101,7 +102,8 @@ def stages(options: argparse.Namespace) -> list[Stage]:
             f"the other {options.rounds - early} rounds: the teacher",
             "atod_algos.training.sft",
             lesson,
-            lambda: rounds_of(teacher) >= options.rounds and (teacher / "model.safetensors").is_file(),
+            lambda: taught.is_file() and taught.read_text() == str(options.rounds),
+            lambda: taught.write_text(str(options.rounds)),
         ),
         Stage(
             f"{options.steps} steps of ATOD, and the table",
@@ -117,13 +119,6 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         ),
     ]  # fmt: skip
     return found
-
-
-def rounds_of(folder: Path) -> int:
-    """Rounds of demonstrations that were learned from so far."""
-    from atod_algos.training.run_dir import read_metrics
-
-    return int(max((row["step"] for row in read_metrics(folder / "training")), default=0))
 
 
 def copy_model(source: Path, to: Path) -> None:

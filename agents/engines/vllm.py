@@ -222,7 +222,7 @@ class VllmEngine:
     def close(self) -> None:
         """Drop all requests and free what vLLM holds."""
         self._running.clear()
-        if getattr(self, "_llm", None) is not None:
+        if getattr(self, "llm", None) is not None:
             shutdown = getattr(self.llm.engine_core, "shutdown", None)
             if shutdown is not None:
                 shutdown()

@@ -3,6 +3,7 @@
     OUT/config.json                   all that defines the numbers: agent, sampling, panels with a digest of their tasks
     OUT/episodes/SPLIT-N-seedS.jsonl.gz    the episodes
     OUT/result.json                   the numbers
+    OUT/usage.json                    tokens that a server has counted, over all starts of the command
 
 The invariant: a folder holds one evaluation. The same command goes on where it stopped; another one is refused.
 """
@@ -35,9 +36,11 @@ from atod_algos.evaluate.settings import (
 from atod_algos.evaluate.worker import EvaluationWorker
 from atod_algos.guard import guarded, parse
 from atod_algos.training.console import result_table
-from atod_algos.training.run_dir import held, read_settings, replace_text, versions
+from atod_algos.training.run_dir import held, read_object, read_settings, replace_text, versions
 from atod_envs.errors import AtodError, DataError
 from atod_envs.trajectory import read_jsonl, write_jsonl
+
+_USAGE = "usage.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,6 +79,8 @@ def run(config: EvaluateConfig, *, show: bool = True) -> dict[str, Any]:
     """
     if not config.seeds or len(set(config.seeds)) != len(config.seeds):
         raise AtodError(f"--seeds {config.seeds}: expected one or more different seeds")
+    if config.concurrency < 1:
+        raise AtodError(f"--concurrency {config.concurrency}: expected 1 or more episodes at the same time")
     sampling = sampling_of(config)
     settings, panels = settings_of(config, sampling)
     out = _folder(config)
@@ -90,6 +95,11 @@ def _played(
 ) -> dict[str, Any]:
     """Play what is not stored yet, store it, and show the table."""
     rows: dict[str, Any] = {}
+    before = _usage(out)
+
+    def used() -> dict[str, int]:
+        return {name: before.get(name, 0) + count for name, count in worker.usage.items()}
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
         for panel in panels:
@@ -98,7 +108,11 @@ def _played(
                 done = bar.add_task(f"{panel.name}, seed {seed}", total=len(panel.tasks))
                 path = episodes_path(out, panel.name, seed)
                 if not path.exists():
-                    played = worker.play(panel, seed, _journal(path), _counter(bar, done))
+                    try:
+                        played = worker.play(panel, seed, _journal(path), _counter(bar, done))
+                    finally:  # what was asked before an error was asked, too
+                        if worker.usage:
+                            replace_text(out / _USAGE, json.dumps(used()) + "\n")
                     part = path.with_name(path.name + ".part.gz")
                     write_jsonl(part, played)
                     part.replace(path)
@@ -112,7 +126,7 @@ def _played(
                 bar.update(done, completed=len(panel.tasks))
             whole = Evaluation(tuple(t for part in seeds.values() for t in part.trajectories))
             rows[panel.name] = whole.summary() | {"by_seed": {str(s): e.success for s, e in seeds.items()}}
-    result = {"panels": rows} | ({"usage": worker.usage} if worker.usage else {})
+    result = {"panels": rows} | ({"usage": used()} if worker.usage else {})
     replace_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     title = f"{config.agent} on {config.env}, seeds {', '.join(map(str, config.seeds))}; " + ", ".join(
         f"{name} {value}" for name, value in dataclasses.asdict(sampling).items() if value not in (None, ())
@@ -122,6 +136,16 @@ def _played(
         console.print(result_table(list(rows.items()), title))
         console.print(f"stored in {out}", highlight=False)
     return result
+
+
+def _usage(out: Path) -> dict[str, int]:
+    """Tokens that a server counted for this folder before, by kind."""
+    if not (out / _USAGE).exists():
+        return {}
+    found = read_object(out / _USAGE, "delete it to count from 0")
+    if not all(type(count) is int and count >= 0 for count in found.values()):
+        raise DataError(f"{out / _USAGE}: expected whole numbers; delete it to count from 0")
+    return found
 
 
 def _counter(bar: Progress, task: TaskID) -> Callable[[int], None]:
@@ -136,6 +160,7 @@ def _open(out: Path, settings: Mapping[str, Any]) -> None:
             known = read_settings(out)
             if known.get("model") is None:  # earlier versions looked at the weights alone, or at no model of a hub
                 known["model"] = settings["model"]
+            known.setdefault("api_base", settings["api_base"])  # nor did they at the server's address
             changed = next((name for name in settings if known.get(name) != settings[name]), None)
             if changed:
                 raise AtodError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,11 +163,12 @@ def sampling_of(config: EvaluateConfig) -> Sampling:
     from atod_algos.training.config import TrainConfig, resolve
     from atod_algos.training.run_dir import read_settings
 
-    source = Path(config.agent).expanduser().parent.parent / "config.json"
-    student = "builtin" if config.agent.startswith("builtin") else config.agent
-    profile = dataclasses.asdict(resolve(TrainConfig(env=config.env, student=student)))
-    if source.is_file() and source.parent.joinpath("metrics.jsonl").exists():
-        trained = read_settings(source.parent, "train")
+    builtin = config.agent.partition(":")[0] == "builtin"
+    profile = dataclasses.asdict(resolve(TrainConfig(env=config.env, student="builtin" if builtin else config.agent)))
+    folder = Path(config.agent).expanduser().absolute()
+    run = Path(os.path.normpath(folder)).parent.parent
+    if not builtin and folder.is_dir() and all((run / name).is_file() for name in ("config.json", "metrics.jsonl")):
+        trained = read_settings(run, "train")
         own = [world for world in trained.get("worlds", {}).values() if world["env"] == config.env]
         profile |= {**trained["train"], **(own[0] if own else {})}
     profile = {**profile, "temperature": profile["eval_temperature"]}
@@ -208,6 +210,7 @@ def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, A
         "option": list(sampling.option),
         "agent": config.agent,
         "weights": weights_digest(config.agent),
+        "api_base": server_of(config),
         "api_extra": config.api_extra,
         "sampling": {
             name: value
@@ -220,6 +223,13 @@ def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, A
         ],
     }
     return settings, panels
+
+
+def server_of(config: EvaluateConfig) -> str | None:
+    """Address of the server that an ``api:`` agent is asked at; None for other agents."""
+    if not config.agent.startswith("api:"):
+        return None
+    return (config.api_base or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
 
 
 def agent_digest(agent: str, world: str) -> str | None:

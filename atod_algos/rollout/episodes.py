@@ -129,6 +129,7 @@ class Rollout:
         on_finish: OnFinish | None = None,
         more: MoreEpisodes | None = None,
         on_trajectory: Callable[[Trajectory], None] | None = None,
+        whole: int | None = None,
     ) -> list[Trajectory]:
         """Play all episodes.
 
@@ -138,6 +139,7 @@ class Rollout:
             on_finish: called with the number of finished episodes whenever one ends.
             more: asked for further episodes whenever there is room.
             on_trajectory: called with every episode when it ends.
+            whole: how many episodes these are a part of, for ``tolerated``; by default they are all.
 
         Returns:
             One trajectory an episode, in the order of ``specs`` and of what ``more`` gave.
@@ -146,7 +148,7 @@ class Rollout:
             AtodError: more environments raised than are tolerated, or one could not even begin; names the task.
             Exception: whatever an agent raised first.
         """
-        return _Play(self, specs, limits or RolloutLimits(), on_finish, more, on_trajectory).run()
+        return _Play(self, specs, limits or RolloutLimits(), on_finish, more, on_trajectory, whole).run()
 
     def play_groups(
         self, specs: Sequence[EpisodeSpec], limits: RolloutLimits | None = None, on_finish: OnFinish | None = None
@@ -191,8 +193,9 @@ class _Play:
         on_finish: OnFinish | None,
         more: MoreEpisodes | None,
         on_trajectory: Callable[[Trajectory], None] | None,
+        whole: int | None,
     ) -> None:
-        self.rollout, self.limits = rollout, limits
+        self.rollout, self.limits, self.whole = rollout, limits, whole
         self.on_finish, self.more, self.on_trajectory = on_finish, more, on_trajectory
         self.waiting = deque(enumerate(specs))
         self.total = len(self.waiting)
@@ -376,9 +379,10 @@ class _Play:
         self.failed += 1
         place = f"turn {episode.turn} of task {episode.spec.task_id!r} (seed {episode.spec.seed})"
         what = f"the environment raised {type(error).__name__}: {error} at {place}, answering {response!r}"
-        if self.failed > self.rollout.tolerated * self.total:
+        whole = self.total if self.whole is None else self.whole
+        if self.failed > self.rollout.tolerated * whole:
             raise AtodError(
-                f"{what}; {self.failed} of {self.total} episodes have failed so. Fix the environment and run the same "
+                f"{what}; {self.failed} of {whole} episodes have failed so. Fix the environment and run the same "
                 "command to go on from the last checkpoint"
             ) from error
         log.warning("%s; the episode is left out", what)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, StopReason, Trajectory
@@ -27,4 +27,19 @@ def require_turns(groups: Iterable[Group]) -> None:
         raise AtodError(
             f"not one of {len(episodes)} episodes could begin: every first prompt and a response are longer than the context; raise "
             "--max-context (as far as the model's own limit), lower --max-response, or choose a shorter prompt --style"
+        )
+
+
+def require_few_lost(trajectories: Sequence[Trajectory], tolerated: float) -> None:
+    """Refuse episodes that several workers played if more environments raised than one process would have borne.
+
+    Raises:
+        AtodError: names one of the tasks.
+    """
+    lost = [t for t in trajectories if t.stop_reason is StopReason.ABORTED]
+    if len(lost) > tolerated * len(trajectories):
+        raise AtodError(
+            f"the environments of {len(lost)} of {len(trajectories)} episodes raised, one at turn {len(lost[0].turns)} of task "
+            f"{lost[0].task_id!r} (seed {lost[0].seed}); the workers' warnings say what. Fix them and run the same command to go "
+            "on from the last checkpoint"
         )

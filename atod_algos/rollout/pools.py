@@ -24,6 +24,7 @@ from atod_algos.algorithm import RolloutLimits
 from atod_algos.learner import distributed
 from atod_algos.rollout.environments import make_env
 from atod_algos.rollout.episodes import MoreEpisodes, OnFinish, Rollout
+from atod_algos.rollout.groups import require_few_lost
 from atod_algos.rollout.stage import Stage
 from atod_algos.training.config import RunConfig
 from atod_algos.turn_plans import EpisodeSpec
@@ -129,11 +130,15 @@ class LocalPool:
         limits: RolloutLimits | None = None,
         on_finish: OnFinish | None = None,
         more: MoreEpisodes | None = None,
+        whole: int | None = None,
     ) -> list[Trajectory]:
-        """See :class:`RolloutPool`. The environments of a split stay open; ``more`` is asked for further episodes."""
+        """See :class:`RolloutPool`. The environments of a split stay open; ``more`` is asked for further episodes.
+
+        ``whole`` is the number of all episodes where these are a part of them.
+        """
         if under not in self._rollouts:
             self._rollouts[under] = self._make(under)
-        return self._rollouts[under].play(specs, limits, on_finish, more)
+        return self._rollouts[under].play(specs, limits, on_finish, more, whole=whole)
 
     def rest(self) -> None:
         """Let the engines sleep."""
@@ -180,9 +185,14 @@ class RankPool:
         mine = [spec for spec, rank in zip(specs, owner, strict=True) if rank == distributed.rank()]
         played: list[Trajectory] = []
         if self._own is not None and mine:
-            played = self._own.play(mine, under, limits, on_finish)
+            if isinstance(self._own, LocalPool):
+                played = self._own.play(mine, under, limits, on_finish, whole=len(specs))
+            else:
+                played = self._own.play(mine, under, limits, on_finish)
         everything = [iter(part) for part in distributed.gather(played)]
-        return [next(everything[rank]) for rank in owner]
+        found = [next(everything[rank]) for rank in owner]
+        require_few_lost(found, under.tolerated)
+        return found
 
     def rest(self) -> None:
         """Let this rank's pool rest."""

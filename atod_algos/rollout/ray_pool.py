@@ -24,6 +24,7 @@ from typing import Any
 
 from atod_algos.algorithm import RolloutLimits
 from atod_algos.rollout.episodes import OnFinish
+from atod_algos.rollout.groups import require_few_lost
 from atod_algos.rollout.pools import Conditions, LocalPool, Weights
 from atod_algos.rollout.work_queue import WorkQueue
 from atod_algos.turn_plans import EpisodeSpec
@@ -42,7 +43,7 @@ class _Worker:
     def __init__(self, make_pool: Callable[[], LocalPool]) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._pool = make_pool()
-        self._version: int | None = None
+        self._load: int | None = None
 
     def ready(self) -> int:
         return os.getpid()
@@ -54,17 +55,22 @@ class _Worker:
         limits: RolloutLimits | None,
         weights: list[Any],
         version: int,
+        load: int,
         work: Any,
         call: int,
     ) -> tuple[list[int], list[Trajectory]]:
-        """Play groups until none are left; returns the places of their episodes, and the episodes."""
+        """Play groups until none are left; returns the places of their episodes, and the episodes.
+
+        ``load`` numbers the weights that the driver gave out. ``version`` does not: the final table plays several
+        models after the same step.
+        """
         import ray
 
         try:
-            if self._version != version:
+            if self._load != load:
                 # The reference comes inside a list, so that Ray does not fetch the weights for workers that have them.
                 self._pool.load_weights(ray.get(weights[0]).items(), version)
-                self._version = version
+                self._load = load
             places: list[int] = []
             refused_at = -1
 
@@ -79,7 +85,7 @@ class _Worker:
                 places.extend(taken)
                 return [specs[place] for place in taken]
 
-            return places, self._pool.play((), under, limits, more=more)
+            return places, self._pool.play((), under, limits, more=more, whole=len(specs))
         except Exception as error:  # not every exception survives the way to the driver; its words do
             raise AtodError(f"{type(error).__name__}: {error}") from None
 
@@ -124,7 +130,7 @@ class RayPool:
         self._work = ray.remote(num_cpus=0)(WorkQueue).options(scheduling_strategy=here).remote()
         self.calls = 0
         self._weights: Any = None
-        self._version = -1
+        self._version, self._loads = -1, 0
         self._workers: list[Any] = []
         self.pids: list[int] = []
         self._start(workers)
@@ -133,6 +139,7 @@ class RayPool:
         """Put the weights into the object store; workers fetch and check them with their next groups."""
         self._weights = self._ray.put({name: tensor.detach().cpu() for name, tensor in weights})
         self._version = version
+        self._loads += 1
 
     def rest(self) -> None:
         """Nothing: the workers have machines, or shares of them, of their own."""
@@ -163,7 +170,8 @@ class RayPool:
         running: dict[Any, _Call] = {}
 
         def give(worker: Any) -> None:
-            future = worker.play.remote(under, everything, limits, [self._weights], self._version, work, self.calls)
+            weights = ([self._weights], self._version, self._loads)
+            future = worker.play.remote(under, everything, limits, *weights, work, self.calls)
             running[future] = _Call(worker, self.calls, time.monotonic())
             self.calls += 1
 
@@ -192,7 +200,9 @@ class RayPool:
                 on_finish(shown)
         if on_finish is not None and shown < len(specs):
             on_finish(len(specs))
-        return [finished[place] for place in range(len(specs))]
+        played = [finished[place] for place in range(len(specs))]
+        require_few_lost(played, under.tolerated)
+        return played
 
     def _answer(self, future: Any) -> tuple[list[int], list[Trajectory]] | None:
         """What a call returned; None if its worker died.

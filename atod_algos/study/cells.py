@@ -3,7 +3,6 @@
     STUDY/WORLD/METHOD/seedS/           a training run's folder (see ``atod_algos.training.run_dir``)
     STUDY/WORLD/METHOD/seedS/evaluation-last, evaluation-best    its evaluations on the final panel, episodes included
     STUDY/WORLD/METHOD/seedS/cell.json  the numbers; a cell without it is not finished
-    STUDY/WORLD/tuning/METHOD/lrX-updatesU/     the runs that chose rate and updates, with validation alone
 
 The invariant: a cell is computed from its settings alone, whatever was interrupted; two processes may share a study,
 each takes cells that the other does not hold.
@@ -15,14 +14,14 @@ import dataclasses
 import json
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from atod_algos.algorithm import find_algorithm
 from atod_algos.evaluate.settings import EvaluateConfig
 from atod_algos.study import METHODS, Method, World
-from atod_algos.study.checks import Tuned, read_tuned, require_whole_cell
+from atod_algos.study.checks import Tuned, require_whole_cell
 from atod_algos.training.cli import with_rules
 from atod_algos.training.config import RunConfig, TrainConfig, resolve
 from atod_algos.training.presets import builtin_run, fit_algorithm, preset_config, require_teacher
@@ -36,6 +35,7 @@ from atod_algos.training.run_dir import (
     settings_of,
     versions,
 )
+from atod_algos.training.worlds import key_of
 from atod_envs.errors import AtodError, DataError
 
 
@@ -174,7 +174,8 @@ def finish_cell(
         _require_same_cell(folder, method, world, rules, seed, tuned, split)
         return known
     with held(folder):
-        started = time.monotonic()
+        if (known := read_cell(folder)) is not None:  # another process has finished it meanwhile
+            return known
         cell: dict[str, Any] = {"world": world.name, "method": method.name, "seed": seed, "versions": versions()}
         if method.algorithm:
             train_cell(folder, method, world, rules, seed, tuned)
@@ -189,9 +190,10 @@ def finish_cell(
             }
         else:
             checkpoints = {"last": Path(_untrained(method, world, seed, folder))}
+        started = time.monotonic()
         for which, checkpoint in checkpoints.items():
             cell[which] = _evaluate(folder / f"evaluation-{which}", str(checkpoint), world, seed, split)
-        cell["seconds"] = time.monotonic() - started
+        cell["seconds"] = cell.get("seconds_training", 0.0) + time.monotonic() - started
         replace_text(folder / "cell.json", json.dumps(cell, indent=1) + "\n")
     found = read_cell(folder)
     assert found is not None
@@ -228,14 +230,21 @@ def _require_same_cell(
 ) -> None:
     """Refuse a finished cell of another study: other models, data, options or rules in the same folder."""
     if method.algorithm:
-        config = config_of(world, seed, tuned, folder)
-        require_settings(folder, settings_of(config, algorithm_of(method, world, rules), rules))
+        from atod_algos.training.checkpoint import DONE, model_digests, require_same_models
+
+        config, algorithm = config_of(world, seed, tuned, folder), algorithm_of(method, world, rules)
+        require_settings(folder, settings_of(config, algorithm, rules))
+        last = folder / "checkpoints" / f"step_{config.steps:06d}"
+        if (last / DONE).is_file():
+            extra = read_object(last / DONE, "delete the cell's folder to train again")
+            require_same_models(last, extra, model_digests(config, algorithm))
         return
-    from atod_algos.evaluate.settings import sampling_of
+    from atod_algos.evaluate.settings import agent_digest, sampling_of
     from atod_algos.evaluate.settings import settings_of as evaluated
 
     asked = _evaluation(folder / "evaluation-last", _untrained(method, world, seed, folder), world, seed, split)
     its, now = read_settings(folder / "evaluation-last"), evaluated(asked, sampling_of(asked))[0]
+    now["model"] = agent_digest(asked.agent, key_of(asked.env))
     for name in now:
         if its.get(name) != json.loads(json.dumps(now[name])):
             raise AtodError(
@@ -267,67 +276,14 @@ def _evaluation(out: Path, agent: str, world: World, seed: int, split: str) -> E
         max_response=config.max_response,
         max_context=config.max_context,
         temperature=config.eval_temperature,
+        thinking=config.thinking,
+        chat_date=config.chat_date,
+        option=config.option,
         device=config.device,
     )
     env: Any = make_env(asked, sampling_of(asked), split).unwrapped
     size = min(world.report_tasks, len(env.tasks))
     return dataclasses.replace(asked, panels=(f"{split}/{size}",))
-
-
-def tune(
-    study: Path, method: Method, world: World, rules: str, seed: int, lrs: Sequence[float], updates: Sequence[int] = ()
-) -> Tuned:
-    """Choose a learning rate, then a number of updates: the best mean success over the later half of the validations.
-
-    The mean, because a single validation of 128 tasks has a standard error of about four points. One after the other,
-    because the whole grid would cost more runs than the study has seeds. What has one value is taken as it is.
-
-    Args:
-        study: the study's folder.
-        method: the method to tune.
-        world: where.
-        rules: rule set of all algorithms.
-        seed: training seed, none of the study's.
-        lrs: learning rates; they are compared under the first number of updates.
-        updates: numbers of updates a step, or none for the training's own.
-
-    Raises:
-        Busy: another process is at one of the runs.
-    """
-    first = updates[0] if updates else 0
-    rates = [Tuned(lr, first) for lr in lrs]
-    best = rates[0] if len(rates) == 1 else max(rates, key=lambda t: _validated(study, method, world, rules, seed, t))
-    numbers = [best, *(Tuned(best.lr, number) for number in updates[1:])]
-    if len(numbers) == 1:
-        return best
-    return max(numbers, key=lambda t: _validated(study, method, world, rules, seed, t))
-
-
-def _validated(study: Path, method: Method, world: World, rules: str, seed: int, tuned: Tuned) -> float:
-    """Train with these settings, unless that was done; the mean of the later half of the validations."""
-    name = f"lr{tuned.lr:g}" + (f"-updates{tuned.updates}" if tuned.updates else "")
-    folder = study / world.name / "tuning" / method.name / name
-    done = folder / "tuned.json"
-    if not done.exists():
-        with held(folder):
-            train_cell(folder, method, world, rules, seed, tuned)
-            values = [row["val/success_rate"] for row in read_metrics(folder) if "val/success_rate" in row]
-            if not values:
-                raise AtodError(
-                    f"{folder} has no validation to choose by; set a time for it (eval_every) in the preset"
-                )
-            late = values[len(values) // 2 :]
-            found = {**dataclasses.asdict(tuned), "validation": values, "score": sum(late) / len(late)}
-            replace_text(done, json.dumps(found) + "\n")
-    chosen, score = read_tuned(done)
-    if chosen != tuned:
-        raise AtodError(
-            f"{done} is about {chosen}, and {tuned} has the same name; give rates that differ in six digits"
-        )
-    if (folder / "config.json").exists():
-        config = config_of(world, seed, tuned, folder)
-        require_settings(folder, settings_of(config, algorithm_of(method, world, rules), rules))
-    return score
 
 
 def read_cell(folder: Path) -> dict[str, Any] | None:
@@ -355,27 +311,3 @@ def read_study(study: Path) -> list[dict[str, Any]]:
     cells = [cell for path in study.glob("*/*/seed*/cell.json") if (cell := read_cell(path.parent)) is not None]
     order = list(METHODS)
     return sorted(cells, key=lambda cell: (cell["world"], order.index(cell["method"]), cell["seed"]))
-
-
-def tuned_of(study: Path, world: World) -> Mapping[str, dict[Tuned, float]]:
-    """What tuning found: score of each choice by method."""
-    found: dict[str, dict[Tuned, float]] = {}
-    for path in sorted((study / world.name / "tuning").glob("*/lr*/tuned.json")):
-        chosen, score = read_tuned(path)
-        found.setdefault(path.parent.parent.name, {})[chosen] = score
-    return found
-
-
-def chosen_in(study: Path, method: Method, world: World) -> Tuned:
-    """What another study chose for a method: the best score, of equal ones the smaller number, as ``tune`` does it.
-
-    Raises:
-        AtodError: it chose nothing for this method in this world.
-    """
-    found = tuned_of(study, world).get(method.name)
-    if not found:
-        raise AtodError(
-            f"{study / world.name / 'tuning' / method.name}: expected what a study chose for {method.label} in {world.name} "
-            "(lr*/tuned.json); name another folder, or leave it out to choose here"
-        )
-    return max(sorted(found, key=lambda tuned: (tuned.updates, tuned.lr)), key=lambda tuned: found[tuned])

@@ -17,8 +17,9 @@ from rich.console import Console
 from atod_algos.evaluate.settings import held_out_splits
 from atod_algos.guard import guarded, parse
 from atod_algos.study import METHODS, PRESETS, Method, Preset, World
-from atod_algos.study.cells import chosen_in, finish_cell, read_study, tune
+from atod_algos.study.cells import finish_cell, read_study
 from atod_algos.study.checks import Tuned, require_whole_cell
+from atod_algos.study.tuning import chosen_in, tune
 from atod_algos.training.run_dir import Busy, replace_text
 from atod_envs.caches import one_at_a_time
 from atod_envs.errors import AtodError, UnknownName

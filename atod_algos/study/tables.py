@@ -18,8 +18,9 @@ from atod_algos.evaluate import Evaluation, compare
 from atod_algos.evaluate.paired_command import load_evaluation
 from atod_algos.evaluate.statistics import Paired, t_interval, welch
 from atod_algos.study import ABLATIONS, METHODS, Preset
-from atod_algos.study.cells import tuned_of, without
+from atod_algos.study.cells import without
 from atod_algos.study.checks import Tuned
+from atod_algos.study.tuning import tuned_of
 from atod_algos.training.run_dir import read_metrics, read_object, replace_text
 
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]

@@ -31,7 +31,7 @@ from atod_envs.errors import AtodError, DataError
 log = logging.getLogger(__name__)
 
 _STATE = "trainer_state.pt"
-_DONE = "complete.json"
+DONE = "complete.json"
 _SHARDS = "shards"
 _ADVICE = "delete it to go back to an earlier one"
 
@@ -101,7 +101,7 @@ def _finish(target: Path, part: Path, old: Path, extra: Mapping[str, Any]) -> No
     """List the files, have them on the disk, and put the folder in its place."""
     written = sorted(path for path in part.rglob("*") if path.is_file())
     files = {path.relative_to(part).as_posix(): _checksum(path) for path in written}
-    (part / _DONE).write_text(json.dumps({**extra, "files": files}))
+    (part / DONE).write_text(json.dumps({**extra, "files": files}))
     for path in (*part.rglob("*"), part):
         _fsync(path)
     # A folder cannot replace a folder in one stroke: between the two renames the old one stands aside, where
@@ -175,7 +175,7 @@ def require_whole(path: Path) -> dict[str, Any]:
     Raises:
         DataError: the folder is not a complete checkpoint, or a byte of it has changed.
     """
-    extra = read_object(path / _DONE, _ADVICE, files=dict, step=int)
+    extra = read_object(path / DONE, _ADVICE, files=dict, step=int)
     for name, checksum in extra.pop("files").items():
         try:
             same = _checksum(path / name) == checksum
@@ -317,7 +317,7 @@ def strays(folder: Path) -> list[str]:
 
 
 def _complete(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("step_*") if step_of(path) >= 0 and (path / _DONE).is_file()]
+    found = [path for path in folder.glob("step_*") if step_of(path) >= 0 and (path / DONE).is_file()]
     return sorted(found, key=step_of)
 
 
@@ -328,7 +328,7 @@ def prune(folder: Path, keep: int) -> None:
         if not kept or not 0 <= step_of(path) < step_of(kept[0]):
             continue
         # The list of files goes first: what is left of a deletion cut short is then no checkpoint.
-        (path / _DONE).unlink(missing_ok=True)
+        (path / DONE).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -256,10 +256,11 @@ def worker_resources(config: RunConfig) -> tuple[float, float]:
 _POSITIVE = (
     "tasks_per_step", "group_size", "steps", "max_turns", "max_response", "max_context", "temperature", "slots", "minibatches",
     "epochs", "gap_topk", "gap_epochs", "token_budget", "grad_clip", "checkpoint_every", "workers",
+    "eval_tasks", "report_tasks",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "threads", "lora_rank", "lora_alpha", "warmup_steps", "weight_decay", "lr", "gap_clip", "gap_minibatches", "eval_every", "eval_tasks",
-    "eval_temperature", "report_tasks",
+    "threads", "lora_rank", "lora_alpha", "warmup_steps", "weight_decay", "lr", "gap_clip", "gap_minibatches", "eval_every",
+    "eval_temperature",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from agents.logits import limit_vocabulary, usable_ids
-from agents.models import LoadedModel, load_model
+from agents.models import LoadedModel, like, load_model
 from atod_algos.algorithm import Advantages, Algorithm, RolloutLimits
 from atod_algos.batch import Scores, make_batch
 from atod_algos.evaluate import Evaluation
@@ -336,7 +336,7 @@ class Trainer:
         if model is None:
             self._sync(self.step)
             yield self.pool
-        elif self.config.engine == "vllm" and type(model) is type(self.student.model):
+        elif self.config.engine == "vllm" and like(model, self.student.model):
             # The model may run on that engine alone. It gets the weights, and the student keeps its own.
             self.pool.load_weights(model.named_parameters(), self.step, model)
             yield self.pool

@@ -22,7 +22,7 @@ from agents.logits import (
     text_config,
     usable_ids,
 )
-from agents.models import LoadedModel, accept, load_model, share_vocabulary
+from agents.models import LoadedModel, accept, like, load_model, share_vocabulary
 from agents.reference.tokenizer import train_tokenizer
 from atod_algos.learner.logprobs import compare, entropies, score
 from atod_algos.learner.lora import add_adapters, merged_weights
@@ -313,3 +313,9 @@ def test_adapters_find_their_model_from_any_folder_and_never_ask_a_hub(saved, to
     settings.write_text("[]")
     with pytest.raises(AtodError, match="names no base model"):
         load_model(str(folder), "student")
+
+
+def test_models_are_alike_but_for_their_values():
+    assert like(tiny_qwen3(64, 1), tiny_qwen3(64, 2))
+    assert not like(tiny_qwen3(64, 1), tiny_qwen3(64, 1, hidden=64)), "a larger one of the same family"
+    assert not like(tiny_qwen3(64, 1), torch.nn.Linear(2, 2))

@@ -55,6 +55,22 @@ def test_student_and_teacher_learn_on_one_schedule(tmp_path):
     assert early.arguments == (*late.arguments, "--stop", "3")
 
 
+def test_a_teacher_is_whole_only_once_its_stage_has_ended(tmp_path):
+    """Its folder holds the student's weights before, and the last round is logged before the last weights are."""
+    teacher = next(stage for stage in planned(tmp_path, "--data", "builtin") if "the teacher" in stage.title)
+    folder = tmp_path / "out" / "teacher"
+    (folder / "training").mkdir(parents=True)
+    (folder / "model.safetensors").write_text("the student's")
+    (folder / "training" / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in range(1, 7)))
+    assert not teacher.done()
+    teacher.after()
+    assert teacher.done()
+    longer = next(
+        stage for stage in planned(tmp_path, "--rounds", "8", "--data", "builtin") if "teacher" in stage.title
+    )
+    assert not longer.done()
+
+
 def test_a_stage_that_fails_ends_it_and_says_how_to_go_on(tmp_path, monkeypatch, capfd):
     import real
 

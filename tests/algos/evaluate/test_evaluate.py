@@ -192,7 +192,7 @@ def test_a_model_that_was_changed_is_another_policy(models, tmp_path):
     assert run(config) == first
 
 
-def test_a_checkpoint_is_sampled_as_its_run_was(models, tmp_path):
+def test_a_checkpoint_is_sampled_as_its_run_was(models, tmp_path, monkeypatch):
     from atod_algos.opd import OPD
     from atod_algos.training.cli import main as train
 
@@ -210,6 +210,12 @@ def test_a_checkpoint_is_sampled_as_its_run_was(models, tmp_path):
     assert got["panels"]["test/4"]["success"] == table["last (step 1)"]["success"]
     with pytest.raises(AtodError, match="is a run's folder; give one of its checkpoints"):
         run(EvaluateConfig(env=TOY, agent=str(tmp_path / "r"), out=tmp_path / "f"))
+    profile = sampling_of(EvaluateConfig(env=TOY, agent="builtin"))
+    assert profile.max_turns != 2
+    for place, name in ((last, "."), (last.parent, last.name), (tmp_path, "r/checkpoints/step_000001")):
+        monkeypatch.chdir(place)
+        assert sampling_of(EvaluateConfig(env=TOY, agent=name)).max_turns == 2, "wherever one stands"
+        assert sampling_of(EvaluateConfig(env=TOY, agent="builtin")) == profile
 
 
 def test_the_world_is_the_runs_or_the_profiles_unless_told_otherwise(tmp_path):
@@ -276,6 +282,7 @@ def test_the_official_games_are_played_in_full(realdata):
         (["--agent", "expert"], "unknown scripted expert 'toy'"),
         (["--agent", "random", "--temperature", "1"], "--temperature means nothing for --agent random"),
         (["--agent", "api:m"], "give --api-base"),
+        (["--concurrency", "0"], "--concurrency 0: expected 1 or more episodes"),
         (["--agent", "./nowhere"], "no folder at nowhere"),
         (["--compare", "nowhere", "nowhere"], "holds no finished evaluation"),
         (["--env", "toy/Sya-v0"], "unknown environment 'toy/Sya-v0'"),

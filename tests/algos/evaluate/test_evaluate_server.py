@@ -1,5 +1,6 @@
 """Evaluation of a model behind a server that the test starts."""
 
+import dataclasses
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,7 @@ from toyworld import TOY
 from agents.api import ChatClient
 from atod_algos.evaluate.command import run
 from atod_algos.evaluate.settings import EvaluateConfig, episodes_path
-from atod_envs.errors import AtodError
+from atod_envs.errors import AtodError, DataError
 from atod_envs.trajectory import read_jsonl
 
 
@@ -126,8 +127,27 @@ def test_a_server_that_stays_away_is_an_error_not_a_failure(server, tmp_path):
         run(run_before)
     assert not (tmp_path / "e" / "result.json").exists()
     asked = len(server.requests)
-    assert run(run_before)["panels"]["test/4"]["success"] == 1.0
+    whole = run(run_before)
+    assert whole["panels"]["test/4"]["success"] == 1.0
     assert len(server.requests) - asked == 4  # the two finished episodes are not asked for again
+    assert whole["usage"] == {"prompt_tokens": 7 * 8, "completion_tokens": 5 * 8}, "of both starts together"
+    assert run(run_before) == whole, "shown again, nothing is asked"
+    (tmp_path / "e" / "usage.json").write_text('{"prompt_tokens": -1}')
+    with pytest.raises(DataError, match=r"usage\.json: expected whole numbers; delete it"):
+        run(run_before)
+
+
+def test_another_server_is_another_evaluation(server, tmp_path, monkeypatch):
+    asked = config_of(server, tmp_path / "e")
+    run(asked)
+    with pytest.raises(AtodError, match=r"holds an evaluation with api_base=.*but now it is 'http://elsewhere/v1'"):
+        run(dataclasses.replace(asked, api_base="http://elsewhere/v1"))
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url + "/")
+    assert run(dataclasses.replace(asked, api_base=""))["usage"]["prompt_tokens"] > 0
+    stored = json.loads((tmp_path / "e" / "config.json").read_text())
+    del stored["settings"]["api_base"]  # as earlier versions wrote them
+    (tmp_path / "e" / "config.json").write_text(json.dumps(stored))
+    run(asked)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import torch
 from paths import REPOSITORY, SUPPORT
 from toy import ToyStyle
 from toyworld import ECHO, TOY
@@ -25,7 +27,7 @@ from atod_algos.grpo import GRPO
 from atod_algos.rollout.episodes import EpisodeSpec, derive_seed
 from atod_algos.rollout.groups import collect_groups
 from atod_algos.rollout.pools import Conditions, local_pool, worker_pool
-from atod_algos.rollout.ray_pool import RayPool, start_ray
+from atod_algos.rollout.ray_pool import RayPool, _Worker, start_ray
 from atod_algos.rollout.work_queue import WorkQueue
 from atod_algos.training.cli import main
 from atod_algos.training.config import TrainConfig, resolve
@@ -39,6 +41,26 @@ STYLE = ToyStyle(Layout.CONVERSATION)
 
 def test_ray_does_not_take_this_processs_answer_to_sigterm(cluster):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_worker_takes_other_weights_of_the_same_version(monkeypatch):
+    """The final table plays the untrained, the last and the best model, all of them after the last step."""
+    loaded, work = [], SimpleNamespace(take=SimpleNamespace(remote=lambda *_: None))
+    own = SimpleNamespace(
+        load_weights=lambda weights, version: loaded.append((dict(weights), version)),
+        play=lambda *_, more, whole: [loaded[-1], whole, more(1, 0)],
+    )
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    pool = RayPool.__new__(RayPool)
+    pool._ray, pool._loads = SimpleNamespace(put=lambda value: value), 0
+    one, played = _Worker(lambda: own), []
+    for weight in (1.0, 2.0, 2.0):
+        pool.load_weights([("w", torch.tensor(weight))], 7)
+        for _ in range(2):
+            played.append(one.play(None, ["a", "b"], None, [pool._weights], pool._version, pool._loads, work, 0)[1])
+    assert [float(weights["w"]) for weights, _ in loaded] == [1, 2, 2], "once for each load, also of equal weights"
+    assert [float(first[0]["w"]) for first, *_ in played] == [1, 1, 2, 2, 2, 2]
+    assert {(first[1], whole, more) for first, whole, more in played} == {(7, 2, None)}
 
 
 def worker(config):

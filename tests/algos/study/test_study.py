@@ -10,20 +10,18 @@ import signal
 import time
 
 import pytest
-from toyworld import TOY
 
 from agents.models import REFERENCE
-from atod_algos.study import METHODS, PRESETS, Preset, World
+from atod_algos.evaluate.settings import sampling_of
+from atod_algos.study import METHODS, PRESETS, Preset
 from atod_algos.study.cells import (
     Tuned,
+    _evaluation,
     algorithm_of,
-    chosen_in,
     command_of,
     config_of,
     finish_cell,
     read_study,
-    tune,
-    tuned_of,
 )
 from atod_algos.study.command import StudyConfig, main, run
 from atod_algos.study.tables import decide
@@ -36,18 +34,6 @@ from atod_envs.errors import AtodError, DataError
 pytestmark = pytest.mark.slow
 
 NAMES = ("vanilla", "teacher", "grpo", "atod", "atod-uniform")
-
-
-@pytest.fixture
-def preset(models, monkeypatch):
-    train = {
-        "env": TOY, "student": str(models["student"]), "teacher": str(models["teacher"]), "style": "compact", "steps": 2,
-        "max_turns": 3, "max_response": 8, "max_context": 128, "lr": 2e-3, "tasks_per_step": 2, "group_size": 4, "eval_every": 1,
-        "eval_tasks": 4, "checkpoint_every": 1, "minibatches": 2, "threads": 1, "eval_temperature": 1.0,
-    }  # fmt: skip
-    found = Preset((World("toy", train, 4, {"atod": {"coef_anneal_steps": 1}}),), (1e-3, 2e-3), (0, 1))
-    monkeypatch.setattr("atod_algos.study.command.PRESETS", {"toy": found})
-    return found
 
 
 def results(folder):
@@ -112,51 +98,6 @@ def test_a_signal_is_one_line(preset, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 143 and said.startswith(f"error: ended by SIGTERM; kept in {tmp_path}: finished cells 0")
 
 
-def test_tuning_is_the_same_for_all_and_ablations_change_one_thing(preset, tmp_path):
-    run(StudyConfig("toy", out=tmp_path, methods=("grpo", "atod", "atod-uniform"), seeds=(0,)))
-    tuned = {path.parent.parent.name: path for path in tmp_path.glob("toy/tuning/*/*/tuned.json")}
-    assert set(tuned) == {"grpo", "atod"} and len(list(tmp_path.glob("toy/tuning/*/*/tuned.json"))) == 4
-    by_method = {cell["method"]: cell for cell in read_study(tmp_path)}
-    assert by_method["atod-uniform"]["lr"] == by_method["atod"]["lr"]
-    scores = {p.parent.name: json.loads(p.read_text())["score"] for p in tmp_path.glob("toy/tuning/grpo/*/tuned.json")}
-    assert scores[f"lr{by_method['grpo']['lr']:g}"] == max(scores.values())
-    settings = [
-        json.loads((tmp_path / "toy" / m / "seed0" / "config.json").read_text())["settings"]
-        for m in ("atod", "atod-uniform")
-    ]
-    for one in settings:
-        one["train"].pop("run")
-    assert settings[0]["train"] == settings[1]["train"]
-    changed = {k for k in settings[0]["algorithm"] if settings[0]["algorithm"][k] != settings[1]["algorithm"][k]}
-    assert changed == {"weighting", "coef_anneal_steps"}  # the toy preset scales the annealing of ATOD alone
-    long, asked = tmp_path / "long", ("atod-uniform",)
-    run(StudyConfig("toy", long, methods=asked, seeds=(1,), settings_of=tmp_path))
-    assert [cell["lr"] for cell in read_study(long)] == [by_method["atod"]["lr"]]
-    assert [path.name for path in (long / "toy").iterdir()] == ["atod-uniform"], "nothing is chosen again"
-    assert json.loads((long / "study.json").read_text())["settings_of"] == str(tmp_path)
-
-
-def test_updates_are_chosen_at_the_best_rate(preset, tmp_path, monkeypatch):
-    """Rates under the first number of updates, then the numbers at the best rate; no run is repeated."""
-    scores = {(1e-3, 2): 0.3, (2e-3, 2): 0.5, (2e-3, 4): 0.4, (2e-3, 1): 0.6}
-    tried = []
-
-    def train(folder, method, world, rules, seed, tuned):
-        tried.append((tuned.lr, tuned.updates))
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [{"step": step, "val/success_rate": value} for step, value in ((1, 0.9), (2, scores[tried[-1]]))]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    monkeypatch.setattr("atod_algos.study.cells.train_cell", train)
-    arguments = (tmp_path, METHODS["atod"], preset.worlds[0], "paper", 9, (1e-3, 2e-3), (2, 4, 1))
-    assert tune(*arguments) == tune(*arguments) == Tuned(2e-3, 1)
-    assert tried == [(1e-3, 2), (2e-3, 2), (2e-3, 4), (2e-3, 1)]
-    assert tuned_of(tmp_path, preset.worlds[0]) == {"atod": {Tuned(*key): value for key, value in scores.items()}}
-    assert chosen_in(tmp_path, *arguments[1:3]) == Tuned(2e-3, 1)
-    with pytest.raises(AtodError, match="expected what a study chose for GRPO in toy"):
-        chosen_in(tmp_path, METHODS["grpo"], preset.worlds[0])
-
-
 def test_textcraft_is_studied_where_it_is_named(tmp_path, monkeypatch):
     laptop = PRESETS["laptop"]
     assert {world.name for world in (*laptop.worlds, *laptop.others)} == set(ROOMS), "every environment"
@@ -175,11 +116,6 @@ def test_textcraft_is_studied_where_it_is_named(tmp_path, monkeypatch):
     ]
     science = next(world for world in laptop.others if world.name == "scienceworld")
     assert science.train["env"] == "atod/ScienceWorld-v0" and science.options["atod"]["coef_anneal_steps"] == 11
-
-
-def test_one_learning_rate_needs_no_tuning(preset, tmp_path):
-    taken = tune(tmp_path, METHODS["grpo"], preset.worlds[0], "paper", 9, (0.5,), (3,))
-    assert taken == Tuned(0.5, 3) and not list(tmp_path.iterdir())
 
 
 def test_cells_of_other_learning_rates_are_not_mixed_in(preset, tmp_path):
@@ -228,35 +164,27 @@ def test_a_finished_study_is_not_taken_for_one_with_other_settings(preset, tmp_p
         finish_cell(tmp_path, METHODS["grpo"], world, "paper", 0, tuned, "test")
 
 
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"score": float("nan")}, "expected lr above 0"),
-        ({"score": 2}, "expected lr above 0"),
-        ({"score": "0.5"}, "expected lr above 0"),
-        ({"updates": "2"}, "expected lr above 0"),
-        ({"updates": None}, "expected lr above 0"),
-        ({"lr": -1.0}, "expected lr above 0"),
-        ({"lr": 10**400}, "expected lr above 0"),
-        ({"lr": 5e-3}, "is about learning rate 0.005, 2 updates a step, and learning rate 0.001"),
-    ],
-)
-def test_a_choice_that_is_broken_or_anothers_is_refused(wrong, said, preset, tmp_path):
-    """A file of an earlier version has no updates, and stands under another name."""
-    for lr in (1e-3, 2e-3):
-        folder = tmp_path / "toy" / "tuning" / "grpo" / f"lr{lr:g}-updates2"
-        folder.mkdir(parents=True)
-        (folder / "tuned.json").write_text(json.dumps({"lr": lr, "updates": 2, "score": 0.5}))
-    arguments = (tmp_path, METHODS["grpo"], preset.worlds[0], "paper", 9, (1e-3, 2e-3), (2,))
-    assert tune(*arguments) == Tuned(1e-3, 2)
-    earlier = tmp_path / "toy" / "tuning" / "grpo" / "lr0.001"
-    earlier.mkdir()
-    (earlier / "tuned.json").write_text(json.dumps({"lr": 1e-3, "validation": [0.5], "score": 0.5}))
-    assert set(tuned_of(tmp_path, preset.worlds[0])["grpo"]) == {Tuned(1e-3), Tuned(1e-3, 2), Tuned(2e-3, 2)}
-    first = tmp_path / "toy" / "tuning" / "grpo" / "lr0.001-updates2" / "tuned.json"
-    first.write_text(json.dumps({"lr": 1e-3, "updates": 2, "score": 0.5, **wrong}))
-    with pytest.raises(AtodError, match=said):
-        tune(*arguments)
+def test_a_finished_cell_is_refused_once_a_model_was_replaced_under_its_name(preset, tmp_path, models):
+    copies = {role: shutil.copytree(models[role], tmp_path / role) for role in ("student", "teacher")}
+    world = replace_train(preset.worlds[0], **{role: str(path) for role, path in copies.items()})
+    for name in ("vanilla", "teacher", "atod"):
+        finish_cell(tmp_path / "s", METHODS[name], world, "paper", 0, Tuned(1e-3), "test")
+    template = copies["teacher"] / "chat_template.jinja"
+    template.write_text("Be brief. " + template.read_text())
+    finish_cell(tmp_path / "s", METHODS["vanilla"], world, "paper", 0, Tuned(1e-3), "test")
+    for name, said in (("teacher", "was evaluated with model="), ("atod", "was trained with another model")):
+        with pytest.raises(AtodError, match=said):
+            finish_cell(tmp_path / "s", METHODS[name], world, "paper", 0, Tuned(1e-3), "test")
+
+
+def test_all_rows_of_a_world_are_played_in_the_same_environment(tmp_path):
+    """The built-in models of Search-QA read one passage a search; so does any other model that stands next to them."""
+    world = next(world for world in PRESETS["laptop"].worlds if world.name == "searchqa")
+    world = replace_train(world, thinking="keep")
+    asked = [_evaluation(tmp_path / "e", agent, world, 0, "test") for agent in ("builtin:student", str(tmp_path))]
+    mine, others = map(sampling_of, asked)
+    assert mine.option == others.option == ("topk=1",) and mine.thinking == others.thinking == "keep"
+    assert mine == others
 
 
 def test_a_cell_that_another_process_holds_is_left_to_it(preset, tmp_path):

@@ -20,6 +20,7 @@ from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
 from atod_algos.learner.optimizer import Updater
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
+from atod_algos.rollout.groups import require_few_lost
 from atod_algos.training.checkpoint import latest_checkpoint, load_checkpoint, recover, save_checkpoint
 from atod_envs.errors import AtodError, DataError
 from atod_envs.trajectory import StopReason, read_jsonl
@@ -215,7 +216,7 @@ def test_a_checkpoint_between_two_names_is_put_back(tokenizer, tmp_path):
 # --- environments -------------------------------------------------------------------------------------------------
 
 
-def play(tokenizer, tolerated, word="fig"):
+def play(tokenizer, tolerated, word="fig", whole=None):
     engine = TransformersEngine(small_model(tokenizer, 5), slots=8)
 
     def make():
@@ -237,7 +238,7 @@ def play(tokenizer, tolerated, word="fig"):
     words = ("apple", "pear", "plum", "fig")
     specs = [EpisodeSpec(f"say-{words[i % 4]}-train", f"g{i % 4}", i) for i in range(16)]
     try:
-        return rollout.play(specs)
+        return rollout.play(specs, whole=whole)
     finally:
         rollout.close()
 
@@ -248,6 +249,17 @@ def test_episodes_of_an_environment_that_raises_are_left_out_up_to_a_share(token
     assert broken == ["say-fig-train"] * 4 and len(trajectories) == 16
     assert "raised ConnectionError: the kitchen is closed at turn 0 of task 'say-fig-train'" in caplog.text
     assert all(t.turns for t in trajectories if t.stop_reason is not StopReason.ABORTED)
+
+
+def test_a_worker_with_a_part_of_the_episodes_bears_what_one_process_would(tokenizer, caplog):
+    trajectories = play(tokenizer, 0.125, whole=32)
+    assert len([t for t in trajectories if t.stop_reason is StopReason.ABORTED]) == 4
+    require_few_lost([*trajectories, *trajectories[:3], *trajectories[4:7]], 0.25)
+    with pytest.raises(
+        AtodError, match=r"of 4 of 16 episodes raised, one at turn \d of task 'say-fig-train' \(seed 3\)"
+    ):
+        require_few_lost(trajectories, 0.2)
+    require_few_lost([], 0.0)
 
 
 def test_an_environment_that_raises_too_often_stops_the_run(tokenizer):

@@ -318,6 +318,7 @@ def test_what_is_asked_for_is_counted():
     "arguments, words",
     [
         (["--steps", "0"], "--steps 0: expected a number above 0"),
+        (["--report-tasks", "0"], "--report-tasks 0: expected a number above 0"),
         (["--lr", "nan"], "--lr nan: expected 0 or more"),
         (["--temperature", "0"], "--temperature 0.0: expected a number above 0"),
         (["--lr-floor", "1.5"], "--lr-floor 1.5: expected a share from 0 to 1"),
