@@ -16,6 +16,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, StopReason, Trajectory
 
 
@@ -138,7 +139,10 @@ def make_batch(groups: Sequence[Group], layout: RowLayout = RowLayout.MERGED) ->
             kept.append(trajectory)
             group_N.append(group_index)
     if not row_M:
-        raise ValueError("no trajectory of the batch holds a sampled token; was the policy an agent without tokens?")
+        raise AtodError(
+            "no episode of the step holds a token that the student sampled: prompts were longer than the context (raise "
+            "--max-context), or a guide, an expert or an agent without tokens played every turn (lower its share)"
+        )
     return TokenBatch(
         rows=tuple(rows),
         row_M=np.concatenate(row_M),

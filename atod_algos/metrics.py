@@ -106,7 +106,7 @@ def batch_metrics(batch: TokenBatch, reward_N: np.ndarray, invalid_penalty: floa
 
 
 def sampler_metrics(batch: TokenBatch, scores: Scores) -> dict[str, float]:
-    """How far the learner's log-probs lie from the sampler's: it should be rounding and nothing else."""
+    """How far the learner's log-probs lie from the sampler's: rounding and nothing else, but for ``--staleness``."""
     gap_M = np.abs(scores.student_M - batch.sampler_logprobs_M)
     return {"sampler/logprob_gap_mean": float(gap_M.mean()), "sampler/logprob_gap_max": float(gap_M.max())}
 

@@ -215,6 +215,9 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
         if mask is not None and (not isinstance(mask, np.ndarray) or mask.shape != (self.num_envs,) or not mask.any()):
             raise ValueError(f"reset_mask={mask!r}; expected a boolean array of length {self.num_envs}, with a True")
         chosen = list(range(self.num_envs)) if mask is None else [int(index) for index in np.flatnonzero(mask)]
+        self._outcomes(
+            index for index in chosen if index in self._under_way or index in self._done
+        )  # of a step that failed
         begun = self.reset_at(
             chosen,
             seeds=None if seed is None else [seed[index] for index in chosen],
@@ -275,9 +278,19 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
         """An attribute of every environment."""
         return tuple(self._ask(range(self.num_envs), f"get:{name}"))
 
-    def set_attr(self, name: str, value: Any) -> None:
-        """Set an attribute of every environment, e.g. ``max_turns`` for the episodes to come."""
-        self._ask(range(self.num_envs), f"set:{name}", value)
+    def set_attr(self, name: str, values: Any) -> None:
+        """Set an attribute of every environment, e.g. ``max_turns`` for the episodes to come.
+
+        Args:
+            name: of the attribute.
+            values: one for all; a list or tuple has one for each.
+        """
+        everyone = range(self.num_envs)
+        given = values if isinstance(values, list | tuple) else [values] * self.num_envs
+        self._check_lengths(everyone, values=given)
+        self._submit([(index, f"set:{name}", (value,), {}) for index, value in zip(everyone, given, strict=True)])
+        for _, outcome in self._outcomes(everyone):
+            outcome.unwrap()
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the environments and end the worker processes."""

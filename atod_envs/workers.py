@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 
 import gymnasium as gym
 
-from atod_envs.errors import AtodError
+from atod_envs.errors import AtodError, EpisodeError
 
 Maker: TypeAlias = str | Callable[..., gym.Env[Any, Any]]
 """An environment id, or something importable that returns an environment."""
@@ -104,6 +104,10 @@ class LocalPool:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Carry out requests, at most one for each environment that has none waiting to be collected."""
+        for index, *_ in requests:  # what is broken off, by Ctrl-C say, has an outcome, too
+            self._outcomes[index] = Outcome(
+                error=EpisodeError("the call was broken off; reset() begins another episode")
+            )
         for index, name, arguments, keywords in requests:
             self._outcomes[index] = carry_out(self._envs[index], name, arguments, keywords)
 

@@ -141,7 +141,8 @@ def panel_rows(source: Source, evaluations: Sequence[Path]) -> list[PanelRow]:
         own = "best" if source.checkpoint.name == "best" else "last"
         table = flat_table(found["table"])
         names = [name for name in table if name.split(" ")[0].rstrip(",") in (own, "before", "teacher")]
-        if found["step"] == source.step or own == "best":
+        chosen = found.get("best", {}).get("step") if own == "best" else found["step"]
+        if chosen == source.step:
             rows += [PanelRow(found["panel"], name, table[name]) for name in names]
     validation = source.run / "validation" / f"step_{source.step:06d}.jsonl.gz"
     if validation.is_file():

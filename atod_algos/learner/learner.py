@@ -162,10 +162,10 @@ class Learner:
                 "teacher: a model that overflows gives such numbers"
             )
         found_M = np.array(known_M, dtype=np.float64)
-        plan = self._plan(advantage_M, divergence, len(batch.group_N), seed)
-        sums = _Sums()
+        speaks = bool(advantage_M.any()) or objective.entropy_coef != 0 or support is not None
+        plan = self._plan(speaks, divergence, len(batch.group_N), seed)
+        sums, lr = _Sums(), learning_rate(self.options, step)
         self.model.train()
-        lr = learning_rate(self.options, step)
         distributions = 1 if divergence is None else 3  # the student's, the teacher's, and the terms of their sum
         predicted = self._make_room(batch, [part for part, _, _ in plan], distributions)
         memory.start_peak(self._device)
@@ -198,13 +198,12 @@ class Learner:
             "memory/predicted_mib": predicted / memory.MIB,
             "memory/peak_mib": memory.peak(self._device) / memory.MIB,
         }
-        means = sums.means()
-        _warn(step, means)
+        _warn(step, means := sums.means())
         metrics = {f"actor/{name}": value for name, value in means.items()} | {"actor/lr": lr} | used
         return Update(metrics, found_M)
 
     def _plan(
-        self, advantage_M: np.ndarray, divergence: DivergenceTerm | None, trajectories: int, seed: int
+        self, speaks: bool, divergence: DivergenceTerm | None, trajectories: int, seed: int
     ) -> list[tuple[np.ndarray, bool, DivergenceTerm | None]]:
         """The step's updates: trajectories, whether only the divergence is learned from, and the divergence if any.
 
@@ -220,7 +219,7 @@ class Learner:
         if divergence is None or divergence.minibatches == 0:
             return [(part, False, divergence) for _ in range(options.epochs) for part in split(options.minibatches)]
         plan: list[tuple[np.ndarray, bool, DivergenceTerm | None]] = []
-        if advantage_M.any() or not divergence.weight_M.any():
+        if speaks or not divergence.weight_M.any():
             plan += [(part, False, None) for _ in range(options.epochs) for part in split(options.minibatches)]
         if divergence.weight_M.any():
             own = divergence
@@ -236,8 +235,7 @@ class Learner:
             found = _Sums()
             with onednn_linear(self._device):
                 part = loss.of(self.model, rows[micro], found, found_M)
-                # A divided model's gradient is averaged over the ranks, but the weights of the loss sum to one over
-                # all.
+                # A divided model's gradient is averaged over the ranks, but the loss's weights sum to one over all.
                 (part * (distributed.size() if counts else 0)).backward()  # type: ignore[no-untyped-call]
             if counts:
                 sums.merge(found)
@@ -284,14 +282,15 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs besides the model's weights; of a divided model, besides its shards."""
-        own = self.updater.state() if distributed.size() == 1 else {}
-        return {**own, "token_budget": self.budget.tokens}
+        budgets = {"token_budget": self.budget.tokens, "token_budget_asked": self.options.token_budget}
+        return budgets | (self.updater.state() if distributed.size() == 1 else {})
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state` gave."""
         if "optimizer" in state:
             self.updater.load_state(state)
-        self.budget.tokens = min(self.budget.tokens, int(state["token_budget"]))
+        if (kept := int(state["token_budget"])) < state.get("token_budget_asked", kept + 1):  # memory lowered it
+            self.budget.tokens = min(self.budget.tokens, kept)
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,8 @@ class Updater:
             for group in self.optimizer.param_groups:
                 for weight in group["params"]:
                     self.optimizer.state[weight] = {
-                        "step": torch.tensor(0.0),
+                        # A fused step counts where its weights are, the others on the host.
+                        "step": torch.zeros((), device=weight.device if group.get("fused") else None),
                         "exp_avg": torch.zeros_like(weight),
                         "exp_avg_sq": torch.zeros_like(weight),
                     }
@@ -113,6 +114,11 @@ class Updater:
         halves = [original for weight, original in self._pairs if original is not weight]
         if state["originals"] and not halves:
             halves = self.master_weights
+        if halves and not state["originals"]:
+            raise AtodError(
+                "the checkpoint was made in float32, but now weights are in half precision; give --dtype float32, or the --device it was "
+                "made on"
+            )
         with torch.no_grad():
             for original, saved in zip(halves, state["originals"], strict=True):
                 original.copy_(distributed.divided_like(saved, original))

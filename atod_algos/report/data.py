@@ -75,7 +75,7 @@ class Run:
         known = {
             **self.settings["train"],
             **self.settings["algorithm"],
-            "rules": self.settings["rules"],
+            "rules": self.settings.get("rules", ""),  # supervised fine-tuning has none
             **self.versions,
         }
         return "  ".join(f"{name}={value}" for name, value in known.items())

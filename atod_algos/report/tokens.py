@@ -65,12 +65,15 @@ class Scorer:
         teacher = self._teacher_tokens(kind, step, episodes)
         table = self.run.turn_table(step) if kind == "train" else None
         weights = dict(zip(_places(table), table["weight"], strict=True)) if table and "weight" in table else None
-        trained_d = _disagreement(table)
+        trained_d, trained_h = (_trained(table, column) for column in ("sum_abs_gap", "sum_surprise"))
         found: dict[tuple[int, int], TurnScores] = {}
         for n, episode in enumerate(episodes):
             spoken = [turn for turn in episode.turns if turn.response_ids]
             rows = [(list(turn.logprobs), teacher.get((n, turn.index)) if teacher else None) for turn in spoken]
-            h = [-float(np.mean(student)) for student, _ in rows]
+            h = [
+                trained_h.get((n, turn.index)) or -float(np.mean(student))
+                for turn, (student, _) in zip(spoken, rows, strict=True)
+            ]
             d = [None if t is None else float(np.mean(np.abs(np.subtract(t, s)))) for s, t in rows]
             d = [trained_d.get((n, turn.index), value) for turn, value in zip(spoken, d, strict=True)]
             w: list[float | None] = [None] * len(rows)
@@ -123,6 +126,11 @@ class Scorer:
 
     @property
     def _world(self) -> str:
+        if ", " in self.run.env:
+            raise AtodError(
+                f"{self.run.path} played several environments, whose teachers and limits differ; its page shows what was stored "
+                "(--store tokens). Leave --teacher out, or give --no-score"
+            )
         return getattr(environment_class(self.run.env), "env_key", "")
 
     def _compute(self, model: Any, kind: str, episodes: list[Trajectory]) -> dict[str, list[Any]]:
@@ -167,11 +175,14 @@ def token_texts(run: Run, episodes: list[Trajectory]) -> dict[int, str] | None:
     return {i: tokenizer.decode([i], skip_special_tokens=False) for i in sorted(ids)}
 
 
-def _disagreement(table: dict[str, list[Any]] | None) -> dict[tuple[int, int], float | None]:
-    """The d_k that were trained with; they are stored for every turn, single tokens or not."""
-    if table is None or "sum_abs_gap" not in table:
+def _trained(table: dict[str, list[Any]] | None, column: str) -> dict[tuple[int, int], float | None]:
+    """The d_k or h_k that were trained with; their sums are stored for every turn, single tokens or not.
+
+    h_k of stored tokens is that of the weights that sampled, which under ``--staleness`` are older ones.
+    """
+    if table is None or column not in table:
         return {}
-    values = [total / n if n else None for total, n in zip(table["sum_abs_gap"], table["n"], strict=True)]
+    values = [total / n if n else None for total, n in zip(table[column], table["n"], strict=True)]
     return dict(zip(_places(table), values, strict=True))
 
 

@@ -62,7 +62,7 @@ class OPSA(Algorithm):
 
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """-a on the unlikely tokens."""
-        last = math.ceil(self.keep * batch.n_tokens) - 1
+        last = math.ceil(round(self.keep * batch.n_tokens, 9)) - 1  # 0.07 * 100 is above 7
         threshold = np.sort(scores.student_M)[last]
         unlikely_M = scores.student_M <= threshold
         advantage_M = np.zeros(batch.n_tokens)

@@ -76,9 +76,10 @@ class Siblings(RewardAlgorithm):
 
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """A_t of the chosen rule."""
-        delta_M = scores.require("privileged") - scores.student_M
         successes_G = np.bincount(batch.group_N, batch.success_N)
         shown_N = successes_G[batch.group_N] - batch.success_N > 0
+        # Without a text in front the difference is the rounding of two passes: no signal.
+        delta_M = np.where(shown_N[batch.trajectory_M], scores.require("privileged") - scores.student_M, 0.0)
         notes: dict[str, np.ndarray | float] = {"shown_ratio": shown_N, "gap_mean": delta_M}
         if self.rule == "sdpo":
             return Advantages(distillation_M=delta_M, notes=notes)

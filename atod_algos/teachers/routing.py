@@ -55,12 +55,23 @@ def unseen_labels(trajectories: Sequence[Trajectory], world_N: np.ndarray, confi
                 )
 
 
-def require_scale(config: RunConfig) -> None:
-    """Refuse a ``--gap-scale`` that is not understood.
+def require_scale(config: RunConfig, scores: frozenset[str]) -> None:
+    """Refuse a ``--gap-scale`` that is not understood, or that would not act on all that is learned from a teacher.
+
+    Args:
+        config: the run's settings.
+        scores: which log-probs its algorithm asks for.
 
     Raises:
         AtodError: says what was expected.
     """
+    if config.gap_scale and ("teacher" not in scores or "support" in scores):
+        why = (
+            "learns from no teacher"
+            if "teacher" not in scores
+            else "learns from its top-k tokens by a loss of their own"
+        )
+        raise AtodError(f"--gap-scale scales a teacher's gap, but this algorithm {why}; leave it out")
     if config.gap_scale and config.gap_scale != EQUAL:
         _given(config)
 

@@ -139,7 +139,7 @@ class EvaluationOptions:
     """Validation during training, and the final evaluation."""
 
     eval_every: int = 10
-    """Steps between validations on the selection split; 0 is never."""
+    """Steps between validations on the selection split; 0: at the start alone, and no best checkpoint is kept."""
     eval_tasks: int = 128
     """Tasks of the validation panel (all of a smaller split)."""
     eval_temperature: float | None = None

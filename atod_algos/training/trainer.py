@@ -45,6 +45,7 @@ from atod_algos.training.checkpoint import (
     model_digests,
     prune,
     require_same_models,
+    require_whole,
     save_checkpoint,
     tidy,
 )
@@ -82,7 +83,7 @@ class Trainer:
         self.config, self.algorithm, self.run = config, algorithm, run
         refuse_settings(config)
         self.device = distributed.start(device_of(config.device))
-        require_scale(config)
+        require_scale(config, algorithm.scores)
         self.facts = [describe(world) for world in config.worlds]
         self.names = [facts.env_key for facts in self.facts]
         self.data_version = "; ".join(facts.data_version for facts in self.facts)
@@ -241,9 +242,8 @@ class Trainer:
         reward_N, world_N = reward_N[:n], world_N[:n]
         if config.old_logprobs == "learner":
             metrics |= sampler_metrics(batch, scores)
-        metrics |= (
-            sampling | corrected | scale | branched | step_metrics(algorithm, batch, scores, advantages, reward_N)
-        )
+        metrics |= sampling | corrected | scale | branched
+        metrics |= step_metrics(algorithm, batch, scores, advantages, reward_N)
         if len(self.names) > 1:
             metrics |= world_metrics(algorithm, batch, scores, advantages, reward_N, world_N, self.names)
         return metrics | clock.metrics(batch)
@@ -294,7 +294,8 @@ class Trainer:
         success = mean_success(results)
         if success > self.best["success"]:
             self.best = {"success": success, "step": float(self.step)}
-            self._save("best")
+            if self.config.eval_every:
+                self._save("best")
         trajectories = [trajectory for result in results.values() for trajectory in result.trajectories]
         self.run.store_validation(self.step, trajectories)
         progress.validation(self.step, success, len(trajectories))
@@ -308,8 +309,9 @@ class Trainer:
             (f"last (step {self.step})", lambda: nullcontext(None), everywhere),
         ]
         if config.eval_every:
-            best = str(self.run.checkpoints / "best")
-            load_best = lambda: nullcontext(self._load(best, "student").model)  # noqa: E731
+            best = self.run.checkpoints / "best"
+            load_best = lambda: nullcontext(self._load(str(best), "student").model)  # noqa: E731
+            self.best = dict(require_whole(best)["best"])  # after a kill it may be another than the log's
             policies.append((f"best (step {int(self.best['step'])})", load_best, everywhere))
         for scorer in dict.fromkeys(self.scorer.teachers):
             if isinstance(scorer, LocalScorer):

@@ -9,6 +9,7 @@ take steps back is given all that the run has logged, anew.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -66,14 +67,20 @@ class TensorBoard:
         self._board.close()
 
 
+def _identity(path: Path) -> str:
+    """What tells a run from others whose folders have the same name: the name, and a digest of where it is."""
+    whole = path.resolve()
+    return f"{whole.name}-{hashlib.blake2b(str(whole).encode(), digest_size=4).hexdigest()}"
+
+
 class Wandb:
-    """Weights & Biases. The folder's name is the run's id there, so a resumed run goes on in the same place."""
+    """Weights & Biases. The run's id there comes from its folder, so a resumed run goes on in the same place."""
 
     def __init__(self, opening: Opening) -> None:
         import wandb
 
         name = opening.path.resolve().name
-        identity = {"project": opening.project, "id": name, "name": opening.path.name, "resume": "allow"}
+        identity = {"project": opening.project, "id": _identity(opening.path), "name": name, "resume": "allow"}
         self._run: Any = wandb.init(**identity, config=dict(opening.settings), dir=str(opening.path))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -91,7 +98,7 @@ class Trackio:
     def __init__(self, opening: Opening) -> None:
         import trackio
 
-        name = opening.path.resolve().name
+        name = _identity(opening.path)
         with contextlib.suppress(ValueError):  # there is no such project yet
             for run in list(trackio.Api().runs(opening.project)):
                 if run.name == name:
@@ -123,10 +130,11 @@ class MLflow:
         self._client: Any = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", here))
         found = self._client.get_experiment_by_name(opening.project)
         experiment = self._client.create_experiment(opening.project) if found is None else found.experiment_id
-        name = opening.path.resolve().name
-        for old in self._client.search_runs([experiment], f"tags.`mlflow.runName` = '{name}'"):
+        tags = {"atod.folder": _identity(opening.path)}
+        for old in self._client.search_runs([experiment], f"tags.`atod.folder` = '{tags['atod.folder']}'"):
             self._client.delete_run(old.info.run_id)
-        self._id = self._client.create_run(experiment, run_name=name).info.run_id
+        name = opening.path.resolve().name
+        self._id = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
         for part, values in opening.settings.items():
             for key, value in (values if isinstance(values, Mapping) else {"": values}).items():
                 self._client.log_param(self._id, f"{part}/{key}".rstrip("/"), value)

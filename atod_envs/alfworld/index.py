@@ -16,7 +16,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -49,6 +49,7 @@ class Entry:
         digest: of the game file's content; empty if the folder is not played.
         excluded: why the reference's filters leave it out; empty if they do not.
         broken: what is wrong with its files; empty if nothing is.
+        passing: they could not be read, which another time may be possible; never kept.
     """
 
     task_id: str
@@ -59,6 +60,7 @@ class Entry:
     digest: str = ""
     excluded: str = ""
     broken: str = ""
+    passing: bool = False
 
     @property
     def playable(self) -> bool:
@@ -86,7 +88,7 @@ def open_index(root: Path, split: str) -> tuple[Entry, ...]:
             fresh += 1
         entries.append(entry)
     if fresh or len(entries) != len(known):
-        _write(cache, entries)
+        _write(cache, [entry for entry in entries if not entry.passing])
     return tuple(entries)
 
 
@@ -115,7 +117,7 @@ def examine(root: Path, task_id: str, game: Stamp, trajectory: Stamp) -> Entry:
             return entry(excluded="no game file")
         loaded = Game.load(folder / GAME_FILE)
     except DataError as error:
-        return entry(broken=str(error))
+        return replace(entry(broken=str(error)), passing=isinstance(error.__context__, OSError))
     if loaded.solvable is not True:
         return entry(excluded="not marked as solvable")
     content = (folder / GAME_FILE).read_bytes()
@@ -187,6 +189,7 @@ def _write(cache: Path, entries: list[Entry]) -> None:
     rows = []
     for entry in entries:
         values = asdict(entry)
+        del values["passing"]
         rows.append([values.pop("task_id"), *values.pop("game"), *values.pop("trajectory"), *values.values()])
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)

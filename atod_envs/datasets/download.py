@@ -131,7 +131,7 @@ def _fetch(source: Source, folder: Path, report: Report | None, expected: str | 
     sha256 = file_sha256(part)
     for wanted, who in ((announced, "its publisher's server says"), (expected, "the record to follow says")):
         if wanted is not None and wanted != sha256:
-            part.unlink()
+            _drop(part)
             raise DataError(
                 f"{source.url} has checksum {sha256}, but {who} {wanted}; the download was deleted, run the command again"
             )
@@ -139,9 +139,9 @@ def _fetch(source: Source, folder: Path, report: Report | None, expected: str | 
     files: dict[str, str] = {}
     if source.unpack:
         files = _unpack(part, folder, source.url)
-        part.unlink()
     else:
         os.replace(part, folder / source.path)
+    _drop(part)
     done = Downloaded(source.url, sha256, size, files)
     _record(folder, source.path, done)
     return done
@@ -189,8 +189,10 @@ def _transfer(source: Source, part: Path, report: Report | None, pause: float) -
         try:
             return _attempt(source, part, report)
         except urllib.error.HTTPError as error:
-            if error.code == 416:  # what we hold is longer than the file: it changed on the server
-                part.unlink(missing_ok=True)
+            if error.code == 416:  # nothing comes after what we hold: it is whole, or the file on the server is another
+                if error.headers.get("Content-Range", "") == f"bytes */{_held(source, part).size}":
+                    return None
+                _drop(part)
             elif error.code < 500 and error.code != 429:
                 raise DataError(
                     f"{source.url} answered {error.code} ({error.reason}); the publisher may have moved it: download it by hand "
@@ -207,11 +209,44 @@ def _transfer(source: Source, part: Path, report: Report | None, pause: float) -
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """The part of a file that an earlier attempt fetched, and what the server said of the whole."""
+
+    size: int = 0
+    stamp: str = ""
+    total: int | None = None
+
+
+def _notes(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
+def _drop(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _notes(part).unlink(missing_ok=True)
+
+
+def _held(source: Source, part: Path) -> _Held:
+    """What can be gone on with: nothing, if it came from another address."""
+    try:
+        notes = read_object(_notes(part))
+    except DataError:
+        notes = {}
+    if not part.is_file() or notes.get("url") != source.url:
+        return _Held()
+    total = notes.get("total")
+    return _Held(part.stat().st_size, str(notes.get("stamp") or ""), total if isinstance(total, int) else None)
+
+
 def _attempt(source: Source, part: Path, report: Report | None) -> str | None:
-    held = part.stat().st_size if part.is_file() else 0
+    before = _held(source, part)
+    held = before.size
     headers = {"User-Agent": "atod-data", "Accept-Encoding": "identity"}
     if held:
         headers["Range"] = f"bytes={held}-"
+        if before.stamp:  # a file that has changed comes whole
+            headers["If-Range"] = before.stamp
     seen: dict[str, str] = {}
     opener = urllib.request.build_opener(_Announced(seen))
     with opener.open(urllib.request.Request(source.url, headers=headers), timeout=_TIMEOUT) as answer:
@@ -225,6 +260,13 @@ def _attempt(source: Source, part: Path, report: Report | None) -> str | None:
             held = 0
         length = answer.headers.get("Content-Length")
         total = held + int(length) if length else None
+        begins = answer.headers.get("Content-Range", "").startswith(f"bytes {held}-")
+        if held and (not begins or (before.total and total and total != before.total)):
+            _drop(part)
+            raise ConnectionError("the file has changed since the first part of it was fetched")
+        strong = answer.headers.get("ETag", "")
+        stamp = strong if strong and not strong.startswith("W/") else answer.headers.get("Last-Modified", "")
+        _notes(part).write_text(json.dumps({"url": source.url, "stamp": stamp, "total": total}), encoding="utf-8")
         needed = (total or 0) - held
         free = shutil.disk_usage(part.parent).free
         if needed > free:

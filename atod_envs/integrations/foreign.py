@@ -17,16 +17,20 @@ is refused, unless it is said to be without chance.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import gymnasium as gym
+from gymnasium import spaces
 
 from atod_envs.errors import AtodError
 from atod_envs.tasks import TaskSet
+from atod_envs.snapshots import Snapshot
 from atod_envs.text_env import Frame, TextEnv
 
 SPLITS = {"train": 1000, "valid": 128, "test": 256}
@@ -75,6 +79,10 @@ class Manner:
             )
 
 
+_NO_TEXT = (spaces.Discrete, spaces.Box, spaces.MultiDiscrete, spaces.MultiBinary)
+"""Action spaces that hold no text."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Answer:
     """What a foreign environment said, whichever form it has."""
@@ -120,10 +128,15 @@ class ForeignEnv(TextEnv):
         kind = type(self._foreign)
         # What belongs to the environment's class is the instance's here.
         own = {"env_key": manner.key, "about": manner.about, "tells_rules_first": manner.tells_rules_first}
-        version = getattr(self._foreign, "data_version", f"{kind.__module__}.{kind.__qualname__}")
+        version = getattr(self._foreign, "data_version", _version(self._foreign))
         for name, value in {**own, "data_version": f"{manner.key}/{version}"}.items():
             setattr(self, name, value)
         self._players = hasattr(self._foreign, "get_observation")  # TextArena's games are for several
+        space = getattr(self._foreign, "action_space", None)
+        if manner.actions is None and isinstance(space, _NO_TEXT):
+            raise AtodError(
+                f"{kind.__name__} takes {space}, not text; give actions={{'word': action, ...}}, or a function of the text"
+            )
         self._seeded = _takes_seed(self._foreign.reset)
         if not self._seeded and manner.chance:
             raise AtodError(
@@ -211,6 +224,13 @@ class ForeignEnv(TextEnv):
                 return tuple(offered)
         raise AtodError(f"{type(self._foreign).__name__} gave {name} {offered!r:.60}; expected a list of actions")
 
+    def _worded(self, offered: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Offered actions by the words that ``step`` understands."""
+        actions = self._manner.actions
+        if isinstance(actions, Mapping):
+            return tuple(word for word, meant in actions.items() if word in offered or meant in offered)
+        return offered if actions is None or callable(actions) else tuple(word for word in actions if word in offered)
+
     def _frame_of(self, answer: _Answer) -> Frame:
         if self._manner.text is str and isinstance(answer.observation, bytes | None):
             raise AtodError(
@@ -221,7 +241,7 @@ class ForeignEnv(TextEnv):
         self._return += answer.reward
         score = min(1.0, max(0.0, (self._return - failed) / (solved - failed))) if answer.over else 0.0
         told = next((self._flag(info[name], name) for name in _SOLVED if info.get(name) is not None), score >= 1.0)
-        given = (self._listed(info[name], name) for name in _OFFERED if info.get(name) is not None)
+        given = (self._worded(self._listed(info[name], name)) for name in _OFFERED if info.get(name) is not None)
         offered: Any = next((actions for actions in given if actions), self._manner.actions)
         listed = ("<any text>",) if not offered or callable(offered) else tuple(str(one) for one in offered)
         text = self._manner.text(answer.observation)
@@ -277,7 +297,32 @@ def register(env_id: str, make: Callable[[], Any], **manner: Any) -> None:
                 raise AtodError(f"data={data!r}: {env_id} has no data folder; its data belong to what makes it")
             super().__init__(make, chosen, **options)
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            """The class is made here, so a copy is made through its registered id."""
+            moment = None if self._frame is None else self.snapshot()
+            options = self._arguments[1]
+            return _made_by_id, (env_id, options, self.max_turns, moment)
+
     gym.register(env_id, entry_point=Registered, disable_env_checker=True)
+
+
+def _made_by_id(env_id: str, options: Mapping[str, Any], max_turns: int, moment: Snapshot | None) -> TextEnv:
+    env = cast("TextEnv", gym.make(env_id, **options).unwrapped)
+    env.max_turns = max_turns
+    if moment is not None:
+        env.restore(moment)
+    return env
+
+
+def _version(foreign: Any) -> str:
+    """Which environment it is: its class inside of all wrappers, and how Gymnasium made it."""
+    kind = type(getattr(foreign, "unwrapped", foreign))
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    spec = getattr(foreign, "spec", None)
+    if not isinstance(spec, gym.envs.registration.EnvSpec):
+        return name
+    made = json.dumps([spec.id, spec.kwargs], sort_keys=True, default=str)
+    return f"{name}/{hashlib.blake2b(made.encode(), digest_size=4).hexdigest()}"
 
 
 def _takes_seed(reset: Any) -> bool:

@@ -20,7 +20,7 @@ from atod_envs.integrations.messages import (
 )
 from atod_envs.integrations.rows import token_rows
 from atod_envs.styles import Layout, PromptStyle, whole_characters
-from atod_envs.trajectory import Group, Trajectory, from_record, to_record
+from atod_envs.trajectory import Group, StopReason, Trajectory, from_record, to_record
 
 try:
     import datasets
@@ -75,7 +75,7 @@ def supervised(
     """
     rows: list[dict[str, Any]] = []
     for trajectory in trajectories:
-        if successful and not trajectory.success:
+        if trajectory.stop_reason is StopReason.ABORTED or (successful and not trajectory.success):
             continue
         found = find_style(trajectory.env_id, style)
         for chat in conversations(trajectory, found):
@@ -95,7 +95,7 @@ def tokens(trajectories: Iterable[Trajectory], *, successful: bool = True) -> da
     """
     rows = []
     for trajectory in trajectories:
-        if successful and not trajectory.success:
+        if trajectory.stop_reason is StopReason.ABORTED or (successful and not trajectory.success):
             continue
         for row in token_rows(trajectory):
             labels = [i if sampled else IGNORED for i, sampled in zip(row.response_ids, row.mask, strict=True)]
@@ -114,12 +114,14 @@ def preferences(groups: Iterable[Group], style: str | PromptStyle = "atod") -> d
 
     Two attempts at a task with different returns are compared where they first part: up to there the same was shown and
     answered, so the pair is two responses in one situation, and no observation stands in what is compared. Attempts
-    that were shown different things before they answered differently (other episode seeds) make no pair.
+    that were shown different things before they answered differently (other episode seeds) make no pair, nor do
+    attempts whose environment broke.
     """
     rows: list[dict[str, Any]] = []
     seen: set[tuple[str, ...]] = set()
     for group in groups:
-        for one, other in itertools.combinations(group.trajectories, 2):
+        finished = [one for one in group.trajectories if one.stop_reason is not StopReason.ABORTED]
+        for one, other in itertools.combinations(finished, 2):
             if one.reward == other.reward:
                 continue
             better, worse = (one, other) if one.reward > other.reward else (other, one)

@@ -108,7 +108,7 @@ class AtodHarness(vf.Harness[AtodHarnessConfig]):  # type: ignore[misc]
         )
         if system:
             messages = [{"role": "system", "content": system}, *messages]
-        async with httpx.AsyncClient(timeout=self.config.timeout) as client:
+        async with httpx.AsyncClient(timeout=self.config.timeout, trust_env=False) as client:
             response = await client.post(
                 f"{endpoint.rstrip('/')}/chat/completions",
                 headers={"Authorization": f"Bearer {secret}"},

@@ -154,27 +154,31 @@ class BM25Index:
         totals: _Doubles | None = getattr(self._local, "totals", None)
         if totals is None:
             totals = self._local.totals = np.zeros(len(self), dtype=np.float64)
-        remaining = np.cumsum([postings.bound for postings in reversed(terms)])[::-1]
-        floor = 0.0  # a lower bound of the k-th best score
-        fresh: list[_Docs] = []  # by term, the documents that no earlier term held
-        seen = done = 0
-        for postings in terms:
-            if remaining[done] < floor * (1.0 - _SLACK):
-                break
-            values = totals[postings.docs]
-            fresh.append(postings.docs[values == 0.0] if done else postings.docs)
-            values += postings.impacts
-            totals[postings.docs] = values
-            seen += len(fresh[-1])
-            done += 1
-            if done < len(terms) and seen >= k:
-                if len(values) < k:  # too few of their own: look at all documents so far
-                    values = totals[np.concatenate(fresh)]
-                floor = max(floor, float(np.partition(values, len(values) - k)[len(values) - k]))
-        left = float(remaining[done]) if done < len(terms) else 0.0
-        numbers = np.concatenate(fresh)
-        scores = totals[numbers]
-        totals[numbers] = 0.0
+        try:
+            remaining = np.cumsum([postings.bound for postings in reversed(terms)])[::-1]
+            floor = 0.0  # a lower bound of the k-th best score
+            fresh: list[_Docs] = []  # by term, the documents that no earlier term held
+            seen = done = 0
+            for postings in terms:
+                if remaining[done] < floor * (1.0 - _SLACK):
+                    break
+                values = totals[postings.docs]
+                fresh.append(postings.docs[values == 0.0] if done else postings.docs)
+                values += postings.impacts
+                totals[postings.docs] = values
+                seen += len(fresh[-1])
+                done += 1
+                if done < len(terms) and seen >= k:
+                    if len(values) < k:  # too few of their own: look at all documents so far
+                        values = totals[np.concatenate(fresh)]
+                    floor = max(floor, float(np.partition(values, len(values) - k)[len(values) - k]))
+            left = float(remaining[done]) if done < len(terms) else 0.0
+            numbers = np.concatenate(fresh)
+            scores = totals[numbers]
+            totals[numbers] = 0.0
+        except BaseException:  # also Ctrl-C: what is left in the array would count in every later search
+            del self._local.totals
+            raise
         if floor > left:
             keep = scores >= floor * (1.0 - _SLACK) - left
             numbers, scores = numbers[keep], scores[keep]

@@ -79,6 +79,7 @@ class Session:
     used: float
     busy: bool = False
     number: int = 0
+    asked: tuple[str, dict[str, Any]] = ("", {})
     answer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -223,7 +224,7 @@ class Sessions:
             observation, info = session.env.reset(seed=seed, options=None if task_id is None else {"task_id": task_id})
             return {"observation": observation, "info": info}
 
-        return await self._in_turn(session, request, begin)
+        return await self._in_turn("reset", session, request, begin)
 
     async def _step(self, request: Mapping[str, Any]) -> dict[str, Any]:
         _only(request, "session", "number", "action")
@@ -240,7 +241,7 @@ class Sessions:
                 "info": info,
             }
 
-        return await self._in_turn(session, request, act)
+        return await self._in_turn("step", session, request, act)
 
     async def _close(self, request: Mapping[str, Any]) -> dict[str, Any]:
         _only(request, "session")
@@ -258,12 +259,18 @@ class Sessions:
         return session
 
     async def _in_turn(
-        self, session: Session, request: Mapping[str, Any], work: Callable[[], dict[str, Any]]
+        self, name: str, session: Session, request: Mapping[str, Any], work: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
+        """Carry out a call with the next number; one with the last number again gets the last answer again."""
         number = None if request.get("number") is None else _number(request, "number")
         if session.busy:
             raise Refused(409, "the session is busy with another call; a session carries out one call at a time")
+        asked = (name, dict(request))
         if number is not None and number == session.number and session.answer:
+            if asked != session.asked:
+                raise Refused(
+                    410, f"call number {number} was another one, and its answer was lost; open another session"
+                )
             return session.answer
         if number is not None and number != session.number + 1:
             raise Refused(
@@ -281,7 +288,7 @@ class Sessions:
         finally:
             session.busy, session.used = False, self._clock()
         session.number += 1
-        session.answer = answer
+        session.asked, session.answer = asked, answer
         return answer
 
     async def _run(self, blocking: bool, work: Callable[..., Any], *arguments: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import itertools
+import socket
 import time
 from typing import Any, Protocol, cast
 from urllib.parse import urlsplit
@@ -155,8 +156,13 @@ class SocketLink(_Link):
         failures = self._library.exceptions
         try:
             if self._socket is None:
+                # As over HTTP: straight to the server that was named, through no proxy and behind no redirect, which
+                # cannot be followed with a connection that is given.
+                where = urlsplit(self.url)
+                port = where.port or (443 if where.scheme == "wss" else 80)
                 self._socket = self._library.sync.client.connect(
                     f"{self.url}/v1/ws",
+                    sock=socket.create_connection((where.hostname, port), timeout=self._timeout),
                     additional_headers={"Authorization": f"Bearer {self._token}"} if self._token else {},
                     open_timeout=self._timeout,
                     close_timeout=2,

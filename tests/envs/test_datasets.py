@@ -56,9 +56,21 @@ def site():
             if name not in state.files:
                 return self.send_error(404)
             body = state.files[name]
+            stamp = state.headers.get("ETag")
+            if self.headers.get("If-Range") not in (None, stamp):
+                start = 0
+            if start >= len(body):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(body)}")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
             if fault == "html":
                 body = b"<html>quota exceeded</html>"
             self.send_response(206 if start else 200)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            if stamp:
+                self.send_header("ETag", stamp)
             self.send_header(
                 "Content-Type", "text/html; charset=utf-8" if fault == "html" else "application/octet-stream"
             )
@@ -133,6 +145,47 @@ def test_a_dead_server_ends_in_advice_and_keeps_what_came(site, tmp_path):
     site.faults = []
     fetch(site.source("x"), tmp_path, pause=0)
     assert (tmp_path / "x").read_bytes() == BODY
+
+
+def half(site, folder, name="x"):
+    """Half of a file is there, and the connection is gone."""
+    site.faults = ["cut"] + [500] * 9
+    with pytest.raises(DataError, match="run the command again to go on"):
+        fetch(site.source(name), folder, pause=0)
+    site.faults, site.requests[:] = [], []
+
+
+@pytest.mark.parametrize("stamped", [True, False])
+def test_halves_of_two_files_are_never_joined(site, tmp_path, stamped):
+    """Changed on the server meanwhile: a stamp says so, without one another length does."""
+    site.headers = {"ETag": '"old"'} if stamped else {}
+    site.files["x"] = BODY
+    half(site, tmp_path)
+    other = bytes(255 - byte for byte in BODY) if stamped else BODY[:-7]
+    site.files["x"], site.headers = other, {"ETag": '"new"'} if stamped else {}
+    fetch(site.source("x"), tmp_path, pause=0)
+    assert (tmp_path / "x").read_bytes() == other
+    assert sorted(path.name for path in tmp_path.iterdir() if "part" in path.name) == []
+
+
+def test_a_mirror_does_not_go_on_with_the_publishers_part(site, tmp_path):
+    site.files |= {"x": BODY, "mirror": BODY[::-1]}
+    half(site, tmp_path)
+    fetch(Source(f"{site.url}/mirror", "x", 1), tmp_path, pause=0)
+    assert (tmp_path / "x").read_bytes() == BODY[::-1] and site.requests == [("mirror", 0)]
+
+
+def test_a_part_that_is_whole_already_is_kept(site, tmp_path):
+    """The process was killed after the last byte."""
+    site.files["x"] = BODY
+    half(site, tmp_path)
+    (tmp_path / "x.part").write_bytes(BODY)
+    fetch(site.source("x"), tmp_path, pause=0)
+    assert (tmp_path / "x").read_bytes() == BODY and site.requests == [("x", len(BODY))]
+    half(site, tmp_path / "again")
+    (tmp_path / "again" / "x.part").write_bytes(BODY + b"more")
+    fetch(site.source("x"), tmp_path / "again", pause=0)
+    assert (tmp_path / "again" / "x").read_bytes() == BODY
 
 
 def test_an_unreachable_host_says_so(tmp_path):

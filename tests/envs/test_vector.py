@@ -230,6 +230,43 @@ def running(pid):
         return False
 
 
+def test_a_list_of_values_has_one_for_each(workers):
+    with TextVectorEnv(ToyEnv, 3, workers=workers) as envs:
+        envs.set_attr("max_turns", [1, 2, 3])
+        assert envs.get_attr("max_turns") == (1, 2, 3)
+        envs.set_attr("max_turns", 4)
+        assert envs.get_attr("max_turns") == (4, 4, 4)
+        with pytest.raises(ValueError, match="values has 2 entries for 3 environments"):
+            envs.set_attr("max_turns", (1, 2))
+
+
+def test_a_step_that_failed_can_be_followed_by_a_reset(workers):
+    """One fails while another begins anew: its outcome is not taken for the next one's."""
+    with TextVectorEnv(SlowEnv, 3, workers=workers) as envs:
+        envs.set_attr("max_turns", [1, 9, 9])
+        envs.reset(seed=0)
+        _, _, terminations, truncations, _ = envs.step(["hm"] * 3)
+        assert (terminations | truncations).tolist() == [True, False, False]
+        with pytest.raises(RuntimeError, match="the world fell apart"):
+            envs.step(["ignored", "fail", "hm"])
+        observations, infos = envs.reset(seed=0)
+        assert len(observations) == 3 and infos["turn"].tolist() == [0, 0, 0]
+
+
+def test_ctrl_c_in_a_step_leaves_an_environment_that_can_be_reset():
+    class Stopped(ToyEnv):
+        def _act(self, action):
+            if action == "stop":
+                raise KeyboardInterrupt
+            return super()._act(action)
+
+    with TextVectorEnv(Stopped, 3) as envs:
+        first = envs.reset(seed=0)[0]
+        with pytest.raises(KeyboardInterrupt):
+            envs.step(["hm", "stop", "hm"])
+        assert envs.reset(seed=0)[0] == first
+
+
 def test_misuse_is_refused_with_advice(workers):
     with pytest.raises(ValueError, match="num_envs=0"):
         TextVectorEnv(ToyEnv, 0)

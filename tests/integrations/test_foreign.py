@@ -1,5 +1,7 @@
 """Others' environments as ours: the contract on real libraries, each form of answer, and what is refused."""
 
+import copy
+import pickle
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from atod_envs.checker import check_text_env
-from atod_envs.errors import AtodError, UnknownName
+from atod_envs.errors import AtodError, EpisodeError, UnknownName
 from atod_envs.integrations import register, wrap
 from atod_envs.recording import RecordTurns
 from atod_envs.trajectory import StopReason
@@ -174,6 +176,48 @@ def test_a_registered_one_is_found_by_its_id():
     assert env.unwrapped.env_key == "blackjack" and env.unwrapped.max_turns == 3
     with pytest.raises(AtodError, match="cards/Blackjack-v0 has no data folder"):
         gym.make("cards/Blackjack-v0", data="somewhere")
+    begun = env.reset(seed=3)
+    again = pickle.loads(pickle.dumps(env.unwrapped))
+    assert type(again) is type(env.unwrapped) and again.max_turns == 3
+    assert again.reset(seed=3)[0] == begun[0] and again.snapshot() == env.unwrapped.snapshot()
+    env.step("hit")
+    assert copy.deepcopy(env.unwrapped).snapshot() == env.unwrapped.snapshot()
+
+
+def test_other_worlds_are_other_data():
+    """Of one class, in one wrapper: a snapshot or a checkpoint of the one is none of the other."""
+    maps = [
+        wrap(partial(gym.make, "FrozenLake-v1", map_name=name), key="lake", actions=STEPS) for name in ("4x4", "8x8")
+    ]
+    small, large = (env.data_version for env in maps)
+    assert small != large and "FrozenLakeEnv" in small and "FrozenLakeEnv" in large
+    assert small == wrap(partial(gym.make, "FrozenLake-v1", map_name="4x4"), key="lake", actions=STEPS).data_version
+    maps[1].reset(seed=0)
+    with pytest.raises(EpisodeError):
+        maps[0].restore(maps[1].snapshot())
+
+
+def test_what_is_offered_is_what_step_understands():
+    class Legal:
+        def reset(self, seed=None):
+            return "begin", {"legal_actions": [1, 2]}
+
+        def step(self, action):
+            return f"did {action}", 0.0, False, False, {"legal_actions": ["hit", 7]}
+
+    env = wrap(Legal(), actions={"stick": 0, "hit": 1, "double": 2})
+    info = env.reset(seed=0)[1]
+    assert info["admissible"] == ("hit", "double")
+    seen, *_, info = env.step("double")
+    assert seen == "did 2" and info["admissible"] == ("hit",)
+    few = wrap(Legal(), actions=("hit", "stick"))
+    few.reset(seed=0)
+    assert few.step("stick")[4]["admissible"] == ("hit",)
+
+
+def test_a_world_that_takes_no_text_needs_actions():
+    with pytest.raises(AtodError, match=r"takes Discrete\(4\), not text; give actions="):
+        wrap(LAKE)
 
 
 @pytest.mark.parametrize(

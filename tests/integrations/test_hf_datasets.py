@@ -9,7 +9,7 @@ pytest.importorskip("datasets", reason="datasets is not installed (extra 'datase
 from datasets import load_from_disk
 
 from atod_envs.integrations.hf_datasets import IGNORED, episodes, preferences, supervised, tokens, trajectories
-from atod_envs.trajectory import Group, write_jsonl
+from atod_envs.trajectory import Group, StopReason, write_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -78,6 +78,15 @@ def test_preferences_compare_responses_in_one_situation(played):
         assert len(pair["prompt"]) == 2 * place + 1 and pair["margin"] == 1.0
         assert pair["chosen"] == [{"role": "assistant", "content": best.turns[place].response}]
         assert pair["rejected"] != pair["chosen"] and len(pair["rejected"]) == 1
+
+
+def test_episodes_whose_environment_broke_are_in_no_data(played):
+    solved, *failed = played.trajectories
+    broken = replace(failed[0], stop_reason=StopReason.ABORTED)
+    with pytest.raises(ValueError, match="no"):
+        preferences([replace(played, trajectories=(solved, broken))])
+    for data in (supervised, tokens):
+        assert len(data([solved, broken], successful=False)) == len(data([solved], successful=False))
 
 
 def test_attempts_that_were_shown_different_things_make_no_pair(played):

@@ -97,7 +97,7 @@ def test_a_server_that_is_started_anew_loses_the_episode_but_not_the_client(kind
 def test_an_answer_that_is_lost_is_asked_for_again_and_nothing_happens_twice(toy_server):
     """A proxy cuts the connection after the request has been carried out."""
     upstream = toy_server.removeprefix("http://")
-    cut = threading.Event()
+    cuts = []
 
     class Proxy(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -109,8 +109,8 @@ def test_an_answer_that_is_lost_is_asked_for_again_and_nothing_happens_twice(toy
             response = connection.getresponse()
             answer = response.read()
             connection.close()
-            if cut.is_set():
-                cut.clear()
+            if cuts:
+                cuts.pop()
                 self.close_connection = True
                 return
             self.send_response(response.status)
@@ -126,11 +126,24 @@ def test_an_answer_that_is_lost_is_asked_for_again_and_nothing_happens_twice(toy
         env = RemoteEnv(f"http://127.0.0.1:{proxy.server_port}", retries=3)
         env.reset(seed=1)
         env.step("plum")
-        cut.set()
+        cuts.append("once")
         *_, info = env.step("pear")
-        assert not cut.is_set() and info["turn"] == 2
+        assert not cuts and info["turn"] == 2
         *_, info = env.step("plum")
         assert info["turn"] == 3
+        env.close()
+
+        # Given up rather than asked for again: its answer is none to another call.
+        env = RemoteEnv(f"http://127.0.0.1:{proxy.server_port}", retries=0)
+        first, wanted = env.tasks[:2]
+        env.reset(seed=1, options={"task_id": first})
+        cuts += ["and once more", "over a fresh connection"]
+        with pytest.raises(RemoteError, match="did not answer 'step'"):
+            env.step("plum")
+        with pytest.raises(SessionLost, match="its answer was lost; open another session"):
+            env.step("pear")
+        _, info = env.reset(seed=7, options={"task_id": wanted})
+        assert (info["task_id"], info["turn"]) == (wanted, 0) and env.step("pear")[4]["turn"] == 1
         env.close()
         proxy.shutdown()
 

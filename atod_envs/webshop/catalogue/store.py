@@ -7,6 +7,7 @@ goals are added next to it, each a function of its name).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -107,13 +108,14 @@ class Store:
 
     def product(self, row: int) -> Product:
         """A whole product."""
-        found = self._products.get(row)
-        if found is not None:
-            self._products.move_to_end(row)
-            return found
-        product = self._products[row] = unpack(self._cards[row], self._details[row])
+        # Other threads do the same: each operation stands alone, and what another has taken out is read again.
+        product = self._products.pop(row, None)
+        if product is None:
+            product = unpack(self._cards[row], self._details[row])
+        self._products[row] = product
         if len(self._products) > KEPT_PRODUCTS:
-            self._products.popitem(last=False)
+            with contextlib.suppress(KeyError):
+                self._products.popitem(last=False)
         return product
 
     def human(self, number: int) -> HumanInstruction:

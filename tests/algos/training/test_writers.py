@@ -83,6 +83,9 @@ def test_mlflow_holds_a_resumed_run_once(tmp_path, monkeypatch):
     assert run.info.run_name == "r" and run.info.status == "FINISHED" and run.data.params["algorithm/name"] == "opd"
     history = client.get_metric_history(run.info.run_id, "x")
     assert [(metric.step, metric.value) for metric in history] == [(1, 1), (2, 2), (3, 30), (4, 40)]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "r" / "mlflow").as_uri())
+    interrupted(tmp_path / "elsewhere" / "r", "mlflow=mine")
+    assert len(client.search_runs([run.info.experiment_id])) == 2, "another run whose folder has the same name"
 
 
 def test_trackio_holds_a_resumed_run_once(tmp_path, monkeypatch):
@@ -90,6 +93,9 @@ def test_trackio_holds_a_resumed_run_once(tmp_path, monkeypatch):
     trackio = pytest.importorskip("trackio", reason="trackio is not installed")
     interrupted(tmp_path / "r", "trackio=mine")
     (run,) = trackio.Api().runs("mine")
-    assert run.name == "r"
-    logs = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage.get_logs("mine", "r")
+    assert run.name.startswith("r-")
+    logs = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage.get_logs("mine", run.name)
     assert [(row["step"], row["x"]) for row in logs] == [(1, 1), (2, 2), (3, 30), (4, 40)]
+    interrupted(tmp_path / "elsewhere" / "r", "trackio=mine")
+    names = sorted(run.name for run in trackio.Api().runs("mine"))
+    assert len(names) == 2 and run.name in names, "another run whose folder has the same name"

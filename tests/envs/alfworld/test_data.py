@@ -116,6 +116,27 @@ def test_broken_files_are_refused_or_left_out_and_counted(root, caplog, breaking
     assert str(folder) in str(caught.value) and quoted in str(caught.value)
 
 
+def test_a_file_that_could_not_be_read_once_is_read_again(root, monkeypatch):
+    """Too many open files, a disk that was away: unlike a broken file that is not kept in the list."""
+    from atod_envs.alfworld import index
+
+    whole = ids(root)
+    index.cache_file(root, SPLIT).unlink()
+    load = index.Game.load
+
+    def busy(path):
+        try:
+            raise OSError(24, "Too many open files")
+        except OSError:
+            raise DataError(f"{path}: cannot be read") from None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index.Game, "load", busy)
+        with pytest.raises(DataError, match="3 of 3 trial folders are broken"):
+            open_source(root, SPLIT)
+    assert index.Game.load == load and ids(root) == whole
+
+
 def test_a_foreign_domain_is_quoted(root):
     moon = "(define (domain moon) (:types rock) (:predicates (heavy ?r - rock)))"
     folder = put(root, "pick_and_place_simple-A-None-B-8", game=lambda game: {**game, "pddl_domain": moon})

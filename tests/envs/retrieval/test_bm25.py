@@ -87,6 +87,23 @@ def test_a_larger_k_only_appends():
             assert [hit.docid for hit in index.search(query, k)] == deep[:k]
 
 
+def test_a_search_that_is_broken_off_leaves_nothing_behind(monkeypatch):
+    """Ctrl-C in the middle: what was added up so far must not count in the next search."""
+    from atod_envs.retrieval import bm25
+
+    index = BM25Index.build([("a", "red hat"), ("b", "red hat red"), ("c", "blue coat hat")])
+    before = index.search("red hat", 3)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bm25.np, "concatenate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            index.search("red hat", 3)
+    assert index.search("red hat", 3) == before
+
+
 def test_equal_scores_are_ordered_by_document_id():
     docs = [(docid, "same words here") for docid in ("b", "a", "10", "9", "ä", "Z")]
     hits = BM25Index.build(docs).search("words", 6)
