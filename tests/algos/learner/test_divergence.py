@@ -66,13 +66,14 @@ def said(teacher, batch, topk=None):
     return distribution(teacher, teacher, batch, temperature=1.0, **how)
 
 
-def update(model, batch, term, *, advantage=None, **options):
+def update(model, batch, term, *, advantage=None, objective=None, **options):
     """One step; the model it was made on, and the metrics."""
     model = copy.deepcopy(model)
     old = scoring.score(model, batch, temperature=1.0)[0]
     learner = Learner(model, learner_options(lr=1e-3, **{"minibatches": 1, **options}))
     advantage = np.zeros(batch.n_tokens) if advantage is None else advantage
-    done = learner.update(batch, advantage, old, Objective(), step=1, temperature=1.0, seed=0, divergence=term)
+    aim = objective or Objective()
+    done = learner.update(batch, advantage, old, aim, step=1, temperature=1.0, seed=0, divergence=term)
     return model, done.metrics, learner
 
 
@@ -174,6 +175,11 @@ def test_a_teacher_alone_is_approached_and_updates_with_nothing_to_say_are_left_
     assert after < 0.97 * before
     assert int(learner.updater.moments()[0]["step"]) == 8
     assert "actor/pg_loss" not in metrics  # the reward's passes were not made
+    bonus = Objective(entropy_coef=0.01)
+    _, metrics, learner = update(student, batch, term, minibatches=3, epochs=2, objective=bonus)
+    assert int(learner.updater.moments()[0]["step"]) == 14 and "actor/entropy_loss" in metrics, (
+        "it has something to say"
+    )
     silent = dataclasses.replace(term, weight_M=np.zeros(batch.n_tokens))
     _, metrics, learner = update(student, batch, silent, advantage=np.ones(batch.n_tokens), minibatches=3)
     assert int(learner.updater.moments()[0]["step"]) == 3 and "actor/divergence" not in metrics

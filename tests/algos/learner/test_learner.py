@@ -241,6 +241,25 @@ def test_a_resumed_half_precision_run_goes_on_bit_for_bit(model, batch):
         assert torch.equal(a, b)
 
 
+def test_a_checkpoint_in_float32_is_none_of_a_half_precision_run(model):
+    """Its master weights would stay those of the untrained model."""
+    saved = Learner(copy.deepcopy(model), learner_options()).state()
+    half = Learner(copy.deepcopy(model).to(torch.bfloat16), learner_options())
+    with pytest.raises(AtodError, match="made in float32, but now weights are in half precision; give --dtype float32"):
+        half.load_state(saved)
+
+
+def test_a_budget_that_was_asked_for_may_be_asked_for_differently(model):
+    small = Learner(copy.deepcopy(model), learner_options(token_budget=100))
+    state = small.state()
+    large = Learner(copy.deepcopy(model), learner_options(token_budget=400))
+    large.load_state(state)
+    assert large.budget.tokens == 400
+    small.budget.tokens = 50  # memory ran short
+    large.load_state(small.state())
+    assert large.budget.tokens == 50
+
+
 def test_eight_bit_moments_are_refused_without_a_gpu(model):
     with pytest.raises(AtodError, match="adamw8bit runs on a GPU only"):
         Learner(model, learner_options(optimizer="adamw8bit"))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -284,6 +285,17 @@ def test_wilson_interval_contains_the_rate(n, data):
     k = data.draw(st.integers(0, n))
     low, high = wilson(k, n)
     assert 0 <= low <= k / n <= high <= 1
+
+
+def test_a_step_in_which_the_student_said_nothing_is_an_error_of_settings(groups):
+    """A guide played every turn, or none of the student's prompts fitted."""
+    silent = tuple(
+        replace(turn, prompt_ids=(), response_ids=(), logprobs=()) for turn in groups[0].trajectories[0].turns
+    )
+    with pytest.raises(
+        AtodError, match=r"no episode of the step holds a token that the student sampled.*--max-context"
+    ):
+        make_batch([Group("t", (replace(groups[0].trajectories[0], turns=silent),))])
 
 
 def test_wilson_known_value():

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,6 +81,13 @@ def test_the_exact_gap_leaves_no_noise_to_take_a_baseline_from(models):
 
 
 # --- OPSA ---------------------------------------------------------------------------------------------------------
+
+
+def test_opsa_takes_the_share_that_is_meant():
+    """0.07 of 100 tokens are 7, although 0.07 * 100 is more in floating point."""
+    tokens = SimpleNamespace(n_tokens=100, student_M=-np.arange(1.0, 101.0))
+    result = OPSA(keep=0.07).advantages(tokens, tokens, 1)
+    assert int((result.token_M != 0).sum()) == 7
 
 
 def test_opsa_by_hand(ragged):

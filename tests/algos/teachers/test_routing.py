@@ -179,7 +179,14 @@ def test_factors_can_be_given(batch):
     np.testing.assert_allclose(gap_factors(config, world_N, batch, scores_of(3.0, 1.0)), [1.0, 0.25])
     for wrong in (("echo=-1",), ("echo=nan",), ("echo=loud",), ("eco=1",), ("equal", "echo=1")):
         with pytest.raises(AtodError, match="gap-scale"):
-            require_scale(config_of(gap_scale=wrong))
+            require_scale(config_of(gap_scale=wrong), frozenset({"teacher"}))
+    right = config_of(gap_scale=("echo=0.5",))
+    require_scale(right, frozenset({"teacher", "entropy"}))
+    with pytest.raises(AtodError, match="learns from no teacher; leave it out"):
+        require_scale(right, frozenset())
+    with pytest.raises(AtodError, match="top-k tokens by a loss of their own"):
+        require_scale(right, frozenset({"teacher", "support"}))
+    require_scale(config_of(), frozenset())
 
 
 def test_a_method_without_such_a_term_is_refused():
