@@ -118,6 +118,7 @@ class ScienceWorldEnv(TextEnv):
         self._list = admissible
         self._limit = simulators or os.cpu_count() or 1
         self._episode: Episode | None = None
+        self._done: tuple[str, ...] = ()  # what was done when it was closed
         self._score = 0.0
 
     def gold_actions(self) -> tuple[str, ...]:
@@ -127,6 +128,7 @@ class ScienceWorldEnv(TextEnv):
 
     def close(self) -> None:
         """Let the simulator go; it stays for other environments of this process."""
+        self._done = self.save_state()
         SIMULATORS.release(self._episode)
         self._episode = None
 
@@ -158,7 +160,7 @@ class ScienceWorldEnv(TextEnv):
 
     def save_state(self) -> tuple[str, ...]:
         """What was done, without what the simulator failed on."""
-        return tuple(self._episode.actions[1:]) if self._episode else tuple(self._actions)
+        return tuple(self._episode.actions[1:]) if self._episode else self._done
 
     def _frame_of(self, answer: Answer) -> Frame:
         over = answer.done or answer.score < 0

@@ -192,6 +192,8 @@ def test_an_action_that_the_simulator_fails_on_does_nothing(monkeypatch):
     assert (observation, terminated, info["valid"]) == (UNKNOWN, False, False)
     assert env.step("look around")[0] == expected[-1][0]
     assert env.step("a" * (LONGEST + 1))[0] == UNKNOWN
+    env.close()
+    assert env.step("look around")[0] == expected[-1][0], "what it failed on is not repeated when it is played on"
 
 
 def test_solutions_are_kept_and_lead_to_the_goal(monkeypatch):
