@@ -275,7 +275,7 @@ def test_aborted_episodes_are_not_trained_on(groups):
     member = groups[0].trajectories[0]
     aborted = dataclasses.replace(member, stop_reason=StopReason.ABORTED)
     assert len(make_batch([Group(member.task_id, (member, aborted))]).group_N) == 1
-    with pytest.raises(ValueError, match="no trajectory"):
+    with pytest.raises(AtodError, match="no episode of the step holds a token"):
         make_batch([Group(member.task_id, (aborted,))])
 
 

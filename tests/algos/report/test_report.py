@@ -344,7 +344,8 @@ def test_weights_and_biases_gets_every_step(models, tmp_path, monkeypatch):
     train(GRPO, options_of(models, tmp_path / "r", "--steps", "2", "--wandb", "mine"))
     assert [call[0] for call in calls] == ["init", "log", "log", "finish"]
     given = calls[0][1]
-    assert (given["project"], given["id"], given["resume"]) == ("mine", "r", "allow")
+    assert (given["project"], given["name"], given["resume"]) == ("mine", "r", "allow")
+    assert given["id"].startswith("r-") and len(given["id"]) > 8, "not that of another folder of this name"
     assert given["config"]["algorithm"]["name"] == "grpo"
     assert calls[1][1] == 1 and "episode/success" in calls[1][2]
 
