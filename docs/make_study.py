@@ -35,8 +35,8 @@ def pages() -> dict[Path, dict[str, str]]:
         "source": source(cells, "laptop"),
         "claims": decisions(short["claims"]),
         "long-results": success(long["cells"], tuple(METHODS)),
-        "long-source": source(long["cells"], "laptop-150", "--settings-of studies/laptop"),
         "long-claims": decisions(long["claims"]),
+        "long-source": source(long["cells"], "laptop-150", "--settings-of studies/laptop"),
     }
     return {DOCS / "study.md": study, DOCS.parent / "README.md": {"study": success(cells, SHORT)}}
 

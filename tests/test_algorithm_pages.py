@@ -32,7 +32,7 @@ def page_of(name):
 def test_the_studys_numbers_are_those_of_its_results(maker):
     for path, made in maker.pages().items():
         page = path.read_text()
-        assert re.findall(r"<!-- made: (\w+) -->", page)[::2] == list(made)
+        assert re.findall(r"<!-- made: ([\w-]+) -->", page)[::2] == list(made)
         assert page == maker.filled(page, made), "run python docs/make_pages.py"
 
 
@@ -49,7 +49,7 @@ def test_sections_are_the_same(name, maker):
 @pytest.mark.parametrize("name", POINTS)
 def test_made_parts_are_up_to_date(name, maker):
     page, made = page_of(name), maker.parts(name, POINTS[name].load())
-    assert re.findall(r"<!-- made: (\w+) -->", page)[::2] == list(made)
+    assert re.findall(r"<!-- made: ([\w-]+) -->", page)[::2] == list(made)
     assert page == maker.filled(page, made), "run python docs/make_pages.py"
 
 

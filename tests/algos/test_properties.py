@@ -53,8 +53,9 @@ ALGORITHMS = {
     "iw_opd-turn": IWOPD(over="turn", mean_preserve=True),
 }
 EVERY = pytest.mark.parametrize("name", list(ALGORITHMS))
-BY_OUTCOME = ("sign_safe-sg_opd", "sign_safe-opdvr")
-"""They take the direction from an episode's own outcome, whatever the others of its group did."""
+BY_OUTCOME = ("sign_safe-sg_opd", "sign_safe-opdvr", "siblings-paper", "siblings-opid")
+"""They take the direction from an episode's own outcome, whatever the others of its group did, or learn only where
+another one succeeded."""
 PLAIN = [name for name in ALGORITHMS if not name.endswith("released")]
 """Without penalties for invalid turns and statistics over turn rows."""
 
