@@ -149,7 +149,11 @@ LINES: dict[str, dict[str, tuple[str, str, str]]] = {
         "A_t": GAP,
     },
     "siblings": {
-        "delta_t": ("", "Siblings.advantages", 'delta_M = np.where(shown_N[batch.trajectory_M], scores.require("privileged") - scores.student_M, 0.0)'),
+        "delta_t": (
+            "",
+            "Siblings.advantages",
+            'delta_M = np.where(shown_N[batch.trajectory_M], scores.require("privileged") - scores.student_M, 0.0)',
+        ),
         "A_t, opid": ("", "Siblings.advantages", "distillation_M=self.nudge * delta_M"),
         "x_k": ("", "Siblings.advantages", "signal_K = np.expm1("),
         "q_k": ("", "Siblings.advantages", "level_K = np.clip("),

@@ -29,8 +29,8 @@ import gymnasium as gym
 from gymnasium import spaces
 
 from atod_envs.errors import AtodError
-from atod_envs.tasks import TaskSet
 from atod_envs.snapshots import Snapshot
+from atod_envs.tasks import TaskSet
 from atod_envs.text_env import Frame, TextEnv
 
 SPLITS = {"train": 1000, "valid": 128, "test": 256}
