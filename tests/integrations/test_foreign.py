@@ -55,7 +55,7 @@ def test_what_is_no_action_is_answered_and_changes_nothing():
 
 
 def test_a_task_is_a_seed_and_splits_share_none():
-    env = partial(wrap, partial(gym.make, "Blackjack-v1"), returns=(-1, 1))
+    env = partial(wrap, partial(gym.make, "Blackjack-v1"), actions={"stick": 0, "hit": 1}, returns=(-1, 1))
     hands = {
         split: {play(env(split=split), task=f"{split}-{n}")[0][0] for n in range(40)} for split in ("train", "valid")
     }
