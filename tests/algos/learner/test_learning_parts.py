@@ -295,7 +295,7 @@ def test_a_step_in_which_the_student_said_nothing_is_an_error_of_settings(groups
     with pytest.raises(
         AtodError, match=r"no episode of the step holds a token that the student sampled.*--max-context"
     ):
-        make_batch([Group("t", (replace(groups[0].trajectories[0], turns=silent),))])
+        make_batch([Group(groups[0].task_id, (replace(groups[0].trajectories[0], turns=silent),))])
 
 
 def test_wilson_known_value():
