@@ -34,6 +34,11 @@ class ApiOptions:
     """Further fields of the request, e.g. {"chat_template_kwargs": {"enable_thinking": false}} for Qwen3 on vLLM."""
 
 
+def server_address(asked: str) -> str:
+    """The address that is asked at: as given, else ``$OPENAI_BASE_URL``; empty where there is none."""
+    return asked or os.environ.get("OPENAI_BASE_URL", "")
+
+
 class ApiClient:
     """Posts JSON to an OpenAI-compatible server; safe to share between threads. The key is ``$OPENAI_API_KEY``.
 
@@ -46,7 +51,7 @@ class ApiClient:
     """
 
     def __init__(self, options: ApiOptions, *, wait: Callable[[float], None] = time.sleep) -> None:
-        base = options.base_url or os.environ.get("OPENAI_BASE_URL", "")
+        base = server_address(options.base_url)
         try:
             self._http = HttpClient(
                 base,

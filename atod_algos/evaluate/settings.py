@@ -17,6 +17,7 @@ from typing import Any, cast
 import gymnasium as gym
 
 import atod_envs
+from agents.api import server_address
 from agents.chat import CHAT_DATE, ThinkingMode
 from agents.gguf import gguf_file
 from atod_envs.errors import AtodError
@@ -210,7 +211,7 @@ def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, A
         "option": list(sampling.option),
         "agent": config.agent,
         "weights": weights_digest(config.agent),
-        "api_base": server_of(config),
+        "api_base": server_address(config.api_base).rstrip("/") if config.agent.startswith("api:") else None,
         "api_extra": config.api_extra,
         "sampling": {
             name: value
@@ -223,13 +224,6 @@ def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, A
         ],
     }
     return settings, panels
-
-
-def server_of(config: EvaluateConfig) -> str | None:
-    """Address of the server that an ``api:`` agent is asked at; None for other agents."""
-    if not config.agent.startswith("api:"):
-        return None
-    return (config.api_base or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
 
 
 def agent_digest(agent: str, world: str) -> str | None:

@@ -321,7 +321,8 @@ def _version(foreign: Any) -> str:
     spec = getattr(foreign, "spec", None)
     if not isinstance(spec, gym.envs.registration.EnvSpec):
         return name
-    made = json.dumps([spec.id, spec.kwargs], sort_keys=True, default=str)
+    # An object's own text may hold its address, which another process does not repeat.
+    made = json.dumps([spec.id, spec.kwargs], sort_keys=True, default=lambda value: type(value).__qualname__)
     return f"{name}/{hashlib.blake2b(made.encode(), digest_size=4).hexdigest()}"
 
 

@@ -12,6 +12,7 @@ import pytest
 from atod_envs.checker import check_text_env
 from atod_envs.errors import AtodError, EpisodeError, UnknownName
 from atod_envs.integrations import register, wrap
+from atod_envs.integrations.foreign import _version
 from atod_envs.recording import RecordTurns
 from atod_envs.trajectory import StopReason
 
@@ -192,6 +193,10 @@ def test_other_worlds_are_other_data():
     small, large = (env.data_version for env in maps)
     assert small != large and "FrozenLakeEnv" in small and "FrozenLakeEnv" in large
     assert small == wrap(partial(gym.make, "FrozenLake-v1", map_name="4x4"), key="lake", actions=STEPS).data_version
+    odd = [wrap(partial(gym.make, "FrozenLake-v1", map_name="4x4"), key="lake", actions=STEPS) for _ in range(2)]
+    for env in odd:
+        env._foreign.spec.kwargs["reward"] = object()
+    assert len({_version(env._foreign) for env in odd}) == 1, "no address is part of it"
     maps[1].reset(seed=0)
     with pytest.raises(EpisodeError):
         maps[0].restore(maps[1].snapshot())
