@@ -63,6 +63,14 @@ METHODS: Mapping[str, Method] = {
         Method("atod-uniform", "ATOD w/o T-DUR", "atod", {"weighting": "none"}, "atod"),
         Method("atod-token", "ATOD token-level", "atod", {"weighting": "token"}, "atod"),
         Method("atod-level", "ATOD, weights of mean 1", "atod", {"tdur_mean_preserve": True}, "atod", asked_for=True),
+        Method(
+            "atod-kappa10",
+            "ATOD, kappa 10 to 1",
+            "atod",
+            {"kappa_init": 10.0, "kappa_min": 1.0},
+            "atod",
+            asked_for=True,
+        ),
         _distilled("opd-turn", "OPD by turn, weights of mean 1"),
         _distilled("opd-token", "OPD by token, weights of mean 1", weighting="token"),
         _distilled("iw-opd-level", "OPD by position, weights of mean 1", "iw_opd", mean_preserve=True),
@@ -149,7 +157,7 @@ def _world(name: str, env: str, *, steps: int, report_tasks: int, **train: Any) 
     re-implementation: at the end).
     """
     annealing = {"coef_anneal_steps": round(ANNEALING_SHARE * steps)}
-    scaled = {name: annealing for name in ("atod", "atod-uniform", "atod-token", "atod-level")}
+    scaled = {name: annealing for name in ("atod", "atod-uniform", "atod-token", "atod-level", "atod-kappa10")}
     max_turns = train.pop("max_turns", None) or builtin_profile(env)["max_turns"]
     window = {"turns_every": max(1, steps // (2 * (max_turns - 1)))}
     settings = {"env": env, "steps": steps, "max_turns": max_turns, **train}
