@@ -43,7 +43,7 @@ comma            := ,
 
 help:
 	@echo "make run     install, then train ATOD on the built-in world and show the result"
-	@echo "make real    the same with a real chat model of 135 million weights: an estimated two hours of one core in float32"
+	@echo "make real    the same with a real chat model of 135 million weights: about two hours of one core in float32"
 	@echo "make test    install everything, then run the whole test suite"
 	@echo "make peers   test with verifiers and OpenEnv, which need environments of their own"
 	@echo "make vllm    test with a vLLM build for the CPU, which needs an environment of its own"

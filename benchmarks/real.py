@@ -1,6 +1,6 @@
 """``make real``: a chat model from "it does not answer in the format" to a measured success, on two CPU cores.
 
-    python benchmarks/real.py                            an estimated two hours of one core in float32
+    python benchmarks/real.py                            about two hours of one core in float32
     python benchmarks/real.py --data $ALFWORLD_DATA      the official games rather than generated ones of their size
     python benchmarks/real.py --plan                     the stages and their commands, nothing else
 
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     left = [stage for stage in plan if not stage.done()]
     print(
         f"{len(left)} of {len(plan)} stages, {options.dtype}, {threads} threads, results in {options.out}. With the settings as they come this takes "
-        "an estimated two hours of one core in float32, less in bfloat16 or with more cores; stop it whenever you like, and run it again to go on.",
+        "about two hours of one core in float32, less in bfloat16 or with more cores; stop it whenever you like, and run it again to go on.",
         flush=True,
     )
     options.out.mkdir(parents=True, exist_ok=True)
