@@ -51,6 +51,7 @@ help:
 	@echo "make types   strict types"
 	@echo "make docs    the documentation site, links checked"
 	@echo "make models  rebuild the small reference models that come with the project"
+	@echo "make clean   remove what make has installed and built; runs/ stays"
 	@echo "make lock    write the locked versions anew; LOCK= installs the newest instead (make test LOCK=)"
 
 # Each stamp is written when its step is complete: what was cut off is done again, and what lies there already is kept.
@@ -163,4 +164,4 @@ lock-%: $(VENV)-lock/ready
 	@{ echo "# Made by: make lock"; grep -vE '^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==' "$(VENV)-lock/$*.txt"; } > constraints/$*.txt
 
 clean:
-	rm -rf $(VENV) $(VENV)-* build dist site *.egg-info runs
+	rm -rf $(VENV) $(VENV)-* build dist site *.egg-info

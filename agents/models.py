@@ -80,6 +80,7 @@ def load_model(
     world: str = "",
     device: str = "cpu",
     dtype: torch.dtype | Literal["auto"] = torch.float32,
+    option: str = "",
 ) -> LoadedModel:
     """Load a model.
 
@@ -90,6 +91,7 @@ def load_model(
         world: the environment's key (``"alfworld"``), for ``"builtin"``.
         device: where it goes.
         dtype: of its weights; ``"auto"`` is what its files hold.
+        option: the command's option that names it, for messages; by default ``--student`` or ``--teacher``.
 
     Raises:
         AtodError: it cannot be found or read; says where was looked and what to do.
@@ -105,7 +107,7 @@ def load_model(
             offered = ", ".join(sorted(path.name for path in REFERENCE.iterdir() if (path / role).is_dir()))
             raise AtodError(
                 f"no reference {role} comes with the project for {world or 'this environment'!r} (there is one for: {offered}); "
-                f"give --{role} PATH_OR_HUB_ID"
+                f"give {option or '--' + role} PATH_OR_HUB_ID"
             )
     packed = gguf_file(source)
     if packed is not None:

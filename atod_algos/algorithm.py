@@ -9,6 +9,7 @@ loads no torch.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,18 @@ from atod_envs.trajectory import Group, Trajectory
 
 if TYPE_CHECKING:
     import torch
+
+
+def require_range(option: str, value: float, low: float, high: float = math.inf) -> None:
+    """Refuse a number that is not finite or not between two bounds, both included.
+
+    Raises:
+        AtodError: names the option and what was expected.
+    """
+    if not (math.isfinite(value) and low <= value <= high):
+        raise AtodError(
+            f"{option} {value}: expected a number " + (f"from {low}" if math.isinf(high) else f"from {low} to {high}")
+        )
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,14 @@ class Objective:
     """What a trajectory's token sum is divided by under 'constant'; 512 is the published longest response."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus: 0 (paper), 0.001 (released code)."""
+
+    def __post_init__(self) -> None:
+        require_range("--clip-low", self.clip_low, 0, 1)
+        require_range("--clip-high", self.clip_high, 0)
+        require_range("--entropy-coef", self.entropy_coef, -math.inf)
+        if self.dual_clip:
+            require_range("--dual-clip", self.dual_clip, 1)
+        require_range("--length-divisor", self.length_divisor, 1e-9)
 
 
 RELEASED: Mapping[str, Any] = MappingProxyType(
@@ -158,6 +179,41 @@ class Advantages:
         if not terms:
             raise AtodError("the algorithm gave no term to learn from: neither distillation_M nor reward_M")
         return np.asarray(sum(terms[1:], terms[0]))
+
+
+def require_terms(given: Any, batch: TokenBatch, algorithm: str) -> Advantages:
+    """Check what an algorithm gave: each term must have a finite number for everything on its axis.
+
+    Args:
+        given: what :meth:`Algorithm.advantages` returned.
+        batch: what it was made from.
+        algorithm: whose it is, for the message.
+
+    Raises:
+        AtodError: names the term, its shape and the expected one.
+    """
+    if not isinstance(given, Advantages):
+        raise AtodError(f"{algorithm}: advantages() returned a {type(given).__name__}; expected Advantages(...)")
+    axes = {
+        "M": (batch.n_tokens, "sampled token; value_N[batch.trajectory_M] gives each token its trajectory's"),
+        "K": (len(batch.trajectory_K), "turn"),
+        "N": (len(batch.group_N), "trajectory"),
+    }
+    for name in _TERMS:
+        term, (size, what) = getattr(given, name), axes[name[-1]]
+        if term is None:
+            continue
+        if np.shape(term) != (size,):
+            raise AtodError(
+                f"{algorithm}: {name} has the shape {np.shape(term)}; expected ({size},), a number for each {what}"
+            )
+        if not np.isfinite(term).all():
+            at = int(np.flatnonzero(~np.isfinite(term))[0])
+            raise AtodError(
+                f"{algorithm}: {name} is {term[at]} at {at}; nothing was learned from it. Look at how it is made, and at student and "
+                "teacher: a model that overflows gives such numbers"
+            )
+    return given
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ sampled gap less its mean (vOPD, signals/vopd.py). The gradient's expectation st
 those of eqs 13 and 14.
 
 Everything in A_t is detached. There is no KL penalty. pi_old is the policy that rolled out, recomputed by the learner's
-model.
+model; under ``--staleness`` it is the learner's own before the step, and A_t is weighted by the capped ratio of both.
+``--gap-clip`` (off in the paper, 3 in the built-in run) bounds Delta_t itself, and so what d_k and w_k are made of. The
+ratio and the clip of eqs 3 and 4 are in learner/loss.py, the conventions of eqs 2 and 15 in advantages.py.
 
 Where the paper and the released code differ (``--rules paper`` is the default, ``--rules released`` presets the other):
     group statistics     over trajectories (eq 2)           | over all turn rows of the group      --group-stats
@@ -52,7 +54,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from atod_algos.advantages import importance, min_max_by_trajectory, turn_mean
-from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm
+from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm, require_range
 from atod_algos.batch import Scores, TokenBatch
 
 
@@ -88,6 +90,10 @@ class ATOD(RewardAlgorithm):
     scripts); token weights to a mean of 1 over the batch, within which they are normalised."""
     baseline: Literal["none", "kl"] = "none"
     """What is subtracted from the sampled gap: 'none' (paper), or 'kl', its exact mean -KL(pi_old || pi_T) (vOPD)."""
+
+    def __post_init__(self) -> None:
+        for name in ("kappa_init", "kappa_min", "rho_init", "rho_max", "coef_anneal_steps", "tdur_min_divergence"):
+            require_range(f"--{name.replace('_', '-')}", getattr(self, name), 0)
 
     @property
     def scores(self) -> frozenset[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from atod_envs import stopping  # noqa: F401  # isort: skip  # before what takes long to import
 
 import importlib
+import inspect
+import re
 from typing import Any
 
 import gymnasium as gym
@@ -74,7 +76,9 @@ def require_registered(env_id: str) -> None:
                 raise
             raise UnknownName("module of an environment", module, advice="it must be importable from here") from None
     if name not in registration.registry:
-        raise UnknownName("environment", env_id, ENVIRONMENTS)
+        key = name.rpartition("/")[2].rpartition("-v")[0] or name
+        same = [known for known in ENVIRONMENTS if known.split("/")[1].split("-v")[0].lower() == key.lower()]
+        raise UnknownName("environment", env_id, ENVIRONMENTS, f"did you mean {same[0]!r}?" if same else "")
 
 
 def environment_class(env_id: str) -> Any:
@@ -105,6 +109,9 @@ def make(env_id: str, **options: Any) -> gym.Env[str, str]:
         raise
     except (TypeError, ValueError) as error:
         reason = str(error).partition(" was raised from the environment creator")[0]
+        if unknown := re.search(r"unexpected keyword argument '(\w+)'", reason):
+            taken = inspect.signature(environment_class(env_id)).parameters
+            raise UnknownName(f"option of {env_id}", unknown[1], taken) from error
         raise AtodError(f"{env_id}: {reason}") from error
 
 

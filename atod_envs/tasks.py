@@ -45,7 +45,7 @@ class TaskSet(Sequence[str]):
         """
         ids = [task_id for task_id, at in where.items() if split in (at, whole)]
         if not ids:
-            raise UnknownName("split", split, (*dict.fromkeys(where.values()), whole), "the others hold no task")
+            raise UnknownName("split", split, (*dict.fromkeys(where.values()), whole))
         return cls(split, ids)
 
     @overload

@@ -93,8 +93,8 @@ class TextEnv(gym.Env[str, str]):
         return env
 
     def __init__(self, tasks: TaskSet, *, max_turns: int | None = None, render_mode: str | None = None) -> None:
-        if max_turns is not None and max_turns < 1:
-            raise ValueError(f"max_turns={max_turns}; expected at least 1")
+        if max_turns is not None and (type(max_turns) is not int or max_turns < 1):
+            raise ValueError(f"max_turns={max_turns!r}; expected a whole number from 1")
         if render_mode not in (None, "ansi"):
             raise ValueError(f"render_mode={render_mode!r}; expected None or 'ansi'")
         self.tasks = tasks
@@ -146,6 +146,8 @@ class TextEnv(gym.Env[str, str]):
             UnknownName: the task id is not in the split, or an option is not known.
         """
         super().reset(seed=seed)
+        if options is not None and not isinstance(options, Mapping):
+            raise TypeError(f"reset options are a {type(options).__name__}; expected a dict such as {{'task_id': ...}}")
         unknown = set(options or ()) - {"task_id"}
         if unknown:
             raise ValueError(f"unknown reset option {sorted(unknown)[0]!r}; expected 'task_id'")

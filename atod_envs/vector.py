@@ -271,7 +271,7 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
         return None if self.render_mode is None else tuple(self._ask(range(self.num_envs), "render"))
 
     def call(self, name: str, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
-        """Call a method of every environment."""
+        """Call a method of every environment, or read an attribute that is none, as Gymnasium's own do."""
         return tuple(self._ask(range(self.num_envs), name, *arguments, **keywords))
 
     def get_attr(self, name: str) -> tuple[Any, ...]:
@@ -348,7 +348,9 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
 
     def _check_lengths(self, indices: Sequence[int], **given: Sequence[Any] | None) -> None:
         for name, values in given.items():
-            if values is not None and (isinstance(values, str) or len(values) != len(indices)):
+            if isinstance(values, str):
+                raise ValueError(f"{name} is a str; expected a list of {len(indices)} strings, one for each environment")
+            if values is not None and len(values) != len(indices):
                 raise ValueError(f"{name} has {len(values)} entries for {len(indices)} environments; expected one each")
 
 

@@ -85,7 +85,9 @@ def carry_out(env: gym.Env[Any, Any], name: str, arguments: tuple[Any, ...], key
         if name.startswith("set:"):
             setattr(env.unwrapped, name[4:], *arguments)
             return Outcome()
-        return Outcome(env.get_wrapper_attr(name)(*arguments, **keywords))
+        found = env.get_wrapper_attr(name)
+        # Gymnasium's own vector environments answer call() with an attribute that is no method, too.
+        return Outcome(found(*arguments, **keywords) if callable(found) or arguments or keywords else found)
     except Exception as error:
         return Outcome(error=error)
 

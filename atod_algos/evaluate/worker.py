@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +13,7 @@ from atod_algos.evaluate import episode_seed, evaluate
 from atod_algos.evaluate.journal import EpisodeJournal
 from atod_algos.evaluate.settings import EvaluateConfig, Panel, Sampling, make_env
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
-from atod_envs.errors import AtodError
+from atod_envs.errors import AtodError, UnknownName
 from atod_envs.files import parse_json
 from atod_envs.trajectory import Trajectory
 
@@ -62,10 +63,12 @@ class EvaluationWorker:
         folder = Path(agent).expanduser()
         if (folder / "checkpoints").is_dir():
             raise AtodError(
-                f"{agent} is a run's folder; give one of its checkpoints, e.g. {folder / 'checkpoints' / 'best'}"
+                f"{agent} is a run's folder; give one of its checkpoints, e.g. {shlex.quote(str(folder / 'checkpoints' / 'best'))}"
             )
         kind, _, role = agent.partition(":")
         name = "builtin" if kind == "builtin" else agent
+        if kind == "builtin" and role not in ("", "student", "teacher"):
+            raise UnknownName("agent", agent, ("builtin", "builtin:teacher"))
         device = self._config.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,7 +76,7 @@ class EvaluationWorker:
             raise AtodError("--device cuda was asked for, but torch sees no GPU; use --device cpu")
         if name == "builtin" and device == "cpu":
             torch.set_num_threads(1)  # models this small only lose with more
-        model = load_model(name, role or "student", world=env_key, device=device)
+        model = load_model(name, role or "student", world=env_key, device=device, option="--agent")
         limit = longest_context(model.model)
         self._engine = TransformersEngine(
             model.model, slots=self._at_once, max_context=min(cast("int", self._sampling.max_context), limit)

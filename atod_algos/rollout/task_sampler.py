@@ -138,7 +138,7 @@ def solved_at_least_once(groups: Sequence[Group], sft: str, world: str = "") -> 
         world: the environment's name, where there are several.
 
     Returns:
-        One sentence; where nothing was solved it says that reward has nothing to say, and names the command.
+        One sentence; where nothing was solved it says that reward alone has nothing to say, and names the command.
     """
     solved = sum(any(trajectory.success for trajectory in group.trajectories) for group in groups)
     tries = max(len(group.trajectories) for group in groups)
@@ -146,7 +146,7 @@ def solved_at_least_once(groups: Sequence[Group], sft: str, world: str = "") -> 
     line = f"before training the student solves {solved} of {len(groups)} {tasks} at least once in {tries} tries (pass@{tries})"
     if solved:
         return line
-    return f"{line}: reward has nothing to say to it; train it on demonstrations first: {sft}"
+    return f"{line}: reward alone has nothing to say to it where that stays so; demonstrations are a start: {sft}"
 
 
 def _counter(tell: Callable[[str], None], head: str, total: int) -> Callable[[int], None]:

@@ -14,7 +14,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from atod_algos.guard import fail, guarded, parse
-from atod_algos.training.config import GROUPS, RunConfig, TrainConfig, resolve
+from atod_algos.training.config import BUILTIN_WORLDS, GROUPS, RunConfig, TrainConfig, resolve
 from atod_algos.training.options import RunOptions
 from atod_algos.training.presets import (
     builtin_run,
@@ -33,7 +33,7 @@ from atod_algos.training.presets import (
     refuse_settings,
     require_teacher,
 )
-from atod_algos.training.worlds import ALL
+from atod_algos.training.worlds import ALL, key_of, read_worlds
 from atod_envs.errors import AtodError, UnknownName
 from atod_envs.stopping import Terminated, exit_code
 
@@ -55,8 +55,6 @@ GONE: Mapping[str, str] = MappingProxyType(
 )
 """Options of earlier versions, and what to do instead."""
 
-
-_KEPT = "run the same command again to go on from the last checkpoint"
 
 _BUILTIN = ("student", "teacher", "data")
 """Options that all say 'builtin', or nothing, in the built-in run."""
@@ -92,14 +90,18 @@ def main(algorithm: type[Algorithm], arguments: Sequence[str] | None = None) -> 
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["--"]:  # torchrun would take --run for one of its own options; behind -- it leaves them alone
         given = given[1:]
-    guarded(lambda: _run(algorithm, given), _KEPT)
+    guarded(lambda: _run(algorithm, given), _kept(given))
 
 
 def main_by_name(name: str, arguments: Sequence[str]) -> None:
     """:func:`main` of an algorithm that some installed package offers under its name."""
     from atod_algos.algorithm import find_algorithm
 
-    guarded(lambda: _run(find_algorithm(name), list(arguments)), _KEPT)
+    guarded(lambda: _run(find_algorithm(name), list(arguments)), _kept(arguments))
+
+
+def _kept(arguments: Sequence[str]) -> str:
+    return "" if "--dry-run" in arguments else "run the same command again to go on from the last checkpoint"
 
 
 def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
@@ -114,9 +116,7 @@ def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
     if preset is not None:
         config_default = preset_config(preset, env)
         options_default = fit_algorithm(options_default, preset, env)
-    elif rules == "paper" and not {
-        word.rpartition("=")[2] for n in _BUILTIN for word in _words(arguments, f"--{n}")
-    } - {"builtin"}:
+    elif rules == "paper" and _is_builtin(arguments, read_worlds(tuple(env.split()))):
         config_default, options_default = builtin_run(options_default, env)
 
     _refuse_gone(arguments)
@@ -124,6 +124,22 @@ def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
     logging.basicConfig(level=logging.INFO if run.verbose else logging.WARNING, format="%(levelname)s %(message)s")
     command = shlex.join(["atod", "train", algorithm.name, *arguments])
     train(resolve(config), options, run.rules, dry_run=run.dry_run, command=command)
+
+
+def _is_builtin(arguments: Sequence[str], envs: Iterable[str]) -> bool:
+    """Whether the built-in models learn on built-in data: nothing else is named, here or by a variable."""
+    named = {name: _words(arguments, f"--{name}") for name in _BUILTIN}
+    if {word.rpartition("=")[2] for words in named.values() for word in words} - {"builtin"}:
+        return False
+    said = {word.partition("=")[0] for word in named["data"]}
+    return "builtin" in said or not any(_found(env) for env in envs if key_of(env) not in said)
+
+
+def _found(env: str) -> bool:
+    """Whether an environment with models of its own finds data without being told where, such as ``$ALFWORLD_DATA``."""
+    from atod_envs.datasets.command import data_folder
+
+    return env in BUILTIN_WORLDS and data_folder(key_of(env)) is not None
 
 
 def _refuse_gone(arguments: Sequence[str]) -> None:
@@ -202,12 +218,14 @@ def train(
     if config.threads or (config.student == "builtin" and not torch.cuda.is_available()):
         torch.set_num_threads(config.threads or 1)
     settings = settings_of(config, algorithm, rules)
+    refuse_settings(config)
     if not dry_run:
-        refuse_settings(config)
         distributed.start(config.device)
     quiet = distributed.rank() > 0
     progress = Progress(config.steps, f"{algorithm.name} on {config.title}", quiet=quiet)
     progress.console.print(f"rules: {rules}   " + _effective(settings["algorithm"]), highlight=False, soft_wrap=True)
+    if departures := _departures(config, algorithm, rules):
+        progress.console.print(f"not as the rules have it: {departures}", highlight=False, soft_wrap=True)
     if dry_run:
         from atod_algos.training.memory_estimate import report
 
@@ -259,13 +277,20 @@ def _finish(config: RunConfig, algorithm: Algorithm, run: RunFolder, progress: P
         step = trainer.step if trainer is not None else 0
         how = "ended by SIGTERM" if isinstance(stop, Terminated) else "interrupted"
         fail(
-            f"{how} after step {step}; run the same command again to go on from the last checkpoint in {run.path}",
+            f"{how} after step {step}; run the same command again to go on from {_last(run.path)}",
             exit_code(stop),
         )
     finally:
         if trainer is not None:
             trainer.close()
     return result
+
+
+def _last(run: Path) -> str:
+    from atod_algos.training.checkpoint import latest_checkpoint, step_of
+
+    path = latest_checkpoint(run / "checkpoints")
+    return f"the checkpoint of step {step_of(path)} in {run}" if path is not None else f"the start, in {run}"
 
 
 def _report(folder: Path, config: RunConfig) -> Path:
@@ -283,8 +308,26 @@ def _panel_name(trainer: Any) -> str:
     return f"{splits}, fixed panel of up to {config.report_tasks} tasks, temperature {config.eval_temperature}"
 
 
+def _departures(config: RunConfig, algorithm: Algorithm, rules: str) -> str:
+    """Settings under which the run learns from another objective than its rule set's."""
+    own, plain = (_flat(dataclasses.asdict(cast("Any", a))) for a in (algorithm, with_rules(type(algorithm), rules)))
+    changed: dict[str, Any] = {name: value for name, value in own.items() if value != plain[name]}
+    if config.gap == "exact" and algorithm.exact_gap:
+        changed["gap"] = "exact"
+    clips = [world.gap_clip for world in config.worlds if world.gap_clip]
+    if clips and "teacher" in algorithm.scores:
+        changed["gap_clip"] = clips[0]
+    if config.staleness:
+        changed["staleness"] = config.staleness
+    return "  ".join(f"{name}={value}" for name, value in changed.items())
+
+
 def _effective(options: Mapping[str, Any]) -> str:
+    return "  ".join(f"{name}={value}" for name, value in _flat(options).items() if name != "name")
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in options.items():
         flat.update(value if isinstance(value, Mapping) else {name: value})
-    return "  ".join(f"{name}={value}" for name, value in flat.items() if name != "name")
+    return flat

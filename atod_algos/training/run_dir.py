@@ -209,7 +209,10 @@ def require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         DataError: the file with the run's own cannot be read.
     """
     plain = json.loads(json.dumps(settings))
-    changed = _difference(_of_this_version(read_settings(folder, "train", "algorithm"), plain["algorithm"]), plain)
+    held = read_settings(folder, "train", "algorithm")
+    if (was := held["algorithm"].get("name")) != (now := plain["algorithm"]["name"]):
+        raise AtodError(f"{folder} holds a run of {was}, not of {now}; choose another folder with --run")
+    changed = _difference(_of_this_version(held, plain["algorithm"]), plain)
     if changed:
         name, old, new = changed
         why = " (--steps: its learning rate falls towards the last step)" if name == "horizon" else ""

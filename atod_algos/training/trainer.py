@@ -20,7 +20,7 @@ import torch
 
 from agents.logits import limit_vocabulary, usable_ids
 from agents.models import LoadedModel, like, load_model
-from atod_algos.algorithm import Advantages, Algorithm, RolloutLimits
+from atod_algos.algorithm import Advantages, Algorithm, RolloutLimits, require_terms
 from atod_algos.batch import Scores, make_batch
 from atod_algos.evaluate import Evaluation
 from atod_algos.learner import distributed
@@ -199,7 +199,7 @@ class Trainer:
         batch, scores, branched = with_branches(algorithm, groups, batch, scores, step, branching)
         clock.lap("score")
         world_N = world_places(batch.trajectories, config)
-        advantages = algorithm.advantages(batch, scores, step)
+        advantages = require_terms(algorithm.advantages(batch, scores, step), batch, algorithm.name)
         scale: dict[str, float] = {}
         if config.gap_scale:
             factors = gap_factors(config, world_N, batch, scores)

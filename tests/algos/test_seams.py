@@ -13,13 +13,14 @@ from agents.chat import ChatFormat
 from agents.engines.base import Completion
 from agents.engines.transformers import TransformersEngine
 from agents.expert import expert_solution
-from atod_algos.algorithm import RolloutLimits
+from atod_algos.algorithm import Advantages, RolloutLimits, require_terms
 from atod_algos.batch import RowLayout, Scores, make_batch, put_in_front
 from atod_algos.evaluate import evaluate
 from atod_algos.learner.logprobs import score
 from atod_algos.metrics import turn_table
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
 from atod_algos.turn_plans import ExpertFirst
+from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, StopReason
 
 
@@ -219,3 +220,29 @@ def test_a_thought_that_the_template_opens_is_no_fault_of_the_policy(tokenizer, 
     assert {turn.response.startswith("<think>\nso") for turn in turns} == {bool(opens)}
     batch = make_batch([Group(t.task_id, (t,)) for t in trajectories])
     assert set(batch.valid_K) == {bool(opens)}, "what the released rules fine"
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (
+            lambda batch: {"reward_M": np.zeros(batch.n_tokens + 1)},
+            r"reward_M has the shape .* a number for each sampled",
+        ),
+        (lambda batch: {"reward_M": np.zeros(1)}, r"reward_M has the shape \(1,\); expected .*batch.trajectory_M"),
+        (lambda batch: {"turn_weight_K": np.zeros(1)}, r"turn_weight_K .* a number for each turn"),
+        (
+            lambda batch: {"reward_M": np.full(batch.n_tokens, np.nan)},
+            "mine: reward_M is nan at 0; nothing was learned",
+        ),
+    ],
+)
+def test_terms_of_another_shape_are_refused_by_name(rollout, given, words):
+    played = rollout().play([EpisodeSpec("say-fig-train", "say-fig-train", seed) for seed in range(2)])
+    batch = make_batch([Group("say-fig-train", tuple(played))])
+    with pytest.raises(AtodError, match=words):
+        require_terms(Advantages(**given(batch)), batch, "mine")
+    with pytest.raises(AtodError, match=r"mine: advantages\(\) returned a NoneType; expected Advantages"):
+        require_terms(None, batch, "mine")
+    right = Advantages(reward_M=np.zeros(batch.n_tokens))
+    assert require_terms(right, batch, "mine") is right

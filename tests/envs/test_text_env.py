@@ -5,6 +5,7 @@ import gymnasium as gym
 import pytest
 from toy import ToyEnv
 
+import atod_envs
 from atod_envs.checker import ContractError, check_text_env
 from atod_envs.errors import EpisodeError, UnknownName
 from atod_envs.prompting import matches_admissible, prompted
@@ -86,6 +87,15 @@ def test_winning_on_the_last_turn_terminates_and_does_not_truncate():
         (lambda env: env.reset(options={"task_id": "say-fog-train"}), UnknownName, "did you mean 'say-fig-train'"),
         (lambda env: env.reset(options={"game": 1}), ValueError, "task_id"),
         (lambda env: ToyEnv(max_turns=0), ValueError, "max_turns=0"),
+        (lambda env: ToyEnv(max_turns="5"), ValueError, "max_turns='5'; expected a whole number from 1"),
+        (lambda env: ToyEnv(max_turns=2.5), ValueError, "max_turns=2.5; expected a whole number from 1"),
+        (lambda env: env.reset(options=["a"]), TypeError, "reset options are a list; expected a dict"),
+        (lambda env: atod_envs.make("alfworld"), UnknownName, "did you mean 'atod/ALFWorld-v0'"),
+        (
+            lambda env: atod_envs.make("atod/TextCraft-v0", foo=1),
+            UnknownName,
+            "unknown option of atod/TextCraft-v0 'foo'",
+        ),
     ],
 )
 def test_misuse_is_answered_with_what_is_allowed(call, error, words):

@@ -238,6 +238,7 @@ def test_a_list_of_values_has_one_for_each(workers):
         assert envs.get_attr("max_turns") == (4, 4, 4)
         with pytest.raises(ValueError, match="values has 2 entries for 3 environments"):
             envs.set_attr("max_turns", (1, 2))
+        assert envs.call("max_turns") == (4, 4, 4), "Gymnasium's own answer so, too"
 
 
 def test_a_step_that_failed_can_be_followed_by_a_reset(workers):
@@ -279,7 +280,7 @@ def test_misuse_is_refused_with_advice(workers):
     with TextVectorEnv(ToyEnv, 3, workers=workers) as envs:
         with pytest.raises(ValueError, match="actions has 1 entries for 3 environments"):
             envs.step(["fig"])
-        with pytest.raises(ValueError, match="actions has"):
+        with pytest.raises(ValueError, match="actions is a str; expected a list of 3 strings"):
             envs.step("fig")
         with pytest.raises(IndexError, match="environment 3; expected 0 to 2"):
             envs.reset_at([3])

@@ -66,7 +66,7 @@ def test_an_environment_without_files_need_not_take_data(tmp_path):
     try:
         run(EvaluateConfig(env="toy/Bare-v0", agent="random", panels=("valid/1",), out=tmp_path / "e"), show=False)
         make_training_env(resolve(TrainConfig(env="toy/Bare-v0", student="folder")), "valid").close()
-        with pytest.raises(AtodError, match="unexpected keyword argument 'data'"):
+        with pytest.raises(AtodError, match="unknown option of toy/Bare-v0 'data'; expected one of: split, max_turns"):
             run(EvaluateConfig(env="toy/Bare-v0", agent="random", data="builtin", out=tmp_path / "f"), show=False)
     finally:
         gym.registry.pop("toy/Bare-v0")

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from paths import SUPPORT
 from toyworld import TOY, learner_options
 
 from agents.engines.base import SamplingParams
@@ -319,6 +320,12 @@ def test_what_is_asked_for_is_counted():
     [
         (["--steps", "0"], "--steps 0: expected a number above 0"),
         (["--report-tasks", "0"], "--report-tasks 0: expected a number above 0"),
+        (["--kappa-min", "-1"], "--kappa-min -1.0: expected a number from 0"),
+        (["--coef-anneal-steps", "-5"], "--coef-anneal-steps -5: expected a number from 0"),
+        (["--clip-low", "2"], "--clip-low 2.0: expected a number from 0 to 1"),
+        (["--clip-high", "nan"], "--clip-high nan: expected a number from 0"),
+        (["--dual-clip", "0.5"], "--dual-clip 0.5: expected a number from 1"),
+        (["--length-divisor", "0"], "--length-divisor 0.0: expected a number from"),
         (["--lr", "nan"], "--lr nan: expected 0 or more"),
         (["--temperature", "0"], "--temperature 0.0: expected a number above 0"),
         (["--lr-floor", "1.5"], "--lr-floor 1.5: expected a share from 0 to 1"),
@@ -368,6 +375,11 @@ def test_the_built_in_run_has_settings_of_its_own_and_flags_win(capsys, monkeypa
     ):
         train, annealing, objective = settings(algorithm, *arguments)
         assert (train, annealing, objective["clip_high"]) == (plain, None if algorithm is GRPO else 80, 0.2)
+    monkeypatch.setenv("WEBSHOP_DATA", str(SUPPORT))  # data that a variable names is not the built-in world's either
+    named = {name: getattr(resolve(TrainConfig(env=WEBSHOP)), name) for name in run}
+    assert settings(ATOD, "--env", WEBSHOP)[:2] == (named, 80)
+    assert settings(ATOD, "--env", WEBSHOP, "--data", "builtin")[:2] == (run | {"steps": 100}, 60)
+    monkeypatch.delenv("WEBSHOP_DATA")
     for other in (WEBSHOP, "atod/SearchQA-v0", "all"):
         assert settings(ATOD, "--env", other)[:2] == (run | {"steps": 100}, 60)
     textcraft = {name: getattr(resolve(TrainConfig(env="atod/TextCraft-v0")), name) for name in run}

@@ -382,12 +382,12 @@ def test_before_learning_a_line_says_what_the_student_can_do(options, tokenizer,
     said = capsys.readouterr().out
     (step,) = read_jsonl_groups(tmp_path / "able")
     assert f"solves {step} of 4 tasks at least once in 4 tries (pass@4)" in said and step > 0
-    assert "reward has nothing to say" not in said
+    assert "reward alone has nothing to say" not in said
     small_model(tokenizer, 9).save_pretrained(tmp_path / "mute")
     tokenizer.save_pretrained(tmp_path / "mute")
     main(GRPO, [*command, "--run", str(tmp_path / "unable"), "--student", str(tmp_path / "mute")])
     said = capsys.readouterr().out
-    assert "solves 0 of 4 tasks at least once in 4 tries (pass@4): reward has nothing to say" in said
+    assert "solves 0 of 4 tasks at least once in 4 tries (pass@4): reward alone has nothing to say" in said
     assert f"atod train sft --student {tmp_path / 'mute'} --out FOLDER" in said
     main(TCOD, [*command, "--run", str(tmp_path / "cut")])
     assert "pass@" not in capsys.readouterr().out, "cut episodes say nothing about the student"
