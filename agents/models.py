@@ -108,7 +108,7 @@ def load_model(
         AtodError: it cannot be found or read; says where was looked and what to do.
     """
     with _uncollected():
-        import transformers.generation.utils  # what every model imports is imported here
+        import transformers.generation.utils  # noqa: F401 -- what every model imports
         from transformers import AutoTokenizer
         from transformers.utils import logging as hub_logging
 
