@@ -27,6 +27,7 @@ SHORT = (
     "--steps 1 --tasks-per-step 1 --group-size 2 --max-turns 2 --minibatches 1 "
     "--eval-every 0 --eval-tasks 2 --report-tasks 2"
 )
+SHORT_LESSON = "--rounds 1 --episodes 8"
 TRAINING = ("python -m atod_algos.", "atod train ")
 NOT_TRAINING = ("evaluate", "report", "study", "sft", "imitation", "--help", "--dry-run")
 
@@ -38,6 +39,8 @@ def shortened(line: str) -> str:
     if command.startswith(TRAINING) and not any(word in command for word in NOT_TRAINING):
         run = "" if " --run " in command else f" --run runs/{abs(hash(line)):x}"
         return f"{command.rstrip()} {SHORT}{run}"
+    if command.startswith("atod train sft ") and not command.endswith("\\"):
+        return f"{command.rstrip()} {SHORT_LESSON}"
     return command
 
 

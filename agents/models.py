@@ -8,11 +8,12 @@ looked for and where.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +74,18 @@ class LoadedModel:
         return sum(p.numel() for p in self.model.parameters())
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No search for unreachable cycles while much is imported that stays: it would cost a second, for nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def load_model(
     name: str,
     role: str,
@@ -96,8 +109,10 @@ def load_model(
     Raises:
         AtodError: it cannot be found or read; says where was looked and what to do.
     """
-    from transformers import AutoTokenizer
-    from transformers.utils import logging as hub_logging
+    with _uncollected():
+        import transformers.generation.utils  # noqa: F401 -- what every model imports
+        from transformers import AutoTokenizer
+        from transformers.utils import logging as hub_logging
 
     hub_logging.disable_progress_bar()
     source = name

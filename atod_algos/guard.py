@@ -6,8 +6,10 @@ An error that a user can fix is one line; a traceback means a bug.
 from __future__ import annotations
 
 import ast
+import atexit
 import dataclasses
 import errno
+import gc
 import inspect
 import io
 import os
@@ -91,6 +93,7 @@ def guarded(command: Callable[[], object], kept: str | Callable[[], str] = "") -
     for stream in (sys.stdout, sys.stderr):  # what a terminal or a locale has no character for is no reason to end
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    atexit.register(gc.freeze)  # or two seconds of every end go to a search for cycles in all that PyTorch has imported
     try:
         with stoppable(kept):
             command()

@@ -7,6 +7,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Java's first compiler alone: in plays this short, the second one is half of what a Java process costs.
+os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1")
 
 # What a user has set for work of their own is not the tests': data folders, servers, a cluster, a launcher's ranks, a
 # terminal.

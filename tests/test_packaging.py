@@ -184,20 +184,25 @@ print("plays on", sys.version.split()[0], "from", atod_envs.__file__)
 """
 
 
+@pytest.fixture(scope="session")
+def package_index(tmp_path_factory):
+    """A package index can be reached."""
+    reachable = subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", tmp_path_factory.mktemp("index"), "typing-extensions"],
+        capture_output=True,
+    )  # fmt: skip
+    if reachable.returncode:
+        pytest.skip("no package index can be reached")
+
+
 @pytest.mark.parametrize("minor", PYTHONS)
-def test_the_environments_alone_install_into_an_empty_environment(minor, wheel, tmp_path):
+def test_the_environments_alone_install_into_an_empty_environment(minor, wheel, package_index, tmp_path):
     python = interpreter(minor)
     if python is None:
         pytest.skip(f"no Python {minor} on this machine")
     # Without a pip of its own, which takes longer to put there than all the rest: this process's pip fills it.
     run(python, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     pip = [sys.executable, "-m", "pip", "--python", tmp_path / "venv/bin/python"]
-    reachable = subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", tmp_path, "typing-extensions"],
-        capture_output=True,
-    )
-    if reachable.returncode:
-        pytest.skip("no package index can be reached")
     run(*pip, "install", "--quiet", "--no-compile", wheel, cwd=tmp_path)
     said = run(tmp_path / "venv/bin/python", "-c", SMOKE, cwd=tmp_path, HOME=str(tmp_path))
     assert f"plays on {minor}" in said and str(tmp_path) in said

@@ -17,16 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 import tyro
 
-from agents.logits import longest_context
-from agents.models import LoadedModel, load_model
 from atod_algos.batch import TokenBatch
 from atod_algos.guard import guarded, parse
-from atod_algos.learner.logprobs import score
 from atod_algos.learner.options import UpdateOptions
 from atod_envs.http.messages import Refused, parse_object
 from atod_envs.options import needed_imports
@@ -39,7 +36,10 @@ with needed_imports("serve", __name__):
     from starlette.routing import Route
 
     from atod_envs.http.guard import Access, HttpLimits, make_app
-    from atod_envs.http.server import HttpServer, server_of
+    from atod_envs.http.server import HttpServer, require_free, server_of
+
+if TYPE_CHECKING:
+    from agents.models import LoadedModel
 
 LIMITS = HttpLimits(connections=256, body_bytes=8 << 20)
 """What one server gives to its clients."""
@@ -165,6 +165,8 @@ class TeacherServer(HttpServer):
 
     def _asked(self, body: dict[str, Any]) -> tuple[list[list[int]], float]:
         """The prompts and the temperature of a request."""
+        from agents.logits import longest_context
+
         prompts = body.get("prompt")
         if isinstance(prompts, list) and prompts and isinstance(prompts[0], int):
             prompts = [prompts]
@@ -199,6 +201,8 @@ class TeacherServer(HttpServer):
 
     def _scored(self, prompts: list[list[int]], temperature: float) -> list[list[float]]:
         """Log-probs of the prompts' ids but their first."""
+        from atod_algos.learner.logprobs import score
+
         rows = [np.array(prompt) for prompt in prompts if len(prompt) > 1]
         if not rows:
             return [[] for _ in prompts]
@@ -240,6 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(ServeOptions, arguments, "atod_algos.teachers.server", __doc__)
 
     def run() -> None:
+        require_free(options.host, options.port)
+        from agents.models import load_model  # this takes seconds
+
         loaded = load_model(options.model, "teacher", world=options.world, device=options.device)
         with TeacherServer(loaded, options) as server:
             server.serve_command(f"serving {loaded.name}; give --teacher {server.address}")

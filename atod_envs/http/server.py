@@ -129,6 +129,15 @@ def server_of(
     return Server(config, limits)
 
 
+def require_free(host: str, port: int) -> None:
+    """Say now that an address cannot be had: before seconds are spent on making what is to be served there.
+
+    Raises:
+        AtodError: says why.
+    """
+    listen(host, port).close()
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A socket that takes connections; they wait until a server runs on it.
 

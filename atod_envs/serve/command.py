@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for part in fields(Limits):
             if getattr(limits, part.name) <= 0:
                 raise AtodError(f"--{part.name.replace('_', '-')} {getattr(limits, part.name)}; expected more than 0")
-        from atod_envs.http.server import listen, serve_command
+        from atod_envs.http.server import listen, require_free, serve_command
         from atod_envs.serve.app import make_server
 
         if split := next((pair for pair in given.option if "." in pair.partition("=")[0]), None):
@@ -101,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"--option {split!r}: a server's options hold for all its splits; leave out the split's name"
             )
         options = read_options(given.option)
+        require_free(given.host, given.port)
         offers = [make_offer(env_id, given.split, options) for env_id in given.env or atod_envs.playable()]
         sessions = Sessions(offers, limits)
         server = make_server(sessions, token=token, certificate=given.certificate, key=given.key)

@@ -40,7 +40,7 @@ with needed_imports("serve", __name__):
     from starlette.routing import Route
 
     from atod_envs.http.guard import Access, HttpLimits, make_app
-    from atod_envs.http.server import HttpServer, server_of
+    from atod_envs.http.server import HttpServer, require_free, server_of
 
 MOST_VISITS = 256
 """Visits that are kept; older ones are forgotten."""
@@ -186,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = {"split": given.split, "goals": given.goals, "data": given.data}
     try:
         with stoppable():
+            require_free(given.host, given.port)
             server = ShopServer((given.host, given.port), options, given.record)
     except (AtodError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -65,10 +65,19 @@ def served(port):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("how", SIGNALS)
-@pytest.mark.parametrize("module", ["atod_envs.serve", "atod_envs.searchqa.serve", "atod_envs.webshop.serve"])
-def test_a_server_accepts_when_it_says_so_and_stops_when_it_is_told(module, how):
-    with started("-m", module, "--port", "0") as process:
+@pytest.mark.parametrize(
+    "command, how",
+    [
+        (command, how)
+        for command in ("atod_envs.serve", "atod_envs.searchqa.serve", "atod_envs.webshop.serve")
+        for how in SIGNALS
+        if (command, how) != ("atod_envs.serve", signal.SIGINT)
+    ]
+    + [("atod_envs.serve --env atod/TextCraft-v0", signal.SIGINT)],  # all of them take seconds: once will do
+)
+def test_a_server_accepts_when_it_says_so_and_stops_when_it_is_told(command, how):
+    module, *options = command.split()
+    with started("-m", module, *options, "--port", "0") as process:
         port = int(process.stdout.readline().split("127.0.0.1:")[1].split("/")[0].split()[0])
         # The first attempt is answered: 404 is what the shop says of /health.
         assert get(port, "/health")[0] == (404 if "webshop" in module else 200)

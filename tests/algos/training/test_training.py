@@ -2,17 +2,12 @@
 
 import copy
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from hubcache import commit
-from paths import SUPPORT
 from safetensors.torch import load_file
 from toy import WORDS
 from toyworld import TOY, learner_options, small_model
@@ -166,49 +161,25 @@ def test_a_slip_in_an_option_costs_nothing(options, tmp_path, capsys):
     assert (tmp_path / "r" / "result.json").exists()
 
 
-def spawn(options, run, steps):
-    code = f"import sys; sys.path.insert(0, {str(SUPPORT)!r}); import toyworld\n"
-    code += "from atod_algos.training.cli import main; from atod_algos.atod import ATOD; main(ATOD, sys.argv[1:])"
-    arguments = [*options, "--steps", str(steps), "--run", str(run)]
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ},
-        # A suite in the background of a shell ignores Ctrl-C, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def wait_for_step(run, step, process):
-    for _ in range(6000):
-        path = run / "metrics.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= step:
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    raise AssertionError("the run did not get going")
-
-
 def test_killed_and_resumed_equals_uninterrupted(options, runner, tmp_path):
-    main(ATOD, [*options, "--steps", "8", "--run", str(tmp_path / "whole")])
-    killed = [*options, "--steps", "8", "--run", str(tmp_path / "killed")]
-    assert runner(arguments=killed, out=str(tmp_path / "out"), place="log", count=5, after=True)["killed"]
-    main(ATOD, [*options, "--steps", "8", "--run", str(tmp_path / "killed")])
+    main(ATOD, [*options, "--steps", "6", "--run", str(tmp_path / "whole")])
+    killed = [*options, "--steps", "6", "--run", str(tmp_path / "killed")]
+    assert runner(arguments=killed, out=str(tmp_path / "out"), place="log", count=3, after=True)["killed"]
+    main(ATOD, [*options, "--steps", "6", "--run", str(tmp_path / "killed")])
     assert timeless(metrics(tmp_path / "killed")) == timeless(metrics(tmp_path / "whole"))
-    for name, tensor in weights(tmp_path / "whole", 8).items():
-        assert torch.equal(tensor, weights(tmp_path / "killed", 8)[name])
+    for name, tensor in weights(tmp_path / "whole", 6).items():
+        assert torch.equal(tensor, weights(tmp_path / "killed", 6)[name])
 
 
-def test_ctrl_c_says_how_to_go_on(options, tmp_path):
-    process = spawn(options, tmp_path / "r", 10_000)
-    wait_for_step(tmp_path / "r", 2, process)
-    process.send_signal(signal.SIGINT)
-    _out, err = process.communicate(timeout=240)
-    assert process.returncode == 130
-    assert err.strip().splitlines()[-1].startswith("error: interrupted after step") and "same command" in err
-    assert "Traceback" not in err
+def test_ctrl_c_says_how_to_go_on(options, runner, tmp_path):
+    arguments = [*options, "--steps", "10000", "--run", str(tmp_path / "r")]
+    out = tmp_path / "out"
+    order = {"place": "log", "count": 2, "after": True, "signal": signal.SIGINT}
+    assert runner(arguments=arguments, out=str(out), **order) == {"killed": False, "code": 130}
+    said = out.read_text()
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: interrupted after step 2") and "same command" in error
+    assert "Traceback" not in said
 
 
 def failing(algorithm, arguments, capsys):
