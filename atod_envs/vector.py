@@ -349,7 +349,9 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
     def _check_lengths(self, indices: Sequence[int], **given: Sequence[Any] | None) -> None:
         for name, values in given.items():
             if isinstance(values, str):
-                raise ValueError(f"{name} is a str; expected a list of {len(indices)} strings, one for each environment")
+                raise ValueError(
+                    f"{name} is a str; expected a list of {len(indices)} strings, one for each environment"
+                )
             if values is not None and len(values) != len(indices):
                 raise ValueError(f"{name} has {len(values)} entries for {len(indices)} environments; expected one each")
 
