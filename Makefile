@@ -15,6 +15,8 @@ ARGS   ?=
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_DISABLE_TELEMETRY = 1
+# Each process would compile the project anew, which takes it half a second.
+unexport PYTHONDONTWRITEBYTECODE
 
 # What a source package calls while it is built (python, cmake) is the environment's own, whatever else the machine has.
 # The interpreter is looked up before that. Scripts are run as modules: their first lines name a path, which may hold blanks.

@@ -242,7 +242,7 @@ def test_the_world_is_the_runs_or_the_profiles_unless_told_otherwise(tmp_path):
     assert "Doc 2" in found and "Doc 3" not in found
 
 
-def test_what_differs_besides_who_plays_is_said(tmp_path, caplog, monkeypatch):
+def test_what_differs_besides_who_plays_is_said(tmp_path, caplog, monkeypatch, capsys):
     asked = EvaluateConfig(env=TOY, agent="random", panels=("valid/2",))
     run(dataclasses.replace(asked, out=tmp_path / "a"), show=False)
     run(dataclasses.replace(asked, out=tmp_path / "same"), show=False)
@@ -250,6 +250,7 @@ def test_what_differs_besides_who_plays_is_said(tmp_path, caplog, monkeypatch):
     run(dataclasses.replace(asked, out=tmp_path / "b", max_turns=2), show=False)
     show_comparison(tmp_path / "a", tmp_path / "same")
     assert not caplog.records
+    assert "+0.0%" in (said := capsys.readouterr().out) and "+0.0 - +0.0" not in said, "no spread is no interval"
     show_comparison(tmp_path / "a", tmp_path / "b")
     assert "max_turns is None in A and 2 in B" in caplog.text
     assert "data of valid/2 is '' in A and 'toy/2' in B" in caplog.text

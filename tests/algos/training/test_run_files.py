@@ -158,6 +158,8 @@ def test_an_option_that_an_algorithm_got_later_stands_at_its_default(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"settings": {**SETTINGS, "algorithm": {"name": "opd"}}}))
     with pytest.raises(AtodError, match=r"algorithm\.baseline='none', but now it is 'kl'"):
         RunFolder(tmp_path, {**SETTINGS, "algorithm": {"name": "opd", "baseline": "kl"}})
+    with pytest.raises(AtodError, match="holds a run of opd, not of sod; choose another folder with --run"):
+        RunFolder(tmp_path, {**SETTINGS, "algorithm": {"name": "sod"}})
 
 
 def test_one_with_a_setting_that_went_is_refused_by_its_name(tmp_path):
