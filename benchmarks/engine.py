@@ -7,6 +7,8 @@
 Engines: ``transformers`` (ours), ``vllm`` (where installed), and ``lock-step``: what a script does without an engine,
 one ``model.generate()`` over all that wait, left-padded, until the longest is done. Lock-step is given every advantage:
 the largest batch, no log-probs to return, and it is told each length beforehand so that it stops exactly there.
+``llama.cpp`` (where llama-cpp-python is installed) has the same weights in float32, ``llama.cpp-f16`` in float16, and
+``llama.cpp-file`` the very file of ``--model``, quantized as it is: another precision.
 
 Workloads, all with sampling at temperature 1 and lengths that are the same for every engine:
 
@@ -14,9 +16,11 @@ Workloads, all with sampling at temperature 1 and lengths that are the same for 
 ``episodes``  the lengths of the first --episodes of these, turn by turn in one growing conversation, on a random model.
 ``windows``   the same, but every turn is a sliding-window prompt of its own (nothing to reuse but the opening).
 ``mixed``     twice as many single prompts of 32 to 512 tokens in groups of eight, responses of 1 to 256 (log-normal).
+``prefill``   --episodes prompts of 384 tokens that have nothing in common, one token sampled after each.
+``decode``    --episodes prompts of 8 tokens, 96 sampled after each.
 
-A token that was sampled counts, a prompt's does not. Seconds are of one core's CPU time inside the engine, so that
-a busy machine and the environments do not matter; the best of --repeats.
+A token that was sampled counts, a prompt's does not; in ``prefill`` it is the other way round. Seconds are of one core
+inside the engine, so that a busy machine and the environments do not matter; the best of --repeats.
 """
 
 from __future__ import annotations
@@ -24,10 +28,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,106 +45,17 @@ import torch
 import atod_envs  # noqa: F401  (registers the environments)
 from agents.chat import ChatFormat
 from agents.engines import make_engine
-from agents.engines.base import Completion, Engine, SamplingParams
+from agents.engines.base import Engine, SamplingParams
+from agents.gguf import gguf_file
 from agents.models import load_model
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout, derive_seed
 from atod_envs.errors import AtodError
 
+sys.path.append(str(Path(__file__).parent))
+from engine_contenders import LlamaCpp, LockStep, Timed, llama_cpp, write_gguf
+
 TASKS, GROUP = 16, 8
 CONTEXT = 1024
-
-
-class LockStep:
-    """``generate()`` behind the engine's verbs: a step answers everything that waits, when the longest is done."""
-
-    def __init__(self, model: Any, slots: int, max_context: int) -> None:
-        self.model, self.slots, self.max_context, self.version = model, slots, max_context, 0
-        self._queue: deque[tuple[str, list[int], SamplingParams]] = deque()
-
-    def submit(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Queue a request."""
-        self._queue.append((request_id, list(prompt_ids), params))
-
-    @torch.inference_mode()
-    def step(self) -> list[Completion]:
-        """Answer a whole batch at once."""
-        batch = [self._queue.popleft() for _ in range(min(self.slots, len(self._queue)))]
-        if not batch:
-            return []
-        width = max(len(prompt) for _, prompt, _ in batch)
-        device = self.model.device
-        ids = torch.zeros(len(batch), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, (_, prompt, _) in enumerate(batch):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        limits = torch.tensor([params.max_tokens for _, _, params in batch], device=device)
-        stops = torch.tensor(
-            sorted({i for _, _, params in batch for i in params.stop_ids}), dtype=torch.int64, device=device
-        )
-
-        def done(tokens: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
-            return (tokens.shape[1] - width >= limits) | torch.isin(tokens[:, -1], stops)
-
-        from transformers import StoppingCriteriaList
-
-        output = self.model.generate(
-            ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=int(limits.max()),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            pad_token_id=0,
-            eos_token_id=None,
-            stopping_criteria=StoppingCriteriaList([done]),
-        )
-        answers = []
-        for (name, _, params), row in zip(batch, output[:, width:].tolist(), strict=True):
-            tokens = row[: params.max_tokens]
-            end = next((i + 1 for i, token in enumerate(tokens) if token in params.stop_ids), len(tokens))
-            answers.append(Completion(name, tuple(tokens[:end]), (0.0,) * end, tokens[end - 1] in params.stop_ids, 0.0))
-        return answers
-
-    def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Nothing: the model is used as it is."""
-        self.version += 1
-
-    def sleep(self) -> None:
-        """Nothing is held."""
-
-    def wake(self) -> None:
-        """Nothing is held."""
-
-    def close(self) -> None:
-        """Drop what waits."""
-        self._queue.clear()
-
-
-class Timed:
-    """An engine whose verbs' CPU time is added up."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.seconds, self.tokens = 0.0, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def submit(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Queue a request."""
-        start = time.process_time()
-        self._engine.submit(request_id, prompt_ids, params)
-        self.seconds += time.process_time() - start
-
-    def step(self) -> list[Completion]:
-        """Advance."""
-        start = time.process_time()
-        done = self._engine.step()
-        self.seconds += time.process_time() - start
-        self.tokens += sum(len(completion.token_ids) for completion in done)
-        return done
 
 
 @dataclass(frozen=True)
@@ -152,8 +69,10 @@ class Turn:
 # --- workloads --------------------------------------------------------------------------------------------------------
 
 
-def played(make: Callable[[Any], Engine]) -> tuple[Engine, Callable[[Engine, int], list[Any]]]:
-    """The reference student in the built-in ALFWorld, for real."""
+def played(
+    make: Callable[[Any], Engine], count: int = TASKS * GROUP
+) -> tuple[Engine, Callable[[Engine, int], list[Any]]]:
+    """The reference student in the first so many episodes of the built-in ALFWorld, for real."""
     student = load_model("builtin", "student", world="alfworld")
     chat = ChatFormat(student.tokenizer)
 
@@ -165,7 +84,7 @@ def played(make: Callable[[Any], Engine]) -> tuple[Engine, Callable[[Engine, int
     def work(engine: Engine, seed: int) -> list[Any]:
         rollout = Rollout(engine, chat, make_env, style="compact", max_tokens=24, concurrency=TASKS * GROUP)
         specs = [EpisodeSpec(task, task, derive_seed(seed, task, g)) for task in tasks for g in range(GROUP)]
-        trajectories = rollout.play(specs)
+        trajectories = rollout.play(specs[:count])
         rollout.close()
         return trajectories
 
@@ -222,6 +141,21 @@ def mixed(n: int, vocabulary: int) -> list[list[Turn]]:
     return episodes
 
 
+def singles(n: int, prompt: int, response: int, vocabulary: int) -> list[list[Turn]]:
+    """Single prompts of one length that share nothing, and responses of one length."""
+    ids = np.random.default_rng(1).integers(0, vocabulary, (n, prompt))
+    return [[Turn([int(i) for i in row], response)] for row in ids]
+
+
+def lengths_of(workload: str, episodes: int, recorded: Sequence[Any]) -> list[list[Turn]]:
+    """What a workload asks for."""
+    if workload == "mixed":
+        return mixed(2 * episodes, 2048)
+    if workload in ("prefill", "decode"):
+        return singles(episodes, *((384, 1) if workload == "prefill" else (8, 96)), 2048)
+    return conversations(recorded, workload == "windows")
+
+
 def random_model(millions: float) -> Any:
     """A random Qwen3 of about that many million parameters, with heads that every engine's kernels know."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -246,14 +180,38 @@ def random_model(millions: float) -> Any:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def maker(name: str) -> Callable[[Any], Engine]:
-    slots = TASKS * GROUP
+def maker(name: str, slots: int, folder: Path, llama: Sequence[str], file: Path | None) -> Callable[[Any], Engine]:
+    """How an engine is made for a model.
+
+    Args:
+        name: the engine's.
+        slots: requests that run at the same time.
+        folder: where files for llama.cpp are written, and stay.
+        llama: settings of llama.cpp that differ from its best here, such as ``flash=0``.
+        file: the GGUF file that the model was read from.
+    """
     if name == "lock-step":
         return lambda model: LockStep(model, slots, CONTEXT)
-    return lambda model: make_engine(name, model, slots=slots, max_context=CONTEXT, memory=0.45)
+    if not name.startswith("llama.cpp"):
+        return lambda model: make_engine(name, model, slots=slots, max_context=CONTEXT, memory=0.45)
+    settings = {
+        key: int(value) if value.isdigit() else value for key, _, value in (one.partition("=") for one in llama)
+    }
+
+    def make(model: Any) -> Engine:
+        llama_cpp()  # before a file is written for nothing
+        if name == "llama.cpp-file" and file is None:
+            raise AtodError("this model was not read from a GGUF file; give --model smollm2-135m or a file")
+        kind = "f16" if name == "llama.cpp-f16" else "f32"
+        written = file if name == "llama.cpp-file" else folder / f"{id(model)}-{kind}.gguf"
+        if written is not None and not written.is_file():
+            write_gguf(model, written, kind)
+        return LlamaCpp(written, slots, CONTEXT, **settings)
+
+    return make
 
 
-def best(engine: Engine, work: Callable[[Engine, int], Any], repeats: int) -> dict[str, float]:
+def best(engine: Engine, work: Callable[[Engine, int], Any], repeats: int, *, prompts: bool) -> dict[str, float]:
     """The fastest of some repetitions, after one to warm up; every one begins with nothing cached."""
     rates = []
     for seed in range(repeats + 1):
@@ -262,7 +220,8 @@ def best(engine: Engine, work: Callable[[Engine, int], Any], repeats: int) -> di
         timed = Timed(engine)
         start = time.perf_counter()
         work(timed, seed)
-        rates.append((timed.tokens / timed.seconds, timed.tokens, timed.seconds, time.perf_counter() - start))
+        tokens = timed.asked if prompts else timed.sampled
+        rates.append((tokens / timed.seconds, tokens, timed.seconds, time.perf_counter() - start))
     rate, tokens, seconds, wall = max(rates[1:])
     return {"tokens_per_second": rate, "tokens": tokens, "engine_seconds": seconds, "wall_seconds": wall}
 
@@ -319,47 +278,59 @@ WEIGHTS: list[Any] = []
 """Those of the model that an engine without a model of its own is given again."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("transformers", "vllm", "lock-step")
+    names = ("transformers", "vllm", "lock-step", "llama.cpp", "llama.cpp-f16", "llama.cpp-file")
     parser.add_argument("--engines", nargs="+", default=list(names), choices=names)
-    parser.add_argument("--workloads", nargs="+", default=["builtin", "episodes", "windows", "mixed"])
+    workloads = ("builtin", "episodes", "windows", "mixed", "prefill", "decode")
+    parser.add_argument("--workloads", nargs="+", default=list(workloads), choices=workloads)
     parser.add_argument("--parameters", type=float, default=14.0, help="millions of parameters of the random model")
     parser.add_argument("--model", help="a real one in its place: a folder, a GGUF file or smollm2-135m")
     parser.add_argument("--episodes", type=int, default=32, help="episodes on the random model")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument(
+        "--llama", nargs="+", default=[], metavar="SETTING=VALUE", help="of llama.cpp: batch, flash, unified, keys"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--products", action="store_true", help="time linear layers instead")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.products:
         matmuls(max(3, options.repeats))
         return
+    with tempfile.TemporaryDirectory(prefix="engine-benchmark-") as folder:
+        measure(options, Path(folder))
 
-    _, play = played(maker("transformers"))
-    recorded = play(played(maker("transformers"))[0], 1)
+
+def measure(options: argparse.Namespace, folder: Path) -> None:
+    """All engines on all workloads, and the tables."""
+    recorded: list[Any] = []
+    if {"episodes", "windows"} & set(options.workloads):
+        engine, play = played(maker("transformers", TASKS * GROUP, folder, (), None), options.episodes)
+        recorded = play(engine, 1)
+        engine.close()
     model = load_model(options.model, "student").model if options.model else random_model(options.parameters)
+    file = gguf_file(options.model) if options.model else None
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     rows: list[dict[str, Any]] = []
     for workload in options.workloads:
+        unit = "read" if workload == "prefill" else "sampled"
         for name in options.engines:
             try:
                 if workload == "builtin":
-                    engine, work = played(maker(name))
+                    engine, work = played(maker(name, TASKS * GROUP, folder, options.llama, None))
                 else:
-                    window = workload == "windows"
-                    lengths = (
-                        mixed(2 * options.episodes, 2048)
-                        if workload == "mixed"
-                        else conversations(recorded[: options.episodes], window)
-                    )
-                    engine = maker(name)(model)
+                    lengths = lengths_of(workload, options.episodes, recorded)
+                    slots = min(TASKS * GROUP, len(lengths))
+                    engine = maker(name, slots, folder, options.llama, file)(model)
                     WEIGHTS[:] = [list(model.named_parameters())]
 
-                    def work(engine: Engine, seed: int, lengths: Any = lengths, window: bool = window) -> None:
-                        replay(engine, lengths, seed, window=window)
+                    def work(
+                        engine: Engine, seed: int, lengths: Any = lengths, window: bool = workload == "windows"
+                    ) -> None:
+                        replay(engine, lengths if seed else lengths[:1], seed, window=window)  # one warms up
 
-                row = best(engine, work, options.repeats)
+                row = best(engine, work, options.repeats, prompts=workload == "prefill")
                 engine.close()
             except AtodError as error:
                 print(f"{workload:10} {name:14} not run: {error}")
@@ -367,8 +338,8 @@ def main() -> None:
             rows.append({"workload": workload, "engine": name, **row})
             if not options.json:
                 print(
-                    f"{workload:10} {name:14} {row['tokens_per_second']:8.0f} tokens/s   {row['tokens']:6.0f} sampled in "
-                    f"{row['engine_seconds']:6.2f} s of the engine, {row['wall_seconds']:6.2f} s in all",
+                    f"{workload:10} {name:14} {row['tokens_per_second']:8.{0 if row['tokens_per_second'] > 100 else 1}f} tokens/s   "
+                    f"{row['tokens']:6.0f} {unit} in {row['engine_seconds']:6.2f} s of the engine, {row['wall_seconds']:6.2f} s in all",
                     flush=True,
                 )
     if options.json:
@@ -377,6 +348,8 @@ def main() -> None:
     print(
         f"\n{options.model or 'random model'}: {millions:.1f} M parameters; torch {torch.__version__}, {torch.get_num_threads()} thread"
     )
+    if any(row["engine"] == "llama.cpp-file" for row in rows):
+        print("llama.cpp-file computes with the quantized weights of its file, so in another precision than all others")
     for workload in options.workloads:
         found = {row["engine"]: row["tokens_per_second"] for row in rows if row["workload"] == workload}
         if "lock-step" in found:

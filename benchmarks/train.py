@@ -1,6 +1,7 @@
 """A training step here and in TRL: the same model, tasks, group size and update; on a GPU, shares of its peak.
 
     python benchmarks/train.py                    ours, TRL's GRPOTrainer, TRL with our engine as rollout_func
+    python benchmarks/train.py --model smollm2-135m --tasks 2 --group 4 --turns 4 --response 16 --trl-batch 4 --warmup 0
     python benchmarks/train.py --packing          padded and packed rows of the built-in run, ours alone
     python benchmarks/train.py --gpu              learner's share of peak arithmetic, engine's share of memory bandwidth
 
@@ -68,12 +69,17 @@ class Phases:
 
 
 def write_model(folder: Path, args: argparse.Namespace) -> None:
-    """The reference student, or a model of the asked size with its tokenizer."""
+    """The reference student, a real model, or a random one of the asked size; with its tokenizer."""
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    from agents.models import REFERENCE
+    from agents.models import REFERENCE, load_model
 
+    if args.model not in ("builtin", "random"):
+        loaded = load_model(args.model, "student")  # float32, whatever its files hold
+        loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+        return
     source = REFERENCE / "alfworld" / "student"
     tokenizer = AutoTokenizer.from_pretrained(source)
     if args.model == "builtin":
@@ -108,7 +114,7 @@ def run_ours(folder: Path, args: argparse.Namespace, phases: Phases) -> None:
             env="atod/ALFWorld-v0", data="builtin", student=str(folder), style="compact", max_turns=args.turns,
             max_response=args.response, max_context=args.context, tasks_per_step=args.tasks, group_size=args.group,
             minibatches=1, lr=1e-6, eval_every=0, store="nothing", slots=args.tasks * args.group, device="cpu",
-            steps=args.steps + 1,
+            steps=args.warmup + args.steps,
         )
     )  # fmt: skip
     algorithm = GRPO()
@@ -132,7 +138,7 @@ def run_ours(folder: Path, args: argparse.Namespace, phases: Phases) -> None:
 
     module.Clock = Clock  # type: ignore[misc, assignment]
     progress = Progress(config.steps or 0, "benchmark")
-    for step in range(1, args.steps + 2):
+    for step in range(1, args.warmup + args.steps + 1):
         trainer.train_step(step, progress)
     trainer.close()
 
@@ -279,7 +285,7 @@ def packing(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", choices=("builtin", "random"), default="random", help="reference student, or a random model"
+        "--model", default="random", help="random, builtin (the reference student), a folder, or smollm2-135m"
     )
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -288,7 +294,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--response", type=int, default=24)
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=2, help="measured steps in a round, after one that warms up")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps in a round")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them; a large model may do without")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
@@ -324,7 +331,7 @@ def main() -> None:
             from trl_side import run_trl
 
             run_trl(args.folder, args, args.worker == "trl-engine", phases)
-        print(json.dumps(phases.steps[1:]))  # the first step warms up
+        print(json.dumps(phases.steps[args.warmup :]))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def run_trl(folder: Path, args: argparse.Namespace, engine: bool, phases: Any) -
     batch = args.tasks * args.group
     config = GRPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=args.trl_batch,
-        gradient_accumulation_steps=batch // args.trl_batch, num_generations=args.group, max_steps=args.steps + 1,
+        gradient_accumulation_steps=batch // args.trl_batch, num_generations=args.group, max_steps=args.warmup + args.steps,
         num_iterations=1, beta=0.0, bf16=False, gradient_checkpointing=False, learning_rate=1e-6, use_cpu=True,
         temperature=1.0, top_k=0, top_p=1.0, loss_type="grpo", logging_strategy="no", save_strategy="no", report_to="none",
         disable_tqdm=True, max_completion_length=args.context, dataloader_num_workers=0, weight_decay=0.01,
