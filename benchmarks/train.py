@@ -114,7 +114,7 @@ def run_ours(folder: Path, args: argparse.Namespace, phases: Phases) -> None:
             env="atod/ALFWorld-v0", data="builtin", student=str(folder), style="compact", max_turns=args.turns,
             max_response=args.response, max_context=args.context, tasks_per_step=args.tasks, group_size=args.group,
             minibatches=1, lr=1e-6, eval_every=0, store="nothing", slots=args.tasks * args.group, device="cpu",
-            steps=args.warmup + args.steps,
+            steps=args.warmup + args.steps, token_budget=args.budget,
         )
     )  # fmt: skip
     algorithm = GRPO()
@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=1, help="steps before them; a large model may do without")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--budget", type=int, default=4096, help="our --token-budget")
     parser.add_argument(
         "--trl-batch", type=int, default=8, help="TRL's per_device_train_batch_size; 8 is its best here"
     )

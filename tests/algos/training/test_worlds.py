@@ -94,7 +94,7 @@ def test_one_step_in_every_world(algorithm, extra, env, tmp_path):
         pytest.skip("no reference models")
     options = [
         "--env", env, "--student", str(student), "--teacher", str(student), "--style", "compact", "--max-response", "8",
-        "--max-context", "3000", "--max-turns", "4" if "Search" in env else "15", "--tasks-per-step", "2", "--group-size", "2",
+        "--max-context", "3000", "--max-turns", "4" if algorithm is SDAR or "Search" in env else "15", "--tasks-per-step", "2", "--group-size", "2",
         "--minibatches", "1", "--steps", "1", "--eval-every", "0", "--eval-tasks", "1", "--report-tasks", "1", "--threads", "1",
         "--store",
         "tokens",
