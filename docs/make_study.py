@@ -56,16 +56,16 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def success(cells: Cells, methods: Sequence[str]) -> str:
     """Success of the last checkpoint by method and world, half of the 95 % t-interval over seeds.
 
-    With several worlds their mean comes last.
+    With several worlds their mean comes last. A method that was not run in some world has a dash there, and no mean.
     """
     rows, worlds = [], _worlds(cells)
     for method in methods:
         found = [_of(cells, method, world) for world in worlds]
-        if not all(found):
+        if not any(found):
             continue
-        means = [sum(100 * cell["last"]["success"] for cell in some) / len(some) for some in found]
-        shown = [with_spread(some, "last") for some in found]
-        mean = [f"{sum(means) / len(means):.1f}"] if len(worlds) > 1 else []
+        means = [sum(100 * cell["last"]["success"] for cell in some) / len(some) for some in found if some]
+        shown = [with_spread(some, "last") if some else "-" for some in found]
+        mean = [f"{sum(means) / len(means):.1f}" if all(found) else "-"] if len(worlds) > 1 else []
         rows.append([METHODS[method].label, *shown, *mean])
     counts = {len(_of(cells, method, world)) for method in methods for world in worlds} - {0}
     seeds = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts)

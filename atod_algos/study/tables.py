@@ -39,6 +39,8 @@ CLAIMS = (
     ("turn weights are needed", "atod", "atod-uniform"),
     ("turns are a better unit than tokens", "atod", "atod-token"),
     ("turn weights are needed, at equal strength", "atod-level", "atod-uniform"),
+    ("ATOD: kappa 10 to 1 against 1 to 0.1", "atod-kappa10", "atod"),
+    ("ATOD, kappa 10 to 1, beats OPD", "atod-kappa10", "opd"),
     ("distillation: turns against nothing", "opd-turn", "opd"),
     ("distillation: turns against tokens", "opd-turn", "opd-token"),
     ("distillation: turns against positions", "opd-turn", "iw-opd-level"),
