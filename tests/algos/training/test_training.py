@@ -155,7 +155,9 @@ def test_a_hub_model_that_was_replaced_under_its_name_is_refused(options, models
 
 def test_a_slip_in_an_option_costs_nothing(options, tmp_path, capsys):
     run = ["--run", str(tmp_path / "r"), "--steps", "1"]
-    assert "unexpected keyword argument 'colour'" in failing(ATOD, [*options, *run, "--option", "colour=red"], capsys)
+    assert "unknown option of toy/Say-v0 'colour'; expected one of" in failing(
+        ATOD, [*options, *run, "--option", "colour=red"], capsys
+    )
     assert "--option 'colour': expected NAME=VALUE" in failing(ATOD, [*options, *run, "--option", "colour"], capsys)
     main(ATOD, [*options, *run])
     assert (tmp_path / "r" / "result.json").exists()
