@@ -76,9 +76,7 @@ def require_registered(env_id: str) -> None:
                 raise
             raise UnknownName("module of an environment", module, advice="it must be importable from here") from None
     if name not in registration.registry:
-        key = name.rpartition("/")[2].rpartition("-v")[0] or name
-        same = [known for known in ENVIRONMENTS if known.split("/")[1].split("-v")[0].lower() == key.lower()]
-        raise UnknownName("environment", env_id, ENVIRONMENTS, f"did you mean {same[0]!r}?" if same else "")
+        raise UnknownName("environment", env_id, ENVIRONMENTS)
 
 
 def environment_class(env_id: str) -> Any:

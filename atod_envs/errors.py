@@ -30,7 +30,8 @@ class UnknownName(AtodError, KeyError):
 
     def __init__(self, kind: str, name: object, allowed: Iterable[str] = (), advice: str = "") -> None:
         options = list(allowed)
-        near = difflib.get_close_matches(str(name), options[:20000], n=1)
+        spelt = {option.lower(): option for option in map(str, options[:20000])}
+        near = [spelt[match] for match in difflib.get_close_matches(str(name).lower(), spelt, n=1)]
         if not advice and options:
             shown = ", ".join(options[:8])
             advice = f"expected one of: {shown}" + (f", ... ({len(options)} in all)" if len(options) > 8 else "")

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, ClassVar, Self
 
 import gymnasium as gym
@@ -93,7 +94,8 @@ class TextEnv(gym.Env[str, str]):
         return env
 
     def __init__(self, tasks: TaskSet, *, max_turns: int | None = None, render_mode: str | None = None) -> None:
-        if max_turns is not None and (type(max_turns) is not int or max_turns < 1):
+        given: Any = max_turns  # NumPy's whole numbers are as good
+        if given is not None and not (isinstance(given, Integral) and given >= 1):
             raise ValueError(f"max_turns={max_turns!r}; expected a whole number from 1")
         if render_mode not in (None, "ansi"):
             raise ValueError(f"render_mode={render_mode!r}; expected None or 'ansi'")

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import gymnasium as gym
+import numpy as np
 import pytest
 from toy import ToyEnv
 
@@ -73,7 +74,7 @@ def test_turn_limit_truncates_and_says_so():
 
 
 def test_winning_on_the_last_turn_terminates_and_does_not_truncate():
-    env = ToyEnv(max_turns=1)
+    env = ToyEnv(max_turns=np.int64(1))
     env.reset(seed=0, options={"task_id": "say-fig-train"})
     _, reward, terminated, truncated, info = env.step("fig")
     assert (reward, terminated, truncated) == (1.0, True, False)
