@@ -95,7 +95,7 @@ class TextEnv(gym.Env[str, str]):
 
     def __init__(self, tasks: TaskSet, *, max_turns: int | None = None, render_mode: str | None = None) -> None:
         given: Any = max_turns  # NumPy's whole numbers are as good
-        if given is not None and not (isinstance(given, Integral) and given >= 1):
+        if given is not None and not (isinstance(given, Integral) and int(given) >= 1):
             raise ValueError(f"max_turns={max_turns!r}; expected a whole number from 1")
         if render_mode not in (None, "ansi"):
             raise ValueError(f"render_mode={render_mode!r}; expected None or 'ansi'")
