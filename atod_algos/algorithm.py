@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -340,6 +340,15 @@ class RewardAlgorithm(Algorithm):
         return np.asarray(self.grpo_by_turn(batch)[batch.turn_M])
 
 
+def algorithm_names() -> list[str]:
+    """Names of all algorithms that installed packages offer."""
+    return sorted(_offered())
+
+
+def _offered() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group="atod.algorithms")}
+
+
 def find_algorithm(name: str) -> type[Algorithm]:
     """Load an algorithm by name from the entry-point group ``atod.algorithms``.
 
@@ -347,7 +356,7 @@ def find_algorithm(name: str) -> type[Algorithm]:
         UnknownName: no installed package offers it; the message lists what is installed.
         AtodError: it is offered, but cannot be imported.
     """
-    offered = {point.name: point for point in entry_points(group="atod.algorithms")}
+    offered = _offered()
     if name not in offered:
         raise UnknownName("algorithm", name, sorted(offered))
     try:

@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from atod_algos.algorithm import algorithm_names
 from atod_algos.training.config import builtin_profile
+from atod_envs.errors import UnknownName
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,26 @@ METHODS: Mapping[str, Method] = {
 }
 """Every row, the untrained student and the teacher first; ablations as in section 5.3 of the paper. The signals of 2026
 come last, and are run where they are asked for."""
+
+
+def method_of(name: str) -> Method:
+    """A row by name; an algorithm of another package is a row of its own, with its own options.
+
+    Raises:
+        UnknownName: neither a row nor an installed algorithm.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    installed = algorithm_names()
+    if name not in installed:
+        raise UnknownName("method", name, [*METHODS, *(other for other in installed if other not in METHODS)])
+    return Method(name, name, name, asked_for=True)
+
+
+def place(name: str) -> tuple[int, str]:
+    """What rows are sorted by: the order of the table; those of other packages come last."""
+    return (list(METHODS).index(name) if name in METHODS else len(METHODS), name)
+
 
 ABLATIONS = ("atod", "atod-token", "atod-uniform", "atod-constant")
 """Bars of Figure 4."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from atod_algos.algorithm import find_algorithm
 from atod_algos.evaluate.settings import EvaluateConfig
-from atod_algos.study import METHODS, Method, World
+from atod_algos.study import Method, World, method_of, place
 from atod_algos.study.checks import Tuned, require_whole_cell
 from atod_algos.training.cli import with_rules
 from atod_algos.training.config import RunConfig, TrainConfig, resolve
@@ -36,7 +36,7 @@ from atod_algos.training.run_dir import (
     versions,
 )
 from atod_algos.training.worlds import key_of
-from atod_envs.errors import AtodError, DataError
+from atod_envs.errors import AtodError, DataError, UnknownName
 
 
 def algorithm_of(method: Method, world: World, rules: str) -> Any:
@@ -297,8 +297,10 @@ def read_cell(folder: Path) -> dict[str, Any] | None:
         return None
     advice = "delete it to evaluate the cell again"
     cell = read_object(path, advice, world=str, method=str, seed=int)
-    if cell["method"] not in METHODS:
-        raise DataError(f"{path}: expected one of the study's methods, found {cell['method']!r}; {advice}")
+    try:
+        method_of(cell["method"])
+    except UnknownName as error:
+        raise DataError(f"{path}: {error}; install the package that offers it, or {advice}") from None
     if [cell["world"], cell["method"], f"seed{cell['seed']}"] != list(folder.parts[-3:]):
         names = f"{cell['world']}/{cell['method']}/seed{cell['seed']}"
         raise DataError(f"{path} is the cell of {names}; was it copied? Delete it")
@@ -309,5 +311,4 @@ def read_cell(folder: Path) -> dict[str, Any] | None:
 def read_study(study: Path) -> list[dict[str, Any]]:
     """All finished cells, in the order of the table."""
     cells = [cell for path in study.glob("*/*/seed*/cell.json") if (cell := read_cell(path.parent)) is not None]
-    order = list(METHODS)
-    return sorted(cells, key=lambda cell: (cell["world"], order.index(cell["method"]), cell["seed"]))
+    return sorted(cells, key=lambda cell: (cell["world"], place(cell["method"]), cell["seed"]))

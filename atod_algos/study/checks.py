@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atod_algos.study import METHODS
+from atod_algos.study import method_of
 from atod_algos.training.run_dir import read_object
 from atod_envs.errors import DataError
+
+RESULTS = "study-results.json"
+"""The file of a study's numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ def require_whole_cell(cell: Mapping[str, Any]) -> None:
     Raises:
         DataError: names the number.
     """
-    trained = bool(METHODS[cell["method"]].algorithm)
+    trained = bool(method_of(cell["method"]).algorithm)
     wanted: dict[str, bool] = {"seconds": is_number(cell.get("seconds"))}
     if trained:
         validation = cell.get("validation")
@@ -74,4 +77,7 @@ def require_whole_cell(cell: Mapping[str, Any]) -> None:
     if missing := [name for name, good in wanted.items() if not good]:
         raise DataError(
             f"{cell['folder']}/cell.json: expected a number as {missing[0]}; delete it to evaluate the cell again"
+            if "folder" in cell
+            else f"{cell['source']}, {cell['world']}, {cell['method']}, seed {cell['seed']}: expected a number as {missing[0]}; take the "
+            "file from where it was published"
         )

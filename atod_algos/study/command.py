@@ -16,7 +16,7 @@ from rich.console import Console
 
 from atod_algos.evaluate.settings import held_out_splits
 from atod_algos.guard import guarded, parse
-from atod_algos.study import METHODS, PRESETS, Method, Preset, World
+from atod_algos.study import METHODS, PRESETS, Method, Preset, World, method_of
 from atod_algos.study.cells import finish_cell, read_study
 from atod_algos.study.checks import Tuned, require_whole_cell
 from atod_algos.study.tuning import chosen_in, tune
@@ -38,7 +38,8 @@ class StudyConfig:
     """Environments, by the preset's names; by default the paper's three. The laptop preset has textcraft and
     scienceworld, too; no models come with the project for them: give --student and --teacher."""
     methods: tuple[str, ...] = ()
-    """Methods; by default the paper's. The signals of 2026 run where they are named (docs/study.md)."""
+    """Methods; by default the paper's. The signals of 2026 (docs/study.md) and the algorithms of other packages run
+    where they are named."""
     seeds: tuple[int, ...] = ()
     """Training seeds; by default the preset's."""
     lrs: tuple[float, ...] = ()
@@ -47,8 +48,11 @@ class StudyConfig:
     """Updates a step (--minibatches) to choose from for each method, after the rate; a single number is taken as it is.
     By default the preset's."""
     settings_of: Path | None = None
-    """Folder of a study: each method takes the rate and the updates that were chosen there, and nothing is chosen here.
-    A long study can so build on a short one."""
+    """Folder of a study, or of its published results: each method takes the rate and the updates that were chosen
+    there, and nothing is chosen here. A long study can so build on a short one."""
+    published: tuple[Path, ...] = ()
+    """Results of other studies (study-results.json, or its folder), whose cells stand in the tables next to those of
+    this one and are compared with them task by task: --published docs/study."""
     rules: Literal["paper", "released"] = "paper"
     """Rule set of all algorithms."""
     student: str | None = None
@@ -89,11 +93,8 @@ def run(config: StudyConfig) -> None:
     if config.preset not in PRESETS:
         raise UnknownName("preset", config.preset, PRESETS)
     preset = _chosen(PRESETS[config.preset], config)
-    for name in config.methods:
-        if name not in METHODS:
-            raise UnknownName("method", name, METHODS)
     usual = [name for name, method in METHODS.items() if not method.asked_for]
-    methods = [METHODS[name] for name in config.methods or usual]
+    methods = [method_of(name) for name in config.methods or usual]
     out = _folder(config)
     out.mkdir(parents=True, exist_ok=True)
     console = Console(soft_wrap=True)
@@ -104,9 +105,10 @@ def run(config: StudyConfig) -> None:
             replace_text(out / "study.json", json.dumps(stored, indent=1, default=str) + "\n")
         for world in preset.worlds:
             _run_world(out, world, preset, methods, config, console)
+    from atod_algos.study.outcomes import joined
     from atod_algos.study.tables import write_tables
 
-    cells = read_study(out)
+    cells = joined(read_study(out), config.published)
     for cell in cells:
         require_whole_cell(cell)
     with one_at_a_time(out):

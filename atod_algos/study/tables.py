@@ -1,109 +1,26 @@
 """The study's tables: the paper's Table 1 and Figure 4 in our terms, and what decides each of its claims.
 
-The invariant: a mean over training seeds is never shown without its spread, and a claim is decided by two tests at
-once, over tasks (are these policies different on such tasks?) and over training seeds (would training again give the
-same order?). Three seeds decide large differences only; where they do not, the table says so.
+The invariant: a mean over training seeds is never shown without its spread, and cells that were trained elsewhere are
+said to be.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from atod_algos.evaluate import Evaluation, compare
-from atod_algos.evaluate.paired_command import load_evaluation
-from atod_algos.evaluate.statistics import Paired, t_interval, welch
-from atod_algos.study import ABLATIONS, METHODS, Preset
+from atod_algos.evaluate.statistics import t_interval
+from atod_algos.study import ABLATIONS, Preset, method_of, place
 from atod_algos.study.cells import without
-from atod_algos.study.checks import Tuned
+from atod_algos.study.checks import RESULTS, Tuned
+from atod_algos.study.claims import Cells, Decision, decisions_of, mean_of, together
+from atod_algos.study.outcomes import groups_of, outcomes_of, to_json
 from atod_algos.study.tuning import tuned_of
-from atod_algos.training.run_dir import read_metrics, read_object, replace_text
-
-Cells = Mapping[str, Sequence[Mapping[str, Any]]]
-"""Finished cells of one world by method, in the order of the table."""
-
-CLAIMS = (
-    ("ATOD beats OPD", "atod", "opd"),
-    ("OPD beats GRPO", "opd", "grpo"),
-    ("ATOD beats GRPO", "atod", "grpo"),
-    ("ATOD beats SDAR", "atod", "sdar"),
-    ("ATOD beats SOD", "atod", "sod"),
-    ("ATOD beats TCOD", "atod", "tcod"),
-    ("the student passes its teacher", "atod", "teacher"),
-    ("a distilled student passes its teacher", "opd", "teacher"),
-    ("annealing is needed", "atod", "atod-constant"),
-    ("turn weights are needed", "atod", "atod-uniform"),
-    ("turns are a better unit than tokens", "atod", "atod-token"),
-    ("turn weights are needed, at equal strength", "atod-level", "atod-uniform"),
-    ("ATOD: kappa 10 to 1 against 1 to 0.1", "atod-kappa10", "atod"),
-    ("ATOD, kappa 10 to 1, beats OPD", "atod-kappa10", "opd"),
-    ("distillation: turns against nothing", "opd-turn", "opd"),
-    ("distillation: turns against tokens", "opd-turn", "opd-token"),
-    ("distillation: turns against positions", "opd-turn", "iw-opd-level"),
-    ("a teacher against no teacher", "opd", "opsa"),
-    ("a teacher that plays against one that comments", "guided-opd", "opd"),
-)
-"""The paper's claims, then the questions about weights and teachers: who should be ahead of whom."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """One claim in one world, on the last checkpoints.
-
-    Attributes:
-        claim: in words.
-        seeds: training seeds that both methods have.
-        tasks: paired difference over tasks, episodes of all seeds together.
-        p_seeds: Welch's test over training seeds; 1 where there are fewer than two.
-        by_label: difference by task type or data set.
-    """
-
-    claim: str
-    seeds: tuple[int, ...]
-    tasks: Paired
-    p_seeds: float
-    by_label: Mapping[str, Paired]
-
-    @property
-    def verdict(self) -> str:
-        """Both tests must agree at 5 %."""
-        decided = self.tasks.p_value < 0.05 and self.p_seeds < 0.05
-        if self.tasks.difference > 0:
-            return "holds" if decided else "ahead, not decided"
-        if self.tasks.difference < 0:
-            return "reversed" if decided else "behind, not decided"
-        return "no difference"
-
-
-def decide(claim: str, ahead: Sequence[Mapping[str, Any]], behind: Sequence[Mapping[str, Any]]) -> Decision | None:
-    """Compare two methods' last checkpoints on the seeds that both have; None where they share none.
-
-    Cells of several worlds are taken together: all their tasks are compared, and a seed's value is its mean over the
-    worlds. A seed counts where both methods have it in all worlds of the cells.
-    """
-    worlds = sorted({str(cell.get("world")) for cell in (*ahead, *behind)})  # an order of their own, or p would vary
-    left, right = ({(cell["seed"], str(cell.get("world"))): cell for cell in side} for side in (ahead, behind))
-    both = left.keys() & right.keys()
-    seeds = tuple(sorted({seed for seed, _ in both if all((seed, world) in both for world in worlds)}))
-    if not seeds:
-        return None
-    chosen = [[[side[seed, world] for world in worlds] for seed in seeds] for side in (left, right)]
-    whole = []
-    for side in chosen:
-        parts = [load_evaluation(Path(cell["folder"]) / "evaluation-last") for cells in side for cell in cells]
-        whole.append(Evaluation(tuple(t for part in parts for e in part.values() for t in e.trajectories)))
-    result = compare(whole[0], whole[1])
-    return Decision(
-        claim,
-        seeds,
-        result.success,
-        welch(*[[_mean(cells, "last") for cells in side] for side in chosen]),
-        result.by_label,
-    )
+from atod_algos.training.run_dir import read_object, replace_text
 
 
 def write_tables(out: Path, cells: Sequence[Mapping[str, Any]], preset: Preset) -> None:
@@ -111,66 +28,60 @@ def write_tables(out: Path, cells: Sequence[Mapping[str, Any]], preset: Preset) 
 
     Args:
         out: the study's folder.
-        cells: finished cells.
+        cells: finished cells, those of published studies among them.
         preset: the study's preset.
     """
+    cells = [_with_command({**cell, "outcomes": outcomes_of(cell)}) for cell in cells]
     worlds: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for cell in cells:
         worlds.setdefault(cell["world"], {}).setdefault(cell["method"], []).append(cell)
-    decisions = {name: _decisions(methods) for name, methods in worlds.items()}
-    if together := _together(worlds):
-        decisions["together"] = together
-    lines = ["# Results", "", *_table1(worlds)]
+    decisions = {name: decisions_of(methods) for name, methods in worlds.items()}
+    if everywhere := together(worlds):
+        decisions["together"] = everywhere
+    lines = ["# Results", "", *_table1(worlds), *_sources(cells)]
     for name, methods in worlds.items():
         lines += ["", f"## {name}", "", *_success(methods), "", *_claims(decisions[name])]
         lines += ["", *_labels(methods), "", *_groups(methods), "", *_curves(methods)]
         found = [world for world in preset.worlds if world.name == name]
         if found and (tuned := tuned_of(out, found[0])):
             lines += ["", *_tuning(tuned)]
-    if together:
+    if everywhere:
         note = "All tasks of the worlds together; a seed's value is its mean over them. Claims that every world decides on."
-        lines += ["", f"## {', '.join(worlds)}", "", note, "", *_claims(together)]
+        lines += ["", f"## {', '.join(worlds)}", "", note, "", *_claims(everywhere)]
     replace_text(out / "tables.md", "\n".join(lines) + "\n")
-    plain = [_published(cell) for cell in cells]
     known = {
         name: [asdict(decision) | {"verdict": decision.verdict} for decision in found]
         for name, found in decisions.items()
     }
-    replace_text(out / "study-results.json", json.dumps({"cells": plain, "claims": known}, indent=1) + "\n")
+    results = {**to_json(cells), "claims": known}
+    replace_text(out / RESULTS, json.dumps(results, indent=1) + "\n")
     try:
         _figures(out, worlds)
     except ImportError:
         return
 
 
-def _published(cell: Mapping[str, Any]) -> dict[str, Any]:
+def _with_command(cell: Mapping[str, Any]) -> dict[str, Any]:
     """A cell's numbers, with the command and the commits of its training run."""
-    about = Path(cell["folder"]) / "config.json"
-    source = read_object(about, "train the cell again") if about.exists() else {}
-    named = {name: source[name] for name in ("command", "commits") if name in source}
+    about = Path(cell["folder"]) / "config.json" if "folder" in cell else None
+    source = read_object(about, "train the cell again") if about and about.exists() else {}
+    named: dict[str, Any] = {name: source[name] for name in ("command", "commits") if name in source}
     if "command" in named:
         named["command"] = without(named["command"], "--run")
-    return {name: value for name, value in cell.items() if name != "folder"} | named
+    return {**cell, **named}
 
 
-def _decisions(methods: Cells) -> list[Decision]:
-    found = [decide(claim, methods[a], methods[b]) for claim, a, b in CLAIMS if a in methods and b in methods]
-    trained = [name for name in methods if METHODS[name].algorithm and name not in ABLATIONS[1:]]
-    if len(trained) > 1:
-        first, second = sorted(trained, key=lambda name: -_mean(methods[name], "last"))[:2]
-        claim = f"the first, {METHODS[first].label}, against the runner-up, {METHODS[second].label}"
-        found.append(decide(claim, methods[first], methods[second]))
-    return [decision for decision in found if decision is not None]
-
-
-def _together(worlds: Mapping[str, Cells]) -> list[Decision]:
-    """The claims over all worlds; none where there is one world."""
-    found = []
-    for claim, a, b in CLAIMS if len(worlds) > 1 else ():
-        if all(a in methods and b in methods for methods in worlds.values()):
-            sides = [[cell for methods in worlds.values() for cell in methods[name]] for name in (a, b)]
-            found.append(decide(claim, *sides))
-    return [decision for decision in found if decision is not None]
+def _sources(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which cells were not trained here, and where they stand."""
+    files: dict[str, int] = {}
+    for cell in cells:
+        if "source" in cell:
+            files[cell["source"]] = files.get(cell["source"], 0) + 1
+    return [
+        line
+        for file, count in files.items()
+        for line in ("", f"{count} of these {len(cells)} cells are published ones: {file}.")
+    ]
 
 
 # --- parts of the page ------------------------------------------------------------------------------------------------
@@ -188,14 +99,12 @@ def _table1(worlds: Mapping[str, Cells]) -> list[str]:
     for name in worlds:
         header += [f"{name}: success", "turns"]
     rows = []
-    for key, method in METHODS.items():
-        if not any(key in methods for methods in worlds.values()):
-            continue
-        row, values = [method.label], []
+    for key in sorted({name for methods in worlds.values() for name in methods}, key=place):
+        row, values = [method_of(key).label], []
         for methods in worlds.values():
             cells = methods.get(key, [])
-            values += [_mean(cells, "last")] if cells else []
-            row += [with_spread(cells, "last"), f"{_mean(cells, 'last', 'length'):.1f}"] if cells else ["-", "-"]
+            values += [mean_of(cells, "last")] if cells else []
+            row += [with_spread(cells, "last"), f"{mean_of(cells, 'last', 'length'):.1f}"] if cells else ["-", "-"]
         rows.append([*row, f"{100 * sum(values) / len(values):.1f}" if len(values) == len(worlds) else "-"])
     return [
         "Last checkpoint, % of the final panel; ± half of the 95 % t-interval over training seeds.",
@@ -213,8 +122,8 @@ def _success(methods: Cells) -> list[str]:
         peaks = [max(cell["validation"].values()) for cell in cells] if trained else []
         rows.append(
             [
-                METHODS[name].label, str(len(cells)), with_spread(cells, "last"), each, with_spread(cells, "best") if trained else "-",
-                f"{100 * sum(peaks) / len(peaks):.1f}" if peaks else "-", f"{_mean(cells, 'last', 'length'):.2f}",
+                method_of(name).label, str(len(cells)), with_spread(cells, "last"), each, with_spread(cells, "best") if trained else "-",
+                f"{100 * sum(peaks) / len(peaks):.1f}" if peaks else "-", f"{mean_of(cells, 'last', 'length'):.2f}",
             ]
         )  # fmt: skip
     n = next(iter(methods.values()))[0]["last"]["n"]
@@ -256,7 +165,7 @@ def _labels(methods: Cells) -> list[str]:
     return [
         "Success by kind of task, last checkpoint, %, mean over seeds:",
         "",
-        *markdown_table(["kind", *[METHODS[m].label for m in methods]], rows),
+        *markdown_table(["kind", *[method_of(m).label for m in methods]], rows),
     ]
 
 
@@ -265,18 +174,11 @@ def _groups(methods: Cells) -> list[str]:
     header = ["method", "all fail, first quarter", "last quarter", "all succeed, last quarter", "mixed, last quarter"]
     rows = []
     for name, cells in methods.items():
-        runs = [metrics for cell in cells if (metrics := read_metrics(Path(cell["folder"])))]
-        if not runs:
-            continue
-
-        def share(key: str, part: Callable[[int], slice], runs: Sequence[list[dict[str, float]]] = runs) -> float:
-            values = [row[key] for rows in runs for row in rows[part(len(rows))]]
-            return sum(values) / len(values)
-
-        first, last = (lambda n: slice(0, max(1, n // 4))), (lambda n: slice(-max(1, n // 4), None))
-        fail, won = share("group/all_fail", last), share("group/all_success", last)
-        numbers = (share("group/all_fail", first), fail, won, 1 - fail - won)
-        rows.append([METHODS[name].label, *[f"{100 * x:.0f} %" for x in numbers]])
+        if found := [groups for cell in cells if (groups := groups_of(cell))]:
+            fail_first, fail, won = (
+                sum(one[key] for one in found) / len(found) for key in ("fail_first", "fail_last", "success_last")
+            )
+            rows.append([method_of(name).label, *[f"{100 * x:.0f} %" for x in (fail_first, fail, won, 1 - fail - won)]])
     return ["Groups by outcome during training:", "", *markdown_table(header, rows)]
 
 
@@ -286,14 +188,14 @@ def _curves(methods: Cells) -> list[str]:
     for name, cells in methods.items():
         if "validation" in cells[0]:
             means = [[cell["validation"][str(s)] for cell in cells if str(s) in cell["validation"]] for s in steps]
-            rows.append([METHODS[name].label, *[f"{100 * sum(v) / len(v):.1f}" if v else "-" for v in means]])
+            rows.append([method_of(name).label, *[f"{100 * sum(v) / len(v):.1f}" if v else "-" for v in means]])
     return ["Validation success by step, %, mean over seeds:", "", *markdown_table(["method", *map(str, steps)], rows)]
 
 
 def _tuning(tuned: Mapping[str, Mapping[Tuned, float]]) -> list[str]:
     columns = sorted({one for found in tuned.values() for one in found}, key=lambda one: (one.updates, one.lr))
     rows = [
-        [METHODS[name].label, *[f"{100 * found[one]:.1f}" if one in found else "-" for one in columns]]
+        [method_of(name).label, *[f"{100 * found[one]:.1f}" if one in found else "-" for one in columns]]
         for name, found in tuned.items()
     ]
     return [
@@ -301,11 +203,6 @@ def _tuning(tuned: Mapping[str, Mapping[Tuned, float]]) -> list[str]:
         "",
         *markdown_table(["method", *map(str, columns)], rows),
     ]
-
-
-def _mean(cells: Sequence[Mapping[str, Any]], which: str, key: str = "success") -> float:
-    values = [float(cell[which][key]) for cell in cells]
-    return sum(values) / len(values)
 
 
 def with_spread(cells: Sequence[Mapping[str, Any]], which: str) -> str:
@@ -324,11 +221,11 @@ def _figures(out: Path, worlds: Mapping[str, Cells]) -> None:
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     for name, methods in worlds.items():
-        bars = {METHODS[m].label: _bars(methods[m]) for m in ABLATIONS if m in methods}
+        bars = {method_of(m).label: _bars(methods[m]) for m in ABLATIONS if m in methods}
         if len(bars) > 1:
             save(plt, bar_figure(plt, bars, f"success on {name}, %"), folder / f"figure4-{name}")
-        drawn = [cells for m, cells in methods.items() if METHODS[m].algorithm and m not in ABLATIONS[1:]]
-        runs = [read_run(Path(cell["folder"])) for cells in drawn for cell in cells]
+        drawn = [cells for m, cells in methods.items() if method_of(m).algorithm and m not in ABLATIONS[1:]]
+        runs = [read_run(Path(cell["folder"])) for cells in drawn for cell in cells if "folder" in cell]
         if runs:
             save(plt, training_figure(plt, runs), folder / f"figure5-{name}")
 

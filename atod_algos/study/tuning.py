@@ -12,10 +12,11 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from atod_algos.study import Method, World
 from atod_algos.study.cells import algorithm_of, config_of, train_cell
-from atod_algos.study.checks import Tuned, is_number, read_tuned
+from atod_algos.study.checks import RESULTS, Tuned, is_number, read_tuned
 from atod_algos.training.run_dir import (
     held,
     read_metrics,
@@ -95,14 +96,17 @@ def tuned_of(study: Path, world: World) -> Mapping[str, dict[Tuned, float]]:
 
 
 def chosen_in(study: Path, method: Method, world: World) -> Tuned:
-    """What another study chose for a method, from the rates and updates that stand in its ``study.json``.
+    """What another study chose for a method.
+
+    It chose from the rates and updates that stand in its ``study.json``; where only its results were published, its
+    cells tell.
 
     Raises:
-        AtodError: it has not tried all of them for this method in this world.
+        AtodError: it has not tried all of them for this method in this world, or has no cell of it.
         DataError: its file is broken.
     """
     if not (study / "study.json").is_file():
-        raise AtodError(f"--settings-of {study}: expected the folder of a study, with its study.json")
+        return _published(study, method, world)
     grid = read_object(study / "study.json", "give the folder of a study as --settings-of", lrs=list, updates=list)
     lrs, updates = grid["lrs"], grid["updates"]
     if not lrs or not all(map(is_number, [*lrs, *updates])):
@@ -118,3 +122,25 @@ def chosen_in(study: Path, method: Method, world: World) -> Tuned:
         return found[tuned]
 
     return _choose(lrs, updates, score)
+
+
+def _published(study: Path, method: Method, world: World) -> Tuned:
+    file = study / RESULTS if study.is_dir() else study
+    if not file.is_file():
+        raise AtodError(f"--settings-of {study}: expected the folder of a study, with its study.json or {RESULTS}")
+    cells = read_object(file, "give the folder of a study as --settings-of", cells=list)["cells"]
+    found = set()
+    for cell in cells:
+        if isinstance(cell, dict) and (cell.get("world"), cell.get("method")) == (world.name, method.name):
+            lr: Any = cell.get("lr")
+            updates: Any = cell.get("updates", 0)
+            if not is_number(lr) or type(updates) is not int:
+                raise DataError(
+                    f"{file}: expected numbers as lr and updates of {method.name} in {world.name}, found {lr!r} and {updates!r}"
+                )
+            found.add(Tuned(float(lr), updates))
+    if len(found) != 1:
+        raise AtodError(
+            f"{file} has {len(found)} settings of {method.label} in {world.name}, expected one; leave --settings-of out to choose here"
+        )
+    return found.pop()

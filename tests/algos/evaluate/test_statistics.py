@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from paths import REPOSITORY
 
 from atod_algos.evaluate.statistics import bootstrap, mcnemar, paired, t_interval, welch
-from atod_algos.study.tables import CLAIMS
+from atod_algos.study.claims import CLAIMS
 
 
 def test_mcnemar_is_the_exact_binomial_test():

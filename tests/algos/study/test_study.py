@@ -23,8 +23,8 @@ from atod_algos.study.cells import (
     finish_cell,
     read_study,
 )
+from atod_algos.study.claims import decide
 from atod_algos.study.command import StudyConfig, main, run
-from atod_algos.study.tables import decide
 from atod_algos.training import cli
 from atod_algos.training.run_dir import Busy
 from atod_algos.training.trainer import Trainer

@@ -1,0 +1,190 @@
+"""Which tasks of the final panel a cell solved: what claims are decided on, and what a published study keeps of it.
+
+The invariant: two cells are compared on the same tasks only. A panel is known by a digest of its tasks' names and
+instructions, so cells of other machines can stand next to one's own, and cells of other data cannot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atod_algos.evaluate.paired_command import load_evaluation
+from atod_algos.study import place
+from atod_algos.study.checks import RESULTS
+from atod_algos.training.checkpoint import DONE
+from atod_algos.training.run_dir import FREE_SETTINGS, read_metrics, read_object, read_settings
+from atod_envs.errors import AtodError, DataError
+
+_OWN = {*FREE_SETTINGS, "seed", "lr", "minibatches", "data"} - {"steps"}
+"""Settings that cells of one table need not share; of data it is the panel that counts, not where they lie."""
+
+_ADVICE = "take the file from where it was published, or write it again with --tables-only"
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """The tasks of a final panel, in a fixed order.
+
+    Attributes:
+        tasks: names.
+        labels: the kind of each.
+        digest: of names and instructions.
+    """
+
+    tasks: tuple[str, ...]
+    labels: tuple[str, ...]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """Whether each task of a panel was solved by a cell's last checkpoint."""
+
+    panel: Panel
+    solved: tuple[bool, ...]
+
+
+def outcomes_of(cell: Mapping[str, Any]) -> Outcomes:
+    """What a cell's last checkpoint solved: as published, or from its evaluation's episodes.
+
+    Raises:
+        DataError: the evaluation is gone or broken.
+    """
+    if "outcomes" in cell:
+        found: Outcomes = cell["outcomes"]
+        return found
+    parts = load_evaluation(Path(cell["folder"]) / "evaluation-last")
+    played = sorted((t for part in parts.values() for t in part.trajectories), key=lambda t: t.task_id)
+    digest = hashlib.sha256(json.dumps([[t.task_id, t.task] for t in played]).encode()).hexdigest()[:16]
+    labels = tuple(next(iter(t.labels.values()), "all") for t in played)
+    return Outcomes(Panel(tuple(t.task_id for t in played), labels, digest), tuple(t.success for t in played))
+
+
+def groups_of(cell: Mapping[str, Any]) -> dict[str, float]:
+    """Share of training groups whose attempts end alike; empty for a policy that is not trained.
+
+    All fail in the run's first quarter, all fail in its last, and all succeed in its last.
+    """
+    if "groups" in cell or "folder" not in cell:
+        return dict(cell.get("groups", {}))
+    rows = read_metrics(Path(cell["folder"]))
+    if not rows:
+        return {}
+    quarter = max(1, len(rows) // 4)
+    parts = {
+        "fail_first": (rows[:quarter], "group/all_fail"),
+        "fail_last": (rows[-quarter:], "group/all_fail"),
+        "success_last": (rows[-quarter:], "group/all_success"),
+    }
+    return {name: sum(row[key] for row in part) / len(part) for name, (part, key) in parts.items()}
+
+
+def shared_of(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """What a trained cell shares with all others of its world: settings, rule set, data, digests of the models.
+
+    Empty for a policy that is not trained.
+    """
+    if "shared" in cell or "folder" not in cell:
+        return dict(cell.get("shared", {}))
+    folder = Path(cell["folder"])
+    if not (folder / "config.json").is_file():
+        return {}
+    settings = read_settings(folder, "train")
+    whole = sorted(folder.glob(f"checkpoints/step_*/{DONE}"))
+    last = read_object(whole[-1], "train the cell again") if whole else {}
+    train = {name: value for name, value in settings["train"].items() if name not in _OWN}
+    models = {f"model {name}": digest for name, digest in last.get("models", {}).items() if digest}
+    return {"rules": settings.get("rules"), **train, **models}
+
+
+def joined(own: Sequence[Mapping[str, Any]], published: Sequence[Path]) -> list[Mapping[str, Any]]:
+    """A study's own cells and, for what it has not run, those of published ones, in the order of the table.
+
+    Worlds of which the study has no cell are left out.
+
+    Args:
+        own: cells of the study's folder.
+        published: results of other studies; of two that have a cell the first is taken.
+
+    Raises:
+        AtodError: two cells of a world were trained with other settings or models.
+    """
+    worlds = {cell["world"] for cell in own}
+    found: dict[tuple[str, str, int], Mapping[str, Any]] = {
+        (cell["world"], cell["method"], cell["seed"]): cell for cell in own
+    }
+    for path in published:
+        for theirs in read_published(path):
+            if theirs["world"] in worlds:
+                found.setdefault((theirs["world"], theirs["method"], theirs["seed"]), theirs)
+    shared: dict[str, dict[str, Any]] = {}
+    for cell in found.values():
+        known = shared.setdefault(cell["world"], {})
+        for name, value in shared_of(cell).items():
+            if known.setdefault(name, value) != value:
+                raise AtodError(
+                    f"{cell['world']}, {cell['method']}, seed {cell['seed']} was trained with {name}={value!r:.200}, other cells with "
+                    f"{known[name]!r:.200}; a table joins studies of one preset with the same rules, models and data"
+                )
+    return [found[key] for key in sorted(found, key=lambda key: (key[0], place(key[1]), key[2]))]
+
+
+def to_json(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Panels and cells as ``study-results.json`` holds them; :func:`read_published` is the way back."""
+    panels: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
+    plain = []
+    for cell in cells:
+        outcomes = outcomes_of(cell)
+        panels[outcomes.panel.digest] = {"tasks": outcomes.panel.tasks, "labels": outcomes.panel.labels}
+        solved = "".join("01"[won] for won in outcomes.solved)
+        more: dict[str, Any] = {"groups": groups} if (groups := groups_of(cell)) else {}
+        shared.setdefault(cell["world"], {}).update(shared_of(cell))
+        kept = {name: value for name, value in cell.items() if name not in ("folder", "outcomes", "source", "shared")}
+        plain.append({**kept, **more, "panel": outcomes.panel.digest, "solved": solved})
+    return {"settings": shared, "panels": panels, "cells": plain}
+
+
+def read_published(path: Path) -> list[dict[str, Any]]:
+    """A study's cells from its results alone.
+
+    Args:
+        path: ``study-results.json``, or its folder.
+
+    Raises:
+        AtodError: there is none, or one of an older version, which kept no outcomes.
+        DataError: it is broken.
+    """
+    file = path / RESULTS if path.is_dir() else path
+    if not file.is_file():
+        raise AtodError(f"{path}: expected the {RESULTS} of a study, or the folder that holds it")
+    stored = read_object(file, _ADVICE, cells=list)
+    if "panels" not in stored or "settings" not in stored:
+        raise AtodError(
+            f"{file} is of an older version, which kept neither the tasks that each cell solved nor the study's settings; its cells "
+            "cannot be compared task by task: train them again (each holds its command)"
+        )
+    found = []
+    try:
+        panels = {
+            digest: Panel(tuple(panel["tasks"]), tuple(panel["labels"]), digest)
+            for digest, panel in stored["panels"].items()
+        }
+        for cell in stored["cells"]:
+            panel, marks = panels[cell["panel"]], cell["solved"]
+            if len(marks) != len(panel.tasks) or set(marks) - set("01"):
+                raise ValueError(f"expected a 0 or 1 for each of {len(panel.tasks)} tasks")
+            if not isinstance(cell["method"], str) or type(cell["seed"]) is not int:
+                raise ValueError(f"expected a method and a seed, found {cell['method']!r} and {cell['seed']!r}")
+            kept = {name: value for name, value in cell.items() if name not in ("panel", "solved")}
+            outcomes = Outcomes(panel, tuple(mark == "1" for mark in marks))
+            shared = dict(stored["settings"].get(cell["world"], {})) if "validation" in cell else {}
+            found.append({**kept, "outcomes": outcomes, "shared": shared, "source": str(file)})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: expected panels and cells of a study ({error!r:.200}); {_ADVICE}") from error
+    return found

@@ -1,0 +1,126 @@
+"""Studies that go on from published results: joined task by task, refused where they differ in more than methods."""
+
+import json
+import re
+
+import pytest
+
+from atod_algos.study.checks import RESULTS, Tuned
+from atod_algos.study.claims import decide
+from atod_algos.study.command import StudyConfig, run
+from atod_algos.study.outcomes import groups_of, read_published
+from atod_algos.study.tables import write_tables
+from atod_algos.study.tuning import chosen_in
+from atod_envs.errors import AtodError, DataError, UnknownName
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def toy(preset, tmp_path):
+    """Runs a study of the toy world with one rate, in a folder of its own."""
+
+    def study(name, *methods, **more):
+        run(StudyConfig("toy", out=tmp_path / name, methods=methods, lrs=(2e-3,), **more))
+        return json.loads((tmp_path / name / RESULTS).read_text())
+
+    return study
+
+
+def test_published_cells_stand_beside_ones_own_and_are_compared_task_by_task(toy, tmp_path):
+    together = toy("together", "vanilla", "grpo", "gigpo")
+    toy("theirs", "vanilla", "grpo")
+    for folder in (tmp_path / "theirs").glob("toy/*/seed*"):
+        (folder / "evaluation-last" / "result.json").unlink()  # the results alone are read
+    mine = toy("mine", "gigpo", published=(tmp_path / "theirs",))
+    decided = {claim["claim"]: claim for claim in mine["claims"]["toy"]}
+    assert {claim for claim in decided if not claim.startswith("the first,")} == {"gigpo beats GRPO"} and len(
+        decided
+    ) == 2
+    assert mine["claims"] == together["claims"] and decided["gigpo beats GRPO"]["seeds"] == [0, 1]
+
+    def plain(results):
+        return [{k: v for k, v in c.items() if not re.match("seconds|commits", k)} for c in results["cells"]]
+
+    assert plain(mine) == plain(together) and mine["panels"] == together["panels"]
+    assert mine["settings"] == together["settings"]
+    text = (tmp_path / "mine" / "tables.md").read_text()
+    assert f"4 of these 6 cells are published ones: {tmp_path / 'theirs' / RESULTS}." in text
+    left, right = ((tmp_path / name / "tables.md").read_text().split("## toy")[1] for name in ("mine", "together"))
+    assert left == right and "| gigpo | 2 |" in left and "| GRPO | " in left.split("Groups by outcome")[1]
+    # What was joined can be published again, and a world that one does not study is left out.
+    assert len(read_published(tmp_path / "mine")) == 6
+    assert [c["method"] for c in toy("again", "vanilla", published=(tmp_path / "mine" / RESULTS,))["cells"]] == [
+        "vanilla", "vanilla", "grpo", "grpo", "gigpo", "gigpo",
+    ]  # fmt: skip
+    other = json.loads((tmp_path / "mine" / RESULTS).read_text())
+    for cell in other["cells"]:
+        cell["world"] = "elsewhere"
+    (tmp_path / "elsewhere.json").write_text(json.dumps(other))
+    assert len(toy("again", "vanilla", published=(tmp_path / "elsewhere.json",))["cells"]) == 2
+
+
+def test_published_cells_of_other_settings_models_or_tasks_are_refused(toy, tmp_path):
+    theirs = toy("theirs", "grpo", seeds=(0,))
+    file = tmp_path / "theirs" / RESULTS
+
+    def refused(change, said):
+        broken = json.loads(json.dumps(theirs))
+        change(broken)
+        (tmp_path / "broken.json").write_text(json.dumps(broken))
+        with pytest.raises(AtodError, match=said):
+            toy("mine", "atod", seeds=(0,), published=(tmp_path / "broken.json",))
+
+    refused(lambda r: r["settings"]["toy"].update(steps=150), "trained with steps=150, other cells with 2")
+    refused(lambda r: r["settings"]["toy"].update(rules="released"), "trained with rules='released'")
+    model = next(name for name in theirs["settings"]["toy"] if name.startswith("model "))
+    refused(lambda r: r["settings"]["toy"].update({model: "00"}), "trained with model .*='00', other cells with")
+
+    def rename(results):
+        (digest,) = results["panels"]
+        results["panels"] = {"other": results["panels"][digest]}
+        results["cells"][0]["panel"] = "other"
+
+    refused(rename, "played different final panels, 4 tasks of digest .* and 4 tasks of digest other")
+    refused(lambda r: r.pop("panels"), "is of an older version, which kept neither")
+    refused(lambda r: r["cells"][0].update(solved="01"), "expected a 0 or 1 for each of 4 tasks")
+    refused(lambda r: r["cells"][0].update(seed="0"), "expected a method and a seed")
+    refused(lambda r: r["cells"][0].update(method="grop"), "unknown method 'grop'; did you mean 'grpo'")
+    refused(
+        lambda r: r["cells"][0].update(seconds=None), r"broken\.json, toy, grpo, seed 0: expected a number as seconds"
+    )
+    refused(lambda r: r["cells"].append(5), "expected panels and cells of a study")
+    refused(lambda r: r.update(cells=5), "expected an entry 'cells' of type list")
+    with pytest.raises(AtodError, match=r"expected the study-results\.json of a study, or the folder that holds it"):
+        toy("mine", "atod", seeds=(0,), published=(tmp_path / "nowhere",))
+    with pytest.raises(UnknownName, match="unknown method 'gigop'; did you mean 'gigpo'"):
+        toy("mine", "gigop")
+    assert file.exists()
+
+
+def test_a_study_takes_the_settings_of_published_results(toy, preset, tmp_path):
+    theirs = toy("theirs", "grpo", seeds=(0,))
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / RESULTS).write_text(json.dumps(theirs))
+    (tmp_path / "theirs").rename(tmp_path / "gone")
+    run(StudyConfig("toy", out=tmp_path / "mine", methods=("grpo",), seeds=(1,), settings_of=tmp_path / "alone"))
+    (cell,) = json.loads((tmp_path / "mine" / RESULTS).read_text())["cells"]
+    assert cell["lr"] == 2e-3
+    from atod_algos.study import METHODS
+
+    world = preset.worlds[0]
+    assert chosen_in(tmp_path / "alone" / RESULTS, METHODS["grpo"], world) == Tuned(2e-3)
+    with pytest.raises(AtodError, match="has 0 settings of ATOD in toy, expected one"):
+        chosen_in(tmp_path / "alone", METHODS["atod"], world)
+    theirs["cells"].append({**theirs["cells"][0], "seed": 5, "lr": "fast"})
+    (tmp_path / "alone" / RESULTS).write_text(json.dumps(theirs))
+    with pytest.raises(DataError, match="expected numbers as lr and updates of grpo in toy, found 'fast'"):
+        chosen_in(tmp_path / "alone", METHODS["grpo"], world)
+    with pytest.raises(AtodError, match=r"expected the folder of a study, with its study\.json or study-results\.json"):
+        chosen_in(tmp_path / "nowhere", METHODS["grpo"], world)
+
+
+def test_a_cell_without_a_run_folder_shares_no_groups(preset, tmp_path):
+    assert groups_of({"folder": str(tmp_path)}) == {}
+    write_tables(tmp_path, [], preset)
+    assert decide("x", [], []) is None
