@@ -69,7 +69,7 @@ class TurnPlan(Protocol):
     """Who plays which turns of an episode. A value that can be pickled: workers of a cluster get it."""
 
     @property
-    def learned(self) -> Role:
+    def learned(self) -> tuple[Role, ...]:
         """Whose turns are learned from: those alone carry token ids."""
 
     @property
@@ -105,7 +105,7 @@ class ExpertFirst:
     """
 
     leaves: int
-    learned: Role = "student"
+    learned: tuple[Role, ...] = ("student",)
     expert_watches: bool = False
     teacher_plays: bool = False
 
@@ -118,19 +118,24 @@ class ExpertFirst:
 
 @dataclass(frozen=True, slots=True)
 class Guided:
-    """A guide plays each turn with some probability, the student the others, and these are learned from.
+    """A guide plays each turn with some probability, the student the others.
 
     The coins follow from the episode's seed and the turn alone.
 
     Attributes:
         share: the probability, from 0 to 1.
         guide: who guides.
-        learned: whose turns are learned from.
+        guide_learned: the guide's turns are learned from, too, so they carry token ids like the student's.
     """
 
     share: float
     guide: Role = "teacher"
-    learned: Role = "student"
+    guide_learned: bool = False
+
+    @property
+    def learned(self) -> tuple[Role, ...]:
+        """The student's turns, and the guide's where they are learned from."""
+        return ("student", self.guide) if self.guide_learned else ("student",)
 
     @property
     def expert_watches(self) -> bool:
@@ -142,9 +147,13 @@ class Guided:
         """It guides."""
         return self.guide == "teacher"
 
+    def guides(self, seed: int, turn: int) -> bool:
+        """Whether a turn (from 0) of the episode with this seed is the guide's."""
+        return bool(np.random.default_rng((seed, turn)).random() < self.share)
+
     def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnActor:
         """See :class:`TurnPlan`."""
-        return lambda turn: self.guide if np.random.default_rng((spec.seed, turn)).random() < self.share else "student"
+        return lambda turn: self.guide if self.guides(spec.seed, turn) else "student"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +173,7 @@ class Stored:
     decay: float
     turns: int = 0
     episodes: Mapping[str, Sequence[Sequence[Replay]]] | None = None
-    learned: Role = "student"
+    learned: tuple[Role, ...] = ("student",)
     expert_watches: bool = False
     teacher_plays: bool = False
 
@@ -209,7 +218,7 @@ class Branches:
     """
 
     branches: Mapping[str, Branch]
-    learned: Role = "student"
+    learned: tuple[Role, ...] = ("student",)
     expert_watches: bool = False
     teacher_plays: bool = True
 

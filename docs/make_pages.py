@@ -125,9 +125,9 @@ LINES: dict[str, dict[str, tuple[str, str, str]]] = {
         "A_k": ("", "AgentOPSD.advantages", "shaped_K = advantage_K * ("),
     },
     "guided_opd": {
-        "p(s)": ("", "GuidedOPD.share", "return self.guide_share"),
-        "who plays": ("atod_algos.turn_plans", "Guided.begin", "lambda turn: self.guide if"),
-        "A_t": ("", "GuidedOPD.advantages", 'distillation_M=scores.require("teacher")'),
+        "p(s)": ("", "GuidedOPD.share", "self.guide_share * (1 + math.cos"),
+        "who plays": ("atod_algos.turn_plans", "Guided.guides", "random() < self.share"),
+        "A_t": ("", "GuidedOPD.advantages", "distillation_M=np.where(guided_M"),
     },
     "reopd": {
         "p_t": ("atod_algos.turn_plans", "Stored.begin", "weights = self.decay"),

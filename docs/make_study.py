@@ -13,6 +13,7 @@ from typing import Any
 
 from atod_algos.study import METHODS
 from atod_algos.study.cells import without
+from atod_algos.study.claims import CLAIMS
 from atod_algos.study.tables import markdown_table, with_spread
 
 DOCS = Path(__file__).parent
@@ -21,6 +22,10 @@ LONG = DOCS / "study" / "laptop-150" / "study-results.json"
 WORLDS = {"alfworld": "ALFWorld", "searchqa": "Search-QA", "webshop": "WebShop"}
 SHORT = ("vanilla", "teacher", "grpo", "opd", "atod")
 """Rows of the README's table."""
+USUAL = tuple(name for name, method in METHODS.items() if not method.asked_for)
+"""The paper's rows."""
+SIGNALS = ("opd", *(name for name in METHODS if name not in USUAL))
+"""Rows of the table of signals, with what they are compared with."""
 
 Cells = Sequence[Mapping[str, Any]]
 
@@ -30,12 +35,14 @@ def pages() -> dict[Path, dict[str, str]]:
     short, long = (json.loads(path.read_text()) for path in (RESULTS, LONG))
     cells = short["cells"]
     study = {
-        "results": success(cells, tuple(METHODS)),
+        "results": success(cells, USUAL),
         "settings": settings(cells),
         "source": source(cells, "laptop"),
-        "claims": decisions(short["claims"]),
-        "long-results": success(long["cells"], tuple(METHODS)),
-        "long-claims": decisions(long["claims"]),
+        "claims": decisions(short["claims"], USUAL),
+        "signals": success(cells, SIGNALS),
+        "questions": decisions(short["claims"], SIGNALS),
+        "long-results": success(long["cells"], USUAL),
+        "long-claims": decisions(long["claims"], USUAL),
         "long-source": source(long["cells"], "laptop-150", "--settings-of studies/laptop"),
     }
     return {DOCS / "study.md": study, DOCS.parent / "README.md": {"study": success(cells, SHORT)}}
@@ -57,8 +64,10 @@ def success(cells: Cells, methods: Sequence[str]) -> str:
     """Success of the last checkpoint by method and world, half of the 95 % t-interval over seeds.
 
     With several worlds their mean comes last. A method that was not run in some world has a dash there, and no mean.
+    A row of fewer seeds than the table's says so.
     """
     rows, worlds = [], _worlds(cells)
+    most = max((len(_of(cells, method, world)) for method in methods for world in worlds), default=0)
     for method in methods:
         found = [_of(cells, method, world) for world in worlds]
         if not any(found):
@@ -66,10 +75,10 @@ def success(cells: Cells, methods: Sequence[str]) -> str:
         means = [sum(100 * cell["last"]["success"] for cell in some) / len(some) for some in found if some]
         shown = [with_spread(some, "last") if some else "-" for some in found]
         mean = [f"{sum(means) / len(means):.1f}" if all(found) else "-"] if len(worlds) > 1 else []
-        rows.append([METHODS[method].label, *shown, *mean])
-    counts = {len(_of(cells, method, world)) for method in methods for world in worlds} - {0}
-    seeds = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else str(*counts)
-    header = [f"last checkpoint, %, {seeds} seeds", *(WORLDS[world] for world in worlds)]
+        counts = sorted({len(some) for some in found if some} - {most})
+        few = f" ({' or '.join(map(str, counts))} seeds)" if counts else ""
+        rows.append([METHODS[method].label + few, *shown, *mean])
+    header = [f"last checkpoint, %, {most} seeds", *(WORLDS[world] for world in worlds)]
     return _table([*header, "mean"] if len(worlds) > 1 else header, rows)
 
 
@@ -84,11 +93,15 @@ def settings(cells: Cells) -> str:
     return _table(["rate, updates a step", *WORLDS.values()], rows)
 
 
-def decisions(claims: Mapping[str, Cells]) -> str:
-    """Difference of each claim in each world and in all together, with both tests; bold where both decide."""
+def decisions(claims: Mapping[str, Cells], methods: Sequence[str]) -> str:
+    """Difference of each claim in each world and in all together, with both tests; bold where both decide.
+
+    The claims are those about two of the methods.
+    """
+    asked = {claim for claim, ahead, behind in CLAIMS if ahead in methods and behind in methods}
     known = [name for name in (*WORLDS, "together") if name in claims]
     columns = {name: {one["claim"]: one for one in claims[name]} for name in known}
-    names = dict.fromkeys(claim for found in columns.values() for claim in found if not claim.startswith("the first,"))
+    names = dict.fromkeys(claim for found in columns.values() for claim in found if claim in asked)
     rows = [[name, *[_difference(found.get(name)) for found in columns.values()]] for name in names]
     return _table(["claim", *(WORLDS.get(name, "all") for name in known)], rows)
 

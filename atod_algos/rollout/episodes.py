@@ -170,7 +170,7 @@ class _Episode:
     stage: Stage
     env: RecordTurns
     actor: TurnActor
-    learned: Role = "student"
+    learned: tuple[Role, ...] = ("student",)
     agent: Agent | None = None
     conversation: list[int] = field(default_factory=list)
     turn: int = 0
@@ -276,7 +276,7 @@ class _Play:
             if rollout.chat is not None:
                 layout = cast("Prompted", episode.env.env).style.layout
                 episode.prompt = next_prompt(rollout.chat, layout, episode.conversation, message)
-                if actor in ("student", "teacher", episode.learned) and policy and not policy.fits(episode.prompt):
+                if actor in ("student", "teacher", *episode.learned) and policy and not policy.fits(episode.prompt):
                     self._end(episode, episode.env.close_episode(StopReason.CONTEXT_LIMIT))
                     if not episode.turn:
                         log.warning(
@@ -338,7 +338,7 @@ class _Play:
             if not ids and role not in ("student", "teacher"):
                 ids = chat.encode_response(response)
                 logprobs = (0.0,) * len(ids)
-            if role == episode.learned:
+            if role in episode.learned:
                 env.annotate(prompt_ids=episode.prompt, response_ids=ids, logprobs=logprobs, seconds_policy=seconds)
             episode.conversation = chat.remember(episode.prompt, ids)
         then = partial(self._said, episode, response)

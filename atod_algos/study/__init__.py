@@ -169,13 +169,15 @@ class Preset:
 
 ANNEALING_SHARE = 80 / 150
 """Share of the training over which ATOD's coefficients change (released scripts: 80 of 150 steps)."""
+GUIDED_SHARE = 0.8
+"""Share of the training in which a guide plays turns (the baseline next to FutureBridge-OPD)."""
 
 
 def _world(name: str, env: str, *, steps: int, report_tasks: int, **train: Any) -> World:
     """A world of the reference models, with the turns that they know, whose schedules fit its number of steps.
 
-    ATOD's annealing ends at the published share of the training, and with it the turns that a guide plays and the
-    balance of TurnOPD; TCOD's window reaches the turn limit half-way (its paper: after a quarter, ATOD's
+    ATOD's annealing ends at the published share of the training, and with it the balance of TurnOPD; so do the turns
+    that a guide plays; TCOD's window reaches the turn limit half-way (its paper: after a quarter, ATOD's
     re-implementation: at the end).
     """
     annealing = {"coef_anneal_steps": round(ANNEALING_SHARE * steps)}
@@ -183,8 +185,10 @@ def _world(name: str, env: str, *, steps: int, report_tasks: int, **train: Any) 
     max_turns = train.pop("max_turns", None) or builtin_profile(env)["max_turns"]
     window = {"turns_every": max(1, steps // (2 * (max_turns - 1)))}
     settings = {"env": env, "steps": steps, "max_turns": max_turns, **train}
-    end = annealing["coef_anneal_steps"]
-    ends = {"turn-opd": {"balance_steps": end}, "guided-opd": {"guide_steps": end}}
+    ends = {
+        "turn-opd": {"balance_steps": annealing["coef_anneal_steps"]},
+        "guided-opd": {"guide_steps": round(GUIDED_SHARE * steps)},
+    }
     return World(name, settings, report_tasks, {**scaled, **ends, "tcod": window})
 
 

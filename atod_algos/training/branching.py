@@ -54,7 +54,7 @@ class StepBranching:
             return {}
         plans = {spec.group_id: branch for spec, branch in zip(specs, branches.values(), strict=True)}
         self.wake()
-        played = self.play_specs(specs, limits=RolloutLimits(who=Branches(plans, learned)))
+        played = self.play_specs(specs, limits=RolloutLimits(who=Branches(plans, (learned,))))
         self.rest()
         return dict(zip(branches, played, strict=True))
 

@@ -77,7 +77,7 @@ class Mixture:
     """
 
     coin_NT: np.ndarray
-    learned: Role = "expert"
+    learned: tuple[Role, ...] = ("expert",)
     expert_watches: bool = True
     teacher_plays: bool = False
 

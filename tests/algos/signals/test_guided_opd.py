@@ -13,22 +13,29 @@ from agents.engines.transformers import TransformersEngine
 from agents.models import load_model
 from agents.policy import Policy
 from atod_algos.algorithm import RolloutLimits
+from atod_algos.batch import Scores, make_batch
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
 from atod_algos.signals.guided_opd import GuidedOPD
 from atod_algos.training.cli import main
 from atod_algos.turn_plans import Guided
 from atod_envs.errors import AtodError
 from atod_envs.styles import Layout
-from atod_envs.trajectory import read_jsonl
+from atod_envs.trajectory import Group, read_jsonl
 
 
 def test_the_share_falls_to_nothing_by_hand():
     method = GuidedOPD(guide_share=0.8, guide_steps=4)
-    assert [method.share(step) for step in range(1, 7)] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0, 0])
-    assert method.limits(2) == RolloutLimits(who=Guided(method.share(2), "teacher"))
+    half = 0.8 * (1 + 2**-0.5) / 2, 0.4, 0.8 * (1 - 2**-0.5) / 2
+    assert [method.share(step) for step in range(1, 7)] == pytest.approx([0.8, *half, 0, 0])
+    assert method.limits(2) == RolloutLimits(who=Guided(method.share(2), "teacher", guide_learned=True))
     assert method.limits(5) == RolloutLimits(), "then an episode is the student's alone"
-    for wrong in ({"guide_share": 1.0}, {"guide_share": -0.1}, {"guide_steps": 0}):
+    assert GuidedOPD().share(1) == 1.0, "the guide begins with whole episodes"
+    assert GuidedOPD(guide_share=0.5, guide_weight=0).plan(1) == Guided(0.5)
+    for wrong in ({"guide_share": 1.1}, {"guide_share": -0.1}, {"guide_steps": 0}):
         with pytest.raises(AtodError, match="--guide-share"):
+            GuidedOPD(**wrong)
+    for wrong in ({"guide_weight": 0.0}, {"guide_weight": -1.0}, {"guide_weight": float("nan")}):
+        with pytest.raises(AtodError, match="--guide-weight"):
             GuidedOPD(**wrong)
 
 
@@ -64,6 +71,7 @@ def played(models):
         "student": play("student"),
         "teacher": play("teacher"),
         **{share: play("student", Guided(share)) for share in (0.0, 0.5, 1.0)},
+        "learned": play("student", Guided(0.5, guide_learned=True)),
     }
 
 
@@ -87,6 +95,26 @@ def test_each_turn_is_played_by_whom_the_coin_says(played):
     assert {True, False} in mixed, "an episode has turns of both"
 
 
+def test_the_guides_turns_are_learned_from_where_they_count(played):
+    """The same episodes, with token ids in every turn: c on the guide's, the gap on the student's."""
+    assert said(played["learned"]) == said(played[0.5])
+    assert all(turn.response_ids and turn.logprobs for episode in played["learned"] for turn in episode.turns)
+    batch = make_batch([Group(t.task_id, (t,)) for t in played["learned"]])
+    scores = Scores(np.full(batch.n_tokens, -1.0), teacher_M=np.full(batch.n_tokens, -3.0))
+    method = GuidedOPD(guide_share=0.5, guide_weight=0.7)
+    found = method.advantages(batch, scores, step=1)
+    mine = [bool(turn.response_ids) for episode in played[0.5] for turn in episode.turns]
+    assert found.distillation_M.tolist() == [-2.0 if mine[k] else 0.7 for k in batch.turn_M]
+    assert found.teacher_weight_M.tolist() == [1.0 if mine[k] else 0.7 for k in batch.turn_M]
+    assert found.coefficients == {"guide_share": 0.5, "guided_turns": pytest.approx(1 - np.mean(mine))}
+    without = GuidedOPD(guide_share=0.5, guide_weight=0.0)
+    batch = make_batch([Group(t.task_id, (t,)) for t in played[0.5]])
+    scores = Scores(np.full(batch.n_tokens, -1.0), teacher_M=np.full(batch.n_tokens, -3.0))
+    found = without.advantages(batch, scores, step=1)
+    assert set(found.distillation_M) == {-2.0} and set(found.teacher_weight_M) == {1.0}
+    assert found.coefficients["guided_turns"] == pytest.approx(1 - np.mean(mine))
+
+
 @pytest.fixture
 def options(models):
     return [
@@ -104,8 +132,19 @@ def test_a_run_learns_from_the_students_turns_until_the_guide_is_gone(options, t
     for step, row in enumerate(rows, 1):
         episodes = list(read_jsonl(tmp_path / "r" / "trajectories" / f"step_{step:06d}.jsonl.gz"))
         turns = [turn for episode in episodes for turn in episode.turns]
-        guided = sum(not turn.response_ids for turn in turns) / len(turns)
+        assert all(turn.response_ids for turn in turns)
+        plan = GuidedOPD(guide_share=0.6, guide_steps=1).plan(step)
+        guided = np.mean([plan.guides(t.seed, turn.index) for t in episodes for turn in t.turns])
         assert row["guided_opd/guided_turns"] == pytest.approx(guided) and (guided > 0.3 if step == 1 else not guided)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gap", ["sampled", "exact"])
+def test_the_guide_may_play_every_turn(gap, options, tmp_path):
+    main(GuidedOPD, [*options, "--guide-steps", "50", "--gap", gap, "--run", str(tmp_path / "r")])
+    rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["guided_opd/guided_turns"] == 1.0 and rows[0]["batch/tokens"] > 0
+    assert all(np.isfinite(row["actor/grad_norm"]) and row["actor/grad_norm"] > 0 for row in rows)
 
 
 def test_where_the_teacher_cannot_play_is_said_at_the_start(options, models, tmp_path, capsys):

@@ -276,7 +276,7 @@ def test_the_laptop_preset_scales_its_schedules():
     assert algorithm_of(methods["atod"], alfworld, "paper").coef_anneal_steps == round(steps * 80 / 150)
     assert algorithm_of(methods["atod-uniform"], alfworld, "paper").coef_anneal_steps == round(steps * 80 / 150)
     assert algorithm_of(methods["atod-constant"], alfworld, "paper").coef_anneal_steps == 0
-    assert algorithm_of(methods["guided-opd"], alfworld, "paper").guide_steps == round(steps * 80 / 150)
+    assert algorithm_of(methods["guided-opd"], alfworld, "paper").guide_steps == round(steps * 0.8)
     published = PRESETS["laptop-150"].worlds[0]
     assert (published.train["steps"], algorithm_of(methods["atod"], published, "paper").coef_anneal_steps) == (150, 80)
     tcod = algorithm_of(methods["tcod"], alfworld, "paper")
