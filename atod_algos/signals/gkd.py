@@ -24,6 +24,7 @@ teacher must be a model in this process: an engine or a server gives single log-
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -79,7 +80,8 @@ class GKD(Algorithm):
             return self.coef * kl(theirs, own)
         if self.divergence == "reverse":
             return self.coef * kl(own, theirs)
-        middle = (self.beta * theirs.exp() + (1 - self.beta) * own.exp()).log()
+        # The log of a sum of exponentials would be -inf where both are tiny, and 0 times infinity follows.
+        middle = (theirs + math.log(self.beta)).logaddexp(own + math.log(1 - self.beta))
         return self.coef * (self.beta * kl(theirs, middle) + (1 - self.beta) * kl(own, middle))
 
 

@@ -8,13 +8,15 @@ Objective
     Delta_t = log pi_T(a_t | s_t) - log pi_old(a_t | s_t)
     P_t     = min(pi_T / pi_old, 1) = min(exp(Delta_t), 1)               how far the teacher can be believed of a_t
     A_t     = P_t Delta_t                                                bounded below by -1/e
-    F_t     = sum over the teacher's top k tokens of pi_T (log pi_T - log pi_theta)      the current student
+    F_t     = sum over the teacher's top k tokens of pi_T (log pi_T - log pi_theta), k = 64     the current student
     L       = the clipped surrogate with A_t, plus coef (1 - P_t) F_t
 
 Differences: the paper tosses a coin with P_t for each token; this is what it gives on average, with less noise and
 nothing random. Its third term, imitation of prefixes that the teacher wrote (a weight of 0.001, falling to 0), is left
-out, as are its variants that mask or clip outliers. F_t sums over k tokens without a tail, as published; its k is not
-known to us. Formulae are from a public account of the paper; no code was out. The teacher must be a model in this
+out, as are its variants that mask or clip outliers. F_t sums over k tokens without a tail, as published: where the
+teacher's top k hold little of its mass it can be below 0, and the student's mass elsewhere is seen by no term.
+``--tail`` adds all other tokens as one more, as gkd.py does, which makes it a divergence. Formulae and k are from
+public accounts of the paper; no code was out. The teacher must be a model in this
 process.
 
     python -m atod_algos.signals.tropd --env atod/ALFWorld-v0
@@ -46,8 +48,10 @@ class TrOPD(Algorithm):
 
     outlier_coef: float = 1.0
     """Weight of the forward KL outside the trust region; 0 leaves outliers alone (the paper's masking, on average)."""
-    support: int = 16
-    """k: how many of the teacher's top tokens the forward KL sums over (our choice)."""
+    support: int = 64
+    """k: how many of the teacher's top tokens the forward KL sums over (paper: 64)."""
+    tail: bool = False
+    """Whether all other tokens count as one more in the forward KL (published: they do not)."""
 
     def __post_init__(self) -> None:
         if self.outlier_coef < 0 or self.support < 1:
@@ -65,7 +69,11 @@ class TrOPD(Algorithm):
 
     def support_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
         """Coef (1 - P_t) F_t."""
+        from atod_algos.learner.loss import with_tail
+
         teacher = logprobs.new_tensor(scores.require("teacher_support")[index_M])
+        if self.tail:
+            teacher, logprobs = with_tail(teacher), with_tail(logprobs)
         outside = logprobs.new_tensor(1 - trust(scores)[index_M])
         return self.outlier_coef * outside * (teacher.exp() * (teacher - logprobs)).sum(-1)
 

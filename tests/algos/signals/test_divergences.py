@@ -86,6 +86,17 @@ def test_gradients_by_finite_differences(kind):
         assert gradient[i, j].item() == pytest.approx(numeric.item(), abs=1e-6)
 
 
+def test_a_token_that_both_exclude_adds_nothing_to_jsd():
+    """Log-probs of -200 are 0 in float32, and the log of 0 is -inf: the mixture is taken from the logs."""
+    own, theirs = torch.tensor([[-0.1, -200.0]], requires_grad=True), np.array([[-0.2, -300.0]])
+    scores = Scores(np.zeros(1), np.zeros(1), teacher_support_MS=theirs)
+    got = GKD(divergence="jsd", beta=0.3).support_loss(own, np.array([0]), scores)
+    p, q = math.exp(-0.2), math.exp(-0.1)
+    close(got.detach(), [plain("jsd", [p, 1 - p], [q, 1 - q], 0.3)], 1e-6)
+    got.sum().backward()
+    assert torch.isfinite(own.grad).all()
+
+
 def test_gkd_gives_no_advantage_and_asks_for_sense(ragged):
     batch, scores = ragged
     scores = dataclasses.replace(scores, teacher_support_MS=np.log(np.full((14, 2), 0.4)))
@@ -113,6 +124,10 @@ def test_tropd_by_hand(ragged):
     close(own.grad, -2 * (1 - trust)[:, None] * np.array([[0.5, 0.3]]))
     some = TrOPD().support_loss(own[[3, 8]], np.array([3, 8]), scores)
     close(some.detach(), loss.detach()[[3, 8]] / 2)
+    # With the tail both have a third token: 0.2 against 0.15.
+    tailed = TrOPD(outlier_coef=2.0, tail=True).support_loss(own, np.arange(14), scores).detach()
+    close(tailed, 2 * (1 - trust) * (0.5 * math.log(2) + 0.3 * math.log(0.5) + 0.2 * math.log(0.2 / 0.15)), 1e-6)
+    assert TrOPD().support == 64 and not TrOPD().tail
     far = dataclasses.replace(scores, teacher_M=scores.student_M - np.linspace(0, 40, 14))
     assert TrOPD().advantages(batch, far, 1).token_M.min() >= -1 / math.e
     with pytest.raises(AtodError, match="--support 0"):
