@@ -121,8 +121,10 @@ LINES: dict[str, dict[str, tuple[str, str, str]]] = {
         "B_0": ("", "AgentOPSD.beliefs", "prior_N = np.clip("),
         "c_k": ("", "AgentOPSD.beliefs", "gathered = self.decay * gathered + own"),
         "B_k": ("", "AgentOPSD.beliefs", "belief_K[k] = 0.5 * (1 + np.tanh("),
-        "q_k (eq 6)": ("", "AgentOPSD.advantages", "np.sign(advantage_K) * revision_K"),
-        "A_k": ("", "AgentOPSD.advantages", "shaped_K = advantage_K * ("),
+        "z_k": ("", "standardised", "return np.asarray(apart_K / "),
+        "q_k (eq 6)": ("", "AgentOPSD.advantages", "q_K = np.sign(advantage_K)"),
+        "w_k": ("", "AgentOPSD.advantages", "weight_K = np.clip(1 + self.band"),
+        "A'_k": ("", "AgentOPSD.advantages", "shaped_K = advantage_K * ("),
     },
     "guided_opd": {
         "p(s)": ("", "GuidedOPD.share", "self.guide_share * (1 + math.cos"),

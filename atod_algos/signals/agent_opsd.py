@@ -9,12 +9,13 @@ Objective
     e_k     = sum_t delta_t                                   evidence of turn k, over its tokens
     B_0     = clip(share of the group's attempts that succeed, eps, 1 - eps)
     c_k     = gamma c_{k-1} + e_k,   B_k = sigmoid(logit B_0 + c_k)
-    q_k     = sign(A) (B_k - B_{k-1})                         in step with the outcome or against it            (eq 6)
-    w_k     = clip(1 + b z_k, 1 - b, 1 + b)                   z_k: q_k standardised within the episode
-    A_k     = A ((1 - lambda) + lambda w_k)                   A: A^GRPO of the episode (eq 2 of the ATOD paper)
-    L       = the clipped surrogate with A_k on every token of turn k, and a KL to the initial student, k3
+    q_k     = sign(A_k) z_k                                   in step with the outcome or against it            (eq 6)
+              z_k: B_k - B_{k-1}, standardised within the episode
+    w_k     = clip(1 + b q_k, 1 - b, 1 + b)
+    A'_k    = A_k ((1 - lambda) + lambda w_k)                 A_k: A^GRPO of the episode (eq 2 of the ATOD paper)
+    L       = the clipped surrogate with A'_k on every token of turn k, and a KL to the initial student, k3
 
-w_k is above 0, so the sign of A stays; lambda = 0 is GRPO, as is an episode of one turn. The skills are those of
+w_k is above 0, so the sign of A_k stays; lambda = 0 is GRPO, as is an episode of one turn. The skills are those of
 sdar.py.
 
 ``--rules paper`` is the paper's one setting for all three worlds, ``--rules released`` the authors' script for
@@ -29,8 +30,10 @@ ALFWorld:
     --dual-clip        0             3
     --entropy-coef     0             0.001
 
-Differences: formulae are from public accounts of the paper, checked against the authors' code. z_k has the
-population's deviation, as there; turns without a token take no part. The code clips B_0 at 1e-4, the paper at 1e-3,
+Differences: formulae are from public accounts of the paper, checked against the authors' code. The paper standardises
+sign(A) (B_k - B_{k-1}), which is the same where an episode has one sign; under ``turn_row`` with a penalty its turns
+may differ in it, and the code's order, above, is ours. z_k has the population's deviation, as there; turns without a
+token take no part. The code clips B_0 at 1e-4, the paper at 1e-3,
 which we keep in both; its prior is the group's mean reward, which with rewards of 10 is no share, and ours is the
 share. ``--centre`` takes each episode's mean evidence away first: the code's remedy for a gap that is negative on
 average. Its other diagnostic switches are left out; its tether is ``sign_safe`` with RLSD's rule. Its skills are
@@ -58,7 +61,7 @@ if TYPE_CHECKING:
     import torch
 
 _SMALLEST_DEVIATION = 1e-6
-"""Added to the deviation of an episode's q_k (authors' code)."""
+"""Added to the deviation of an episode's revisions (authors' code)."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,13 @@ class AgentOPSD(RewardAlgorithm):
         return skill_text(trajectory, self.skills)
 
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
-        """A_k = A ((1 - lambda) + lambda w_k)."""
+        """A'_k = A_k ((1 - lambda) + lambda w_k)."""
         advantage_K = self.grpo_by_turn(batch)
         gap_M = scores.require("privileged") - scores.student_M
         evidence_K = np.bincount(batch.turn_M, gap_M, minlength=len(advantage_K))
         revision_K, belief_K = self.beliefs(batch, evidence_K)
-        weight_K = self._weights(batch, np.sign(advantage_K) * revision_K)
+        q_K = np.sign(advantage_K) * standardised(batch, revision_K)
+        weight_K = np.clip(1 + self.band * q_K, 1 - self.band, 1 + self.band)
         shaped_K = advantage_K * ((1 - self.mix) + self.mix * weight_K)
         spoken_K = batch.n_K > 0
         return Advantages(
@@ -143,19 +147,19 @@ class AgentOPSD(RewardAlgorithm):
                 revision_K[k], before = belief_K[k] - before, belief_K[k]
         return revision_K, belief_K
 
-    def _weights(self, batch: TokenBatch, q_K: np.ndarray) -> np.ndarray:
-        """w_k, from q_k standardised within each episode."""
-        spoken_K, tau_K, n = batch.n_K > 0, batch.trajectory_K, len(batch.group_N)
-        count_N = np.maximum(np.bincount(tau_K[spoken_K], minlength=n), 1)
-        mean_N = np.bincount(tau_K[spoken_K], q_K[spoken_K], minlength=n) / count_N
-        apart_K = np.where(spoken_K, q_K - mean_N[tau_K], 0.0)
-        deviation_N = np.sqrt(np.bincount(tau_K, apart_K**2, minlength=n) / count_N)
-        z_K = apart_K / (deviation_N[tau_K] + _SMALLEST_DEVIATION)
-        return np.asarray(np.clip(1 + self.band * z_K, 1 - self.band, 1 + self.band))
-
     def auxiliary_loss(self, logprobs: torch.Tensor, index_M: np.ndarray, scores: Scores) -> torch.Tensor | None:
         """The KL to the initial student."""
         return kl_to_reference(logprobs, index_M, scores, self.kl_coef)
+
+
+def standardised(batch: TokenBatch, revision_K: np.ndarray) -> np.ndarray:
+    """z_k: revisions less their episode's mean, over its deviation; 0 for a turn without a token."""
+    spoken_K, tau_K, n = batch.n_K > 0, batch.trajectory_K, len(batch.group_N)
+    count_N = np.maximum(np.bincount(tau_K[spoken_K], minlength=n), 1)
+    mean_N = np.bincount(tau_K[spoken_K], revision_K[spoken_K], minlength=n) / count_N
+    apart_K = np.where(spoken_K, revision_K - mean_N[tau_K], 0.0)
+    deviation_N = np.sqrt(np.bincount(tau_K, apart_K**2, minlength=n) / count_N)
+    return np.asarray(apart_K / (deviation_N[tau_K] + _SMALLEST_DEVIATION))
 
 
 if __name__ == "__main__":

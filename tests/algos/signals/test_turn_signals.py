@@ -8,8 +8,9 @@ import pytest
 import torch
 from cases import GAPS, close
 
+from atod_algos.advantages import GroupOptions
 from atod_algos.grpo import GRPO
-from atod_algos.signals.agent_opsd import AgentOPSD
+from atod_algos.signals.agent_opsd import AgentOPSD, standardised
 from atod_algos.signals.sage_opd import SageOPD
 from atod_algos.signals.turn_opd import TurnOPD
 from atod_envs.errors import AtodError
@@ -53,6 +54,25 @@ def test_agent_opsd_by_hand(ragged):
     close(result.token_M, (advantage * (0.5 + 0.5 * w))[batch.turn_M])
     close(np.mean(result.notes["evidence_mean"]), sum(map(sum, evidence)) / 8)
     close(np.mean(result.notes["belief_mean"]), np.concatenate([b[1:] for b in found]).mean())
+
+
+def test_agent_opsd_standardises_before_it_takes_the_sign(ragged):
+    """Advantages of one episode differ in sign under turn_row with a penalty. Revisions 0.3, -0.1, 0.1 have a mean of
+    0.1 and a deviation of 0.4 / sqrt 6: z is 1.225, -1.225, 0. The penalised second turn takes its sign: 1.2, 1.2, 1.
+    """
+    batch, scores = ragged
+    close(standardised(batch, np.array([0.3, -0.1, 0.1, 0, 0, 0, 0, 0]))[:3], [1.5**0.5, -(1.5**0.5), 0], 1e-4)
+    invalid = dataclasses.replace(batch, valid_K=np.arange(8) != 1)
+    algorithm = AgentOPSD(group=GroupOptions(group_stats="turn_row", invalid_penalty=9.0))
+    advantage = algorithm.grpo_by_turn(invalid)
+    assert advantage[0] > 0 > advantage[1] and advantage[2] > 0
+    revision, _ = algorithm.beliefs(invalid, np.bincount(invalid.turn_M, GAPS))
+    z = (revision[:3] - revision[:3].mean()) / (revision[:3].std() + 1e-6)
+    expected = np.clip(1 + 0.2 * np.array([1, -1, 1]) * z, 0.8, 1.2)
+    result = algorithm.advantages(invalid, scores, 1)
+    close(result.turn_weight_K[:3], expected)
+    assert expected[0] == 1.2 and expected[1] > 1 > expected[2]
+    close(result.token_M[:6], (advantage[:3] * (0.5 + 0.5 * expected))[batch.turn_M[:6]])
 
 
 def test_agent_opsd_is_grpo_where_nothing_is_mixed_in(ragged):
