@@ -12,13 +12,15 @@ Objective
 ``--gap exact`` departs from the paper: the teacher's term leaves the advantage and becomes a loss of its own, the
 reverse KL
     L_T = E_t kappa w_k(t) KL(pi_theta(. | s_t) || pi_T(. | s_t))
-whose gradient is the expectation, over all tokens that could have been sampled, of the one that kappa Delta_t w_k(t)
-gives on the sampled token. It has no noise of sampling, no ratio and no clip, so it bears many updates a step
-(--gap-minibatches, --gap-epochs) where the sampled gap does not. kappa and w_k act on it unchanged.
+whose gradient, for given weights, is the expectation, over all tokens that could have been sampled, of the one that
+kappa Delta_t w_k(t) gives on the sampled token. It has no noise of sampling, no ratio and no clip, so it bears many
+updates a step (--gap-minibatches, --gap-epochs) where the sampled gap does not. kappa and w_k act on it unchanged.
 
 ``--baseline kl`` departs from it, too: kappa w_k(t) multiplies Delta_t + KL(pi_old(. | s_t) || pi_T(. | s_t)), the
-sampled gap less its mean (vOPD, signals/vopd.py). The gradient's expectation stays, its noise falls; d_k and h_k are
-those of eqs 13 and 14.
+sampled gap less its mean (vOPD, signals/vopd.py; of the cut gaps under ``--gap-clip``). Its noise falls; d_k and h_k
+are those of eqs 13 and 14. For given weights the gradient's expectation stays, and so it does with ``--weighting
+none``. But w_k is made of the very tokens that were sampled, so what is taken away is no baseline in full: the
+expectation moves, and that of ``--gap exact`` is another one, too.
 
 Everything in A_t is detached. There is no KL penalty. pi_old is the policy that rolled out, recomputed by the learner's
 model; under ``--staleness`` it is the learner's own before the step, and A_t is weighted by the capped ratio of both.
@@ -89,7 +91,8 @@ class ATOD(RewardAlgorithm):
     """Rescale each trajectory's turn weights to a mean of 1 over its tokens (an option of the released code, off in its
     scripts); token weights to a mean of 1 over the batch, within which they are normalised."""
     baseline: Literal["none", "kl"] = "none"
-    """What is subtracted from the sampled gap: 'none' (paper), or 'kl', its exact mean -KL(pi_old || pi_T) (vOPD)."""
+    """What is subtracted from the sampled gap: 'none' (paper), or 'kl', its exact mean, which is -KL(pi_old || pi_T)
+    where --gap-clip cuts nothing (vOPD)."""
 
     def __post_init__(self) -> None:
         for name in ("kappa_init", "kappa_min", "rho_init", "rho_max", "coef_anneal_steps", "tdur_min_divergence"):
@@ -120,7 +123,7 @@ class ATOD(RewardAlgorithm):
         w = 1 - (1 - d_norm) * (1 - h_norm)  # eq 16: high if either is
         w, w_token, left_out = self._exceptions(w, d, delta, log_pi, batch)  # none under the paper's rules
         if self.baseline == "kl":
-            delta = delta + scores.require("reverse_kl")  # less its exact mean, which is -KL
+            delta = delta - scores.require("gap_mean")  # -KL, where no gap is cut
 
         # Stage III: the teacher first, the reward later.
         p = min(step / self.coef_anneal_steps, 1.0) if self.coef_anneal_steps > 0 else 0.0  # eq 10

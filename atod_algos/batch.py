@@ -223,6 +223,8 @@ class Scores:
         entropy_M: entropy of the student's whole distribution at each token, in nats.
         teacher_entropy_M: the same of the teacher's.
         reverse_kl_M: KL(student || teacher) over the whole vocabulary at each token, in nats.
+        gap_mean_M: mean of log pi_T - log pi_S over all tokens that the student could have sampled, each gap cut as
+            that of the sampled token is (``--gap-clip``); minus ``reverse_kl_M`` where none is cut.
         support_MS: ids of the teacher's S top-k tokens in the place of each token; ``None`` with ``teacher_support_MS``
             given: S is the whole vocabulary, in its order.
         teacher_support_MS: their log-probs under the teacher.
@@ -237,6 +239,7 @@ class Scores:
     entropy_M: np.ndarray | None = None
     teacher_entropy_M: np.ndarray | None = None
     reverse_kl_M: np.ndarray | None = None
+    gap_mean_M: np.ndarray | None = None
     support_MS: np.ndarray | None = None
     teacher_support_MS: np.ndarray | None = None
     vocabulary: int = 0
@@ -253,8 +256,8 @@ class Scores:
     def require(self, name: str) -> np.ndarray:
         """An array by its name.
 
-        Names: "teacher", "reference", "base", "privileged", "entropy", "teacher_entropy", "reverse_kl" and
-        "teacher_support".
+        Names: "teacher", "reference", "base", "privileged", "entropy", "teacher_entropy", "reverse_kl",
+        "gap_mean" and "teacher_support".
 
         Raises:
             ValueError: the algorithm's ``scores`` do not name it, so it was not scored.

@@ -10,7 +10,7 @@ adds a score term of zero mean, so the detached gap is used, as in the released 
 token mean, dual clip and entropy bonus. The gap is teacher minus student; some code bases negate both. ``--gap exact``
 takes the expectation of the gap over all tokens in place of the sampled one: the reverse KL KL(pi_theta || pi_T) as a
 loss, without ratio or clip. ``--baseline kl`` adds KL(pi_old || pi_T) to the gap, which is vOPD (signals/vopd.py): the
-same gradient in expectation, with less noise.
+same gradient in expectation, with less noise. Where ``--gap-clip`` cuts gaps, it takes the mean of the cut gaps away.
 
     python -m atod_algos.opd --env atod/ALFWorld-v0
 """
@@ -38,7 +38,8 @@ class OPD(Algorithm):
     opd_coef: float = 1.0
     """Multiplies the gap (released code: 1)."""
     baseline: Literal["none", "kl"] = "none"
-    """What is subtracted from the sampled gap: 'none' (paper), or 'kl', its exact mean -KL(pi_old || pi_T) (vOPD)."""
+    """What is subtracted from the sampled gap: 'none' (paper), or 'kl', its exact mean, which is -KL(pi_old || pi_T)
+    where --gap-clip cuts nothing (vOPD)."""
 
     @property
     def scores(self) -> frozenset[str]:
@@ -50,7 +51,7 @@ class OPD(Algorithm):
         weight_M = np.full(batch.n_tokens, self.opd_coef)
         delta_M = scores.require("teacher") - scores.student_M
         if self.baseline == "kl":
-            delta_M = delta_M + scores.require("reverse_kl")  # less its exact mean, which is -KL
+            delta_M = delta_M - scores.require("gap_mean")
         return Advantages(distillation_M=weight_M * delta_M, teacher_weight_M=weight_M)
 
 

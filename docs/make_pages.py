@@ -103,7 +103,7 @@ LINES: dict[str, dict[str, tuple[str, str, str]]] = {
         "F_t": ("", "EntropyAware.support_loss", "self.forward_coef * marked"),
     },
     "vopd": {
-        "V_t": ("", "VOPD.advantages", 'kl_M = scores.require("reverse_kl")'),
+        "V_t": ("", "VOPD.advantages", 'value_M = scores.require("gap_mean")'),
         "A_t": ("", "VOPD.advantages", "advantage_M = "),
     },
     "opsa": {

@@ -137,6 +137,12 @@ def _divergence(own: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     return (own.exp() * gap).sum(-1).clamp(min=0)
 
 
+def _mean_gap(own: torch.Tensor, theirs: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """Mean gap in nats of log-probs [m, V] over what the first would sample, each gap cut to its place's limit [m]."""
+    gap = (theirs - own).masked_fill(torch.isneginf(own), 0.0)
+    return (own.exp() * gap.clamp(-limit[:, None], limit[:, None])).sum(-1)
+
+
 def split_rows(model: Any, rows: Sequence[np.ndarray], budget: int) -> Iterator[np.ndarray]:
     """Split rows into micro-batches of at most ``budget`` tokens, as this model runs them: packed or padded."""
     return packs(rows, budget) if packable(model) else micro_batches([len(row) for row in rows], budget)
@@ -281,6 +287,7 @@ def compare(
     temperature: float,
     budget: int = UpdateOptions.token_budget,
     support: int = 0,
+    limit_M: np.ndarray | None = None,
 ) -> Scores:
     """Compare two models' whole distributions at every sampled token, without gradients and in bounded memory.
 
@@ -295,6 +302,7 @@ def compare(
         temperature: that of the sampling, for both.
         budget: tokens of a micro-batch.
         support: k of the teacher's top-k tokens to keep at each token (all of a smaller vocabulary).
+        limit_M: largest size of a gap, at each token, in the mean of the gaps; ``None`` for no limit anywhere.
 
     Returns:
         Scores with everything but reference and base.
@@ -307,7 +315,8 @@ def compare(
     require_known_ids(teacher, batch.rows, "the teacher")
     size = max(1, CHUNK_LOGITS // (4 * shared))  # two distributions, and the terms of two sums over them
     width = min(support, shared)
-    student_M, teacher_M, entropy_M, teacher_entropy_M, kl_M = (np.zeros(n) for _ in range(5))
+    student_M, teacher_M, entropy_M, teacher_entropy_M, kl_M, mean_M = (np.zeros(n) for _ in range(6))
+    cut = limit_M is not None and bool(np.isfinite(limit_M).any())
     ids_MS = np.zeros((n, width), dtype=np.int32) if support else None
     logprobs_MS = np.zeros((n, width), dtype=np.float32) if support else None
 
@@ -338,10 +347,13 @@ def compare(
                 ids_MS[at], logprobs_MS[at] = both[best.indices.cpu().numpy()], best.values.cpu().numpy()
             own, theirs = (torch.log_softmax(part[:, columns], dim=-1) for part in (own, theirs))
             kl_M[at] = numbers(_divergence(own, theirs))
+            mean_M[at] = -kl_M[at]
+            if cut and limit_M is not None:
+                mean_M[at] = numbers(_mean_gap(own, theirs, torch.from_numpy(limit_M[at]).to(own)))
 
     with in_eval_mode(student, teacher):
         in_memory(attempt, batch, budget)
-    distributed.all_reduce([student_M, teacher_M, entropy_M, teacher_entropy_M, kl_M])
+    distributed.all_reduce([student_M, teacher_M, entropy_M, teacher_entropy_M, kl_M, mean_M])
     if ids_MS is not None and logprobs_MS is not None:
         distributed.all_reduce([ids_MS, logprobs_MS])
     return Scores(
@@ -350,6 +362,7 @@ def compare(
         entropy_M=entropy_M,
         teacher_entropy_M=teacher_entropy_M,
         reverse_kl_M=kl_M,
+        gap_mean_M=mean_M,
         support_MS=ids_MS,
         teacher_support_MS=logprobs_MS,
         vocabulary=shared,

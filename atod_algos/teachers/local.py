@@ -261,10 +261,14 @@ class StepScorer:
             scores = self._score_parts(batch, [(np.array([o is own for o in owners]), own) for own in several])
         if scores.teacher_M is None:
             return scores
-        limits = np.array([world.gap_clip or np.inf for world in self.config.worlds], scores.teacher_M.dtype)
-        limit_M = limits[world_N][batch.trajectory_M]
+        limit_M = self._limits(batch).astype(scores.teacher_M.dtype)
         clipped_M = scores.student_M + np.clip(scores.teacher_M - scores.student_M, -limit_M, limit_M)
         return dataclasses.replace(scores, teacher_M=np.where(np.isinf(limit_M), scores.teacher_M, clipped_M))
+
+    def _limits(self, batch: TokenBatch) -> np.ndarray:
+        """Bound of the gap at each sampled token (axis M), that of its environment; infinite where there is none."""
+        limits = np.array([world.gap_clip or np.inf for world in self.config.worlds])
+        return np.asarray(limits[world_places(batch.trajectories, self.config)][batch.trajectory_M])
 
     def _teacher_of(self, trajectory: Trajectory, world: int) -> LogprobScorer | None:
         if not self.teachers:
@@ -293,10 +297,13 @@ class StepScorer:
             return None if scorer is None else scorer.logprobs(batch, temperature=temperature, budget=budget)
 
         model, wanted = self.student.model, self.algorithm.scores
-        if teacher is not None and wanted & {"divergence", "support"}:
+        if teacher is not None and wanted & {"divergence", "support"} and not self.exact:
             size = self.algorithm.support if "support" in wanted else 0
+            limit_M = self._limits(batch)
             with self._whole(teacher).on_device() as other:
-                scores = compare(model, other, batch, temperature=temperature, budget=budget, support=size)
+                scores = compare(
+                    model, other, batch, temperature=temperature, budget=budget, support=size, limit_M=limit_M
+                )
         else:
             sampled = self.config.old_logprobs == "sampler" or self.late
             student_M, entropy_M = batch.sampler_logprobs_M, None

@@ -107,6 +107,7 @@ def scored(chosen, *, agree=False):
         reference_M=other,
         entropy_M=-scores.student_M,
         reverse_kl_M=np.abs(other - scores.student_M),
+        gap_mean_M=-np.abs(other - scores.student_M),
         teacher_support_MS=other[:, None],
         support_MS=np.zeros((batch.n_tokens, 1), int),
     )

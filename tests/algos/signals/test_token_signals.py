@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cases import GAPS, close
+from cases import GAPS, batch_of, close
 from toyworld import TOY
 
 from agents.models import load_model
 from atod_algos.atod import ATOD
-from atod_algos.learner.logprobs import score
+from atod_algos.batch import make_batch
+from atod_algos.learner.logprobs import _mean_gap, score
 from atod_algos.opd import OPD
 from atod_algos.signals.iw_opd import IWOPD, share_before
 from atod_algos.signals.opsa import OPSA
@@ -22,6 +23,7 @@ from atod_algos.teachers.local import StepScorer
 from atod_algos.teachers.server import row_batch
 from atod_algos.training.config import TrainConfig, resolve
 from atod_envs.errors import AtodError
+from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 
 # --- vOPD ---------------------------------------------------------------------------------------------------------
 
@@ -29,7 +31,7 @@ from atod_envs.errors import AtodError
 def test_vopd_by_hand(ragged):
     batch, scores = ragged
     kl = np.linspace(0.0, 0.65, 14)
-    scores = dataclasses.replace(scores, reverse_kl_M=kl)
+    scores = dataclasses.replace(scores, gap_mean_M=-kl)
     result = VOPD().advantages(batch, scores, 1)
     close(result.token_M, GAPS + kl)
     close(
@@ -70,6 +72,68 @@ def test_the_baseline_keeps_the_gradient_and_lowers_its_variance():
     # A gap far from 0 is where it pays: against a teacher that gives every token of these little.
     far = np.log([0.02, 0.01, 0.01, 0.01])
     assert moments(far - own + (p * (own - far)).sum())[1] < 0.2 * moments(far - own)[1]
+
+
+def test_a_cut_gap_has_the_mean_of_the_cut_gaps_as_its_baseline(models):
+    """Four tokens by hand, then the whole vocabulary of two models: what is taken away is the mean of what is drawn.
+
+    Of 1/2, 1/4, 1/8, 1/8 against 1/8, 1/4, 1/2, 1/8 gaps are -2, 0, 2, 0 times log 2; cut to log 2 their mean is
+    -1/2 + 1/8 of it, uncut -1 + 1/4.
+    """
+    own, theirs = (torch.log(torch.tensor([x])) for x in ([0.5, 0.25, 0.125, 0.125], [0.125, 0.25, 0.5, 0.125]))
+    for limit, share in ((math.log(2), -3 / 8), (math.inf, -3 / 4), (0.5 * math.log(2), -3 / 16)):
+        close(_mean_gap(own, theirs, torch.tensor([limit])), [share * math.log(2)], 1e-6)
+    excluded = torch.log(torch.tensor([[1.0, 0.0]]))  # the first never says the second token, the other only that
+    close(_mean_gap(excluded, excluded.flip(1), torch.tensor([2.0])), [-2.0])
+    student, teacher = (load_model(str(models[name]), name) for name in ("student", "teacher"))
+    turn = Turn(0, "o", (), (3, 4), (5, 6, 7), (0.0,) * 3, "", "", True, True, 0.0)
+    attempt = Trajectory("e", "t", "s", "", "g", 0, (turn,), "", False, 0.0, StopReason.FAILURE)
+    rows = make_batch([Group("t", (attempt,))])
+
+    def scored(clip):
+        config = resolve(TrainConfig(env=TOY, student="x", teacher="y", gap_clip=clip))
+        return StepScorer(config, VOPD(), student, None, lambda *_: teacher, "cpu").score(rows)
+
+    free, cut = scored(0.0), scored(0.05)
+    close(free.gap_mean_M, -free.reverse_kl_M)
+    close(cut.reverse_kl_M, free.reverse_kl_M)  # TIP reads it, and it stays a divergence
+    logs = []
+    for model in (student.model, teacher.model):
+        with torch.no_grad():
+            predicted = model(torch.tensor([[3, 4, 5, 6]])).logits[0, 1:].double()
+        logs.append(torch.log_softmax(predicted, -1).numpy())
+    own, theirs = logs
+    close(cut.gap_mean_M, (np.exp(own) * np.clip(theirs - own, -0.05, 0.05)).sum(1), 1e-5)
+    assert (np.abs(theirs - own) > 0.05).any() and np.abs(cut.teacher_M - cut.student_M).max() <= 0.05 + 1e-6
+
+
+def test_atods_weights_are_of_the_tokens_that_were_drawn():
+    """Two turns of one token, three tokens to draw from: the expected gradient by the logits of the first turn.
+
+    With --weighting none the baseline leaves it where it was; T-DUR's weights depend on the draw, so it moves a little.
+    """
+    own = [np.log([0.6, 0.3, 0.1]), np.log([0.2, 0.5, 0.3])]
+    theirs = [np.log([0.2, 0.3, 0.5]), np.log([0.3, 0.3, 0.4])]
+    mean = np.array([(np.exp(o) * (t - o)).sum() for o, t in zip(own, theirs, strict=True)])
+
+    def expected(**options):
+        algorithm = ATOD(rho_init=0.0, rho_max=0.0, coef_anneal_steps=0, **options)
+        total = np.zeros(3)
+        for draw in itertools.product(range(3), repeat=2):
+            student, teacher = ([p[v] for p, v in zip(logs, draw, strict=True)] for logs in (own, theirs))
+            turns = [
+                {"student_logp": [s], "teacher_logp": [t], "mask": [1]} for s, t in zip(student, teacher, strict=True)
+            ]
+            batch, scores, _ = batch_of([{"group": "x", "reward": 0.0, "turns": turns}])
+            scores = dataclasses.replace(scores, gap_mean_M=mean)
+            first = algorithm.advantages(batch, scores, 1).distillation_M[0]
+            total += np.exp(sum(student)) * first * (np.eye(3)[draw[0]] - np.exp(own[0]))
+        return total
+
+    close(expected(weighting="none"), expected(weighting="none", baseline="kl"), 1e-12)
+    plain, centred = expected(), expected(baseline="kl")
+    moved = np.linalg.norm(plain - centred) / np.linalg.norm(plain)
+    assert moved == pytest.approx(0.109, abs=0.002)  # of its size
 
 
 def test_the_exact_gap_leaves_no_noise_to_take_a_baseline_from(models):

@@ -99,7 +99,7 @@ def test_each_row_is_scored_under_its_own_teacher(gap, algorithm, batch, models,
     with caplog.at_level(logging.WARNING):
         mixed = scores("toy=teacher", "echo=student", "echo/small=teacher", "echo/tiny=student")
     taught_M = np.array([True] * 3 + [True] + [True] * 2 + [False] * 4)
-    for name in ("teacher_M", "teacher_support_MS", "reverse_kl_M"):
+    for name in ("teacher_M", "teacher_support_MS", "reverse_kl_M", "gap_mean_M"):
         value = getattr(mixed, name)
         if getattr(alone["teacher"], name) is None:
             assert value is None
