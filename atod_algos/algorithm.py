@@ -232,7 +232,7 @@ class Algorithm(ABC):
     that makes the update gives these log-probs: a pass less."""
     exact_gap: ClassVar[bool] = False
     """Whether ``--gap exact`` may act: :meth:`advantages` gives ``teacher_weight_M``, and the method does not need the
-    sampled gap."""
+    sampled gap. ``teacher_support_MS`` then holds the tokens that the divergence is taken over, in any order."""
     objective: Objective = field(default_factory=Objective)
 
     @property

@@ -16,7 +16,8 @@ Differences: the paper takes u_k from the environment's feedback and from the te
 weak or strong. A teacher here gives log-probs and writes nothing, so the judgement is left out: ``--intervene all`` is
 u_k = 1 everywhere, confidence alone; ``--intervene invalid`` is 1 on turns that the environment did not understand and
 alpha = ``--weak`` on the others, which is what feedback alone says. The paper's loss is the divergence over the
-vocabulary, this its sampled form. Formulae are from a public re-implementation from the paper. ``--rules released``
+vocabulary, this its sampled form; ``--gap exact`` is the divergence itself, the reverse KL, weighted by w_t. Formulae
+are from a public re-implementation from the paper. ``--rules released``
 presets OPD's token mean, dual clip and entropy bonus. The teacher must be a model in this process.
 
     python -m atod_algos.signals.sage_opd --env atod/ALFWorld-v0
@@ -43,6 +44,7 @@ class SageOPD(Algorithm):
     name: ClassVar[str] = "sage_opd"
     scores: ClassVar[frozenset[str]] = frozenset({"teacher", "support"})
     support: ClassVar[int] = 1
+    exact_gap: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "released": RELEASED}
 
     intervene: Literal["all", "invalid"] = "all"
@@ -56,14 +58,17 @@ class SageOPD(Algorithm):
 
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """A_t = w_t Delta_t."""
-        confidence_M = np.exp(scores.require("teacher_support")[:, 0].astype(np.float64))
+        # The top token alone, or under --gap exact all that is kept, in any order.
+        confidence_M = np.exp(scores.require("teacher_support").max(axis=1).astype(np.float64))
         confidence_K = turn_mean(confidence_M, batch.turn_M, len(batch.trajectory_K))
         help_K = np.where(batch.valid_K, self.weak, 1.0) if self.intervene == "invalid" else np.ones(len(confidence_K))
         weight_K = help_K * confidence_K
         total = weight_K[batch.turn_M].sum()
         weight_K = weight_K * (batch.n_tokens / total if total > 0 else 0.0)
+        weight_M = weight_K[batch.turn_M]
         return Advantages(
-            distillation_M=weight_K[batch.turn_M] * (scores.require("teacher") - scores.student_M),
+            distillation_M=weight_M * (scores.require("teacher") - scores.student_M),
+            teacher_weight_M=weight_M,
             turn_weight_K=weight_K,
             notes={"confidence_mean": confidence_M, "help_mean": help_K[batch.turn_M]},
         )

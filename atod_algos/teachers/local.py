@@ -182,7 +182,9 @@ class StepScorer:
             and not drops_out(student.model)
         )
         wanted = algorithm.scores
-        compared = bool(wanted & {"divergence", "support"})
+        # The divergence keeps other tokens than a loss of the method's own on its top-k would find.
+        own = type(algorithm).support_loss is not Algorithm.support_loss
+        compared = "divergence" in wanted or ("support" in wanted and own)
         self.exact = config.gap == "exact" and "teacher" in wanted and algorithm.exact_gap and not compared
         if config.gap == "exact" and "teacher" in wanted and not self.exact:
             log.warning("%s is tied to the sampled token; --gap exact does not act on it", algorithm.name)

@@ -276,9 +276,9 @@ class Trainer:
         return DivergenceTerm(teacher, advantages.teacher_weight_M, config.gap_minibatches, config.gap_epochs)
 
     def _support_term(self, scores: Scores) -> SupportTerm | None:
-        if scores.support_MS is None or "support" not in self.algorithm.scores:
+        loss, none = self.algorithm.support_loss, type(self.algorithm).support_loss is Algorithm.support_loss
+        if scores.support_MS is None or "support" not in self.algorithm.scores or none:
             return None
-        loss = self.algorithm.support_loss
         return SupportTerm(scores.support_MS, lambda logprobs, index_M: loss(logprobs, index_M, scores))
 
     # --- evaluation -----------------------------------------------------------------------------------------------

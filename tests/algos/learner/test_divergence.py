@@ -13,6 +13,7 @@ from toyworld import TOY, learner_options, small_model
 
 from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
+from agents.models import load_model
 from atod_algos.algorithm import Objective
 from atod_algos.atod import ATOD
 from atod_algos.batch import make_batch
@@ -23,8 +24,11 @@ from atod_algos.learner.learner import SANE_KL, DivergenceTerm, Learner
 from atod_algos.learner.loss import TeacherTokens, aggregation_weights, reverse_kl
 from atod_algos.opd import OPD
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
+from atod_algos.signals.gkd import GKD
+from atod_algos.signals.sage_opd import SageOPD
 from atod_algos.sod import SOD
 from atod_algos.tcod import TCOD
+from atod_algos.teachers.local import StepScorer
 from atod_algos.training.cli import train
 from atod_algos.training.config import TrainConfig, resolve
 from atod_envs.errors import AtodError
@@ -228,7 +232,7 @@ def options(tmp_path, models, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", [OPD, ATOD, SOD, TCOD])
+@pytest.mark.parametrize("algorithm", [OPD, ATOD, SOD, TCOD, SageOPD])
 def test_every_method_that_bears_it_trains_with_it(algorithm, tmp_path, models, run_metrics):
     config = options(tmp_path, models, gap="exact", gap_minibatches=2, gap_epochs=2)
     train(config, algorithm(), "paper")
@@ -240,6 +244,25 @@ def test_a_method_tied_to_the_sampled_token_keeps_it_and_says_so(tmp_path, model
     train(options(tmp_path, models, gap="exact"), GOPD(), "paper")
     assert "gopd is tied to the sampled token" in caplog.text
     assert "actor/divergence" not in run_metrics(tmp_path / "run")[0]
+
+
+def test_a_method_that_only_reads_the_teachers_top_token_may_have_the_divergence(batch, models):
+    """SAGE-OPD's confidence is the same from the top token alone and from all that the divergence keeps; a method with
+    a loss of its own on the top k keeps them."""
+    student, teacher = (load_model(str(models[name]), name) for name in ("student", "teacher"))
+
+    def scorer(algorithm, gap):
+        config = resolve(TrainConfig(env=TOY, student="x", teacher="y", gap=gap))
+        return StepScorer(config, algorithm, student, None, lambda *_: teacher, "cpu")
+
+    assert not scorer(GKD(), "exact").exact and not scorer(SageOPD(), "sampled").exact
+    exact = scorer(SageOPD(), "exact")
+    assert exact.exact
+    whole, top = exact.score(batch), scorer(SageOPD(), "sampled").score(batch)
+    assert whole.teacher_support_MS.shape[1] > 1 == top.teacher_support_MS.shape[1]
+    found, expected = (SageOPD().advantages(batch, scores, 1) for scores in (whole, top))
+    np.testing.assert_allclose(found.teacher_weight_M, expected.teacher_weight_M, atol=1e-4)
+    np.testing.assert_allclose(found.token_M, expected.token_M, atol=1e-3)
 
 
 def test_a_server_is_refused(tmp_path, models, monkeypatch):

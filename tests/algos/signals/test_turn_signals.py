@@ -142,6 +142,11 @@ def test_sage_opd_by_hand(ragged):
     result = SageOPD().advantages(batch, scores, 1)
     close(result.token_M, token * 14 / token.sum() * GAPS, 1e-5)
     close(result.turn_weight_K[batch.turn_M].sum(), 14)
+    # Under --gap exact all that the divergence keeps is there, in any order.
+    rest = np.log(np.minimum(1 - top, top) / 2 + 1e-9)[:, None]
+    whole = np.concatenate([rest, scores.teacher_support_MS, rest], axis=1).astype(np.float32)
+    exact = SageOPD().advantages(batch, dataclasses.replace(scores, teacher_support_MS=whole), 1)
+    close(exact.teacher_weight_M, token * 14 / token.sum(), 1e-5)
     # Only the fifth turn was not understood.
     helped = turn * np.where(np.arange(8) == 4, 1.0, 0.25)
     told = helped[batch.turn_M]
