@@ -162,9 +162,10 @@ LINES: dict[str, dict[str, tuple[str, str, str]]] = {
         "A_k, grsd": ("", "Siblings.advantages", "reward_M=(advantage_K * factor_K)"),
     },
     "sign_safe": {
-        "delta_t": ("", "SignSafe.advantages", "delta_M = scores.require(source)"),
-        "w_t": ("", "SignSafe.advantages", "weight_M = np.clip(np.exp(exponent_M)"),
-        "A_t, rlsd and crest": ("", "SignSafe.advantages", "reward_M=A_M * factor_M"),
+        "delta_t": ("", "SignSafe.advantages", "delta_M = scores.require("),
+        "w_t": ("", "SignSafe.advantages", "weight_M = np.clip("),
+        "A_t, the first three": ("", "SignSafe.advantages", "reward_M=A_M * factor_M"),
+        "f_k": ("", "equal_budgets", "factor_K = np.clip("),
         "A_t, sg_opd": ("", "SignSafe.advantages", "distillation_M=factor_M * delta_M"),
         "A_t, opdvr": ("", "SignSafe.advantages", "distillation_M=outcome_M * np.maximum("),
     },

@@ -5,11 +5,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from cases import GAPS, close
 from episodes import episode
 
 from atod_algos.signals.siblings import HEADING, Siblings
-from atod_algos.signals.sign_safe import SignSafe
+from atod_algos.signals.sign_safe import SignSafe, equal_budgets
+from atod_algos.training.cli import with_rules
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group
 
@@ -61,11 +63,11 @@ def test_crest_by_hand(ragged):
 def test_sg_opd_and_opdvr_by_hand(ragged):
     batch, scores = ragged
     agrees = np.sign(GAPS) == OUTCOME
-    got = SignSafe(rule="sg_opd", gap_source="teacher").advantages(batch, scores, 1)
+    got = SignSafe(rule="sg_opd").advantages(batch, scores, 1)
     close(got.token_M, np.where(agrees, 1.8, 1.0) * GAPS)
     assert got.reward_M is None
     close(np.mean(got.notes["agreement_ratio"]), agrees.mean())
-    kept = SignSafe(rule="opdvr", gap_source="teacher").advantages(batch, scores, 1).token_M
+    kept = SignSafe(rule="opdvr").advantages(batch, scores, 1).token_M
     close(kept, [0.4, 0.6, 0, 0, 0.6, 0, 0, -0.2, -0.2, 0.5, 0, 0, -0.3, -0.5])
 
 
@@ -75,9 +77,95 @@ def test_the_sign_is_the_outcomes_whatever_the_teacher_says(ragged):
     wild = dataclasses.replace(scores, privileged_M=scores.student_M + rng.normal(0, 50, 14))
     for rule in ("rlsd", "crest"):
         assert (np.sign(SignSafe(rule=rule).advantages(batch, wild, 1).token_M) == SIGN).all()
-    assert SignSafe().scores == {"privileged"} and SignSafe(gap_source="teacher").scores == {"teacher"}
     with pytest.raises(AtodError, match=r"--strength 2\.0"):
         SignSafe(strength=2.0)
+    with pytest.raises(AtodError, match="--fade-steps -1"):
+        SignSafe(fade_steps=-1)
+
+
+def test_each_rule_takes_its_papers_source_unless_another_is_named(ragged):
+    batch, scores = ragged
+    sources = {"rlsd": "skills", "crest": "skills", "stepopsd": "sibling", "sg_opd": "teacher", "opdvr": "teacher"}
+    for rule, source in sources.items():
+        assert SignSafe(rule=rule).source == source
+        assert SignSafe(rule=rule).scores == {"teacher" if source == "teacher" else "privileged"}
+        for named in ("skills", "teacher", "sibling"):
+            chosen = SignSafe(rule=rule, gap_source=named)
+            assert chosen.scores == {"teacher" if named == "teacher" else "privileged"}
+    apart = dataclasses.replace(scores, privileged_M=scores.student_M)  # the student's own gap is 0
+    close(SignSafe(rule="opdvr").advantages(batch, apart, 1).token_M[:2], [0.4, 0.6])
+    assert not SignSafe(rule="opdvr", gap_source="skills").advantages(batch, apart, 1).token_M.any()
+
+
+def test_released_is_rlsds_scripts_and_the_kl_is_off_without_it(ragged):
+    """0.5 falls to 0 over 100 steps: 0.3 at step 40. The KL by k3: e^x - x - 1, times 0.01."""
+    batch, scores = ragged
+    released = with_rules(SignSafe, "released")
+    assert released.advantages(batch, scores, 40).coefficients["strength"] == pytest.approx(0.3)
+    assert SignSafe().advantages(batch, scores, 40).coefficients["strength"] == 0.5
+    scores = dataclasses.replace(scores, reference_M=scores.teacher_M)
+    own = torch.tensor(scores.student_M)
+    for algorithm, plain in ((released, SignSafe()), (with_rules(Siblings, "released"), Siblings())):
+        assert algorithm.scores == {"privileged", "reference"} and plain.scores == {"privileged"}
+        close(algorithm.auxiliary_loss(own, np.arange(14), scores), 0.01 * (np.exp(GAPS) - GAPS - 1))
+        assert plain.auxiliary_loss(own, np.arange(14), scores) is None
+
+
+# --- StepOPSD -----------------------------------------------------------------------------------------------------
+
+
+def test_stepopsd_by_hand(ragged):
+    """2 sigmoid(0.4) = 1.197 and 2 sigmoid(-0.1) = 0.950; 0.6 is above the bound, -0.5 below it. Every attempt of the
+    first group has a successful sibling, the only one of the second has none."""
+    batch, scores = ragged
+    half = dataclasses.replace(
+        scores, privileged_M=np.where(np.arange(14) == 9, scores.student_M - 0.5, scores.teacher_M)
+    )
+    gap = GAPS.copy()
+    gap[9], gap[11:] = -0.5, 0.0
+    weight = [min(1.2, max(0.8, 2 / (1 + math.exp(-s * g)))) for s, g in zip(SIGN, gap, strict=True)]
+    close(weight[:3], [1.1973753, 1.2, 0.9500416], 1e-6)
+    assert weight[9] == 0.8
+    # At step 10 of 50 l is 0.4. Turns of the first episode: 2, 1, 3 tokens; of the second 2, 1; of the third 2.
+    shaped = [a * (0.6 + 0.4 * w) for a, w in zip(A, weight, strict=True)]
+    turns = [[0, 1], [2], [3, 4, 5], [6, 7], [8], [9, 10], [11, 12], [13]]
+    b = [sum(abs(shaped[m]) for m in turn) / len(turn) for turn in turns]
+    means = [sum(b[:3]) / 3] * 3 + [sum(b[3:5]) / 2] * 2
+    f = [mean / (own + 1e-6) for mean, own in zip(means, b[:5], strict=True)]
+    assert f[0] < 1 < f[1] and min(f) > 0.5 and max(f) < 2
+    f += [1.0]  # an episode of one turn keeps its A'
+    result = SignSafe(rule="stepopsd").advantages(batch, half, 10)
+    assert result.coefficients["strength"] == pytest.approx(0.4)
+    close(result.turn_weight_K[:6], f)
+    close(result.token_M, [shaped[m] * ([*f, 0, 0][k]) for k, turn in enumerate(turns) for m in turn])
+    assert (np.sign(result.token_M) == SIGN).all()
+    assert np.mean(result.notes["shown_ratio"]) == 0.75
+    # After 50 steps the gap says nothing, and equal turns have equal budgets.
+    close(SignSafe(rule="stepopsd").advantages(batch, half, 50).token_M, A)
+
+
+def test_stepopsds_budgets_are_bounded(ragged):
+    """Turns of mean sizes 8, 1, 3 have a mean of 4: 1/2, then 4, which is cut to 2, then 4/3. Turns of 1 and 3 have one
+    of 2. Without an advantage there is no budget."""
+    batch, _ = ragged
+    shaped = np.array([8, -8, 1, 3, -3, 3, 1, 1, -3, 7, 7, 0, 0, 0.0])
+    close(equal_budgets(shaped, batch), [0.5, 2, 4 / 3, 2, 2 / 3, 1, 1, 1], 1e-5)
+    # A turn without a token takes no part: the second episode has one turn left.
+    fewer = dataclasses.replace(batch, turn_M=np.where(batch.turn_M == 4, 3, batch.turn_M))
+    close(equal_budgets(shaped, fewer)[3:5], [1, 1])
+
+
+def test_stepopsd_shows_the_first_other_success():
+    """Siblings shows the shortest one. These episodes' actions are empty: 3 turns, and 1."""
+    first, second, failed = episode(["a", "b", "c"], True), episode(["d"], True), episode(["e"], False)
+    group = Group("t", (failed, first, second))
+
+    def shown(trajectory):
+        return SignSafe(rule="stepopsd").privileged_text(trajectory, group)
+
+    assert shown(failed) == shown(second) == f"{HEADING}\n1. \n2. \n3. \n\n"
+    assert shown(first) == f"{HEADING}\n1. \n\n"
+    assert SignSafe(rule="stepopsd").privileged_text(first, Group("t", (failed, first))) == ""
 
 
 # --- siblings -----------------------------------------------------------------------------------------------------
@@ -113,10 +201,15 @@ def test_grsd_by_hand(ragged):
     mean = [0.5, -0.1, 0.1, 0.0, -0.2, 0.15]  # of the first group's turns
     x = [math.expm1(s * m) for s, m in zip([1, 1, 1, -1, -1, 1], mean, strict=True)]
     level = sum(map(abs, x)) / 6 + 1e-6
-    factor = [max(0.1, 1 + 0.5 * min(3, max(-3, one / level))) for one in x]
-    result = Siblings(rule="grsd").advantages(batch, scores, 1)
-    close(result.turn_weight_K, [*factor, 1, 1])
-    close(result.token_M, A * np.array([*factor, 1, 1])[batch.turn_M])
-    assert factor[0] > 2 and factor[1] < 1 and factor[4] > 1  # a failed episode's turn that the sibling speaks against
+    for bound in (0.2, 3.0):  # all scripts; the function where nothing is given
+        factor = [max(0.1, 1 + 0.5 * min(bound, max(-bound, one / level))) for one in x]
+        options = {} if bound == 0.2 else {"largest_signal": bound}
+        result = Siblings(rule="grsd", **options).advantages(batch, scores, 1)
+        close(result.turn_weight_K, [*factor, 1, 1])
+        close(result.token_M, A * np.array([*factor, 1, 1])[batch.turn_M])
+        assert factor[1] < 1 and factor[4] > 1  # a failed episode's turn that the sibling speaks against
+        assert factor[0] == 1.1 if bound == 0.2 else factor[0] > 2
+    with pytest.raises(AtodError, match=r"--largest-signal -1\.0"):
+        Siblings(largest_signal=-1.0)
     alike = dataclasses.replace(batch, success_N=np.ones(4, bool))
     assert (Siblings(rule="grsd").advantages(alike, scores, 1).turn_weight_K == 1).all()
