@@ -21,11 +21,14 @@ episodes that were played from their start; ``val/success_rate`` is the student'
 
 Differences from the authors' code: there the student plays the turns after its own turn k* a second time, with another
 draw, and q_own is of those; here it is of the turns that it has played, which have smaller d_k than k* by its choice,
-so the gate is stricter. The bridged turns draw from the random streams of those that they are compared with. The state
-of a branch is reached by playing its turns again, which is exact and checked, not by an expert's actions alone. A
-bridge counts in the average of the loss as an episode of one turn. The expert is the environment's scripted one. The
-authors' asynchronous training is not used: the teacher plays in this process alone, and several ranks, Ray and
-``--staleness`` are refused. ``--rules released`` presets OPD's token mean, dual clip and entropy bonus.
+so the gate is stricter. There k* is the largest d_k among turns with an action tag, and an episode has no bridge if the
+action of k*, or of any turn before it, could not be executed; here k* is the largest among the turns that were
+understood, whatever the turns before it were. There a task without a reference solution has no bridge; here the
+environment's scripted expert gives one, and ``--turns-every 0`` needs none. The bridged turns draw from the random
+streams of those that they are compared with. The state of a branch is reached by playing its turns again, which is
+exact and checked, not by an expert's actions alone. A bridge counts in the average of the loss as an episode of one
+turn. The authors' asynchronous training is not used: the teacher plays in this process alone, and several ranks, Ray
+and ``--staleness`` are refused. ``--rules released`` presets OPD's token mean, dual clip and entropy bonus.
 
     python -m atod_algos.signals.futurebridge --env atod/ALFWorld-v0
 """

@@ -18,7 +18,8 @@ Differences: the paper's rollouts are single responses. Here an episode has many
 with each of them. ``--mean-preserve`` divides by the mean of an episode's weights, so that weights of different
 methods are compared at equal strength. The paper also derives weights as importance ratios of prefixes; the
 accumulated |Delta| is its practical form, in the authors' code and in TRL's. ``--rules released`` presets OPD's token
-mean, dual clip (3, as in the paper) and entropy bonus. ``--gap exact`` weighs the reverse KL by w_t.
+mean, dual clip and entropy bonus. Its dual clip of 3 is the paper's number, too; ``--rules paper`` has none, as for
+every method here, so that rows of the study differ in the signal alone. ``--gap exact`` weighs the reverse KL by w_t.
 
     python -m atod_algos.signals.iw_opd --env atod/ALFWorld-v0
 """
