@@ -182,10 +182,10 @@ class StepScorer:
             and not drops_out(student.model)
         )
         wanted = algorithm.scores
-        compared = bool(wanted & {"divergence", "support"})
-        self.exact = config.gap == "exact" and "teacher" in wanted and algorithm.exact_gap and not compared
+        self.exact = config.gap == "exact" and algorithm.takes_exact_gap
         if config.gap == "exact" and "teacher" in wanted and not self.exact:
-            log.warning("%s is tied to the sampled token; --gap exact does not act on it", algorithm.name)
+            why = "with these options is" if algorithm.exact_gap else "is"
+            log.warning("%s %s tied to the sampled token; --gap exact does not act on it", algorithm.name, why)
         self.teachers: list[LogprobScorer] = []
         self._label_teachers: list[dict[str, LogprobScorer]] = []
         for world in config.worlds if "teacher" in wanted else ():
