@@ -14,8 +14,8 @@ Objective
 Differences: the paper tosses a coin with P_t for each token; this is what it gives on average, with less noise and
 nothing random. Its third term, imitation of prefixes that the teacher wrote (a weight of 0.001, falling to 0), is left
 out, as are its variants that mask or clip outliers. F_t sums over k tokens without a tail, as published; its k is not
-known to us. Formulae are from a public account of the paper; no code was out. The teacher must be a model in this
-process.
+known to us. Formulae are from a public account of the paper; no code was out. A teacher on vLLM or behind a server
+gives its top k as well.
 
     python -m atod_algos.signals.tropd --env atod/ALFWorld-v0
 """
