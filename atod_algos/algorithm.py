@@ -247,6 +247,12 @@ class Algorithm(ABC):
         return frozenset()
 
     @property
+    def takes_exact_gap(self) -> bool:
+        """Whether ``--gap exact`` acts under these options: a baseline or a loss of its own needs the distributions."""
+        own_loss = "support" in self.scores and type(self).support_loss is not Algorithm.support_loss
+        return self.exact_gap and "teacher" in self.scores and "divergence" not in self.scores and not own_loss
+
+    @property
     def support(self) -> int:
         """How many top-k tokens of the teacher are kept at each sampled token; read where ``scores`` name "support"."""
         return 0

@@ -12,13 +12,14 @@ import dataclasses
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from html import escape
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from make_study import RESULTS, WORLDS, pages
+from make_study import RESULTS, WORLDS, decisions, pages
 
 from atod_algos.evaluate.statistics import t_interval
 from atod_algos.guard import explanations
@@ -263,11 +264,17 @@ def results(name: str) -> str:
     torch = {cell["versions"]["torch"] for cell in cells}
     commits = dict.fromkeys(commit[:7] for cell in cells for commit in cell.get("commits", ()))
     seeds = sorted({len(found) for key in rows for found in cells_of(key).values() if found})
+    numbers = map(str, sorted({cell["seed"] for cell in cells}))
     how_many = " or ".join(map(str, seeds))
     table = ["| | ALFWorld | turns | Search-QA | turns | WebShop | turns |", f"|---|{'---:|' * 6}"]
     for key in ("vanilla", *rows, "teacher"):
         label = {"vanilla": "the student before", "teacher": "the teacher"}.get(key) or f"**{METHODS[key].label}**"
         table.append(f"| {label} | {' | '.join(in_world(cells) for cells in cells_of(key).values())} |")
+    claims = decisions(json.loads(RESULTS.read_text())["claims"], tuple(METHODS), rows)
+    said = "What [the study](../study.md) decides: points of success (p over tasks, p over seeds), bold where both are below 5 %."
+    decided = [*textwrap.wrap(said, 120), "", claims, ""] if len(claims.splitlines()) > 2 else []
+    asked = f"--seeds {' '.join(numbers)} --methods {' '.join(rows)}"
+    command = f"Command: `python -m atod_algos.study --preset laptop {asked}`."
     return "\n".join(
         [
             f"Success in % of the last checkpoint, with the 95 % t-interval over {how_many} training seeds, 60 steps each.",
@@ -276,8 +283,9 @@ def results(name: str) -> str:
             "",
             f"![validation success by step, the other methods in grey](../images/results-{name}.svg)",
             "",
-            f"Command: `python -m atod_algos.study --preset laptop --methods {' '.join(rows)}`,",
-            f"commit `{', '.join(commits)}`, torch {', '.join(sorted(torch))}.",
+            *decided,
+            *textwrap.wrap(command, 120, break_on_hyphens=False),
+            f"Commit `{', '.join(commits)}`, torch {', '.join(sorted(torch))}.",
             "All rows, seeds and curves: [tables](../study/tables.md).",
         ]
     )

@@ -93,12 +93,16 @@ def settings(cells: Cells) -> str:
     return _table(["rate, updates a step", *WORLDS.values()], rows)
 
 
-def decisions(claims: Mapping[str, Cells], methods: Sequence[str]) -> str:
+def decisions(claims: Mapping[str, Cells], methods: Sequence[str], about: Sequence[str] = ()) -> str:
     """Difference of each claim in each world and in all together, with both tests; bold where both decide.
 
-    The claims are those about two of the methods.
+    Args:
+        claims: as the results hold them.
+        methods: the claims are those about two of these.
+        about: of which one is among these, if any are given.
     """
-    asked = {claim for claim, ahead, behind in CLAIMS if ahead in methods and behind in methods}
+    pairs = [one for one in CLAIMS if {*one[1:]} <= {*methods} and (not about or {*one[1:]} & {*about})]
+    asked = {claim for claim, _, _ in pairs}
     known = [name for name in (*WORLDS, "together") if name in claims]
     columns = {name: {one["claim"]: one for one in claims[name]} for name in known}
     names = dict.fromkeys(claim for found in columns.values() for claim in found if claim in asked)

@@ -13,16 +13,19 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from agents.engines.base import Completion, EngineDied, SamplingParams, check_request
+from agents.engines.top_tokens import TopTokens, most_likely, top_tokens
 from agents.logits import longest_context, require_steady_positions, text_config, usable_ids
 from atod_envs.errors import AtodError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _SEEDS = (1 << 63) - 1
 """vLLM's seeds are signed 64-bit numbers."""
@@ -50,12 +53,15 @@ class VllmEngine:
         slots: most requests that run at the same time.
         max_context: longest prompt plus response, in tokens; by default the model's own.
         memory: share of a GPU's memory that the engine may take while it is awake.
+        top: most top-k tokens that :meth:`prompt_top` may be asked for.
 
     Raises:
         AtodError: vLLM is not installed, or cannot run the model.
     """
 
-    def __init__(self, model: Any, *, slots: int = 128, max_context: int | None = None, memory: float = 0.45) -> None:
+    def __init__(
+        self, model: Any, *, slots: int = 128, max_context: int | None = None, memory: float = 0.45, top: int = 1
+    ) -> None:
         self.version = 0
         self.max_context = int(max_context or longest_context(model))
         require_steady_positions(model, self.max_context, "the model")
@@ -92,7 +98,7 @@ class VllmEngine:
                     dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
                     max_model_len=self.max_context,
                     max_num_seqs=slots,
-                    max_logprobs=1,
+                    max_logprobs=top,  # vLLM's own limit is 20
                     **({} if self._gpu else _NO_GPU | {"max_num_batched_tokens": max(_PASS_TOKENS, self.max_context)}),
                     logprobs_mode="processed_logprobs",
                     generation_config="vllm",
@@ -160,12 +166,48 @@ class VllmEngine:
             ValueError: a prompt does not fit the context.
             EngineDied: vLLM failed.
         """
+        return self._score_prompts(prompts, 0, lambda _, ids, found: _own(ids, found))
+
+    def prompt_top(self, prompts: Sequence[Sequence[int]], places: Sequence[Sequence[int]], k: int) -> list[TopTokens]:
+        """The top-k tokens at some places of every prompt, at temperature 1, and the log-probs of its own ids.
+
+        Args:
+            prompts: token ids; each one shorter than the context.
+            places: P places of each prompt, none of them its first.
+            k: how many tokens; at most the engine's ``top``.
+
+        Returns:
+            For each prompt :class:`TopTokens` with arrays [T] and [P, k].
+
+        Raises:
+            RuntimeError: requests are running.
+            ValueError: a prompt does not fit the context.
+            AtodError: vLLM's answer is not k tokens with finite log-probs.
+            EngineDied: vLLM failed.
+        """
+
+        def read(row: int, ids: Sequence[int], found: Sequence[Any]) -> TopTokens:
+            kept = []
+            for place in places[row]:
+                entries = ((int(token), at.logprob, at.rank) for token, at in found[place].items())
+                try:
+                    kept.append(most_likely(entries, k, ids[place]))
+                except ValueError as error:
+                    raise AtodError(f"vLLM was asked for {k} tokens and gave, at place {place}: {error}") from error
+            return top_tokens(_own(ids, found), kept, k)
+
+        return self._score_prompts(prompts, k, read)
+
+    def _score_prompts(
+        self, prompts: Sequence[Sequence[int]], k: int, read: Callable[[int, Sequence[int], Sequence[Any]], T]
+    ) -> list[T]:
+        """What ``read`` makes of each prompt's index, its ids, and vLLM's entries for them."""
         self._require_alive()
         self._require_idle("prompts were scored")
         vllm = self._vllm
         sampling = vllm.SamplingParams(
             max_tokens=1,
-            prompt_logprobs=0,  # of the prompt's own ids alone
+            prompt_logprobs=k,  # and of the prompt's own ids; 0 is these alone
             detokenize=False,
             output_kind=vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
@@ -173,12 +215,12 @@ class VllmEngine:
             check_request(str(place), ids, SamplingParams(1), self.max_context)
             prompt = {"prompt_token_ids": list(ids)}
             self._guard(lambda request=str(place), prompt=prompt: self.llm.add_request(request, prompt, sampling))
-        found: dict[int, list[float]] = {}
+        found: dict[int, T] = {}
         while len(found) < len(prompts):
             for output in self._guard(self.llm.step):
-                if output.finished:
-                    places = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
-                    found[int(output.request_id)] = [math.nan, *(float(at[token].logprob) for token, at in places)]
+                if output.finished:  # read at once: vLLM's entries are many times as large as what is kept
+                    row = int(output.request_id)
+                    found[row] = read(row, output.prompt_token_ids, output.prompt_logprobs)
         return [found[place] for place in range(len(prompts))]
 
     def load_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -257,6 +299,11 @@ class VllmEngine:
     def _require_idle(self, what: str) -> None:
         if self._running:
             raise RuntimeError(f"{what} while requests are running; let them finish, or close the engine")
+
+
+def _own(ids: Sequence[int], found: Sequence[Any]) -> list[float]:
+    """Log-probs of a prompt's own ids, from vLLM's entries for each; the first is not a number."""
+    return [math.nan, *(float(at[token].logprob) for token, at in zip(ids[1:], found[1:], strict=True))]
 
 
 def spoken_rows(model: Any) -> tuple[int, frozenset[str]]:

@@ -198,7 +198,8 @@ class Learner:
             "memory/predicted_mib": predicted / memory.MIB,
             "memory/peak_mib": memory.peak(self._device) / memory.MIB,
         }
-        _warn(step, means := sums.means())
+        means = {name: value for name, value in sums.means().items() if len(plan) > 1 or name != "policy_kl"}
+        _warn(step, means)  # a step of one update has no KL: it is measured before each update
         metrics = {f"actor/{name}": value for name, value in means.items()} | {"actor/lr": lr} | used
         return Update(metrics, found_M)
 
@@ -342,6 +343,7 @@ class _Minibatch:
         ratio = importance_ratio(logprobs, old)
         if term is not None or self.advantage_M.any():  # otherwise nothing here is about the policy that played
             sums.add("policy_kl", float((ratio - 1 - ratio.log()).detach().sum()), n)
+        sums.add("entropy_loss", float(entropy.detach().sum()), n)
         if self.alone:
             return total
         loss, clipped = surrogate(ratio, at(self.advantage_M), objective)
@@ -358,7 +360,6 @@ class _Minibatch:
                 total = total + (weight * extra).sum()
                 sums.add("support_loss", float((weight * extra).sum().detach()), share)
         sums.add("pg_loss", float((weight * loss).sum().detach()), share)
-        sums.add("entropy_loss", float(entropy.detach().sum()), n)
         sums.add("pg_clipfrac", float(clipped.sum()), n)
         sums.add("ppo_kl", float((old - logprobs.detach()).sum()), n)
         return total
@@ -368,15 +369,11 @@ def _warn(step: int, means: Mapping[str, float]) -> None:
     """Say that a step moved the policy too far for what it learned from to be about the new one."""
     kl, clipped = means.get("policy_kl", 0.0), means.get("pg_clipfrac", 0.0)
     if kl > SANE_KL or clipped > SANE_CLIPPED:
-        log.warning(
-            "step %d moved the policy far: KL %.3f nats a token from the one that played (sane: up to %.2f), ratio clipped on %.0f %% of "
-            "tokens (up to %.0f). Lower --lr, or make fewer updates: --minibatches, --epochs, --gap-minibatches, --gap-epochs",
-            step,
-            kl,
-            SANE_KL,
-            100 * clipped,
-            100 * SANE_CLIPPED,
-        )
+        say = f"KL {kl:.3f} nats a token from the one that played (sane: up to {SANE_KL:.2f})"
+        if "pg_clipfrac" in means:
+            say += f", ratio clipped on {100 * clipped:.0f} % of tokens (up to {100 * SANE_CLIPPED:.0f})"
+        advice = "Lower --lr, or make fewer updates: --minibatches, --epochs, --gap-minibatches, --gap-epochs"
+        log.warning("step %d moved the policy far: %s. %s", step, say, advice)
 
 
 class _Sums:

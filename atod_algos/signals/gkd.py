@@ -16,8 +16,8 @@ advantage of the sampled token would have a gradient of zero mean.) With k as la
 below it each is a lower bound, as lumping tokens together only hides differences.
 
 Differences: the paper mixes rollouts of the student with the teacher's own; these are the student's alone. Its
-divergence is over the whole vocabulary. For exact reverse KL with updates of its own there is ``opd --gap exact``. The
-teacher must be a model in this process: an engine or a server gives single log-probs.
+divergence is over the whole vocabulary. For exact reverse KL with updates of its own there is ``opd --gap exact``. A
+teacher on vLLM or behind a server gives its top k as well; vLLM's server gives 20 unless started with --max-logprobs.
 
     python -m atod_algos.signals.gkd --env atod/ALFWorld-v0 --divergence jsd --beta 0.5
 """

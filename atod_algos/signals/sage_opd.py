@@ -17,8 +17,8 @@ weak or strong. A teacher here gives log-probs and writes nothing, so the judgem
 u_k = 1 everywhere, confidence alone; ``--intervene invalid`` is 1 on turns that the environment did not understand and
 alpha = ``--weak`` on the others, which is what feedback alone says. The paper's loss is the divergence over the
 vocabulary, this its sampled form; ``--gap exact`` is the divergence itself, the reverse KL, weighted by w_t. Formulae
-are from a public re-implementation from the paper. ``--rules released``
-presets OPD's token mean, dual clip and entropy bonus. The teacher must be a model in this process.
+are from a public re-implementation from the paper. ``--rules released`` presets OPD's token mean, dual clip and entropy
+bonus. A teacher on vLLM or behind a server gives its most likely token as well.
 
     python -m atod_algos.signals.sage_opd --env atod/ALFWorld-v0
 """

@@ -16,8 +16,7 @@ nothing random. Its third term, imitation of prefixes that the teacher wrote (a 
 out, as are its variants that mask or clip outliers. F_t sums over k tokens without a tail, as published: where the
 teacher's top k hold little of its mass it can be below 0, and the student's mass elsewhere is seen by no term.
 ``--tail`` adds all other tokens as one more, as gkd.py does, which makes it a divergence. Formulae and k are from
-public accounts of the paper; no code was out. The teacher must be a model in this
-process.
+public accounts of the paper; no code was out. A teacher on vLLM or behind a server gives its top k as well.
 
     python -m atod_algos.signals.tropd --env atod/ALFWorld-v0
 """

@@ -108,14 +108,20 @@ def method_of(name: str) -> Method:
     """A row by name; an algorithm of another package is a row of its own, with its own options.
 
     Raises:
-        UnknownName: neither a row nor an installed algorithm.
+        UnknownName: neither a row nor an installed algorithm. A row's own algorithm is neither: it would lack the
+            row's options.
     """
     if name in METHODS:
         return METHODS[name]
-    installed = algorithm_names()
+    installed = [other for other in algorithm_names() if other.replace("_", "-") not in METHODS]
     if name not in installed:
-        raise UnknownName("method", name, [*METHODS, *(other for other in installed if other not in METHODS)])
+        raise UnknownName("method", name, [*METHODS, *installed])
     return Method(name, name, name, asked_for=True)
+
+
+def row_of(name: str) -> Method:
+    """The same for a table: the package of a published row need not be installed."""
+    return METHODS.get(name) or Method(name, name, name, asked_for=True)
 
 
 def place(name: str) -> tuple[int, str]:

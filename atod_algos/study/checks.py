@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atod_algos.study import method_of
+from atod_algos.study import row_of
 from atod_algos.training.run_dir import read_object
 from atod_envs.errors import DataError
 
@@ -59,7 +59,7 @@ def require_whole_cell(cell: Mapping[str, Any]) -> None:
     Raises:
         DataError: names the number.
     """
-    trained = bool(method_of(cell["method"]).algorithm)
+    trained = bool(row_of(cell["method"]).algorithm)
     wanted: dict[str, bool] = {"seconds": is_number(cell.get("seconds"))}
     if trained:
         validation = cell.get("validation")

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +17,11 @@ from rich.console import Console
 from atod_algos.evaluate.settings import held_out_splits
 from atod_algos.guard import guarded, parse
 from atod_algos.study import METHODS, PRESETS, Method, Preset, World, method_of
-from atod_algos.study.cells import finish_cell, read_study
+from atod_algos.study.cells import algorithm_of, config_of, finish_cell, read_study
 from atod_algos.study.checks import Tuned, require_whole_cell
+from atod_algos.study.outcomes import joined, name_of, read_published, require_shared, shared_settings
 from atod_algos.study.tuning import chosen_in, tune
-from atod_algos.training.run_dir import Busy, replace_text
+from atod_algos.training.run_dir import Busy, replace_text, settings_of
 from atod_envs.caches import one_at_a_time
 from atod_envs.errors import AtodError, UnknownName
 from atod_envs.options import read_pair
@@ -98,17 +99,24 @@ def run(config: StudyConfig) -> None:
     out = _folder(config)
     out.mkdir(parents=True, exist_ok=True)
     console = Console(soft_wrap=True)
+    published = [cell for path in config.published for cell in read_published(path)]
     if not config.tables_only:
+        _require_fit(preset, methods, config.rules, published)
+        given = {}
+        if config.settings_of:  # all of them before the first hour of training
+            for world in preset.worlds:
+                for method in methods:
+                    if method.algorithm:
+                        given[world.name, method.name] = chosen_in(config.settings_of, tuned_as(method), world)
         asked = {"preset": config.preset, "rules": config.rules, "settings_of": config.settings_of}
         stored = {**asked, **dataclasses.asdict(preset)}
         with one_at_a_time(out):  # two processes may share a study
             replace_text(out / "study.json", json.dumps(stored, indent=1, default=str) + "\n")
         for world in preset.worlds:
-            _run_world(out, world, preset, methods, config, console)
-    from atod_algos.study.outcomes import joined
+            _run_world(out, world, preset, methods, config.rules, given, console)
     from atod_algos.study.tables import write_tables
 
-    cells = joined(read_study(out), config.published)
+    cells = joined(read_study(out), published)
     for cell in cells:
         require_whole_cell(cell)
     with one_at_a_time(out):
@@ -116,22 +124,52 @@ def run(config: StudyConfig) -> None:
     console.print(f"{out / 'tables.md'} and {out / 'study-results.json'}", highlight=False)
 
 
+def tuned_as(method: Method) -> Method:
+    """The method whose learning rate and updates a method takes."""
+    return METHODS[method.tuned_as] if method.tuned_as else method
+
+
+def _require_fit(preset: Preset, methods: Sequence[Method], rules: str, published: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse published cells that could not be compared with what is about to be trained."""
+    if not published:
+        return
+    from atod_algos.training.checkpoint import model_digests
+
+    planned = []
+    for world in preset.worlds:
+        for method in methods:
+            if method.algorithm:
+                config = config_of(world, preset.seeds[0], Tuned(preset.lrs[0]), Path())
+                algorithm = algorithm_of(method, world, rules)
+                settings = json.loads(json.dumps(settings_of(config, algorithm, rules)))
+                shared = shared_settings(settings, model_digests(config, algorithm))
+                planned.append((world.name, f"{world.name}, {method.name}, to be trained,", shared))
+    wanted = {world.name for world in preset.worlds}
+    theirs = [(cell["world"], name_of(cell), cell["shared"]) for cell in published if cell["world"] in wanted]
+    require_shared([*planned, *theirs])
+
+
 def _run_world(
-    out: Path, world: World, preset: Preset, methods: Sequence[Method], config: StudyConfig, console: Console
+    out: Path,
+    world: World,
+    preset: Preset,
+    methods: Sequence[Method],
+    rules: str,
+    given: Mapping[tuple[str, str], Tuned],
+    console: Console,
 ) -> None:
-    rules = config.rules
     split = held_out_splits(world.train["env"])[1]
     tuned: dict[str, Tuned] = {}
     for method in methods:
         if not method.algorithm:
             tuned[method.name] = Tuned(preset.lrs[0])
             continue
-        tuned_as = METHODS[method.tuned_as] if method.tuned_as else method
-        if config.settings_of:
-            tuned[method.name] = chosen_in(config.settings_of, tuned_as, world)
+        if (world.name, method.name) in given:
+            tuned[method.name] = given[world.name, method.name]
         else:
+            chooser = tuned_as(method)
             tuned[method.name] = _again(
-                lambda m=tuned_as: tune(out, m, world, rules, preset.tuning_seed, preset.lrs, preset.updates)
+                lambda m=chooser: tune(out, m, world, rules, preset.tuning_seed, preset.lrs, preset.updates)
             )
         console.print(f"{world.name}  {method.label}: {tuned[method.name]}", highlight=False)
     # Seed by seed, so that a study that is stopped early has compared all methods.

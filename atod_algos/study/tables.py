@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from atod_algos.evaluate.statistics import t_interval
-from atod_algos.study import ABLATIONS, Preset, method_of, place
+from atod_algos.study import ABLATIONS, Preset, place, row_of
 from atod_algos.study.cells import without
 from atod_algos.study.checks import RESULTS, Tuned
 from atod_algos.study.claims import Cells, Decision, decisions_of, mean_of, together
@@ -100,7 +100,7 @@ def _table1(worlds: Mapping[str, Cells]) -> list[str]:
         header += [f"{name}: success", "turns"]
     rows = []
     for key in sorted({name for methods in worlds.values() for name in methods}, key=place):
-        row, values = [method_of(key).label], []
+        row, values = [row_of(key).label], []
         for methods in worlds.values():
             cells = methods.get(key, [])
             values += [mean_of(cells, "last")] if cells else []
@@ -122,7 +122,7 @@ def _success(methods: Cells) -> list[str]:
         peaks = [max(cell["validation"].values()) for cell in cells] if trained else []
         rows.append(
             [
-                method_of(name).label, str(len(cells)), with_spread(cells, "last"), each, with_spread(cells, "best") if trained else "-",
+                row_of(name).label, str(len(cells)), with_spread(cells, "last"), each, with_spread(cells, "best") if trained else "-",
                 f"{100 * sum(peaks) / len(peaks):.1f}" if peaks else "-", f"{mean_of(cells, 'last', 'length'):.2f}",
             ]
         )  # fmt: skip
@@ -165,7 +165,7 @@ def _labels(methods: Cells) -> list[str]:
     return [
         "Success by kind of task, last checkpoint, %, mean over seeds:",
         "",
-        *markdown_table(["kind", *[method_of(m).label for m in methods]], rows),
+        *markdown_table(["kind", *[row_of(m).label for m in methods]], rows),
     ]
 
 
@@ -178,7 +178,7 @@ def _groups(methods: Cells) -> list[str]:
             fail_first, fail, won = (
                 sum(one[key] for one in found) / len(found) for key in ("fail_first", "fail_last", "success_last")
             )
-            rows.append([method_of(name).label, *[f"{100 * x:.0f} %" for x in (fail_first, fail, won, 1 - fail - won)]])
+            rows.append([row_of(name).label, *[f"{100 * x:.0f} %" for x in (fail_first, fail, won, 1 - fail - won)]])
     return ["Groups by outcome during training:", "", *markdown_table(header, rows)]
 
 
@@ -188,14 +188,14 @@ def _curves(methods: Cells) -> list[str]:
     for name, cells in methods.items():
         if "validation" in cells[0]:
             means = [[cell["validation"][str(s)] for cell in cells if str(s) in cell["validation"]] for s in steps]
-            rows.append([method_of(name).label, *[f"{100 * sum(v) / len(v):.1f}" if v else "-" for v in means]])
+            rows.append([row_of(name).label, *[f"{100 * sum(v) / len(v):.1f}" if v else "-" for v in means]])
     return ["Validation success by step, %, mean over seeds:", "", *markdown_table(["method", *map(str, steps)], rows)]
 
 
 def _tuning(tuned: Mapping[str, Mapping[Tuned, float]]) -> list[str]:
     columns = sorted({one for found in tuned.values() for one in found}, key=lambda one: (one.updates, one.lr))
     rows = [
-        [method_of(name).label, *[f"{100 * found[one]:.1f}" if one in found else "-" for one in columns]]
+        [row_of(name).label, *[f"{100 * found[one]:.1f}" if one in found else "-" for one in columns]]
         for name, found in tuned.items()
     ]
     return [
@@ -221,10 +221,10 @@ def _figures(out: Path, worlds: Mapping[str, Cells]) -> None:
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     for name, methods in worlds.items():
-        bars = {method_of(m).label: _bars(methods[m]) for m in ABLATIONS if m in methods}
+        bars = {row_of(m).label: _bars(methods[m]) for m in ABLATIONS if m in methods}
         if len(bars) > 1:
             save(plt, bar_figure(plt, bars, f"success on {name}, %"), folder / f"figure4-{name}")
-        drawn = [cells for m, cells in methods.items() if method_of(m).algorithm and m not in ABLATIONS[1:]]
+        drawn = [cells for m, cells in methods.items() if row_of(m).algorithm and m not in ABLATIONS[1:]]
         runs = [read_run(Path(cell["folder"])) for cells in drawn for cell in cells if "folder" in cell]
         if runs:
             save(plt, training_figure(plt, runs), folder / f"figure5-{name}")

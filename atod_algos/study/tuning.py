@@ -108,6 +108,8 @@ def chosen_in(study: Path, method: Method, world: World) -> Tuned:
     if not (study / "study.json").is_file():
         return _published(study, method, world)
     grid = read_object(study / "study.json", "give the folder of a study as --settings-of", lrs=list, updates=list)
+    if grid.get("settings_of"):  # it chose nothing itself
+        return _published(study, method, world)
     lrs, updates = grid["lrs"], grid["updates"]
     if not lrs or not all(map(is_number, [*lrs, *updates])):
         raise DataError(f"{study / 'study.json'}: expected numbers as lrs and updates; run the study there again")

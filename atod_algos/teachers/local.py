@@ -11,21 +11,24 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import numpy as np
 import torch
 
-from agents.logits import longest_context
+from agents.logits import longest_context, usable_ids
 from agents.models import LoadedModel, require_same_tokenizer, share_vocabulary
 from atod_algos.algorithm import Algorithm, RolloutLimits
 from atod_algos.batch import Scores, TokenBatch, part_of, put_in_front
 from atod_algos.learner import distributed
-from atod_algos.learner.distribution import distribution
+from atod_algos.learner.distribution import WHOLE, distribution
 from atod_algos.learner.logprobs import compare, drops_out, score
 from atod_algos.learner.lora import without_adapters
+from atod_algos.learner.loss import TeacherTokens
+from atod_algos.teachers.engine import EngineScorer
 from atod_algos.teachers.remote import RemoteJudge, is_address
 from atod_algos.teachers.routing import label_of, unseen_labels, world_places
+from atod_algos.teachers.support import TopKScorer, joined, known_only
 from atod_algos.training.config import RunConfig
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, Trajectory
@@ -105,38 +108,6 @@ class AdaptersOffScorer:
             return score(model, batch, temperature=temperature, budget=budget)[0]
 
 
-class EngineScorer:
-    """A frozen model on a vLLM engine, which gives log-probs of prompts.
-
-    Args:
-        loaded: the model; it is not kept.
-        config: resolved settings.
-        device: where it runs.
-
-    Raises:
-        AtodError: vLLM is missing or cannot run the model, or the temperature is not 1.
-    """
-
-    def __init__(self, loaded: LoadedModel, config: RunConfig, device: str) -> None:
-        if config.temperature != 1.0:
-            raise AtodError(
-                f"vLLM gives prompt log-probs at temperature 1 only, but episodes are sampled at {config.temperature}; "
-                "use --temperature 1 or --teacher-engine transformers"
-            )
-        from agents.engines.vllm import VllmEngine
-
-        context = longest_context(loaded.model)
-        self.engine = VllmEngine(
-            loaded.model.to(device), slots=config.slots, max_context=context, memory=config.engine_memory
-        )
-
-    def logprobs(self, batch: TokenBatch, *, temperature: float, budget: int) -> np.ndarray:
-        """See :class:`LogprobScorer`."""
-        found = self.engine.prompt_logprobs([row.tolist() for row in batch.rows])
-        offsets = np.cumsum([0, *(len(row) for row in batch.rows[:-1])])
-        return np.asarray(np.concatenate(found)[offsets[batch.row_M] + batch.column_M])
-
-
 class StepScorer:
     """Scores a step's batch under the student and everything else that an algorithm asks for.
 
@@ -171,7 +142,7 @@ class StepScorer:
         self._adapters, self._load, self._device = adapters, load, device
         self._chat = student.chat(config.thinking, config.chat_date)
         self._held: dict[tuple[str, str], LogprobScorer] = {}
-        self._scored = False
+        self._scored = self._cut = False
         self.late = (
             config.old_logprobs == "learner"
             and config.minibatches * config.epochs == 1
@@ -182,12 +153,14 @@ class StepScorer:
             and not drops_out(student.model)
         )
         wanted = algorithm.scores
-        # The divergence keeps other tokens than a loss of the method's own on its top-k would find.
-        own = type(algorithm).support_loss is not Algorithm.support_loss
-        compared = "divergence" in wanted or ("support" in wanted and own)
-        self.exact = config.gap == "exact" and "teacher" in wanted and algorithm.exact_gap and not compared
+        self.exact = config.gap == "exact" and algorithm.takes_exact_gap
         if config.gap == "exact" and "teacher" in wanted and not self.exact:
-            log.warning("%s is tied to the sampled token; --gap exact does not act on it", algorithm.name)
+            why = "with these options is" if algorithm.exact_gap else "is"
+            log.warning("%s %s tied to the sampled token; --gap exact does not act on it", algorithm.name, why)
+        self._top = 0  # k of the top-k tokens that a teacher elsewhere is asked for
+        if self.exact or "support" in wanted:
+            known = min(len(usable_ids(student.model)), len(student.tokenizer))
+            self._top = min(config.gap_topk if self.exact else algorithm.support, known)
         self.teachers: list[LogprobScorer] = []
         self._label_teachers: list[dict[str, LogprobScorer]] = []
         for world in config.worlds if "teacher" in wanted else ():
@@ -205,7 +178,11 @@ class StepScorer:
         # The word "builtin" is another model for each role and environment; any other name is one model for all.
         key = (name, f"{role}/{where}" if name == "builtin" else "")
         if key not in self._held and role == "teacher" and is_address(name):
-            self._held[key] = RemoteJudge(name, self.student.tokenizer, temperature=self.config.temperature)
+            self._require_top_enough()
+            option = "--gap-topk" if self.exact else "--support"
+            self._held[key] = RemoteJudge(
+                name, self.student.tokenizer, temperature=self.config.temperature, top=self._top, top_option=option
+            )
         elif key not in self._held:
             own = name == self.config.student and (name != "builtin" or role == "student")
             # Two whole distributions are compared at once: one model cannot give both.
@@ -213,11 +190,15 @@ class StepScorer:
             if own and self._adapters is not None and not both:
                 self._held[key] = AdaptersOffScorer(self.student, self._adapters)
             else:
+                vllm = role == "teacher" and self.config.teacher_engine == "vllm"
+                if vllm:
+                    self._require_top_enough()
                 loaded = self._load(name, role, where)
                 require_same_tokenizer(self.student, loaded, role)
-                vllm = role == "teacher" and self.config.teacher_engine == "vllm"
                 self._held[key] = (
-                    EngineScorer(loaded, self.config, self._device) if vllm else LocalScorer(loaded, self._device)
+                    EngineScorer(loaded, self.config, self._device, self._top)
+                    if vllm
+                    else LocalScorer(loaded, self._device)
                 )
         return self._held[key]
 
@@ -280,17 +261,12 @@ class StepScorer:
 
     def _score_parts(self, batch: TokenBatch, parts: Sequence[tuple[np.ndarray, LogprobScorer | None]]) -> Scores:
         """The scores of a batch whose trajectories have different teachers: (which, teacher) of each part."""
-        whole: dict[str, np.ndarray] = {}
-        vocabulary = 0
+        found = []
         for keep_N, teacher in parts:
             part, keep_M = part_of(batch, keep_N)
-            if not part.n_tokens:
-                continue
-            scores = self._score(part, teacher)
-            vocabulary = scores.vocabulary
-            for name, value in scores.arrays().items():
-                whole.setdefault(name, np.zeros((batch.n_tokens, *value.shape[1:]), value.dtype))[keep_M] = value
-        return Scores(**whole, vocabulary=vocabulary)
+            if part.n_tokens:
+                found.append((keep_M, self._score(part, teacher)))
+        return joined(batch.n_tokens, found)
 
     def _score(self, batch: TokenBatch, teacher: LogprobScorer | None) -> Scores:
         temperature, budget = self.config.temperature, self.config.token_budget
@@ -299,7 +275,9 @@ class StepScorer:
             return None if scorer is None else scorer.logprobs(batch, temperature=temperature, budget=budget)
 
         model, wanted = self.student.model, self.algorithm.scores
-        if teacher is not None and wanted & {"divergence", "support"} and not self.exact:
+        top = self.exact or "support" in wanted
+        whole = wanted & {"divergence", "support"} and not self.exact
+        if teacher is not None and whole and not isinstance(teacher, TopKScorer):
             size = self.algorithm.support if "support" in wanted else 0
             limit_M = self._limits(batch)
             with self._whole(teacher).on_device() as other:
@@ -313,11 +291,8 @@ class StepScorer:
                 passes = score(model, batch, temperature=temperature, budget=budget, entropy="entropy" in wanted)
                 student_M = student_M if sampled else passes[0]
                 entropy_M = passes[1] if "entropy" in wanted else None
-            if self.exact:
-                with self._whole(teacher).on_device() as other:
-                    theirs_M, tokens = distribution(
-                        other, model, batch, temperature=temperature, budget=budget, topk=self.config.gap_topk
-                    )
+            if top and teacher is not None:
+                theirs_M, tokens = self._tokens(teacher, batch)
                 scores = Scores(student_M, theirs_M, support_MS=tokens.ids_MS, teacher_support_MS=tokens.logprobs_MS)
             else:
                 scores = Scores(student_M, under(teacher))
@@ -329,13 +304,49 @@ class StepScorer:
             privileged_M=self._privileged(batch),
         )
 
-    def _whole(self, teacher: LogprobScorer | None) -> LocalScorer:
+    def _tokens(self, teacher: LogprobScorer, batch: TokenBatch) -> tuple[np.ndarray, TeacherTokens]:
+        """The teacher's log-probs of the sampled tokens, and its top-k tokens, or all of a small vocabulary."""
+        temperature, budget = self.config.temperature, self.config.token_budget
+        model = self.student.model
+        if isinstance(teacher, TopKScorer):
+            theirs_M, found = teacher.top(batch, temperature=temperature, budget=budget)
+            tokens = known_only(found, usable_ids(model))
+            asked, kept = found.logprobs_MS.shape[1], tokens.logprobs_MS.shape[1]
+            if kept < asked and not self._cut:
+                self._cut = True
+                log.warning(
+                    "some of the teacher's %d most likely ids at a token are none of the student's; in this step %d are kept at "
+                    "each token, in others as many as are known",
+                    asked,
+                    kept,
+                )
+            return theirs_M, tokens
+        with self._whole(teacher).on_device() as other:
+            return distribution(
+                other, model, batch, temperature=temperature, budget=budget, topk=self.config.gap_topk, whole=WHOLE
+            )
+
+    def _require_top_enough(self) -> None:
+        """Refuse a teacher elsewhere where its top-k tokens are not enough, before it is asked or loaded."""
+        ids = len(usable_ids(self.student.model))
+        if self.exact and ids <= WHOLE:
+            self._refuse_elsewhere(
+                f"--gap exact compares whole distributions where there are at most {WHOLE:,} ids (here {ids:,})"
+            )
+        if "divergence" in self.algorithm.scores:
+            self._refuse_elsewhere(f"{self.algorithm.name} compares whole distributions")
+
+    def _refuse_elsewhere(self, what: str) -> NoReturn:
+        raise AtodError(
+            f"{what}, and an engine or a server gives top-k tokens at most; use a local teacher: --teacher PATH_OR_HUB_ID "
+            "--teacher-engine transformers"
+        )
+
+    def _whole(self, teacher: LogprobScorer) -> LocalScorer:
         """The teacher as a model whose whole distribution can be had."""
         if not isinstance(teacher, LocalScorer):
-            what = "--gap exact" if self.exact else self.algorithm.name
-            raise AtodError(
-                f"{what} compares whole distributions, and an engine or a server gives single log-probs only; "
-                "use a local teacher: --teacher PATH_OR_HUB_ID --teacher-engine transformers"
+            self._refuse_elsewhere(
+                f"{'--gap exact' if self.exact else self.algorithm.name} compares whole distributions"
             )
         return teacher
 

@@ -4,9 +4,11 @@ The invariant: a number that comes back belongs to the id that was sent, from a 
 the sampling temperature; anything else is an error that names what differs. A row is asked for once: answers are kept,
 so a step that is scored again, or a row that two trajectories share, costs nothing.
 
+Made for top-k tokens, it asks ``prompt_logprobs: k`` and keeps, at sampled tokens alone, the k ids of ranks 1 to k.
+
 The address is ``http://HOST:PORT/v1#MODEL``; without ``#MODEL`` it is the server's first. Two forms of answer are read:
 ``prompt_logprobs`` (vLLM, and ``python -m atod_algos.teachers.server``), else ``logprobs.token_logprobs`` with
-``echo``.
+``echo``, which names tokens by their text and therefore gives no top-k tokens.
 """
 
 from __future__ import annotations
@@ -15,31 +17,55 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from agents.api import ApiClient, ApiOptions
+from agents.engines.top_tokens import MOST_LOGPROB, TooFew, TopTokens, most_likely, top_tokens
 from atod_algos.batch import TokenBatch
+from atod_algos.learner.loss import TeacherTokens
+from atod_algos.teachers.support import along_tokens, tokens_of_rows
 from atod_envs.errors import AtodError
 from atod_envs.files import as_text
 from atod_envs.http.client import ServerRefused
 
 _REQUEST_TOKENS = 16384
 """Most tokens of one request."""
+_REQUEST_ENTRIES = 1 << 17
+"""Most entries (id and log-prob) that an answer of several rows may have; read, each takes some 400 bytes."""
 _AT_ONCE = 4
 """Requests under way at the same time."""
 _KEPT_TOKENS = 4_000_000
-"""Answers that are kept, in tokens (eight bytes each)."""
+"""Answers that are kept, in numbers of eight bytes: one for a token, and one for each of its top-k tokens."""
 _PROBE_IDS = 512
 """Ids of the vocabulary in one probe of the tokenizer."""
-_MOST_LOGPROB = 1e-3
-"""Largest log-prob that rounding can make of certainty."""
+_LEAST_TOP = 2
+"""Fewest ids that are asked for where the most likely are wanted: a server that gives the row's own id alone, as ours
+once did, is told from one that gives the most likely."""
+_CAPPED = frozenset({400, 413, 422})
+"""Statuses of a server that does not give so many ids."""
 
 
 def is_address(name: str) -> bool:
     """Whether a teacher's name is a server's address."""
     return name.startswith(("http://", "https://"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A row, and the places whose top-k tokens are wanted."""
+
+    row: np.ndarray
+    places: np.ndarray
+
+    @property
+    def key(self) -> bytes:
+        """What its answer is kept under."""
+        digest = hashlib.blake2b(np.asarray(self.row, dtype=np.int64).tobytes(), digest_size=16)
+        digest.update(np.asarray(self.places, dtype=np.int64).tobytes())
+        return digest.digest()
 
 
 class RemoteJudge:
@@ -49,11 +75,14 @@ class RemoteJudge:
         address: ``http://HOST:PORT/v1#MODEL``.
         tokenizer: the student's.
         temperature: of the sampling.
+        top: k of the top-k tokens that :meth:`top` gives; 0 for none.
+        top_option: the option that sets it, for messages.
         options: time-out and retries.
         wait: sleeps between tries; replaced in tests.
 
     Raises:
-        AtodError: the server stays away, has another tokenizer, or ignores the temperature.
+        AtodError: the server stays away, has another tokenizer, ignores the temperature, or does not give so many
+            tokens.
     """
 
     def __init__(
@@ -62,6 +91,8 @@ class RemoteJudge:
         tokenizer: Any,
         *,
         temperature: float,
+        top: int = 0,
+        top_option: str = "--support",
         options: ApiOptions | None = None,
         wait: Callable[[float], None] | None = None,
     ) -> None:
@@ -70,14 +101,18 @@ class RemoteJudge:
         chosen = ApiOptions(url, chosen.timeout, chosen.retries, chosen.extra)
         self._api = ApiClient(chosen) if wait is None else ApiClient(chosen, wait=wait)
         self.address, self.temperature = address, temperature
+        self._k, self._option = top, top_option
         self.model = model or self._first_model()
-        self.kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self.kept: OrderedDict[bytes, TopTokens] = OrderedDict()
         self.kept_tokens = 0
         self._echo = False
         self._answered_by: Any = None
         self.requests = 0
         self._require_tokenizer(tokenizer)
         self._require_temperature(tokenizer)
+        if top:  # a server that cannot is found out before episodes are played
+            probe = np.sort(np.array(list(tokenizer.get_vocab().values())))[:4]
+            self._ask([_Question(probe, np.arange(1, len(probe)))], temperature)
 
     def logprobs(self, batch: TokenBatch, *, temperature: float, budget: int) -> np.ndarray:
         """Log-probs along axis M; the server cuts its own batches, so ``budget`` plays no part.
@@ -85,11 +120,7 @@ class RemoteJudge:
         Raises:
             AtodError: the server went away; says how to go on.
         """
-        if temperature != self.temperature:
-            raise AtodError(
-                f"the teacher was set up for temperature {self.temperature}, but is asked at {temperature}; "
-                "student and teacher must be scored at the same"
-            )
+        self._require_asked_at(temperature)
         found = self.rows(batch.rows)
         logprobs_M = np.zeros(batch.n_tokens)
         for row, values in enumerate(found):
@@ -97,14 +128,30 @@ class RemoteJudge:
             logprobs_M[at] = values[batch.column_M[at]]
         return logprobs_M
 
+    def top(self, batch: TokenBatch, *, temperature: float, budget: int) -> tuple[np.ndarray, TeacherTokens]:
+        """Log-probs along axis M, and the top-k tokens in the place of each sampled token, sorted.
+
+        Raises:
+            AtodError: the server went away, or does not answer with k tokens; says what to do.
+        """
+        self._require_asked_at(temperature)
+        at_B = tokens_of_rows(batch)
+        questions = [_Question(row, batch.column_M[at]) for row, at in zip(batch.rows, at_B, strict=True)]
+        return along_tokens(batch, at_B, self._answers(questions))
+
     def rows(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Log-prob of every id of every row given the ids before it; the first is not a number."""
-        keys = [hashlib.blake2b(np.asarray(row, dtype=np.int64).tobytes(), digest_size=16).digest() for row in rows]
-        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in self.kept}
+        nowhere = np.zeros(0, dtype=np.int64)
+        return [found.own_T for found in self._answers([_Question(row, nowhere) for row in rows])]
+
+    def _answers(self, questions: Sequence[_Question]) -> list[TopTokens]:
+        keys = [question.key for question in questions]
+        missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in self.kept}
         found = {key: self.kept[key] for key in keys if key in self.kept}
+        limit = min(_REQUEST_TOKENS, _REQUEST_ENTRIES // (1 + max(_LEAST_TOP, self._k)))
         try:
             with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="teacher") as threads:
-                for part, answers in threads.map(self._ask_part, _parts(missing)):
+                for part, answers in threads.map(self._ask_part, _parts(missing, limit)):
                     # Kept at once: what came before a failure need not be asked for again.
                     self._keep(part, answers)
                     found |= dict(zip(part, answers, strict=True))
@@ -116,7 +163,14 @@ class RemoteJudge:
             ) from error
         return [found[key] for key in keys]
 
-    def _keep(self, keys: Sequence[bytes], answers: Sequence[np.ndarray]) -> None:
+    def _require_asked_at(self, temperature: float) -> None:
+        if temperature != self.temperature:
+            raise AtodError(
+                f"the teacher was set up for temperature {self.temperature}, but is asked at {temperature}; "
+                "student and teacher must be scored at the same"
+            )
+
+    def _keep(self, keys: Sequence[bytes], answers: Sequence[TopTokens]) -> None:
         for key, values in zip(keys, answers, strict=True):
             self.kept[key] = values
             self.kept_tokens += len(values)
@@ -125,11 +179,12 @@ class RemoteJudge:
 
     # --- one request ----------------------------------------------------------------------------------------------
 
-    def _ask_part(self, part: dict[bytes, np.ndarray]) -> tuple[list[bytes], list[np.ndarray]]:
-        return list(part), self._ask([row.tolist() for row in part.values()], self.temperature)
+    def _ask_part(self, part: dict[bytes, _Question]) -> tuple[list[bytes], list[TopTokens]]:
+        return list(part), self._ask(list(part.values()), self.temperature)
 
-    def _ask(self, prompts: list[list[int]], temperature: float) -> list[np.ndarray]:
-        """Log-probs of the prompts' own ids."""
+    def _ask(self, questions: Sequence[_Question], temperature: float) -> list[TopTokens]:
+        """Log-probs of the rows' own ids; of top-k tokens as well where a question names places."""
+        prompts = [question.row.tolist() for question in questions]
         body: dict[str, Any] = {
             "model": self.model,
             "prompt": prompts,
@@ -138,13 +193,50 @@ class RemoteJudge:
             "add_special_tokens": False,
         }
         self.requests += 1
+        if any(len(question.places) for question in questions):
+            choices = self._top_choices(body, len(prompts))
+            return [self._ranked(*pair) for pair in zip(questions, choices, strict=True)]
         if not self._echo:
             choices = self._choices({**body, "prompt_logprobs": 1}, len(prompts))
             if all(choice.get("prompt_logprobs") for choice in choices):
-                return [self._own(*pair) for pair in zip(prompts, choices, strict=True)]
+                return [top_tokens(self._own(*pair), [], 0) for pair in zip(prompts, choices, strict=True)]
             self._echo = True
         choices = self._choices({**body, "echo": True, "logprobs": 1}, len(prompts))
-        return [self._echoed(*pair) for pair in zip(prompts, choices, strict=True)]
+        return [top_tokens(self._echoed(*pair), [], 0) for pair in zip(prompts, choices, strict=True)]
+
+    def _top_choices(self, body: dict[str, Any], n: int) -> list[dict[str, Any]]:
+        """The answers to ``n`` prompts with their top-k tokens."""
+        try:
+            choices = self._choices({**body, "prompt_logprobs": max(_LEAST_TOP, self._k)}, n)
+        except ServerRefused as no:
+            if no.code not in _CAPPED:
+                raise
+            raise ServerRefused(f"{no}; {self._what_is_needed}", no.code) from no
+        if not all(choice.get("prompt_logprobs") for choice in choices):
+            raise self._refused(f"gives no prompt_logprobs; {self._what_is_needed}")
+        return choices
+
+    @property
+    def _what_is_needed(self) -> str:
+        asked = max(_LEAST_TOP, self._k)
+        lower = f", or lower {self._option}" if self._k > _LEAST_TOP else ""
+        return (
+            f"the teacher's {self._k} most likely ids are learned from, so the server must answer prompt_logprobs={asked}: start vLLM "
+            f"with --max-logprobs {asked} or more (it gives 20 by default), an 'atod serve teacher' of today{lower}"
+        )
+
+    def _ranked(self, question: _Question, choice: dict[str, Any]) -> TopTokens:
+        prompt, found = question.row.tolist(), []
+        own = self._own(prompt, choice)
+        for place in question.places.tolist():
+            try:
+                entries = [_entry(*pair) for pair in choice["prompt_logprobs"][place].items()]
+                found.append(most_likely(entries, self._k, prompt[place]))
+            except TooFew as error:
+                raise self._refused(f"gives {error} at place {place}; {self._what_is_needed}") from error
+            except ValueError as error:
+                raise self._refused(f"gives no top-k tokens at place {place}: {error}") from error
+        return top_tokens(own, found, self._k)
 
     def _choices(self, body: dict[str, Any], n: int) -> list[dict[str, Any]]:
         """The answers to ``n`` prompts, in their order."""
@@ -196,7 +288,7 @@ class RemoteJudge:
         return np.array(first + [self._logprob(found[at], at) for at in range(len(first), len(prompt))])
 
     def _logprob(self, value: Any, place: int) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value <= _MOST_LOGPROB:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value <= MOST_LOGPROB:
             raise self._refused(f"the log-prob at place {place} is {value!r}; expected a number up to 0")
         return float(value)
 
@@ -237,8 +329,8 @@ class RemoteJudge:
     def _require_temperature(self, tokenizer: Any) -> None:
         if self.temperature == 1.0:
             return
-        probe = [sorted(tokenizer.get_vocab().values())[:16]]
-        plain, warm = self._ask(probe, 1.0)[0], self._ask(probe, self.temperature)[0]
+        probe = [_Question(np.array(sorted(tokenizer.get_vocab().values())[:16]), np.zeros(0, dtype=np.int64))]
+        plain, warm = (self._ask(probe, temperature)[0].own_T for temperature in (1.0, self.temperature))
         if np.allclose(plain, warm, atol=1e-6, equal_nan=True):
             raise AtodError(
                 f"{self.address} gives prompt log-probs at temperature 1 whatever is asked (vLLM does), but episodes are sampled at "
@@ -246,15 +338,26 @@ class RemoteJudge:
             )
 
 
-def _parts(rows: dict[bytes, np.ndarray]) -> Iterator[dict[bytes, np.ndarray]]:
-    """Requests of at most ``_REQUEST_TOKENS`` tokens."""
-    part: dict[bytes, np.ndarray] = {}
+def _entry(token: str, said: Any) -> tuple[int, Any, Any]:
+    """Id, log-prob and rank of an entry.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not (token.isascii() and token.isdecimal() and len(token) < 12 and isinstance(said, dict)):
+        raise ValueError(f"the entry {token!r}: {str(said)[:80]} is no id with its log-prob")
+    return int(token), said.get("logprob"), said.get("rank")
+
+
+def _parts(questions: dict[bytes, _Question], limit: int) -> Iterator[dict[bytes, _Question]]:
+    """Requests of at most ``limit`` tokens; a row that is longer goes alone."""
+    part: dict[bytes, _Question] = {}
     tokens = 0
-    for key, row in rows.items():
-        if part and tokens + len(row) > _REQUEST_TOKENS:
+    for key, question in questions.items():
+        if part and tokens + len(question.row) > limit:
             yield part
             part, tokens = {}, 0
-        part[key] = row
-        tokens += len(row)
+        part[key] = question
+        tokens += len(question.row)
     if part:
         yield part

@@ -4,6 +4,10 @@ It answers the three requests that a teacher needs, in vLLM's form: ``POST /v1/c
 ``POST /tokenize`` and ``GET /v1/models``. Unlike vLLM's, its log-probs are at the temperature of the request. It does
 not write texts.
 
+``prompt_logprobs: k`` from 2 on gives in every place the k most likely ids with their ranks, and the prompt's own id
+with a rank if it is one of them. 0 and 1 give the own id alone: most methods need no more, and an answer is half as
+long.
+
     atod serve teacher PATH_OR_HUB_ID --port 8765
     atod train opd --teacher http://HOST:8765/v1 ...
 """
@@ -45,6 +49,10 @@ LIMITS = HttpLimits(connections=256, body_bytes=8 << 20)
 """What one server gives to its clients."""
 MOST_IDS = 1 << 18
 """Token ids in one request."""
+MOST_TOP = 1024
+"""Most likely ids in one place."""
+MOST_ENTRIES = 1 << 20
+"""Entries (an id and its log-prob) in one answer: 16,000 places with 64 ids."""
 MOST_CHARACTERS = 1 << 17
 """Characters of a text that becomes ids."""
 SLICE_ROWS = 256
@@ -53,6 +61,8 @@ COLDEST, HOTTEST = 1e-3, 1e3
 """Temperatures at which log-probs are still numbers."""
 
 T = TypeVar("T")
+Place = dict[str, dict[str, float]]
+"""What is said of one place: an id's log-prob, and its rank where it is known."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +147,19 @@ class TeacherServer(HttpServer):
         Raises:
             Refused: the request is for something else.
         """
-        prompts, temperature = self._asked(body)
-        values: list[list[float]] = []
+        prompts, temperature, top = self._asked(body)
+        places: list[list[Place]] = []
         for part in self._slices(prompts):
-            values += self._in_turn(partial(self._scored, part, temperature))
-        choices = []
-        for index, (prompt, own) in enumerate(zip(prompts, values, strict=True)):
-            places = [None, *({str(token): {"logprob": value}} for token, value in zip(prompt[1:], own, strict=True))]
-            choices.append({"index": index, "text": "", "finish_reason": "length", "prompt_logprobs": places})
+            if top > 1:
+                places += self._in_turn(partial(self._ranked, part, temperature, top))
+                continue
+            for prompt, own in zip(part, self._in_turn(partial(self._scored, part, temperature)), strict=True):
+                entries = zip(prompt[1:], own, strict=True)
+                places.append([{str(token): {"logprob": value}} for token, value in entries])
+        choices = [
+            {"index": index, "text": "", "finish_reason": "length", "prompt_logprobs": [None, *found]}
+            for index, found in enumerate(places)
+        ]
         return {"object": "text_completion", "model": self.loaded.name, "choices": choices}
 
     def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -163,8 +178,8 @@ class TeacherServer(HttpServer):
         tokens = self._in_turn(lambda: self.loaded.tokenizer.encode(text, add_special_tokens=special))
         return {"count": len(tokens), "tokens": tokens}
 
-    def _asked(self, body: dict[str, Any]) -> tuple[list[list[int]], float]:
-        """The prompts and the temperature of a request."""
+    def _asked(self, body: dict[str, Any]) -> tuple[list[list[int]], float, int]:
+        """The prompts, the temperature and the number of most likely ids of a request."""
         from agents.logits import longest_context
 
         prompts = body.get("prompt")
@@ -176,6 +191,8 @@ class TeacherServer(HttpServer):
         wanted, most = body.get("prompt_logprobs"), body.get("max_tokens", 1)
         if type(wanted) is not int or wanted < 0 or type(most) is not int or most not in (0, 1):
             raise Refused(400, "this server gives prompt log-probs only: prompt_logprobs=1, max_tokens=1")
+        if wanted > MOST_TOP:
+            raise Refused(400, f"prompt_logprobs is {wanted}; this server gives at most {MOST_TOP} ids in a place")
         if body.get("stream") or body.get("n", 1) != 1:
             raise Refused(400, "this server answers once and whole: leave out stream and n")
         temperature = body.get("temperature", 1.0)
@@ -187,7 +204,13 @@ class TeacherServer(HttpServer):
             raise Refused(400, f"a prompt has {longest} ids, but the model reads {limit}")
         if (total := sum(map(len, prompts))) > MOST_IDS:
             raise Refused(413, f"the prompts have {total} ids together; send at most {MOST_IDS} in a request")
-        return prompts, float(temperature)
+        if wanted > 1 and (entries := total * (wanted + 1)) > MOST_ENTRIES:
+            raise Refused(
+                413,
+                f"{total} ids with {wanted} most likely ones each are {entries} entries; ask for at most {MOST_ENTRIES} in a request: "
+                "lower prompt_logprobs, or send fewer prompts",
+            )
+        return prompts, float(temperature), wanted
 
     def _slices(self, prompts: list[list[int]]) -> Iterator[list[list[int]]]:
         """Prompts in their order, as many at a time as one pass or a few can hold."""
@@ -209,6 +232,28 @@ class TeacherServer(HttpServer):
         values = score(self.loaded.model, row_batch(rows), temperature=temperature, budget=self.budget)[0].tolist()
         ends = np.cumsum([len(prompt) - 1 for prompt in prompts]).tolist()
         return [values[end - len(prompt) + 1 : end] for prompt, end in zip(prompts, ends, strict=True)]
+
+    def _ranked(self, prompts: list[list[int]], temperature: float, top: int) -> list[list[Place]]:
+        """The places of each prompt but its first: the own id, and as many of the most likely, with their ranks."""
+        from atod_algos.learner.distribution import distribution
+
+        rows = [np.array(prompt) for prompt in prompts if len(prompt) > 1]
+        if not rows:
+            return [[] for _ in prompts]
+        model, batch = self.loaded.model, row_batch(rows)
+        own_M, best = distribution(model, model, batch, temperature=temperature, budget=self.budget, topk=top, whole=0)
+        ids = [token for row in rows for token in row[1:].tolist()]
+        assert best.ids_MS is not None  # only a vocabulary that is kept whole has none
+        found: list[Place] = []
+        for token, value, tops, values in zip(
+            ids, own_M.tolist(), best.ids_MS.tolist(), best.logprobs_MS.tolist(), strict=True
+        ):
+            place: Place = {str(token): {"logprob": value}}
+            for rank, (other, logprob) in enumerate(zip(tops, values, strict=True), 1):
+                place[str(other)] = {"logprob": logprob, "rank": rank}
+            found.append(place)
+        ends = np.cumsum([len(prompt) - 1 for prompt in prompts]).tolist()
+        return [found[end - len(prompt) + 1 : end] for prompt, end in zip(prompts, ends, strict=True)]
 
     async def _models(self, request: Request) -> Response:
         return _json(200, {"object": "list", "data": [{"id": self.loaded.name, "object": "model"}]})

@@ -312,7 +312,7 @@ def _departures(config: RunConfig, algorithm: Algorithm, rules: str) -> str:
     """Settings under which the run learns from another objective than its rule set's."""
     own, plain = (_flat(dataclasses.asdict(cast("Any", a))) for a in (algorithm, with_rules(type(algorithm), rules)))
     changed: dict[str, Any] = {name: value for name, value in own.items() if value != plain[name]}
-    if config.gap == "exact" and algorithm.exact_gap:
+    if config.gap == "exact" and algorithm.takes_exact_gap:
         changed["gap"] = "exact"
     clips = [world.gap_clip for world in config.worlds if world.gap_clip]
     if clips and "teacher" in algorithm.scores:

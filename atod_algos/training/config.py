@@ -282,6 +282,11 @@ def _check(config: RunConfig) -> None:
             f"--max-response {config.max_response} leaves no room for a prompt in --max-context {config.max_context}; "
             "lower the one or raise the other"
         )
+    if (config.gap_minibatches and config.gap != "exact") or (config.gap_epochs > 1 and not config.gap_minibatches):
+        raise AtodError(
+            f"--gap-minibatches {config.gap_minibatches}, --gap-epochs {config.gap_epochs} with --gap {config.gap}: updates of the "
+            "teacher's term alone need --gap exact, and passes of theirs need --gap-minibatches"
+        )
     if config.old_logprobs == "sampler" and config.staleness:
         raise AtodError(
             f"--old-logprobs sampler with --staleness {config.staleness}: the weights that sampled are not those that learn; "

@@ -50,7 +50,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def engine(model):
-    engine = make_engine("vllm", model, slots=8, max_context=256, memory=0.3)
+    engine = module.VllmEngine(model, slots=8, max_context=256, memory=0.3, top=30)
     yield engine
     engine.close()
 
@@ -165,6 +165,18 @@ def test_log_probs_of_prompts_are_the_models_own(engine, model):
             rows = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), dim=-1)
         expected = rows[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0].numpy()
         assert np.isnan(found[0]) and np.allclose(found[1:], expected, atol=1e-4)
+
+
+def test_top_tokens_of_prompts_are_the_models_own(engine, model):
+    texts = prompts(6, seed=3, high=200)
+    engine.load_weights(model.named_parameters())
+    places = [list(range(1, len(ids))) for ids in texts]
+    for ids, at, found in zip(texts, places, engine.prompt_top(texts, places, 30), strict=True):
+        with torch.no_grad():
+            rows = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), dim=-1)[torch.tensor(at) - 1]
+        np.testing.assert_allclose(found.logprobs_PS, rows.topk(30).values, atol=1e-4)
+        named = rows.gather(1, torch.from_numpy(found.ids_PS).long())
+        np.testing.assert_allclose(found.logprobs_PS, named, atol=1e-4)
 
 
 def test_an_engine_that_failed_stays_dead_and_says_why(engine, model, monkeypatch):

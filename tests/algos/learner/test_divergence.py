@@ -29,7 +29,7 @@ from atod_algos.signals.sage_opd import SageOPD
 from atod_algos.sod import SOD
 from atod_algos.tcod import TCOD
 from atod_algos.teachers.local import StepScorer
-from atod_algos.training.cli import train
+from atod_algos.training.cli import _departures, train
 from atod_algos.training.config import TrainConfig, resolve
 from atod_envs.errors import AtodError
 
@@ -168,6 +168,8 @@ def test_terms_have_their_own_number_of_updates(pair, batch):
         counts.append(int(learner.updater.moments()[0]["step"]))
         assert metrics["actor/divergence"] > 0 and metrics["actor/policy_kl"] >= 0
     assert counts == [6, 10, 2]
+    _, metrics, _ = update(student, batch, term, advantage=advantage, minibatches=1)
+    assert "actor/policy_kl" not in metrics, "nothing is measured after a step's only update"
 
 
 def test_a_teacher_alone_is_approached_and_updates_with_nothing_to_say_are_left_out(pair, batch):
@@ -179,6 +181,7 @@ def test_a_teacher_alone_is_approached_and_updates_with_nothing_to_say_are_left_
     assert after < 0.97 * before
     assert int(learner.updater.moments()[0]["step"]) == 8
     assert "actor/pg_loss" not in metrics  # the reward's passes were not made
+    assert metrics["actor/entropy_loss"] > 0, "what watches for a collapse needs it in every run"
     bonus = Objective(entropy_coef=0.01)
     _, metrics, learner = update(student, batch, term, minibatches=3, epochs=2, objective=bonus)
     assert int(learner.updater.moments()[0]["step"]) == 14 and "actor/entropy_loss" in metrics, (
@@ -200,6 +203,7 @@ def test_a_step_that_goes_too_far_is_said(pair, batch, caplog):
     learner = Learner(model, learner_options(lr=0.05, minibatches=1))
     learner.update(batch, np.zeros(batch.n_tokens), old, Objective(), step=4, temperature=1.0, seed=0, divergence=term)
     assert "step 4 moved the policy far: KL" in caplog.text and "--gap-epochs" in caplog.text
+    assert "ratio clipped" not in caplog.text, "no ratio was clipped or not"
 
 
 @pytest.mark.parametrize("algorithm", [OPD(opd_coef=0.7), ATOD(), ATOD(weighting="none"), SOD(), TCOD(opd_coef=2.0)])
@@ -263,6 +267,27 @@ def test_a_method_that_only_reads_the_teachers_top_token_may_have_the_divergence
     found, expected = (SageOPD().advantages(batch, scores, 1) for scores in (whole, top))
     np.testing.assert_allclose(found.teacher_weight_M, expected.teacher_weight_M, atol=1e-4)
     np.testing.assert_allclose(found.token_M, expected.token_M, atol=1e-3)
+
+
+def test_a_baseline_needs_the_sampled_gap_and_the_start_line_says_so(tmp_path, models, run_metrics, caplog):
+    algorithm = ATOD(baseline="kl")
+    config = options(tmp_path, models, gap="exact")
+    assert "gap=exact" in _departures(config, ATOD(), "paper") and "gap=exact" not in _departures(
+        config, algorithm, "paper"
+    )
+    train(config, algorithm, "paper")
+    assert "atod with these options is tied to the sampled token" in caplog.text
+    assert "actor/divergence" not in run_metrics(tmp_path / "run")[0]
+
+
+def test_updates_of_a_term_that_has_none_are_refused(tmp_path, models):
+    for changes, said in (
+        ({"gap_minibatches": 2}, "--gap-minibatches 2, --gap-epochs 1 with --gap sampled"),
+        ({"gap_epochs": 3}, "--gap-epochs 3 with --gap sampled"),
+        ({"gap": "exact", "gap_epochs": 3}, "passes of theirs need --gap-minibatches"),
+    ):
+        with pytest.raises(AtodError, match=said):
+            options(tmp_path, models, **changes)
 
 
 def test_a_server_is_refused(tmp_path, models, monkeypatch):

@@ -1,7 +1,9 @@
 """Studies that go on from published results: joined task by task, refused where they differ in more than methods."""
 
+import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 
@@ -71,10 +73,26 @@ def test_published_cells_of_other_settings_models_or_tasks_are_refused(toy, tmp_
         with pytest.raises(AtodError, match=said):
             toy("mine", "atod", seeds=(0,), published=(tmp_path / "broken.json",))
 
-    refused(lambda r: r["settings"]["toy"].update(steps=150), "trained with steps=150, other cells with 2")
-    refused(lambda r: r["settings"]["toy"].update(rules="released"), "trained with rules='released'")
-    model = next(name for name in theirs["settings"]["toy"] if name.startswith("model "))
-    refused(lambda r: r["settings"]["toy"].update({model: "00"}), "trained with model .*='00', other cells with")
+    refused(
+        lambda r: r["settings"]["toy"].update(steps=150), r"grpo, seed 0 \(.*broken.json\) has steps=150, other cells 2"
+    )
+    refused(lambda r: r["settings"]["toy"].update(rules="released"), "has rules='released', other cells 'paper'")
+    refused(lambda r: r["settings"]["toy"].update({"student's files": "00"}), "has student's files='00', other cells")
+    refused(lambda r: r.pop("panels"), "is of an older version, which kept neither")
+    refused(lambda r: r["cells"][0].update(solved="01"), "expected a label, and a 0 or 1, for each of 4 tasks")
+    refused(
+        lambda r: next(iter(r["panels"].values())).update(labels=[]), "expected a label, and a 0 or 1, for each of 4"
+    )
+    refused(lambda r: r["cells"][0].update(solved="1111"), "is not the share of the tasks solved")
+    refused(
+        lambda r: r["cells"][0].update(groups={"fail_first": 0}),
+        "expected the numbers fail_first, fail_last, success_last",
+    )
+    refused(lambda r: r["cells"][0].update(groups=5), "expected panels and cells of a study")
+    refused(lambda r: r["cells"][0].update(seed="0"), "expected a method and a seed")
+    refused(lambda r: r["cells"].append(5), "expected panels and cells of a study")
+    refused(lambda r: r.update(cells=5), "expected an entry 'cells' of type list")
+    assert not list((tmp_path / "mine").glob("toy/*")), "nothing was trained for a table that cannot be"
 
     def rename(results):
         (digest,) = results["panels"]
@@ -82,20 +100,51 @@ def test_published_cells_of_other_settings_models_or_tasks_are_refused(toy, tmp_
         results["cells"][0]["panel"] = "other"
 
     refused(rename, "played different final panels, 4 tasks of digest .* and 4 tasks of digest other")
-    refused(lambda r: r.pop("panels"), "is of an older version, which kept neither")
-    refused(lambda r: r["cells"][0].update(solved="01"), "expected a 0 or 1 for each of 4 tasks")
-    refused(lambda r: r["cells"][0].update(seed="0"), "expected a method and a seed")
-    refused(lambda r: r["cells"][0].update(method="grop"), "unknown method 'grop'; did you mean 'grpo'")
     refused(
         lambda r: r["cells"][0].update(seconds=None), r"broken\.json, toy, grpo, seed 0: expected a number as seconds"
     )
-    refused(lambda r: r["cells"].append(5), "expected panels and cells of a study")
-    refused(lambda r: r.update(cells=5), "expected an entry 'cells' of type list")
     with pytest.raises(AtodError, match=r"expected the study-results\.json of a study, or the folder that holds it"):
         toy("mine", "atod", seeds=(0,), published=(tmp_path / "nowhere",))
     with pytest.raises(UnknownName, match="unknown method 'gigop'; did you mean 'gigpo'"):
         toy("mine", "gigop")
+    for name in ("iw_opd", "guided_opd"):
+        with pytest.raises(UnknownName, match=f"did you mean '{name.replace('_', '-')}'"):
+            toy("mine", name)
     assert file.exists()
+
+
+def test_rows_that_are_not_trained_are_compared_by_their_models(toy, preset, models, tmp_path, monkeypatch):
+    """Another student under the published students, another teacher next to one's own: neither makes a claim."""
+    toy("theirs", "vanilla", "teacher", "atod", seeds=(0,))
+    copied = {role: shutil.copytree(models[role], tmp_path / "moved" / role) for role in ("student", "teacher")}
+
+    def study(name, methods, **train):
+        world = preset.worlds[0]
+        changed = dataclasses.replace(world, train={**world.train, **train})
+        monkeypatch.setattr("atod_algos.study.command.PRESETS", {"toy": dataclasses.replace(preset, worlds=(changed,))})
+        return toy(name, *methods, seeds=(0,), published=(tmp_path / "theirs",))
+
+    moved = {role: str(path) for role, path in copied.items()}
+    found = study("moved-models", ("vanilla", "teacher", "grpo"), **moved)
+    assert {c["method"] for c in found["cells"]} == {"vanilla", "teacher", "grpo", "atod"}, (
+        "files count, not their place"
+    )
+    for methods, train, said in (
+        (("vanilla",), {"student": moved["teacher"]}, "has student's files="),
+        (("teacher",), {"teacher": moved["student"]}, "has teacher's files="),
+        (("atod",), {"teacher": moved["student"]}, "has teacher's files="),
+    ):
+        with pytest.raises(AtodError, match=said):
+            study(f"other-{methods[0]}", methods, **train)
+
+
+def test_a_published_row_needs_no_package(toy, tmp_path):
+    theirs = toy("theirs", "grpo", seeds=(0,))
+    theirs["cells"][0]["method"] = "rloo"
+    (tmp_path / "rloo.json").write_text(json.dumps(theirs))
+    found = toy("mine", "grpo", seeds=(0,), published=(tmp_path / "rloo.json",))
+    assert [c["method"] for c in found["cells"]] == ["grpo", "rloo"]
+    assert "rloo beats GRPO" in {claim["claim"] for claim in found["claims"]["toy"]}
 
 
 def test_a_study_takes_the_settings_of_published_results(toy, preset, tmp_path):
@@ -112,6 +161,10 @@ def test_a_study_takes_the_settings_of_published_results(toy, preset, tmp_path):
     assert chosen_in(tmp_path / "alone" / RESULTS, METHODS["grpo"], world) == Tuned(2e-3)
     with pytest.raises(AtodError, match="has 0 settings of ATOD in toy, expected one"):
         chosen_in(tmp_path / "alone", METHODS["atod"], world)
+    assert chosen_in(tmp_path / "mine", METHODS["grpo"], world) == Tuned(2e-3), "it took what another had chosen"
+    with pytest.raises(AtodError, match="has 0 settings of ATOD"):
+        run(StudyConfig("toy", out=tmp_path / "third", methods=("grpo", "atod"), settings_of=tmp_path / "alone"))
+    assert not list((tmp_path / "third").glob("toy/*")), "all settings are found before the first cell is trained"
     theirs["cells"].append({**theirs["cells"][0], "seed": 5, "lr": "fast"})
     (tmp_path / "alone" / RESULTS).write_text(json.dumps(theirs))
     with pytest.raises(DataError, match="expected numbers as lr and updates of grpo in toy, found 'fast'"):

@@ -15,7 +15,6 @@ pytest.importorskip("uvicorn", reason="the server's packages are not installed (
 from toyworld import TOY
 
 from agents.api import ApiClient, ApiOptions
-from agents.models import load_model
 from atod_algos.atod import ATOD
 from atod_algos.opd import OPD
 from atod_algos.teachers.local import LocalScorer
@@ -57,11 +56,6 @@ class Server(TeacherServer):
                 choice["logprobs"] = {"token_logprobs": [*found, -0.5]}
         answer["choices"].reverse()  # the order is the index's, not the list's
         return answer
-
-
-@pytest.fixture(scope="module")
-def teacher(models):
-    return load_model(str(models["teacher"]), "teacher")
 
 
 @pytest.fixture
@@ -351,6 +345,7 @@ def test_whole_distributions_cannot_be_had_from_a_server(server, tokenizer, teac
         scores = frozenset({"teacher", "divergence"})
 
     config = resolve(TrainConfig(env=TOY, student="x", teacher=server.address))
-    scorer = StepScorer(config, Divergent(), teacher, None, lambda *_: teacher, "cpu")
-    with pytest.raises(AtodError, match="gives single log-probs only"):
-        scorer.score(row_batch([np.array([1, 2, 3])]))
+    for chosen in (config, replace(config, teacher="x", teacher_engine="vllm")):
+        with pytest.raises(AtodError, match=r"opd compares whole distributions, .* gives top-k tokens at most"):
+            StepScorer(chosen, Divergent(), teacher, None, lambda *_: teacher, "cpu")
+    assert server.seen == 0
