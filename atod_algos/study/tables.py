@@ -22,6 +22,9 @@ from atod_algos.study.outcomes import groups_of, outcomes_of, to_json
 from atod_algos.study.tuning import tuned_of
 from atod_algos.training.run_dir import read_object, replace_text
 
+_LINES = 8
+"""Methods of a figure; more cannot be told apart."""
+
 
 def write_tables(out: Path, cells: Sequence[Mapping[str, Any]], preset: Preset) -> None:
     """Write ``tables.md``, ``study-results.json`` and, where matplotlib is installed, the figures.
@@ -53,12 +56,20 @@ def write_tables(out: Path, cells: Sequence[Mapping[str, Any]], preset: Preset) 
         name: [asdict(decision) | {"verdict": decision.verdict} for decision in found]
         for name, found in decisions.items()
     }
-    results = {**to_json(cells), "claims": known}
-    replace_text(out / RESULTS, json.dumps(results, indent=1) + "\n")
+    replace_text(out / RESULTS, in_lines({**to_json(cells), "claims": known}))
     try:
         _figures(out, worlds)
     except ImportError:
         return
+
+
+def in_lines(results: Mapping[str, Any]) -> str:
+    """JSON with a line for every entry and every cell, so that another cell is another line."""
+    parts = []
+    for name, value in results.items():
+        inside = ",\n".join(json.dumps(one) for one in value) if isinstance(value, list) else ""
+        parts.append(f"{json.dumps(name)}: " + (f"[\n{inside}\n]" if inside else json.dumps(value)))
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _with_command(cell: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,7 +235,8 @@ def _figures(out: Path, worlds: Mapping[str, Cells]) -> None:
         bars = {row_of(m).label: _bars(methods[m]) for m in ABLATIONS if m in methods}
         if len(bars) > 1:
             save(plt, bar_figure(plt, bars, f"success on {name}, %"), folder / f"figure4-{name}")
-        drawn = [cells for m, cells in methods.items() if row_of(m).algorithm and m not in ABLATIONS[1:]]
+        rows = [m for m in methods if row_of(m).algorithm and m not in ABLATIONS[1:]]
+        drawn = [methods[m] for m in sorted(rows, key=place)[:_LINES]]
         runs = [read_run(Path(cell["folder"])) for cells in drawn for cell in cells if "folder" in cell]
         if runs:
             save(plt, training_figure(plt, runs), folder / f"figure5-{name}")
