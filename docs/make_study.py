@@ -24,8 +24,10 @@ SHORT = ("vanilla", "teacher", "grpo", "opd", "atod")
 """Rows of the README's table."""
 USUAL = tuple(name for name, method in METHODS.items() if not method.asked_for)
 """The paper's rows."""
-SIGNALS = ("opd", *(name for name in METHODS if name not in USUAL))
-"""Rows of the table of signals, with what they are compared with."""
+ASKED = tuple(name for name in METHODS if name not in USUAL)
+"""Rows that run where they are named: the signals of 2026."""
+RIVALS = ("opd", "atod", "atod-uniform")
+"""What they are compared with."""
 
 Cells = Sequence[Mapping[str, Any]]
 
@@ -39,11 +41,11 @@ def pages() -> dict[Path, dict[str, str]]:
         "settings": settings(cells),
         "source": source(cells, "laptop"),
         "claims": decisions(short["claims"], USUAL),
-        "signals": success(cells, SIGNALS),
-        "questions": decisions(short["claims"], SIGNALS),
+        "signals": success(cells, (*RIVALS, *ASKED)),
+        "questions": decisions(short["claims"], tuple(METHODS), ASKED),
         "long-results": success(long["cells"], USUAL),
         "long-claims": decisions(long["claims"], USUAL),
-        "long-source": source(long["cells"], "laptop-150", "--settings-of studies/laptop"),
+        "long-source": source(long["cells"], "laptop-150", "--settings-of docs/study"),
     }
     return {DOCS / "study.md": study, DOCS.parent / "README.md": {"study": success(cells, SHORT)}}
 
@@ -136,8 +138,7 @@ def source(cells: Cells, preset: str, *more: str) -> str:
         '<!-- skip: next "trains for hours" -->',
         "",
         "```bash",
-        f"{' '.join(['python -m atod_algos.study --preset', preset, *more])} \\",
-        f"    {' '.join(chosen)}",
+        *_wrapped(" ".join(["python -m atod_algos.study --preset", preset, *more, *chosen])),
         "```",
         "",
         f"Commit `{', '.join(commits)}`, torch {', '.join(torch)}, one thread a run. Every cell can be trained by itself;",

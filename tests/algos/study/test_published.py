@@ -6,11 +6,12 @@ import re
 import shutil
 
 import pytest
+from paths import REPOSITORY
 
 from atod_algos.study.checks import RESULTS, Tuned
 from atod_algos.study.claims import decide
 from atod_algos.study.command import StudyConfig, run
-from atod_algos.study.outcomes import groups_of, read_published
+from atod_algos.study.outcomes import groups_of, name_of, read_published, require_shared
 from atod_algos.study.tables import write_tables
 from atod_algos.study.tuning import chosen_in
 from atod_envs.errors import AtodError, DataError, UnknownName
@@ -177,3 +178,19 @@ def test_a_cell_without_a_run_folder_shares_no_groups(preset, tmp_path):
     assert groups_of({"folder": str(tmp_path)}) == {}
     write_tables(tmp_path, [], preset)
     assert decide("x", [], []) is None
+
+
+def test_the_shipped_results_can_be_joined_and_give_a_claim_of_each_world_again():
+    cells = read_published(REPOSITORY / "docs" / "study")
+    claims = json.loads((REPOSITORY / "docs" / "study" / RESULTS).read_text())["claims"]
+    require_shared((cell["world"], name_of(cell), cell["shared"]) for cell in cells)
+    for world in {cell["world"] for cell in cells}:
+        sides = [[c for c in cells if (c["world"], c["method"]) == (world, name)] for name in ("atod", "opd")]
+        again = decide("ATOD beats OPD", *sides)
+        (known,) = [one for one in claims[world] if one["claim"] == "ATOD beats OPD"]
+        assert again.tasks.p_value == pytest.approx(known["tasks"]["p_value"])
+        assert again.tasks.difference == pytest.approx(known["tasks"]["difference"])
+        assert again.p_seeds == pytest.approx(known["p_seeds"], rel=1e-4) and list(again.seeds) == known["seeds"]
+        assert {label: part.difference for label, part in again.by_label.items()} == pytest.approx(
+            {label: part["difference"] for label, part in known["by_label"].items()}
+        )
