@@ -13,8 +13,8 @@ Objective
 reverse KL
     L_T = E_t kappa w_k(t) KL(pi_theta(. | s_t) || pi_T(. | s_t))
 whose gradient, for given weights, is the expectation, over all tokens that could have been sampled, of the one that
-kappa Delta_t w_k(t) gives on the sampled token. It has no noise of sampling, no ratio and no clip, so it bears many
-updates a step (--gap-minibatches, --gap-epochs) where the sampled gap does not. kappa and w_k act on it unchanged.
+kappa Delta_t w_k(t) gives on the sampled token. It has no noise of sampling, no ratio and no clip, so it gains more
+from many updates a step (--gap-minibatches, --gap-epochs; docs/log.md). kappa and w_k act on it unchanged.
 
 ``--baseline kl`` departs from it, too: kappa w_k(t) multiplies Delta_t + KL(pi_old(. | s_t) || pi_T(. | s_t)), the
 sampled gap less its mean (vOPD, signals/vopd.py; of the cut gaps under ``--gap-clip``). Its noise falls; d_k and h_k
