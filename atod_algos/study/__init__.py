@@ -203,9 +203,9 @@ def _laptop(steps: int = 60) -> Preset:
     """The reference models on one core; 60 steps of ALFWorld take about four minutes.
 
     Eight tasks a step are half of the built-in run's. Gradients are noisier for it: at the built-in run's learning rate
-    reward alone unlearns within ten steps what the student knew, hence the lower rates and the warm-up. The exact gap is
-    ahead of the sampled one with any number of updates, hence the exact one, where a method can learn from it
-    (docs/log.md).
+    reward alone unlearns within ten steps what the student knew, hence the lower rates and the warm-up. The exact gap
+    is ahead of the sampled one with few updates and with many (docs/log.md), hence it, where a method can learn from
+    it.
     """
     common: dict[str, Any] = {
         "data": "builtin",
