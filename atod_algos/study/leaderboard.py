@@ -289,12 +289,16 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def label_of(algorithm: Mapping[str, Any]) -> str:
-    """The study's name of a method where it has the same options, else the algorithm's own."""
-    for method in reversed(list(METHODS.values())):
+    """The study's name of a method where it has the same options, else the algorithm's own.
+
+    Of several rows the one that names most of them: OPD by position is IW-OPD with one option more.
+    """
+    fitting = []
+    for method in METHODS.values():
         own = {"name": method.algorithm, **method.options}
         if method.algorithm and all(algorithm.get(name) == value for name, value in own.items()):
-            return method.label
-    return str(algorithm["name"])
+            fitting.append(method)
+    return max(reversed(fitting), key=lambda method: len(method.options)).label if fitting else str(algorithm["name"])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The leaderboard: what is measured anew, what is refused, how seeds become one row."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -11,8 +12,8 @@ from toyworld import TOY
 from atod_algos.command import main as atod
 from atod_algos.evaluate.statistics import t_interval, wilson
 from atod_algos.opd import OPD
-from atod_algos.study import leaderboard
-from atod_algos.study.cells import without
+from atod_algos.study import METHODS, PRESETS, leaderboard
+from atod_algos.study.cells import algorithm_of, without
 from atod_algos.training import config as profiles
 from atod_algos.training import run_dir
 from atod_algos.training.cli import main
@@ -191,3 +192,10 @@ def test_the_commit_of_a_clone_and_of_none(tmp_path, monkeypatch):
     assert re.fullmatch("[0-9a-f]{40}", source_commit())
     (tmp_path / "source.py").write_text("2")
     assert re.fullmatch("[0-9a-f]{40}\\+changes", source_commit())
+
+
+def test_a_row_bears_the_studys_name_of_its_options():
+    iw = dataclasses.asdict(algorithm_of(METHODS["iw-opd-level"], PRESETS["laptop"].worlds[0], "paper"))
+    assert leaderboard.label_of({"name": "iw_opd", **iw}) == METHODS["iw-opd-level"].label
+    assert leaderboard.label_of({"name": "iw_opd", **iw, "mean_preserve": False}) == METHODS["iw-opd"].label
+    assert leaderboard.label_of({"name": "gigpo"}) == "gigpo"
