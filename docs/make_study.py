@@ -85,12 +85,12 @@ def success(cells: Cells, methods: Sequence[str]) -> str:
 
 
 def settings(cells: Cells) -> str:
-    """Learning rate and updates a step of every trained method, as tuning chose them in each world."""
+    """Learning rate and updates a step of the paper's methods, as tuning chose them in each world."""
     rows = []
-    for method in METHODS:
+    for method in USUAL:
         found = [_of(cells, method, world) for world in WORLDS]
-        if METHODS[method].algorithm and not METHODS[method].tuned_as and all(found):
-            chosen = [f"{some[0]['lr']:g}, {some[0].get('updates', 'as trained')}" for some in found]
+        if METHODS[method].algorithm and not METHODS[method].tuned_as and any(found):
+            chosen = [f"{one[0]['lr']:g}, {one[0].get('updates', 'as trained')}" if one else "-" for one in found]
             rows.append([METHODS[method].label, *chosen])
     return _table(["rate, updates a step", *WORLDS.values()], rows)
 
