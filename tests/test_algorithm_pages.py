@@ -10,6 +10,8 @@ from importlib.metadata import entry_points
 import pytest
 from paths import REPOSITORY
 
+from atod_algos.study import METHODS
+
 POINTS = {
     point.name: point for point in entry_points(group="atod.algorithms") if point.module.startswith("atod_algos.")
 }
@@ -58,7 +60,7 @@ def test_results_are_the_studys(name, maker):
     """A row of the study's own table stands on the page with the curve, or the page says that there is none."""
     page, image = page_of(name), REPOSITORY / "docs" / "images" / f"results-{name}.svg"
     tables = (REPOSITORY / "docs" / "study" / "tables.md").read_text()
-    label = next((m.label for m in maker.METHODS.values() if m.algorithm == name), None)
+    label = next((m.label for m in METHODS.values() if m.algorithm == name), None)
     if not maker.rows_of(name):
         assert "Not run in [the study]" in page and not image.exists()
         return
