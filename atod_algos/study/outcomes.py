@@ -1,7 +1,8 @@
 """Which tasks of the final panel a cell solved: what claims are decided on, and what a published study keeps of it.
 
 The invariant: two cells are compared on the same tasks only. A panel is known by a digest of its tasks' names and
-instructions, so cells of other machines can stand next to one's own, and cells of other data cannot.
+instructions and of the data's version, which counts what decides a reward. So cells of other machines can stand next to
+one's own, and cells of other data cannot.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Panel:
     Attributes:
         tasks: names.
         labels: the kind of each.
-        digest: of names and instructions.
+        digest: of names, instructions and the data's version.
     """
 
     tasks: tuple[str, ...]
@@ -65,7 +66,7 @@ def outcomes_of(cell: Mapping[str, Any]) -> Outcomes:
         return found
     parts = load_evaluation(Path(cell["folder"]) / "evaluation-last")
     played = sorted((t for part in parts.values() for t in part.trajectories), key=lambda t: t.task_id)
-    digest = hashlib.sha256(json.dumps([[t.task_id, t.task] for t in played]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([[t.task_id, t.task, t.data_version] for t in played]).encode()).hexdigest()[:16]
     labels = tuple(next(iter(t.labels.values()), "all") for t in played)
     return Outcomes(Panel(tuple(t.task_id for t in played), labels, digest), tuple(t.success for t in played))
 

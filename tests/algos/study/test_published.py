@@ -6,12 +6,14 @@ import re
 import shutil
 
 import pytest
+from episodes import outcome
 from paths import REPOSITORY
 
+from atod_algos.evaluate import Evaluation
 from atod_algos.study.checks import RESULTS, Tuned
 from atod_algos.study.claims import decide
 from atod_algos.study.command import StudyConfig, run
-from atod_algos.study.outcomes import groups_of, name_of, read_published, require_shared
+from atod_algos.study.outcomes import groups_of, name_of, outcomes_of, read_published, require_shared
 from atod_algos.study.tables import write_tables
 from atod_algos.study.tuning import chosen_in
 from atod_envs.errors import AtodError, DataError, UnknownName
@@ -194,3 +196,14 @@ def test_the_shipped_results_can_be_joined_and_give_a_claim_of_each_world_again(
         assert {label: part.difference for label, part in again.by_label.items()} == pytest.approx(
             {label: part["difference"] for label, part in known["by_label"].items()}
         )
+
+
+def test_data_that_are_scored_otherwise_are_another_panel(monkeypatch):
+    episode = outcome("t", True, seed=0, label="x")
+
+    def load(folder):
+        return {"test/1": Evaluation((dataclasses.replace(episode, data_version=folder.parent.name),))}
+
+    monkeypatch.setattr("atod_algos.study.outcomes.load_evaluation", load)
+    first, again, other = (outcomes_of({"folder": name}).panel for name in ("shop/rules", "shop/rules", "shop/spacy"))
+    assert first == again and first.tasks == other.tasks and first.digest != other.digest
