@@ -18,7 +18,8 @@ from atod_algos.study.tables import markdown_table, with_spread
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "study" / "study-results.json"
-LONG = DOCS / "study" / "laptop-150" / "study-results.json"
+LONG = tuple(DOCS / "study" / name / "study-results.json" for name in ("laptop-150", "laptop-150-searchqa"))
+"""The paper's number of steps: one study a world, each on a machine of its own."""
 WORLDS = {"alfworld": "ALFWorld", "searchqa": "Search-QA", "webshop": "WebShop"}
 SHORT = ("vanilla", "teacher", "grpo", "opd", "atod")
 """Rows of the README's table."""
@@ -34,8 +35,10 @@ Cells = Sequence[Mapping[str, Any]]
 
 def pages() -> dict[Path, dict[str, str]]:
     """Made parts by page."""
-    short, long = (json.loads(path.read_text()) for path in (RESULTS, LONG))
+    short, *long = (json.loads(path.read_text()) for path in (RESULTS, *LONG))
     cells = short["cells"]
+    long_cells = [cell for part in long for cell in part["cells"]]
+    long_claims = {world: claims for part in long for world, claims in part["claims"].items()}
     study = {
         "results": success(cells, USUAL),
         "settings": settings(cells),
@@ -43,9 +46,9 @@ def pages() -> dict[Path, dict[str, str]]:
         "claims": decisions(short["claims"], USUAL),
         "signals": success(cells, (*RIVALS, *ASKED)),
         "questions": decisions(short["claims"], tuple(METHODS), ASKED),
-        "long-results": success(long["cells"], USUAL),
-        "long-claims": decisions(long["claims"], USUAL),
-        "long-source": source(long["cells"], "laptop-150", "--settings-of docs/study"),
+        "long-results": success(long_cells, USUAL),
+        "long-claims": decisions(long_claims, USUAL),
+        "long-source": source(long_cells, "laptop-150", "--settings-of docs/study"),
     }
     return {DOCS / "study.md": study, DOCS.parent / "README.md": {"study": success(cells, SHORT)}}
 
