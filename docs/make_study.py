@@ -27,7 +27,7 @@ USUAL = tuple(name for name, method in METHODS.items() if not method.asked_for)
 """The paper's rows."""
 ASKED = tuple(name for name in METHODS if name not in USUAL)
 """Rows that run where they are named: the signals of 2026."""
-RIVALS = ("opd", "atod", "atod-uniform")
+COMPARED = ("opd", "atod", "atod-uniform")
 """What they are compared with."""
 
 Cells = Sequence[Mapping[str, Any]]
@@ -44,7 +44,7 @@ def pages() -> dict[Path, dict[str, str]]:
         "settings": settings(cells),
         "source": source(cells, "laptop"),
         "claims": decisions(short["claims"], USUAL),
-        "signals": success(cells, (*RIVALS, *ASKED)),
+        "signals": success(cells, (*COMPARED, *ASKED)),
         "questions": decisions(short["claims"], tuple(METHODS), ASKED),
         "long-results": success(long_cells, USUAL),
         "long-claims": decisions(long_claims, USUAL),
