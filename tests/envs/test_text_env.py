@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ from toy import ToyEnv
 
 import atod_envs
 from atod_envs.checker import ContractError, check_text_env
-from atod_envs.errors import EpisodeError, UnknownName
+from atod_envs.errors import DataError, EpisodeError, UnknownName
 from atod_envs.prompting import matches_admissible, prompted
 from atod_envs.recording import RecordTurns
 from atod_envs.spaces import UnicodeText
@@ -201,3 +202,15 @@ def test_registered_environments_are_listed_by_gymnasium():
     import atod_envs
 
     assert set(atod_envs.ENVIRONMENTS) <= set(gym.registry)
+
+
+@pytest.mark.parametrize("env", ["atod/ALFWorld-v0", "atod/WebShop-v0", "atod/SearchQA-v0", "atod/TextCraft-v0"])
+def test_data_is_a_path_as_a_shell_reads_it(env, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    for data in (3, ["here"], b"here"):
+        with pytest.raises(DataError, match="data="):
+            gym.make(env, data=data)
+    for data in ("~/nowhere", "$PLACE/nowhere"):
+        with pytest.raises(DataError, match=re.escape(str(tmp_path / "nowhere"))):
+            gym.make(env, data=data)

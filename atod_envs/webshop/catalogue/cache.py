@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from atod_envs.caches import build_once, cache_folder
-from atod_envs.files import file_stamp, stamp_of
+from atod_envs.files import as_path, file_stamp, stamp_of
 from atod_envs.webshop.catalogue.build import build_store
 from atod_envs.webshop.catalogue.files import DATA_VARIABLE, CatalogueFiles, find_files
 from atod_envs.webshop.catalogue.store import STORE_VERSION, Store, digest
@@ -32,9 +32,10 @@ def open_store(data: str | os.PathLike[str] | None = None) -> Store:
     data = data if data is not None else os.environ.get(DATA_VARIABLE) or None
     if data is None or str(data) == "builtin":
         return _open(_cached(_named_folder(BUILT_IN.name), lambda folder: write_catalogue(BUILT_IN, folder)))
-    if (Path(data) / "store.json").is_file():
-        return _open(Path(data).resolve())
-    files = find_files(data)
+    path = as_path(data, "data")
+    if (path / "store.json").is_file():
+        return _open(path.resolve())
+    files = find_files(path)
     return _open(_cached(store_folder(files), None, files))
 
 
