@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from atod_algos.learner.distribution import WHOLE
 from atod_algos.learner.logprobs import CHUNK_LOGITS
 from atod_algos.teachers.remote import is_address
 from atod_algos.training.config import RunConfig
@@ -209,10 +210,16 @@ def memory(config: RunConfig, algorithm: Algorithm) -> list[Part]:
     add("student: weights", student, lambda s: number * s.parameters, _count(student))
     if config.lora_rank:
         add("student: adapters", student, lambda s: _FLOAT * learned(s), f"rank {config.lora_rank}")
-        add("engine: weights", student, lambda s: number * s.parameters, "weights and adapters added up")
     elif number != _FLOAT:
         add("student: master weights", student, lambda s: _FLOAT * s.parameters, "float32, which the updates move")
     add("student: AdamW", student, lambda s: 2 * moment * learned(s), "two moments of each weight that learns")
+    if config.lora_rank or config.staleness:
+        how = "those of earlier steps" if config.staleness else "weights and adapters added up"
+        add("engine: weights", student, lambda s: number * s.parameters, how)
+    kept_on_cpu = "computer" if _on_gpu(config) else "always"
+    if versions := config.staleness + bool(config.staleness):
+        how = f"of {versions} steps (--staleness)"
+        add("student: kept weights", student, lambda s: versions * number * s.parameters, how, kept_on_cpu)
     slots, context = config.engine_slots, max(world.max_context for world in config.worlds)
     how = f"{slots} slots (--slots) of {context:,} tokens (--max-context)"
     add("engine: keys, values", student, lambda s: cache_bytes(s, slots, context, number), how)
@@ -233,12 +240,16 @@ def memory(config: RunConfig, algorithm: Algorithm) -> list[Part]:
             _scorer_phase(config),
         )
         if _scorer_phase(config) == "scoring":
-            add(f"{name}: at home", shape, lambda s: number * s.parameters, "visits the GPU for scoring", "computer")
-    if "support" in algorithm.scores:
-        size = algorithm.support
+            add(f"{name}: offloaded", shape, lambda s: number * s.parameters, "visits the GPU for scoring", "computer")
+    exact = config.gap == "exact" and algorithm.takes_exact_gap
+    if exact or "support" in algorithm.scores:
+        known = WHOLE + 1 if student is None else student.vocabulary
+        whole = exact and known <= WHOLE
+        size = known if whole else min(known, config.gap_topk if exact else algorithm.support)
         sampled = tokens(config, algorithm)["sampled tokens, at most"]
-        kept_ids = None if sampled is None else 2 * _FLOAT * size * sampled
-        parts.append(Part("teacher's top-k", kept_ids, f"{size} for each sampled token", "computer"))
+        kept_tokens = None if sampled is None else (1 if whole else 2) * _FLOAT * size * sampled
+        how = f"{'all ' if whole else ''}{size:,} for each sampled token"
+        parts.append(Part("teacher's tokens" if whole else "teacher's top-k", kept_tokens, how, kept_on_cpu))
     return parts
 
 
@@ -288,7 +299,8 @@ def tokens(config: RunConfig, algorithm: Algorithm) -> dict[str, int | None]:
     context = max(world.max_context for world in config.worlds)
     response = max(world.max_response for world in config.worlds)
     episodes = config.tasks_per_step * config.group_size
-    one_row_a_turn = any(world.style == "atod" for world in config.worlds)
+    own = any(world.style == "atod" for world in config.worlds)  # the style whose turns stand alone
+    one_row_a_turn = own if config.layout == "auto" else config.layout != "trajectory"
     rows = (None if turns is None else episodes * turns) if one_row_a_turn else episodes
     return {
         "episodes": episodes,

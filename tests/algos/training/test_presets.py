@@ -13,6 +13,7 @@ from toyworld import TOY, learner_options
 
 from agents.engines.base import SamplingParams
 from agents.engines.transformers import TransformersEngine
+from agents.logits import usable_ids
 from agents.models import load_model
 from atod_algos.algorithm import Objective
 from atod_algos.atod import ATOD
@@ -21,7 +22,9 @@ from atod_algos.entropy_aware import EntropyAware
 from atod_algos.gopd import GOPD
 from atod_algos.grpo import GRPO
 from atod_algos.learner import logprobs, memory
+from atod_algos.learner.distribution import distribution
 from atod_algos.learner.learner import Learner, recompute_layers
+from atod_algos.rollout.async_rollout import AsyncRollout
 from atod_algos.tcod import TCOD
 from atod_algos.training import memory_estimate
 from atod_algos.training.cli import main, with_rules
@@ -257,6 +260,44 @@ def test_local_folders_are_read(models, tmp_path):
     shape = memory_estimate.shape_of(str(tmp_path), "", "student")
     assert shape.parameters == sum(p.numel() for p in llama.parameters())
     assert 0.7 < memory.bytes_per_token(llama) / memory_estimate.activation_bytes(shape, 1, 4) <= 1.01
+
+
+def test_weights_of_earlier_steps_are_counted():
+    parts = {part.name: part for part in memory_estimate.memory(resolve(TrainConfig(staleness=2)), ATOD())}
+    weights = parts["student: weights"].size
+    assert parts["engine: weights"].size == weights and parts["student: kept weights"].size == 3 * weights
+    assert "engine: weights" not in {part.name for part in memory_estimate.memory(resolve(TrainConfig()), ATOD())}
+    rollout = AsyncRollout(2, 9, lambda *_: None, 1)
+    kept = []
+    rollout.begin(0, {"w": torch.zeros(1)}, {})
+    for step in range(1, 10):
+        rollout.take(step)
+        rollout.learned(step, {"w": torch.zeros(1)})
+        kept.append(len(rollout.kept))
+    rollout.close()
+    assert max(kept) == 3
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_is_kept_of_the_teacher_is_counted(builtin, monkeypatch, whole):
+    if not whole:
+        monkeypatch.setattr(memory_estimate, "WHOLE", 100)
+    batch = batch_of_rows(2, 20, 5)
+    given = {"temperature": 1.0, "budget": 4096, "topk": 8, "whole": memory_estimate.WHOLE}
+    _, tokens = distribution(builtin, builtin, batch, **given)
+    held = tokens.logprobs_MS.nbytes + (0 if tokens.ids_MS is None else tokens.ids_MS.nbytes)
+    config = resolve(TrainConfig(gap="exact", gap_topk=8))
+    parts = {part.name: part.size for part in memory_estimate.memory(config, ATOD())}
+    sampled = memory_estimate.tokens(config, ATOD())["sampled tokens, at most"]
+    ids = len(usable_ids(builtin))  # the output head has as many rows or more
+    name, rows = ("teacher's tokens", builtin.config.vocab_size / ids) if whole else ("teacher's top-k", 1)
+    assert parts[name] / sampled == held / batch.n_tokens * rows
+
+
+@pytest.mark.parametrize(("style", "layout", "rows"), [("compact", "turns", 30), ("atod", "trajectory", 1)])
+def test_rows_are_those_of_the_layout_that_is_asked_for(style, layout, rows):
+    config = resolve(TrainConfig(style=style, layout=layout, max_turns=30, tasks_per_step=2, group_size=2))
+    assert memory_estimate.tokens(config, ATOD())["training rows, at most"] == 4 * rows
 
 
 @pytest.mark.slow
