@@ -39,6 +39,19 @@ _BUFFER = re.compile(r"(inv_freq|position_ids|attn\.(masked_)?bias|attention\.(m
 """What older versions of transformers wrote besides weights: masks and frequencies, which are computed."""
 
 
+def device_of(name: str) -> str:
+    """The device that an option names.
+
+    Raises:
+        AtodError: it is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise AtodError(
+            "--device cuda was asked for, but torch sees no GPU; use --device cpu, or install a CUDA build of torch"
+        )
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A causal language model with its tokenizer.

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import gymnasium as gym
 
@@ -76,8 +76,8 @@ class EvaluateConfig:
     """Further tries of a request."""
     api_extra: str = "{}"
     """Further fields of each request, as JSON."""
-    device: str = "auto"
-    """Where a model runs: auto, cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where a model runs."""
     compare: tuple[Path, Path] | None = None
     """Two finished evaluations to compare task by task, instead of playing."""
     verbose: bool = False

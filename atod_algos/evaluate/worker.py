@@ -58,7 +58,7 @@ class EvaluationWorker:
         from agents.chat import ThinkingMode
         from agents.engines.transformers import TransformersEngine
         from agents.logits import longest_context
-        from agents.models import load_model
+        from agents.models import device_of, load_model
 
         folder = Path(agent).expanduser()
         if (folder / "checkpoints").is_dir():
@@ -69,11 +69,7 @@ class EvaluationWorker:
         name = "builtin" if kind == "builtin" else agent
         if kind == "builtin" and role not in ("", "student", "teacher"):
             raise UnknownName("agent", agent, ("builtin", "builtin:teacher"))
-        device = self._config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        elif device == "cuda" and not torch.cuda.is_available():
-            raise AtodError("--device cuda was asked for, but torch sees no GPU; use --device cpu")
+        device = device_of(self._config.device)
         if name == "builtin" and device == "cpu":
             torch.set_num_threads(1)  # models this small only lose with more
         model = load_model(name, role or "student", world=env_key, device=device, option="--agent")

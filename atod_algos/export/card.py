@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atod_algos.algorithm import find_algorithm
 from atod_algos.export.folder import Exported
 from atod_algos.export.source import PanelRow, Source
 from atod_algos.training.sft import SftCommand
+from atod_envs.errors import AtodError
 
 _PLACES = ("run", "data", "wandb", "log", "device", "threads", "cluster", "workers")
 """Settings of a machine rather than of a model."""
@@ -79,11 +81,22 @@ def _prompts(source: Source) -> list[str]:
 
 
 def _teacher(source: Source) -> str:
-    if source.algorithm in ("sft", "grpo", "gigpo"):
+    if source.algorithm == "sft" or not _asks_a_teacher(source.settings["algorithm"]):
         return ""
     own = [name for w in source.worlds for name in (w.get("teacher"), *(n for _, n in w.get("label_teachers", ())))]
     names = [f"`{_named(name)}`" for name in dict.fromkeys(own)]
     return f"; teacher{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+def _asks_a_teacher(stored: Mapping[str, Any]) -> bool:
+    """Whether the algorithm with these options does; one whose package is not installed is taken to."""
+    try:
+        kind = find_algorithm(str(stored.get("name")))
+    except AtodError:
+        return True
+    known = {field.name for field in dataclasses.fields(kind)}
+    algorithm = kind(**{name: value for name, value in stored.items() if name in known})
+    return "teacher" in algorithm.scores
 
 
 def _panels(rows: Sequence[PanelRow]) -> list[str]:

@@ -6,14 +6,15 @@ The invariant: only complete files are read, so a run may be read while it is be
 from __future__ import annotations
 
 import gzip
+import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from atod_algos.evaluate.settings import episodes_path
-from atod_algos.training.run_dir import read_metrics, read_object
+from atod_algos.training.run_dir import FREE_SETTINGS, read_metrics, read_object
 from atod_envs import files
 from atod_envs.errors import DataError
 from atod_envs.trajectory import Trajectory, read_jsonl
@@ -22,6 +23,9 @@ KINDS = {"train": "trajectories", "valid": "validation"}
 """Kind of episode -> folder of a run that holds them."""
 
 _NAMES = {"grpo": "GRPO", "opd": "OPD", "atod": "ATOD", "sdar": "SDAR", "sod": "SOD", "tcod": "TCOD", "gigpo": "GiGPO"}
+_NOT_IN_A_RECIPE = {"seed", "run", *FREE_SETTINGS} - {"steps"}
+_SAID = 2
+"""Most options in a line's name."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Run:
         versions: what it ran with.
         metrics: one dictionary a step.
         result: the final table; ``None`` while it trains.
+        label: how the reader calls its method; empty: as its options say.
     """
 
     path: Path
@@ -41,6 +46,7 @@ class Run:
     versions: Mapping[str, str]
     metrics: list[dict[str, float]] = field(repr=False)
     result: Mapping[str, Any] | None = field(repr=False)
+    label: str = ""
 
     @property
     def env(self) -> str:
@@ -91,8 +97,17 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The algorithm, with what makes it an ablation; runs that differ in their seed alone have the same."""
-        return method_of(self.settings["algorithm"])
+        """The algorithm, with what makes it an ablation."""
+        return self.label or method_of(self.settings["algorithm"])
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """What decides the result, but for the seed: options of the algorithm and settings of the training."""
+        if self.label:
+            return {"label": self.label}
+        train = {name: value for name, value in self.settings["train"].items() if name not in _NOT_IN_A_RECIPE}
+        rest = {name: value for name, value in self.settings.items() if name not in ("train", "algorithm")}
+        return {**rest, **train, **self.settings["algorithm"]}
 
     @property
     def seed(self) -> int:
@@ -205,6 +220,11 @@ class StoredEvaluation(Run):
         return str(self.settings["agent"])
 
     @property
+    def recipe(self) -> Mapping[str, Any]:
+        """Every setting."""
+        return self.settings
+
+    @property
     def name(self) -> str:
         """The agent; evaluations have no training seed."""
         return self.method
@@ -248,7 +268,7 @@ def flat_table(table: Mapping[str, Any]) -> dict[str, Any]:
 def method_of(algorithm: Mapping[str, Any]) -> str:
     """An algorithm's name as printed, from its stored options."""
     name = str(algorithm["name"])
-    label = _NAMES.get(name, name.upper())
+    label = _NAMES.get(name, name)
     if name != "atod":
         return label
     if algorithm["weighting"] == "none":
@@ -256,6 +276,29 @@ def method_of(algorithm: Mapping[str, Any]) -> str:
     if algorithm["weighting"] == "token":
         return f"{label} token-level"
     return label if algorithm["coef_anneal_steps"] else f"{label} w/o annealing"
+
+
+def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that differ in their seed alone, by the name of their method, in the order in which they first appear.
+
+    Methods of one name are told apart by the options in which they differ, or by a folder where these are many.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(run.recipe, sort_keys=True), []).append(run)
+    found: dict[str, list[Run]] = {}
+    for members in groups.values():
+        first = members[0]
+        rivals = [other[0].recipe for other in groups.values() if other[0].method == first.method]
+        names = sorted({name for recipe in rivals for name in recipe if _differ(name, rivals)})
+        said = [f"{name} {first.recipe.get(name)}" for name in names]
+        key = ", ".join([first.method, *(said if len(said) <= _SAID else [first.path.name])])
+        found[key if key not in found else f"{key}, {first.path}"] = members
+    return found
+
+
+def _differ(name: str, recipes: Sequence[Mapping[str, Any]]) -> bool:
+    return any(recipe.get(name) != recipes[0].get(name) for recipe in recipes)
 
 
 def read_run(path: Path) -> Run:
@@ -280,7 +323,7 @@ def read_run(path: Path) -> Run:
     )
     broken = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
     try:  # all that is asked of them later
-        _ = (run.env, run.teacher, run.gap_clip, run.name, run.said, run.tokenizers, run.steps("panel"))
+        _ = (run.env, run.teacher, run.gap_clip, run.name, run.said, run.recipe, run.tokenizers, run.steps("panel"))
         _ = run.seed if kind is Run else run.temperature("panel")
     except broken as error:
         what = "a run" if kind is Run else "an evaluation"

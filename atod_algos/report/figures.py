@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from atod_algos.report.data import Run
+from atod_algos.report.data import Run, by_method
 from atod_algos.report.plotting import (
     COLOURS,
     MARKERS,
     Series,
     bar_figure,
-    by_method,
     draw_lines,
     draw_named,
     label,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from atod_algos.report.data import Run
+from atod_algos.report.data import Run, by_method
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 3)), (0, (8, 2)))
@@ -65,14 +65,6 @@ def pyplot() -> Any:
         }
     )  # fmt: skip
     return plt
-
-
-def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs of each method, in the order in which methods first appear."""
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        found.setdefault(run.method, []).append(run)
-    return found
 
 
 def panels(plt: Any, n: int, columns: int = 3) -> tuple[Any, list[Any]]:

@@ -18,7 +18,7 @@ from agents.engines import make_engine
 from agents.engines.base import Engine
 from agents.engines.weight_check import verify_weights
 from agents.logits import limit_vocabulary, longest_context
-from agents.models import load_model
+from agents.models import device_of, load_model
 from agents.policy import Policy
 from atod_algos.algorithm import RolloutLimits
 from atod_algos.learner import distributed
@@ -28,7 +28,6 @@ from atod_algos.rollout.groups import require_few_lost
 from atod_algos.rollout.stage import Stage
 from atod_algos.training.config import RunConfig
 from atod_algos.turn_plans import EpisodeSpec
-from atod_envs.errors import AtodError
 from atod_envs.styles import PromptStyle
 from atod_envs.trajectory import Trajectory
 
@@ -269,19 +268,6 @@ def worker_pool(config: RunConfig, styles: Sequence[PromptStyle], ids: Iterable[
     if ids is not None:
         limit_vocabulary(loaded.model, ids)
     return local_pool(config, styles, loaded.model, loaded.chat(config.thinking, config.chat_date))
-
-
-def device_of(name: str) -> str:
-    """The device that an option names.
-
-    Raises:
-        AtodError: it is not there.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise AtodError(
-            "--device cuda was asked for, but torch sees no GPU; use --device cpu, or install a CUDA build of torch"
-        )
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def dtype_of(config: RunConfig, device: str) -> torch.dtype:

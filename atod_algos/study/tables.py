@@ -6,10 +6,10 @@ said to be.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from atod_algos.study.outcomes import groups_of, outcomes_of, to_json
 from atod_algos.study.tuning import tuned_of
 from atod_algos.training.run_dir import read_object, replace_text
 
-_LINES = 8
+_LINES = 7
 """Methods of a figure; more cannot be told apart."""
 
 
@@ -53,7 +53,7 @@ def write_tables(out: Path, cells: Sequence[Mapping[str, Any]], preset: Preset) 
         lines += ["", f"## {', '.join(worlds)}", "", note, "", *_claims(everywhere)]
     replace_text(out / "tables.md", "\n".join(lines) + "\n")
     known = {
-        name: [asdict(decision) | {"verdict": decision.verdict} for decision in found]
+        name: [dataclasses.asdict(decision) | {"verdict": decision.verdict} for decision in found]
         for name, found in decisions.items()
     }
     replace_text(out / RESULTS, in_lines({**to_json(cells), "claims": known}))
@@ -236,8 +236,13 @@ def _figures(out: Path, worlds: Mapping[str, Cells]) -> None:
         if len(bars) > 1:
             save(plt, bar_figure(plt, bars, f"success on {name}, %"), folder / f"figure4-{name}")
         rows = [m for m in methods if row_of(m).algorithm and m not in ABLATIONS[1:]]
-        drawn = [methods[m] for m in sorted(rows, key=place)[:_LINES]]
-        runs = [read_run(Path(cell["folder"])) for cells in drawn for cell in cells if "folder" in cell]
+        drawn = sorted(rows, key=place)[:_LINES]
+        runs = [
+            dataclasses.replace(read_run(Path(cell["folder"])), label=row_of(m).label)
+            for m in drawn
+            for cell in methods[m]
+            if "folder" in cell
+        ]
         if runs:
             save(plt, training_figure(plt, runs), folder / f"figure5-{name}")
 

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import tyro
@@ -77,8 +77,8 @@ class ServeOptions:
     """Port to listen on; 0 takes a free one."""
     world: str = "alfworld"
     """Environment key of the 'builtin' teacher."""
-    device: str = "cpu"
-    """Where the model runs: cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """Where the model runs."""
     token_budget: int = UpdateOptions.token_budget
     """Most tokens in one forward pass."""
 
@@ -290,9 +290,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         require_free(options.host, options.port)
-        from agents.models import load_model  # this takes seconds
+        from agents.models import device_of, load_model  # this takes seconds
 
-        loaded = load_model(options.model, "teacher", world=options.world, device=options.device)
+        loaded = load_model(options.model, "teacher", world=options.world, device=device_of(options.device))
         with TeacherServer(loaded, options) as server:
             server.serve_command(f"serving {loaded.name}; give --teacher {server.address}")
 

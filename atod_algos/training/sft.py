@@ -253,9 +253,9 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
         AtodError: model, data, sources or settings do not fit; says what to do.
     """
     from agents.logits import longest_context
-    from agents.models import load_model, model_digest
+    from agents.models import device_of, load_model, model_digest
     from atod_algos.rollout.environments import describe, make_env
-    from atod_algos.rollout.pools import device_of, dtype_of
+    from atod_algos.rollout.pools import dtype_of
     from atod_algos.training.checkpoint import (
         latest_checkpoint,
         load_checkpoint,

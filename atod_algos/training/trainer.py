@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from agents.logits import limit_vocabulary, usable_ids
-from agents.models import LoadedModel, like, load_model
+from agents.models import LoadedModel, device_of, like, load_model
 from atod_algos.algorithm import Advantages, Algorithm, RolloutLimits, require_terms
 from atod_algos.batch import Scores, make_batch
 from atod_algos.evaluate import Evaluation
@@ -34,7 +34,7 @@ from atod_algos.rollout.environments import describe
 from atod_algos.rollout.episodes import Play, derive_seed
 from atod_algos.rollout.layouts import choose_layout
 from atod_algos.rollout.make_pool import make_pool
-from atod_algos.rollout.pools import Conditions, RankPool, RolloutPool, device_of, dtype_of, local_pool
+from atod_algos.rollout.pools import Conditions, RankPool, RolloutPool, dtype_of, local_pool
 from atod_algos.rollout.task_sampler import StepSampler, solved_at_least_once
 from atod_algos.teachers.local import LocalScorer, StepScorer
 from atod_algos.teachers.routing import gap_factors, require_scale, world_places

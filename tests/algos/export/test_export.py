@@ -257,6 +257,13 @@ def test_a_full_disk_leaves_nothing(students, tmp_path, capsys):
     assert not (tmp_path / "out").exists() and list(tmp_path.glob(".out*")) == []
 
 
+@pytest.mark.parametrize(("algorithm", "taught"), [("atod", True), ("opd", True), ("sdar", False), ("opsa", False)])
+def test_the_card_names_a_teacher_where_one_taught(algorithm, taught, students, tmp_path):
+    run_of(tmp_path / "run", students["qwen3"], algorithm=algorithm)
+    main([str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--card"])
+    assert ("; teacher" in (tmp_path / "out" / "README.md").read_text()) == taught
+
+
 def test_sft_and_best_and_a_checkpoint_by_its_folder(students, tmp_path, capsys):
     run_of(tmp_path / "sft" / "training", students["qwen3"], algorithm="sft")
     main([str(tmp_path / "sft"), "--to", str(tmp_path / "a"), "--card"])

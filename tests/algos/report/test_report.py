@@ -23,7 +23,7 @@ from toyworld import TOY
 from atod_algos.grpo import GRPO
 from atod_algos.metrics import MOST_TURNS
 from atod_algos.report.command import CONNECTIONS, ReportConfig, main, report, watch
-from atod_algos.report.data import Run, method_of, read_run
+from atod_algos.report.data import Run, by_method, method_of, read_run
 from atod_algos.report.page import chosen_steps, page_data
 from atod_algos.report.tokens import Scorer
 from atod_algos.report.weights import BINS, by_turn_index, weight_distribution
@@ -222,6 +222,29 @@ def test_ablations_have_names_of_their_own():
         for change in ({}, {"weighting": "none"}, {"weighting": "token"}, {"coef_anneal_steps": 0})
     ]
     assert names == ["ATOD", "ATOD w/o T-DUR", "ATOD token-level", "ATOD w/o annealing"]
+
+
+def test_a_line_is_of_runs_that_differ_in_their_seed_alone(folders):
+    run = read_run(folders / "atod")
+    settings = run.settings
+
+    def other(seed, label="", **options):
+        train = settings["train"] | {"seed": seed, "threads": 7} | {k: v for k, v in options.items() if k == "lr"}
+        algorithm = settings["algorithm"] | {k: v for k, v in options.items() if k != "lr"}
+        changed = {**settings, "train": train, "algorithm": algorithm}
+        return dataclasses.replace(run, settings=changed, label=label)
+
+    seeds = [other(0), other(1)]
+    assert by_method(seeds) == {"ATOD": seeds}
+    level = [other(seed, tdur_mean_preserve=True) for seed in (0, 1)]
+    found = {"ATOD, tdur_mean_preserve False": seeds, "ATOD, tdur_mean_preserve True": level}
+    assert by_method([*seeds, *level]) == found
+    unweighted = other(0, weighting="none")
+    assert list(by_method([*seeds, unweighted])) == ["ATOD", "ATOD w/o T-DUR"]
+    many = other(0, kappa_init=2.0, rho_init=0.5, lr=1.0)
+    assert list(by_method([seeds[0], many])) == ["ATOD, atod", f"ATOD, atod, {run.path}"]
+    labelled = [other(seed, "mine", kappa_init=float(seed)) for seed in (0, 1)]  # who calls them so knows why
+    assert by_method(labelled) == {"mine": labelled}
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

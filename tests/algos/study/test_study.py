@@ -82,6 +82,17 @@ def test_a_study_runs_every_method_and_goes_on_where_it_stopped(preset, tmp_path
         assert words in text
     assert "toy  ATOD  seed 1: last" in capsys.readouterr().out.replace("\n", " ")
 
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for seed in (0, 1):  # rows of one algorithm are lines of their own
+        level = tmp_path / "whole" / "toy" / "atod-level" / f"seed{seed}"
+        shutil.copytree(tmp_path / "whole" / "toy" / "atod" / f"seed{seed}", level)
+        cell = json.loads((level / "cell.json").read_text())
+        (level / "cell.json").write_text(json.dumps(cell | {"method": "atod-level"}))
+    run(StudyConfig("toy", out=tmp_path / "whole", tables_only=True))
+    figure = (tmp_path / "whole" / "figures" / "figure5-toy.svg").read_text()
+    for line in ("GRPO", "ATOD", "ATOD, weights of mean 1"):
+        assert f">{line} (2 seeds)<" in figure
+
 
 def test_a_clock_that_is_set_changes_no_duration(preset, tmp_path, monkeypatch):
     now, world = time.time(), preset.worlds[0]
