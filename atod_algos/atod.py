@@ -9,23 +9,8 @@ Objective
     d_k      = mean_t |Delta_t|,   h_k = mean_t (-log pi_old)              over the tokens of turn k      (eqs 13, 14)
     w_k      = 1 - (1 - d~_k)(1 - h~_k)                 d~, h~: min-max within the trajectory             (eqs 15, 16)
 
-``--gap exact`` departs from the paper: the teacher's term leaves the advantage and becomes a loss of its own, the
-reverse KL
-    L_T = E_t kappa w_k(t) KL(pi_theta(. | s_t) || pi_T(. | s_t))
-whose gradient, for given weights, is the expectation, over all tokens that could have been sampled, of the one that
-kappa Delta_t w_k(t) gives on the sampled token. It has no noise of sampling, no ratio and no clip, so it gains more
-from many updates a step (--gap-minibatches, --gap-epochs; docs/log.md). kappa and w_k act on it unchanged.
-
-``--baseline kl`` departs from it, too: kappa w_k(t) multiplies Delta_t + KL(pi_old(. | s_t) || pi_T(. | s_t)), the
-sampled gap less its mean (vOPD, signals/vopd.py; of the cut gaps under ``--gap-clip``). Its noise falls; d_k and h_k
-are those of eqs 13 and 14. For given weights the gradient's expectation stays, and so it does with ``--weighting
-none``. But w_k is made of the very tokens that were sampled, so what is taken away is no baseline in full: the
-expectation moves, and that of ``--gap exact`` is another one, too.
-
 Everything in A_t is detached. There is no KL penalty. pi_old is the policy that rolled out, recomputed by the learner's
-model; under ``--staleness`` it is the learner's own before the step, and A_t is weighted by the capped ratio of both.
-``--gap-clip`` (off in the paper, 3 in the built-in run) bounds Delta_t itself, and so what d_k and w_k are made of. The
-ratio and the clip of eqs 3 and 4 are in learner/loss.py, the conventions of eqs 2 and 15 in advantages.py.
+model. The ratio and the clip of eqs 3 and 4 are in learner/loss.py, the conventions of eqs 2 and 15 in advantages.py.
 
 Where the paper and the released code differ (``--rules paper`` is the default, ``--rules released`` presets the other):
     group statistics     over trajectories (eq 2)           | over all turn rows of the group      --group-stats
@@ -43,6 +28,22 @@ The three ablations of section 5.3:
                                                        stronger; --tdur-mean-preserve compares at equal strength
     without annealing         --coef-anneal-steps 0    kappa and rho stay at --kappa-init and --rho-init: 1 and 1 in
                                                        the released scripts; the paper does not give its constants
+
+Beyond the paper, off under its settings (the built-in run has the first three):
+    --gap exact          The teacher's term leaves the advantage and becomes a loss of its own, the reverse KL
+                             L_T = E_t kappa w_k(t) KL(pi_theta(. | s_t) || pi_T(. | s_t))
+                         whose gradient, for given weights, is the expectation, over all tokens that could have been
+                         sampled, of the one that kappa Delta_t w_k(t) gives on the sampled token. It has no noise of
+                         sampling, no ratio and no clip, so it gains more from many updates a step (--gap-minibatches,
+                         --gap-epochs; docs/log.md). kappa and w_k act on it unchanged.
+    --gap-clip           Bounds Delta_t itself, and so what d_k and w_k are made of (3 in the built-in run).
+    --staleness          pi_old is the learner's own before the step, and A_t is weighted by the capped ratio of both.
+    --baseline kl        kappa w_k(t) multiplies Delta_t + KL(pi_old(. | s_t) || pi_T(. | s_t)), the sampled gap less
+                         its mean (vOPD, signals/vopd.py; of the cut gaps under --gap-clip). Its noise falls; d_k and
+                         h_k are those of eqs 13 and 14. For given weights the gradient's expectation stays, and so it
+                         does with --weighting none. But w_k is made of the very tokens that were sampled, so what is
+                         taken away is no baseline in full: the expectation moves, and that of --gap exact is another
+                         one, too.
 
     python -m atod_algos.atod --env atod/ALFWorld-v0
 """
@@ -121,22 +122,24 @@ class ATOD(RewardAlgorithm):
         h = turn_mean(-log_pi, k, K)  # eq 14: uncertainty
         d_norm, h_norm = (min_max_by_trajectory(x, tau, spoken) for x in (d, h))  # eq 15
         w = 1 - (1 - d_norm) * (1 - h_norm)  # eq 16: high if either is
-        w, w_token, left_out = self._exceptions(w, d, delta, log_pi, batch)  # none under the paper's rules
-        if self.baseline == "kl":
-            delta = delta - scores.require("gap_mean")  # -KL, where no gap is cut
+        w, left_out = self._released_exceptions(w, d, batch)  # none under the paper's rules
+        w_token = w[k]  # eq 8: a token has the weight of its turn
+        if self.weighting != "turn":
+            (w, w_token), left_out = self._ablation(log_pi, delta, batch), None  # section 5.3
+        learned = delta if self.baseline == "none" else delta - scores.require("gap_mean")
 
         # Stage III: the teacher first, the reward later.
         p = min(step / self.coef_anneal_steps, 1.0) if self.coef_anneal_steps > 0 else 0.0  # eq 10
         kappa = max(self.kappa_min, self.kappa_init - (self.kappa_init - self.kappa_min) * p)  # eq 11
         rho = self.rho_init + (self.rho_max - self.rho_init) * p  # eq 12
-        return Advantages(  # eqs 8, 9: their sum is A_t
-            distillation_M=kappa * delta * w_token,
-            teacher_weight_M=kappa * w_token,
+        return Advantages(  # eqs 8, 9: the sum of the first two is A_t
+            distillation_M=kappa * learned * w_token,
             reward_M=rho * A_grpo,
+            teacher_weight_M=kappa * w_token,  # what weighs the loss of --gap exact
             turn_weight_K=w,
             left_out_N=left_out,
             coefficients={
-                "kl_coef": kappa,
+                "kl_coef": kappa,  # the released code's names of kappa and rho
                 "rl_coef": rho,
                 "anneal_progress": p,
                 "kl_coef_base": self.kappa_init,
@@ -144,26 +147,27 @@ class ATOD(RewardAlgorithm):
             },
         )
 
-    def _exceptions(
-        self, w: np.ndarray, d: np.ndarray, delta: np.ndarray, log_pi: np.ndarray, batch: TokenBatch
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Weight of each turn and token under the released rules and ablations; see ``Advantages.left_out_N``."""
-        k, tau = batch.turn_M, batch.trajectory_K
-        if self.weighting == "none":
-            return np.ones_like(w), np.ones(batch.n_tokens), None
-        if self.weighting == "token":
-            w_token = token_weights(log_pi, delta)
-            if self.tdur_mean_preserve:
-                w_token = w_token / (w_token.mean() + 1e-8)
-            return turn_mean(w_token, k, len(w)), w_token, None
+    def _released_exceptions(
+        self, w: np.ndarray, d: np.ndarray, batch: TokenBatch
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Turn weights with the released code's exceptions, and which trajectories are one (``left_out_N``)."""
+        tau = batch.trajectory_K
         largest_d = np.zeros(len(batch.group_N))
         np.maximum.at(largest_d, tau, d)
         short, agreeing = batch.turns_N < self.tdur_min_turns, largest_d < self.tdur_min_divergence
         left_out = np.where(short, 1, np.where(agreeing, 2, 0))
         w = np.where(left_out[tau] == 0, w, 1.0)
+        return (mean_preserving(w, batch.n_K, tau) if self.tdur_mean_preserve else w), left_out
+
+    def _ablation(self, log_pi: np.ndarray, delta: np.ndarray, batch: TokenBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Weights of turns and of tokens without T-DUR, under which no trajectory is an exception."""
+        K = len(batch.trajectory_K)
+        if self.weighting == "none":
+            return np.ones(K), np.ones(batch.n_tokens)
+        w_token = token_weights(log_pi, delta)
         if self.tdur_mean_preserve:
-            w = mean_preserving(w, batch.n_K, tau)
-        return w, w[k], left_out
+            w_token = w_token / (w_token.mean() + 1e-8)
+        return turn_mean(w_token, batch.turn_M, K), w_token
 
 
 def token_weights(log_pi: np.ndarray, delta: np.ndarray) -> np.ndarray:

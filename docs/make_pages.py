@@ -52,7 +52,7 @@ LINES: dict[str, dict[str, tuple[str, str, str]]] = {
         "p(s) (eq 10)": ("", "ATOD.advantages", "p = min("),
         "kappa(s) (eq 11)": ("", "ATOD.advantages", "kappa = max("),
         "rho(s) (eq 12)": ("", "ATOD.advantages", "rho = self.rho_init"),
-        "A_t (eqs 8, 9)": ("", "ATOD.advantages", "distillation_M=kappa * delta * w_token"),
+        "A_t (eqs 8, 9)": ("", "ATOD.advantages", "distillation_M=kappa * learned * w_token"),
     },
     "grpo": {
         "A_i (eq 2)": ("atod_algos.advantages", "group_advantage", "def group_advantage("),
