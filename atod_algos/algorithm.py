@@ -120,7 +120,8 @@ class Advantages:
     """What an algorithm makes of a scored batch: named terms, whose sum the learner gets.
 
     Attributes:
-        distillation_M: the teacher's term of each sampled token, coefficients included; ``None`` without a teacher.
+        distillation_M: the term of each sampled token that is no reward's, coefficients included: the teacher's, as a
+            rule; ``None`` without one.
         reward_M: the reward's term, coefficients included; ``None`` where reward is not learned from.
         teacher_weight_M: weight of the teacher at each token, coefficients included: ``distillation_M`` is this times
             the gap, and under ``--gap exact`` it weighs the reverse KL instead. ``None``: the method is tied to the

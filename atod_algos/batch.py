@@ -104,7 +104,7 @@ def make_batch(groups: Sequence[Group], layout: RowLayout = RowLayout.MERGED) ->
         layout: how rows are made.
 
     Raises:
-        ValueError: no trajectory holds a sampled token.
+        AtodError: no trajectory holds a sampled token.
     """
     rows: list[np.ndarray] = []
     row_M, column_M, turn_M, sampler_M = [], [], [], []

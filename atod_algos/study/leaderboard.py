@@ -135,7 +135,8 @@ def _is_run(run: Mapping[str, Any]) -> bool:
     counts = [run.get(name) for name in ("seed", "solved", "n")]
     if not all(type(count) is int for count in counts) or not isinstance(run.get("commit"), str):
         return False
-    return 0 <= run["solved"] <= run["n"] and 0 < run["n"] < 1 << 53 and is_number(run.get("cpu_minutes"))
+    minutes: Any = run.get("cpu_minutes")
+    return 0 <= run["solved"] <= run["n"] and 0 < run["n"] < 1 << 53 and is_number(minutes) and minutes >= 0
 
 
 def measured(run: Path) -> dict[str, Any]:

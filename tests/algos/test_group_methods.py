@@ -235,8 +235,6 @@ def test_gigpo_does_not_depend_on_the_order_of_the_trajectories(seed):
     straight, shuffled = per_member(members), per_member([members[i] for i in order])
     for place, member in enumerate(order):
         close(shuffled[place], straight[member])
-    for group in np.unique(anchor_states(batch_from(members))):
-        assert group >= 0
 
 
 def test_gigpo_without_weight_is_grpo_without_the_deviation():

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,9 +281,16 @@ def test_out_of_memory_says_what_to_lower(options, tmp_path, capsys, monkeypatch
 def test_a_checkpoint_is_a_model_that_loads_as_student(options, tmp_path):
     main(OPD, [*options, "--steps", "2", "--run", str(tmp_path / "a")])
     checkpoint = tmp_path / "a" / "checkpoints" / "best"
-    arguments = [*options, "--steps", "1", "--run", str(tmp_path / "b")]
+    arguments = [*options, "--steps", "1", "--lr", "1e-12", "--run", str(tmp_path / "b")]
+    original = Path(arguments[arguments.index("--student") + 1])
     arguments[arguments.index("--student") + 1] = str(checkpoint)
     main(OPD, arguments)
+    begun, trained, started = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "b" / "checkpoints" / "step_000001", checkpoint, original)
+    )
+    assert all(torch.allclose(begun[name], trained[name], atol=1e-9) for name in trained)
+    assert not all(torch.allclose(started[name], trained[name], atol=1e-4) for name in trained)
 
 
 def test_profiles_fill_in_only_what_was_left_open():
