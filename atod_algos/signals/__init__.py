@@ -2,7 +2,7 @@
 
 Each file is an algorithm like those next to this room: ``atod train NAME`` and ``python -m atod_algos.signals.NAME``
 run it. A file of this room answers one question about the signal of a token or a turn, and takes everything else from
-the method floor.
+the method floor or from the method that it builds on.
 
     vopd         the sampled gap less its exact mean                       is the noise of sampling what hurts?
     opsa         a negative advantage on unlikely tokens, no teacher       does a teacher matter at all?
@@ -16,5 +16,5 @@ the method floor.
     guided_opd   the gap, in episodes that a guide helps to play           does it meet states that teach?
     reopd        the gap, on single turns of stored episodes               must a student live its own episodes?
     futurebridge the gap, and the teacher's turn where it helps            does a shown turn help the next ones?
-    siblings     a successful attempt of the group as privileged text      is the better teacher at hand already?
+    siblings     a successful attempt of the group as privileged text      is there a better teacher already?
 """
