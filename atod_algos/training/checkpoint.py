@@ -7,7 +7,9 @@ needed: every random choice of a step is derived from the run's seed and the ste
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
@@ -131,7 +133,6 @@ def load_checkpoint(
         DataError: the folder is not a complete checkpoint, a byte of it has changed, or it does not fit the model.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
         extra = require_whole(path)
@@ -142,9 +143,7 @@ def load_checkpoint(
         if adapters is not None:
             load_adapters(adapters, path)
             return state, extra
-        weights: dict[str, torch.Tensor] = {}
-        for file in sorted(path.glob("model*.safetensors")):
-            weights |= load_file(file)
+        weights = _weights(path, model)
     except DataError:
         raise
     except (
@@ -160,13 +159,45 @@ def load_checkpoint(
         raise DataError(f"{path} is not a complete checkpoint ({error}); {_ADVICE}") from error
     own = model.state_dict()
     weights = {name: distributed.divided_like(tensor, own.get(name)) for name, tensor in weights.items()}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # equal names, other sizes
+        raise DataError(f"{path} holds another model: {str(error).strip().splitlines()[-1].strip()}") from error
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:
         raise DataError(
             f"{path} holds another model: parameter {[*unexpected, *(set(missing) - tied)][0]!r} does not fit"
         )
     return state, extra
+
+
+def _weights(path: Path, model: Any) -> dict[str, torch.Tensor]:
+    """A whole checkpoint's weights, by the names that they have in the model.
+
+    transformers writes some architectures, mixtures of experts and models that also see among them, under their
+    published names, and only its own loading knows which is which.
+
+    Raises:
+        DataError: they are those of another model.
+    """
+    from safetensors.torch import load_file
+
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(path.glob("model*.safetensors")):
+        weights |= load_file(file)
+    if weights.keys() <= model.state_dict().keys():
+        return weights
+    written, own = read_object(path / "config.json", _ADVICE).get("model_type"), model.config.model_type
+    if written != own:
+        raise DataError(f"{path} holds another model: of type {written!r}, where {own!r} is expected")
+    kind: Any = next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch."))  # not FSDP's
+    dtype = next(iter(weights.values())).dtype
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+        read, info = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    foreign = sorted({*info["missing_keys"], *info["unexpected_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    if foreign:
+        raise DataError(f"{path} holds another model: parameter {foreign[0]!r} does not fit")
+    return dict(read.state_dict())
 
 
 def require_whole(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import gymnasium as gym
 import pytest
 import torch
 from toyworld import TOY, learner_options, small_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
@@ -202,6 +203,44 @@ def test_one_changed_bit_is_noticed(name, tokenizer, tmp_path):
     (path / name).write_bytes(data)
     with pytest.raises(DataError, match=f"not a complete checkpoint.*{name} is not as it was written"):
         read(path, tokenizer)
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+TEXT = SMALL | {"num_key_value_heads": 1, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("qwen3", TEXT),
+        ("qwen3_moe", TEXT | {"num_experts": 4, "moe_intermediate_size": 16}),
+        ("mixtral", TEXT | {"num_local_experts": 4}),
+        ("gemma3", {"text_config": TEXT, "vision_config": SMALL | {"image_size": 28}, "mm_tokens_per_image": 4}),
+    ],
+)
+def test_weights_that_are_written_under_published_names_are_read(kind, own, tokenizer, tmp_path, capfd):
+    """transformers writes mixtures of experts and models that see under other names than they have in memory."""
+    own = {**own, "text_config": TEXT | {"vocab_size": 99}} if "text_config" in own else {**own, "vocab_size": 99}
+    config = AutoConfig.for_model(kind, **own)
+
+    def model(seed, config=config):
+        torch.manual_seed(seed)
+        sees = "vision_config" in own
+        return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config).eval()
+
+    written, other = model(0).bfloat16(), model(1).bfloat16()
+    path = save_checkpoint(
+        tmp_path, "step_000001", model=written, tokenizer=tokenizer, state={"x": torch.ones(1)}, extra={"step": 1}
+    )
+    capfd.readouterr()
+    load_checkpoint(path, other, Updater(other.parameters(), learner_options()))
+    assert capfd.readouterr().err == ""
+    read = other.state_dict()
+    assert all(torch.equal(weight, read[name]) for name, weight in written.state_dict().items())
+    assert read.keys() == written.state_dict().keys()
+    foreign = small_model(tokenizer, 2)
+    with pytest.raises(DataError, match=r"holds another model|is not a complete checkpoint"):
+        load_checkpoint(path, foreign, Updater(foreign.parameters(), learner_options()))
 
 
 def test_a_checkpoint_between_two_names_is_put_back(tokenizer, tmp_path):
