@@ -54,13 +54,21 @@ class VllmEngine:
         max_context: longest prompt plus response, in tokens; by default the model's own.
         memory: share of a GPU's memory that the engine may take while it is awake.
         top: most top-k tokens that :meth:`prompt_top` may be asked for.
+        sleeps: :meth:`sleep` will be called. vLLM's allocator for that serves one engine of a process.
 
     Raises:
         AtodError: vLLM is not installed, or cannot run the model.
     """
 
     def __init__(
-        self, model: Any, *, slots: int = 128, max_context: int | None = None, memory: float = 0.45, top: int = 1
+        self,
+        model: Any,
+        *,
+        slots: int = 128,
+        max_context: int | None = None,
+        memory: float = 0.45,
+        top: int = 1,
+        sleeps: bool = True,
     ) -> None:
         self.version = 0
         self.max_context = int(max_context or longest_context(model))
@@ -70,6 +78,7 @@ class VllmEngine:
         self._dead: Exception | None = None
         self._asleep = False
         self._gpu = next(model.parameters()).device.type == "cuda"
+        self._sleeps = sleeps and self._gpu
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_store_gib(model, slots, self.max_context)))
@@ -104,7 +113,7 @@ class VllmEngine:
                     generation_config="vllm",
                     enable_prefix_caching=True,
                     gpu_memory_utilization=memory,
-                    enable_sleep_mode=self._gpu,
+                    enable_sleep_mode=self._sleeps,
                     disable_log_stats=True,
                     seed=0,
                 )
@@ -234,12 +243,13 @@ class VllmEngine:
         self._require_idle("weights were loaded")
         if self._asleep:
             self._guard(lambda: self.llm.wake_up(tags=["weights"]))
-        # Ids without a token are not there at all: neither sampled nor part of any distribution.
-        tensors = [
+        # Ids without a token are not there at all: neither sampled nor part of any distribution. One tensor at a time:
+        # those of adapters are sums, a whole model of them would be a copy.
+        tensors = (
             (name, tensor.detach()[: self._rows] if name in self._vocabulary else tensor.detach())
             for name, tensor in named_tensors
-        ]
-        self._guard(lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)}))
+        )
+        self._guard(lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors}))
         if self._tied and not self._gpu:
             # The CPU's matrix library holds a packed copy of the output matrix, which reloading a tied embedding
             # does not reach.
@@ -254,7 +264,7 @@ class VllmEngine:
         """Give the GPU's memory back, weights and keys alike; without a GPU there is nothing to give."""
         self._require_alive()
         self._require_idle("the engine was put to sleep")
-        if self._gpu and not self._asleep:
+        if self._sleeps and not self._asleep:
             self._guard(lambda: self.llm.sleep(level=2))
             self._asleep = True
 

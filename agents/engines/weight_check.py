@@ -22,7 +22,9 @@ log = logging.getLogger(__name__)
 _PROMPT_TOKENS = 12
 _RESPONSE_TOKENS = 5
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 2.5e-1}
-"""Largest difference of a log-prob, in nats, that rounding may make."""
+"""Largest difference of a log-prob, in nats, that rounding may make, of logits up to about 10."""
+_STEPS = 4
+"""Of larger ones: so many steps between two neighbouring numbers of their size."""
 
 
 class WeightMismatch(AtodError):
@@ -49,8 +51,9 @@ def verify_weights(engine: Engine, model: Any) -> float:
     while not answer:
         answer = engine.step()
     tokens, logprobs = list(answer[0].token_ids), np.array(answer[0].logprobs)
-    own, best = _greedy_logprobs(model, prompt, tokens)
-    tolerance = TOLERANCES.get(next(model.parameters()).dtype, TOLERANCES[torch.float32])
+    own, best, largest = _greedy_logprobs(model, prompt, tokens)
+    dtype = next(model.parameters()).dtype
+    tolerance = max(TOLERANCES.get(dtype, TOLERANCES[torch.float32]), _STEPS * torch.finfo(dtype).eps * largest)
     gaps = np.abs(logprobs - own)
     # Where two tokens are all but equally likely, either may be taken.
     if np.all(gaps <= tolerance) and np.all(best - own <= 2 * tolerance):
@@ -63,13 +66,14 @@ def verify_weights(engine: Engine, model: Any) -> float:
     )
 
 
-def _greedy_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probs of the tokens under the model's own forward pass, and of the most probable token at each place."""
+def _greedy_logprobs(model: Any, prompt: list[int], tokens: list[int]) -> tuple[np.ndarray, np.ndarray, float]:
+    """Log-probs of the tokens in the model's own forward pass, the highest at each place, the largest logit's size."""
     with torch.no_grad(), in_eval_mode(model):
         logits = logit_head(model).close(own_logits(model, [*prompt, *tokens])[len(prompt) - 1 : -1])
         rows = torch.log_softmax(logits, dim=-1)
     own = rows.gather(1, torch.tensor(tokens, device=rows.device)[:, None])[:, 0]
-    return own.double().cpu().numpy(), rows.max(-1).values.double().cpu().numpy()
+    largest = float(logits[logits.isfinite()].abs().max())
+    return own.double().cpu().numpy(), rows.max(-1).values.double().cpu().numpy(), largest
 
 
 def _suspect(model: Any) -> str:

@@ -116,8 +116,7 @@ class Updater:
             halves = self.master_weights
         if halves and not state["originals"]:
             raise AtodError(
-                "the checkpoint was made in float32, but now weights are in half precision; give --dtype float32, or the --device it was "
-                "made on"
+                "the checkpoint was made in float32, but here weights are in half precision; give the --device it was made on"
             )
         with torch.no_grad():
             for original, saved in zip(halves, state["originals"], strict=True):

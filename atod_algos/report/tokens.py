@@ -9,8 +9,10 @@ at, with the bound on the gap that the run trained with.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,13 +100,14 @@ class Scorer:
         name = self.teacher or self.run.teacher
         if name is None:
             return None
-        if stored is None or not self._made_by(name, stored["teacher"]):
+        said = _digest_of(episodes)
+        if stored is None or not self._made_by(name, stored["teacher"]) or stored.get("said", [said]) != [said]:
             if not self.compute or not any(turn.response_ids for e in episodes for turn in e.turns):
                 return None
             model = self.load(name)
             if model is None:
                 return None
-            stored = {"teacher": [name, self._digest(name)], **self._compute(model, kind, episodes)}
+            stored = {"teacher": [name, self._digest(name)], "said": [said], **self._compute(model, kind, episodes)}
             path.parent.mkdir(exist_ok=True)
             part = path.with_name(path.name + ".part")
             part.write_bytes(gzip.compress(json.dumps(stored).encode(), 3, mtime=0))
@@ -161,6 +164,12 @@ class Scorer:
                 log.warning("no token scores: %s", error)
                 self._loaded = False
         return self._loaded.model if self._loaded else None
+
+
+def _digest_of(episodes: Sequence[Trajectory]) -> str:
+    """Of the tokens that are scored: a step that is played again, after a kill, may sample others on a GPU."""
+    ids = [[turn.response_ids for turn in episode.turns] for episode in episodes]
+    return hashlib.blake2b(json.dumps(ids).encode(), digest_size=8).hexdigest()
 
 
 def token_texts(run: Run, episodes: list[Trajectory]) -> dict[int, str] | None:

@@ -131,8 +131,18 @@ class AsyncRollout(Generic[Played]):
         return played
 
     def call(self, work: Callable[[], Answer]) -> Answer:
-        """Have the playing thread do something with the engine between two steps, and wait for it."""
-        return self._thread.submit(work).result()
+        """Have the playing thread do something with the engine between two steps, and wait for it.
+
+        Where a step that was played meanwhile failed, that is raised here: the engine is then left in the middle of it.
+        """
+
+        def after_them() -> Answer:
+            for played in self._pending.values():
+                if played.done():
+                    played.result()
+            return work()
+
+        return self._thread.submit(after_them).result()
 
     def kept_weights(self, done: int) -> dict[int, dict[str, torch.Tensor]]:
         """The weights, older than those after step ``done``, that steps not yet learned are played with."""

@@ -125,6 +125,7 @@ class TRLRollout:
                 self.trajectories = rollout.play(specs)
             finally:
                 rollout.close()
+                engine.close()  # at once: with CUDA graphs it is part of a circle
         return trl_rows(self.trajectories)
 
     @staticmethod

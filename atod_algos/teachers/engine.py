@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from agents.logits import longest_context, usable_ids
+from agents.logits import usable_ids
 from agents.models import LoadedModel
 from atod_algos.batch import TokenBatch
 from atod_algos.learner.loss import TeacherTokens
@@ -23,13 +23,14 @@ class EngineScorer:
         loaded: the model; it is not kept.
         config: resolved settings.
         device: where it runs.
+        longest: most tokens of a row, and one more.
         top: k of the top-k tokens that :meth:`top` gives (all of a smaller vocabulary).
 
     Raises:
         AtodError: vLLM is missing or cannot run the model, or the temperature is not 1.
     """
 
-    def __init__(self, loaded: LoadedModel, config: RunConfig, device: str, top: int = 0) -> None:
+    def __init__(self, loaded: LoadedModel, config: RunConfig, device: str, longest: int, top: int = 0) -> None:
         if config.temperature != 1.0:
             raise AtodError(
                 f"vLLM gives prompt log-probs at temperature 1 only, but episodes are sampled at {config.temperature}; "
@@ -37,14 +38,14 @@ class EngineScorer:
             )
         from agents.engines.vllm import VllmEngine
 
-        context = longest_context(loaded.model)
         self._k = min(top, len(usable_ids(loaded.model)))
         self.engine = VllmEngine(
             loaded.model.to(device),
             slots=config.slots,
-            max_context=context,
+            max_context=longest,
             memory=config.engine_memory,
             top=max(1, self._k),
+            sleeps=False,  # it stays, next to a student's engine that does
         )
 
     def logprobs(self, batch: TokenBatch, *, temperature: float, budget: int) -> np.ndarray:

@@ -195,12 +195,27 @@ class StepScorer:
                     self._require_top_enough()
                 loaded = self._load(name, role, where)
                 require_same_tokenizer(self.student, loaded, role)
+                longest = self._require_room(loaded, role, vllm)
                 self._held[key] = (
-                    EngineScorer(loaded, self.config, self._device, self._top)
+                    EngineScorer(loaded, self.config, self._device, longest, self._top)
                     if vllm
                     else LocalScorer(loaded, self._device)
                 )
         return self._held[key]
+
+    def _require_room(self, loaded: LoadedModel, role: str, vllm: bool) -> int:
+        """The longest row that a scorer may get; vLLM has to have room for one token more.
+
+        Raises:
+            AtodError: the model reads less. Past its context a model's log-probs would be numbers without a meaning.
+        """
+        longest = min(max(w.max_context for w in self.config.worlds), longest_context(self.student.model)) + vllm
+        if (reads := longest_context(loaded.model)) < longest:
+            raise AtodError(
+                f"{role} model {loaded.name!r} reads {reads} tokens, but a row of this run may have {longest - vllm}"
+                f"{' and vLLM asks for one more' if vllm else ''}; use --max-context {reads - vllm}, or a model that reads more"
+            )
+        return longest
 
     def players(self, limits: RolloutLimits) -> list[Any]:
         """The teachers' models, for a plan by which the teacher plays turns; none for other plans.

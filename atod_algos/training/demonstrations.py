@@ -170,7 +170,7 @@ class Expert:
         places = np.random.default_rng(seed).integers(len(drawn_from), size=options.episodes)
         rise = (number - 1) / max(1, options.rounds - 2)
         beta = 0.0 if number == 0 else options.first_beta + (options.last_beta - options.first_beta) * rise
-        return demonstrate(
+        played = demonstrate(
             [drawn_from[int(i)] for i in places],
             self._make_env,
             self._chat,
@@ -180,6 +180,8 @@ class Expert:
             engine=self._engine,
             max_tokens=self._max_tokens,
         )
+        self._engine.sleep()  # its keys and values are of no use to the fit, nor to the next round's weights
+        return played
 
 
 def _without_adapters(model: Any) -> Any:

@@ -42,8 +42,8 @@ from atod_envs.trajectory import Trajectory, write_jsonl
 log = logging.getLogger(__name__)
 
 FREE_SETTINGS = (
-    "run", "steps", "device", "threads", "checkpoint_every", "store", "slots", "token_budget", "gradient_checkpointing", "wandb",
-    "log", "cluster", "workers",
+    "run", "steps", "device", "threads", "checkpoint_every", "store", "slots", "engine_memory", "token_budget",
+    "gradient_checkpointing", "wandb", "log", "cluster", "workers",
 )  # fmt: skip
 """Settings that a resumed run may change: they do not alter what is computed, only how long or where."""
 

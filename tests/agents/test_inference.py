@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -277,6 +278,27 @@ def test_other_weights_than_the_trained_ones_are_noticed(tiny_model):
         verify_weights(engine, model)
     engine.load_weights(model.named_parameters())
     assert verify_weights(engine, model) < 1e-5
+
+
+@pytest.mark.parametrize(("scale", "fits"), [(1.0, False), (100.0, True)])
+def test_half_precision_may_err_by_steps_of_its_largest_logits(tiny_model, scale, fits, monkeypatch):
+    """Between 32 and 64 neighbouring bfloat16 numbers differ by 0.25: as much as is an error where logits are small."""
+    model = copy.deepcopy(tiny_model).bfloat16()
+    with torch.no_grad():
+        logits = model(torch.tensor([list(range(5, 17))])).logits
+        model.get_output_embeddings().weight.mul_(scale * 0.4 / logits.abs().max())  # 0.4 and 40
+    engine = TransformersEngine(model, slots=2)
+    step = engine.step
+
+    def off():
+        return [dataclasses.replace(done, logprobs=[value - 0.4 for value in done.logprobs]) for done in step()]
+
+    monkeypatch.setattr(engine, "step", off)
+    if fits:
+        assert 0.1 < verify_weights(engine, model) < 0.8
+    else:
+        with pytest.raises(WeightMismatch, match=r"may differ by 0\.25"):
+            verify_weights(engine, model)
 
 
 def test_packed_matrices_follow_their_weights(tiny_model, monkeypatch):

@@ -118,6 +118,24 @@ def test_scores_of_a_teacher_that_was_replaced_are_made_again(folders, tmp_path)
     assert scores() == first, "what was scored is shown where the teacher is gone"
 
 
+def test_scores_of_a_step_that_was_played_again_are_made_again(folders, tmp_path):
+    """A step after a kill is played again, on a GPU with other samples."""
+    run = read_run(shutil.copytree(folders / "atod", tmp_path / "run"))
+    episodes = run.episodes("valid", 4)
+
+    def teacher(episodes, compute=True):
+        found = Scorer(run, compute=compute).scores("valid", 4, episodes)
+        return [found[0, turn.index].teacher for turn in episodes[0].turns]
+
+    first = teacher(episodes)
+    turn = episodes[0].turns[0]
+    said = dataclasses.replace(turn, response_ids=turn.response_ids[::-1])
+    again = [dataclasses.replace(episodes[0], turns=(said, *episodes[0].turns[1:])), *episodes[1:]]
+    assert teacher(again, compute=False) == [None] * len(first)
+    assert teacher(again) != first
+    assert teacher(episodes) == first
+
+
 def test_a_run_without_a_teacher_shows_what_the_student_thought(folders):
     run = read_run(folders / "grpo")
     scores = Scorer(run, compute=False).scores("train", 1, run.episodes("train", 1))

@@ -16,6 +16,7 @@ from atod_algos.atod import ATOD
 from atod_algos.grpo import GRPO
 from atod_algos.rollout.async_rollout import AsyncRollout, correction_metrics, importance_weights, version_of
 from atod_algos.training.cli import main
+from atod_envs.errors import AtodError
 from atod_envs.trajectory import read_jsonl
 
 pytestmark = pytest.mark.slow
@@ -141,6 +142,20 @@ def test_a_stale_run_resumes_bit_for_bit(staleness, options, tmp_path):
     assert [row["staleness/steps"] for row in found] == [min(step - 1, staleness) for step in range(1, 7)]
     assert found[0]["staleness/weight_mean"] == pytest.approx(1.0, abs=1e-4)
     assert abs(found[-1]["staleness/weight_min"] - 1.0) > 1e-3
+
+
+def test_what_ended_the_episodes_played_meanwhile_is_said_first():
+    """A validation comes before the step that failed is asked for; the engine is in the middle of its episodes."""
+
+    def play(step, version, weights, ask):
+        if step == 2:
+            raise AtodError("the retriever does not answer; start it")
+
+    rollout = AsyncRollout(1, 9, play, 1)
+    rollout.begin(0, {"w": torch.zeros(1)}, {})
+    with pytest.raises(AtodError, match="the retriever does not answer"):
+        rollout.call(lambda: pytest.fail("the engine is not free"))
+    rollout.close()
 
 
 def test_without_staleness_nothing_is_corrected(options, tmp_path):

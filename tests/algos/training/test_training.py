@@ -278,6 +278,22 @@ def test_out_of_memory_says_what_to_lower(options, tmp_path, capsys, monkeypatch
     assert "out of memory; lower --token-budget" in err
 
 
+@pytest.mark.parametrize("reads", [64, 127, 128])
+def test_a_teacher_that_reads_less_than_a_row_is_refused(reads, options, tmp_path, capsys):
+    """Past its context a model with rotary positions gives numbers without a meaning, and says nothing."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(options[options.index("--teacher") + 1], teacher)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"max_position_embeddings": reads}))
+    options[options.index("--teacher") + 1] = str(teacher)
+    arguments = [*options, "--steps", "1", "--run", str(tmp_path / "r")]
+    if reads < 128:
+        err = failing(OPD, arguments, capsys)
+        assert f"reads {reads} tokens, but a row of this run may have 128; use --max-context {reads}" in err
+    else:
+        main(OPD, arguments)
+
+
 def test_a_checkpoint_is_a_model_that_loads_as_student(options, tmp_path):
     main(OPD, [*options, "--steps", "2", "--run", str(tmp_path / "a")])
     checkpoint = tmp_path / "a" / "checkpoints" / "best"
