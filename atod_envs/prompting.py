@@ -134,9 +134,23 @@ def matches_admissible(action: str, admissible: Sequence[str]) -> bool:
         return True
     for pattern in admissible:
         parts = pattern.split("...", 1) if "..." in pattern else _SLOT.split(pattern)
-        if len(parts) > 1 and re.fullmatch(".+".join(map(re.escape, parts)), action, re.DOTALL):
+        if len(parts) > 1 and _fits(action, parts):
             return True
     return False
+
+
+def _fits(action: str, parts: Sequence[str]) -> bool:
+    """Whether an action is these parts with a text of at least a character between each two, in linear time."""
+    first, *inner, last = parts
+    if not action.startswith(first):
+        return False
+    end = len(first)
+    for part in inner:
+        place = action.find(part, end + 1)
+        if place < 0:
+            return False
+        end = place + len(part)
+    return action.endswith(last) and len(action) - len(last) > end
 
 
 _SLOT = re.compile(r"<[^>]*>")

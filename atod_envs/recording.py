@@ -38,14 +38,20 @@ class RecordTurns(gym.Wrapper[str, str, str, str], RecordConstructorArgs):
         self._stop: StopReason | None = None
         self._note: dict[str, Any] = {}
         self._since = 0.0
+        self._restores = self._base.restores
         self.group_id = ""
         self.policy_version = -1
+
+    @property
+    def _base(self) -> TextEnv:
+        return cast("TextEnv", self.env.unwrapped)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         """Begin an episode and its record."""
         shown, info = self.env.reset(seed=seed, options=options)
         self._turns, self._stop, self._note = [], None, {}
-        self._seed = -1 if seed is None else seed
+        self._seed = self._base.episode_seed if seed is None else int(seed)
+        self._restores = self._base.restores
         self._info, self._observation = info, info.get("observation", shown)
         self._since = time.perf_counter()
         return shown, info
@@ -60,16 +66,25 @@ class RecordTurns(gym.Wrapper[str, str, str, str], RecordConstructorArgs):
     ) -> None:
         """Say how the coming action was made: prompt ids, sampled ids, their log-probs, and seconds it took."""
         self._note = {
-            "prompt_ids": tuple(prompt_ids),
-            "response_ids": tuple(response_ids),
-            "logprobs": tuple(logprobs),
+            "prompt_ids": tuple(map(int, prompt_ids)),  # of NumPy or torch, too
+            "response_ids": tuple(map(int, response_ids)),
+            "logprobs": tuple(map(float, logprobs)),
             "seconds_policy": seconds_policy,
         }
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Execute an action or response and record the turn."""
+        """Execute an action or response and record the turn.
+
+        Raises:
+            EpisodeError: the environment was restored without this wrapper, whose turns are of another moment.
+        """
         if self._info is None:
             raise EpisodeError("step() was called before reset(); call reset() first")
+        if self._base.restores != self._restores:
+            raise EpisodeError(
+                "the environment under this record was restored by itself, and the turns are of another moment; "
+                "use snapshot() and restore() of the recorded environment"
+            )
         admissible = self._info["admissible"]
         started = time.perf_counter()
         shown, reward, terminated, truncated, info = self.env.step(action)
@@ -95,7 +110,8 @@ class RecordTurns(gym.Wrapper[str, str, str, str], RecordConstructorArgs):
         self._note, self._since = {}, ended
         self._info, self._observation = info, info.get("observation", shown)
         if terminated or truncated:
-            self._stop = StopReason(info["stop_reason"])
+            # A wrapper's own limit, such as Gymnasium's max_episode_steps, says no reason.
+            self._stop = StopReason(info.get("stop_reason", StopReason.TURN_LIMIT))
             info = {**info, "trajectory": self.trajectory}
         return shown, float(reward), terminated, truncated, info
 
@@ -128,6 +144,7 @@ class RecordTurns(gym.Wrapper[str, str, str, str], RecordConstructorArgs):
         shown, info = snapshots.restore(self.env, inner)
         turns, self._info, self._observation, self._seed, self._stop, self.group_id, self.policy_version = record
         self._turns, self._note, self._since = list(turns), {}, time.perf_counter()
+        self._restores = self._base.restores
         return shown, {**info, "trajectory": self.trajectory} if self._stop is not None else info
 
     def close_episode(self, reason: StopReason) -> Trajectory:
@@ -145,7 +162,7 @@ class RecordTurns(gym.Wrapper[str, str, str, str], RecordConstructorArgs):
         info = self._info
         if info is None:
             raise EpisodeError("there is no trajectory before reset()")
-        env = cast("TextEnv", self.env.unwrapped)
+        env = self._base
         label = f"{env.env_key}/{env.label}"
         return Trajectory(
             env_id=env.spec.id if env.spec is not None else type(env).__name__,

@@ -95,7 +95,7 @@ class TextEnv(gym.Env[str, str]):
 
     def __init__(self, tasks: TaskSet, *, max_turns: int | None = None, render_mode: str | None = None) -> None:
         given: Any = max_turns  # NumPy's whole numbers are as good
-        if given is not None and not (isinstance(given, Integral) and int(given) >= 1):
+        if given is not None and (isinstance(given, bool) or not isinstance(given, Integral) or int(given) < 1):
             raise ValueError(f"max_turns={max_turns!r}; expected a whole number from 1")
         if render_mode not in (None, "ansi"):
             raise ValueError(f"render_mode={render_mode!r}; expected None or 'ansi'")
@@ -125,6 +125,11 @@ class TextEnv(gym.Env[str, str]):
     def _act(self, action: str) -> Frame:
         """Carry out one action. Must not raise on any string."""
 
+    @property
+    def episode_seed(self) -> int:
+        """Seed of the episode, given or drawn; with the task id it plays the same episode again."""
+        return self._seed
+
     def prompt_styles(self) -> Mapping[str, PromptStyle]:
         """The ways in which this environment can be put to a language model, by name.
 
@@ -152,8 +157,10 @@ class TextEnv(gym.Env[str, str]):
             raise TypeError(f"reset options are a {type(options).__name__}; expected a dict such as {{'task_id': ...}}")
         unknown = set(options or ()) - {"task_id"}
         if unknown:
-            raise ValueError(f"unknown reset option {sorted(unknown)[0]!r}; expected 'task_id'")
+            raise ValueError(f"unknown reset option {min(map(repr, unknown))}; expected 'task_id'")
         chosen = (options or {}).get("task_id")
+        if not isinstance(chosen, str | None):
+            raise TypeError(f"task_id={chosen!r:.60}; expected a task's id, which is text")
         self._task_id = self.tasks.draw(self.np_random) if chosen is None else self.tasks.require(chosen)
         episode_seed = int(self.np_random.integers(2**31)) if seed is None else seed
         self._task, self._frame = self._begin(self._task_id, episode_seed)
@@ -204,7 +211,7 @@ class TextEnv(gym.Env[str, str]):
             "score": float(frame.score),
         }
         for name, value in frame.extra.items():
-            info[f"{self.env_key}/{name}"] = value
+            info[f"{self.env_key}/{name}"] = dict(value) if isinstance(value, dict) else value  # the reader's own
         if frame.terminated:
             info["stop_reason"] = StopReason.SUCCESS if frame.success else StopReason.FAILURE
         elif self._over:
@@ -291,7 +298,7 @@ class TextEnv(gym.Env[str, str]):
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy or a pickle is an environment made with the same arguments, in the same moment."""
         moment = None if self._frame is None else self.snapshot()
-        return _made_again, (type(self), *self._arguments, self.spec, self.max_turns, moment)
+        return _made_again, (type(self), *self._arguments, self.spec, self.max_turns, moment, self.restores)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """As :meth:`__reduce__`; the arguments are shared."""
@@ -308,9 +315,11 @@ def _made_again(
     spec: Any,
     max_turns: int,
     moment: Snapshot | None,
+    restores: int,
 ) -> TextEnv:
     env = kind(*arguments, **keywords)
     env.spec, env.max_turns = spec, max_turns
     if moment is not None:
         env.restore(moment)
+        env.restores = restores  # the wrappers' copies are of the same moment
     return env

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from math import isfinite
@@ -149,6 +150,9 @@ def to_record(trajectory: Trajectory) -> dict[str, Any]:
 
     A turn's prompt usually begins with the whole previous turn. ``prompt_shared`` counts the leading ids that equal the
     previous turn's prompt and response, and only the rest is written, so that a long conversation costs linear space.
+
+    Raises:
+        ValueError: a value is not of its field's kind, so that no reader would take it.
     """
     record = {f.name: getattr(trajectory, f.name) for f in fields(trajectory)}
     record["labels"] = dict(trajectory.labels)
@@ -162,8 +166,10 @@ def to_record(trajectory: Trajectory) -> dict[str, Any]:
         row["prompt_ids"] = list(turn.prompt_ids[shared:])
         for name in ("admissible", "response_ids", "logprobs"):
             row[name] = list(row[name])
+        _checked(row, _TURN_KINDS)
         record["turns"].append(row)
         before = turn.prompt_ids + turn.response_ids
+    _checked(record, _TRAJECTORY_KINDS)
     return record
 
 
@@ -257,13 +263,33 @@ def _shared_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+@contextmanager
+def _written_aside(path: Path) -> Iterator[Path]:
+    """A file next to ``path`` that takes its place once it is whole; a pipe or a device is written to itself."""
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 # --- JSON lines ---------------------------------------------------------------------------------------------------
 
 
 def write_jsonl(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
-    """Write one trajectory a line; ``.gz`` in the name compresses (no time stamp: the same bytes each time)."""
+    """Write one trajectory a line; ``.gz`` in the name compresses (no time stamp: the same bytes each time).
+
+    What lies there stays until all is written.
+
+    Raises:
+        ValueError: a trajectory holds a value that is not of its field's kind.
+    """
     path = Path(path)
-    with open(path, "wb") as raw:
+    with _written_aside(path) as part, open(part, "wb") as raw:
         packed = (
             gzip.GzipFile(filename="", mode="wb", compresslevel=3, fileobj=raw, mtime=0)
             if path.suffix == ".gz"
@@ -341,13 +367,18 @@ def write_parquet(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
     Text is stored as UTF-8 bytes with surrogates passed through, because Arrow's strings refuse half a character, which
     a policy can sample.
     """
-    pa = _arrow()
+    pa, path = _arrow(), Path(path)
     records = []
     for trajectory in trajectories:
         record = to_record(trajectory)
         record["labels"] = list(record["labels"].items())
-        records.append(_map_text(record, lambda text: text.encode("utf-8", "surrogatepass")))
-    pa.parquet.write_table(pa.Table.from_pylist(records, schema=_parquet_schema(pa)), str(path))
+        records.append(map_text(record, lambda text: text.encode("utf-8", "surrogatepass")))
+    try:
+        table = pa.Table.from_pylist(records, schema=_parquet_schema(pa))
+    except (OverflowError, pa.ArrowException) as error:
+        raise ValueError(f"Parquet holds ids up to 2^31 and seeds up to 2^63 ({error}); write .jsonl") from error
+    with _written_aside(path) as part:
+        pa.parquet.write_table(table, str(part))
 
 
 def read_parquet(path: str | Path) -> Iterator[Trajectory]:
@@ -361,19 +392,19 @@ def read_parquet(path: str | Path) -> Iterator[Trajectory]:
     for number, row in parquet_rows(path, batch=64):
         where = f"{path}, row {number}"
         try:
-            record = _map_text(row, lambda blob: blob.decode("utf-8", "surrogatepass"), bytes)
+            record = map_text(row, lambda blob: blob.decode("utf-8", "surrogatepass"), bytes)
             record["labels"] = dict(record.get("labels") or ())
         except (UnicodeDecodeError, TypeError, ValueError) as error:
             raise DataError(f"{where}: not a trajectory of schema {SCHEMA}: {error}; is the file damaged?") from error
         yield from_record(record, where)
 
 
-def _map_text(value: Any, change: Any, kind: type = str) -> Any:
+def map_text(value: Any, change: Any, kind: type = str) -> Any:
     """Apply ``change`` to every value of type ``kind`` in nested lists, tuples and dicts (keys stay)."""
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, dict):
-        return {key: _map_text(item, change, kind) for key, item in value.items()}
+        return {key: map_text(item, change, kind) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_map_text(item, change, kind) for item in value)
+        return type(value)(map_text(item, change, kind) for item in value)
     return value

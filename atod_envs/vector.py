@@ -253,17 +253,22 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
         acting = [index for index in everyone if index not in set(afresh)]
         self.submit_reset(afresh)
         self.submit_step(acting, [actions[index] for index in acting])
-        begun = [turn for turn in self._wait_for(acting) if isinstance(turn, VectorTurn)]
-        for index, turn in zip(acting, begun, strict=True):
+        # Together: where one raises, no other is left with an answer that nobody has taken.
+        answers = dict(zip([*afresh, *acting], self._wait_for([*afresh, *acting]), strict=True))
+        again = []
+        for index, turn in answers.items():
+            if not isinstance(turn, VectorTurn):
+                continue
             rewards[index], terminations[index], truncations[index] = turn.reward, turn.terminated, turn.truncated
             if self.autoreset_mode is AutoresetMode.SAME_STEP and self._finished[index]:
                 infos = self._add_info(infos, {"final_obs": turn.observation, "final_info": turn.info}, index)
-                afresh.append(index)
+                again.append(index)
                 self.submit_reset([index])
             else:
                 infos = self._add_info(infos, turn.info, index)
-        for index, episode in zip(afresh, self._wait_for(afresh), strict=True):
-            infos = self._add_info(infos, episode.info, index)
+        answers |= zip(again, self._wait_for(again), strict=True)
+        for index in (*afresh, *again):
+            infos = self._add_info(infos, answers[index].info, index)
         return tuple(self._observations), rewards, terminations, truncations, infos
 
     def render(self) -> tuple[Any, ...] | None:

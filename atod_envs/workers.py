@@ -83,7 +83,7 @@ def carry_out(env: gym.Env[Any, Any], name: str, arguments: tuple[Any, ...], key
         if name.startswith("get:"):
             return Outcome(env.get_wrapper_attr(name[4:]))
         if name.startswith("set:"):
-            setattr(env.unwrapped, name[4:], *arguments)
+            env.set_wrapper_attr(name[4:], *arguments)
             return Outcome()
         found = env.get_wrapper_attr(name)
         # Gymnasium's own vector environments answer call() with an attribute that is no method, too.

@@ -17,13 +17,14 @@ is refused, unless it is said to be without chance.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import gymnasium as gym
 from gymnasium import spaces
@@ -145,6 +146,17 @@ class ForeignEnv(TextEnv):
             )
         if self._players and self._make is None:
             raise AtodError("a TextArena game begins anew only when it is made anew; give a function that makes it")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """As any environment's; one that was given as an object is copied, too, for its copy plays on by itself."""
+        if self._make is None:
+            make, (kind, arguments, keywords, *rest) = self.__reduce__()
+            given, own = self._foreign, copy.deepcopy(self._foreign, memo)
+            arguments = tuple(own if value is given else value for value in arguments)
+            keywords = {name: own if value is given else value for name, value in keywords.items()}
+            memo[id(self)] = made = make(kind, arguments, keywords, *rest)
+            return cast("Self", made)
+        return super().__deepcopy__(memo)
 
     def close(self) -> None:
         """Close the foreign environment, where it can be closed."""
@@ -301,16 +313,19 @@ def register(env_id: str, make: Callable[[], Any], **manner: Any) -> None:
             """The class is made here, so a copy is made through its registered id."""
             moment = None if self._frame is None else self.snapshot()
             options = self._arguments[1]
-            return _made_by_id, (env_id, options, self.max_turns, moment)
+            return _made_by_id, (env_id, options, self.max_turns, moment, self.restores)
 
     gym.register(env_id, entry_point=Registered, disable_env_checker=True)
 
 
-def _made_by_id(env_id: str, options: Mapping[str, Any], max_turns: int, moment: Snapshot | None) -> TextEnv:
+def _made_by_id(
+    env_id: str, options: Mapping[str, Any], max_turns: int, moment: Snapshot | None, restores: int
+) -> TextEnv:
     env = cast("TextEnv", gym.make(env_id, **options).unwrapped)
     env.max_turns = max_turns
     if moment is not None:
         env.restore(moment)
+        env.restores = restores
     return env
 
 

@@ -20,7 +20,7 @@ from atod_envs.integrations.messages import (
 )
 from atod_envs.integrations.rows import token_rows
 from atod_envs.styles import Layout, PromptStyle, whole_characters
-from atod_envs.trajectory import Group, StopReason, Trajectory, from_record, to_record
+from atod_envs.trajectory import Group, StopReason, Trajectory, from_record, map_text, to_record
 
 try:
     import datasets
@@ -43,13 +43,11 @@ def episodes(trajectories: Iterable[Trajectory]) -> datasets.Dataset:
     for trajectory in trajectories:
         record = to_record(trajectory)
         record["labels"] = [{"name": name, "value": value} for name, value in record["labels"].items()]
-        for turn in trajectory.turns:
-            for text in (turn.observation, turn.response, turn.action):
-                if whole_characters(text) != text:
-                    raise ValueError(
-                        f"turn {turn.index} of task {trajectory.task_id!r} holds half a character, which Arrow text cannot "
-                        "represent; write_jsonl and write_parquet of atod_envs.trajectory can"
-                    )
+        if map_text(record, whole_characters) != record:
+            raise ValueError(
+                f"the episode of task {trajectory.task_id!r} holds half a character, which Arrow text cannot represent; "
+                "write_jsonl and write_parquet of atod_envs.trajectory can"
+            )
         rows.append(record)
     if not rows:
         raise ValueError("no trajectories to export")

@@ -63,6 +63,12 @@ def dataset_name(name: str) -> str:
     return _ALIASES.get(plain, plain)
 
 
+def _named(stem: str) -> str:
+    """The data set that a file's name tells: a known one by its first word, as in ``hotpot_dev_distractor_v1``."""
+    first = dataset_name(re.split(r"[_.\-\s]", stem)[0])
+    return first if first in DATASETS else dataset_name(stem)
+
+
 def load_questions(path: str | Path) -> list[Question]:
     """Read a question file, or all question files below a folder.
 
@@ -122,7 +128,12 @@ def _holds_questions(file: Path) -> bool:
 
     A file that cannot be read is an error, and so is an empty one: either may be a data set that would be missed.
     """
-    if ".json" in file.name and ".jsonl" not in file.name and not isinstance(read_json(file, _MOVE), list):
+    if ".json" in file.name and ".jsonl" not in file.name and not isinstance(whole := read_json(file, _MOVE), list):
+        if isinstance(whole, dict) and isinstance(whole.get("Data"), list):
+            raise DataError(
+                f"{file}: expected a list of questions, found an object with 'Data' (TriviaQA's own form); use the rows of "
+                "FlashRAG or Search-R1, or move it out of the folder of questions"
+            )
         return False
     first = next(_rows(file), None)
     if first is None:
@@ -134,7 +145,7 @@ def _read_file(file: Path) -> Iterator[Question]:
     stem = file.name
     for suffix in sorted(_SUFFIXES, key=len, reverse=True):
         stem = stem.removesuffix(suffix)
-    named = dataset_name(_SPLIT.sub("", re.sub(r"_\d+$", "", stem)).strip("_.-") or file.parent.name)
+    named = _named(_SPLIT.sub("", re.sub(r"_\d+$", "", stem)).strip("_.-") or file.parent.name)
     for number, (place, row) in enumerate(_rows(file)):
         where = f"{file}, {place}"
         text, answers = _text_of(row, where), _answers_of(row, where)

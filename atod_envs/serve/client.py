@@ -20,6 +20,7 @@ from gymnasium.envs.registration import EnvSpec
 from atod_envs.errors import EpisodeError, UnknownName
 from atod_envs.serve.transport import RemoteError, SessionLost, connect
 from atod_envs.snapshots import Snapshot
+from atod_envs.styles import LONGEST_ACTION
 from atod_envs.tasks import TaskSet
 from atod_envs.text_env import Frame, TextEnv
 from atod_envs.trajectory import StopReason
@@ -190,7 +191,9 @@ class RemoteEnv(TextEnv):
             raise EpisodeError("step() was called before reset(); call reset() first")
         if not isinstance(action, str):
             raise TypeError(f"an action is a str, not {type(action).__name__}")
-        answer = self._in_turn("step", {"action": action})
+        # Of an action that is too long to be read its length alone counts, and fewer bytes say it.
+        text = action if len(action) <= LONGEST_ACTION else "x" * len(action)
+        answer = self._in_turn("step", {"action": text})
         info = self._checked(answer, _STEP)
         terminated, truncated = answer["terminated"], answer["truncated"]
         self._note(answer["observation"], info, over=terminated or truncated)
@@ -206,6 +209,11 @@ class RemoteEnv(TextEnv):
             "an episode on a server has no snapshot here; make the environment in this process, or reset with the same "
             "task and seed and repeat the actions"
         )
+
+    @property
+    def episode_seed(self) -> int:
+        """-1: what the server drew is not told."""
+        return -1
 
     def prompt_styles(self) -> Mapping[str, PromptStyle]:
         """The styles of the environment's class, which is installed here, too; prompts are written on this side."""

@@ -41,6 +41,10 @@ VERL_AGENT_WORKERS = {"train": range(16), "test": range(1000, 1128)}
 VERL_AGENT_VALIDATION = 500
 
 
+_LONGEST_PART = 20
+"""Digits of a number in a task id."""
+
+
 class GoalIds(Sequence[str]):
     """Task ids made on demand, so that millions of goals cost four bytes each.
 
@@ -80,6 +84,8 @@ class GoalIds(Sequence[str]):
             return False
         parts = task_id.split("/")
         if len(parts) != (2 if self._workers is None else 3) or parts[0] != self._kind:
+            return False
+        if max(map(len, parts)) > _LONGEST_PART:  # Python reads no whole number of any length
             return False
         if not all(part.isdecimal() and part.isascii() and str(int(part)) == part for part in parts[1:]):
             return False

@@ -167,6 +167,51 @@ def test_a_copy_of_a_live_environment_goes_on_by_itself(name, way):
     assert env.unwrapped.snapshot().actions == tuple(actions[:2]), "the copy's steps are its own"
 
 
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_of_a_wrapped_environment_goes_on_by_itself(name, way):
+    """Prompt, history and record belong to the moment that the copy is in."""
+    env = RecordTurns(prompted(make(name), "compact"))
+    _, info = env.reset(seed=5)
+    actions = [f"<action>{an_action(name, random.Random(n), info)}</action>" for n in range(3)]
+    env.step(actions[0])
+    copied = way(env)
+    outcome = env.step(actions[1])
+    assert without_times(copied.step(actions[1])) == without_times(outcome)
+    assert [turn.response for turn in copied.trajectory.turns] == actions[:2]
+
+
+def without_times(outcome):
+    return outcome[:4], {name: value for name, value in outcome[4].items() if name != "trajectory"}
+
+
+@pytest.mark.parametrize("name", [*ENVIRONMENTS, "toy"])
+def test_a_record_notices_a_restore_beneath_it(name):
+    env = RecordTurns(make(name))
+    env.reset(seed=2)
+    actions = ["dance", "sing"]  # end no episode
+    env.step(actions[0])
+    here, whole = env.unwrapped.snapshot(), snapshot(env)
+    env.unwrapped.restore(here)
+    with pytest.raises(EpisodeError, match="the turns are of another moment"):
+        env.step(actions[1])
+    restore(env, whole)
+    env.step(actions[1])
+    assert [turn.action for turn in env.trajectory.turns] == actions
+
+
+def test_what_a_reader_does_to_info_changes_no_snapshot():
+    env = make("webshop")
+    env.reset(seed=1)
+    state = env.unwrapped.snapshot()
+    _, info = env.unwrapped.restore(state)
+    url = info["webshop/page"]["url"]
+    info["webshop/page"]["url"] = "elsewhere"
+    assert env.unwrapped.restore(state)[1]["webshop/page"]["url"] == url != "elsewhere"
+
+
 def test_a_published_engine_is_restored_by_playing_again():
     pytest.importorskip("alfworld")
     env, other = make("alfworld", backend="textworld"), make("alfworld")

@@ -1,10 +1,13 @@
 import re
 import subprocess
 import sys
+import time
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from toy import ToyEnv
 
 import atod_envs
@@ -15,7 +18,7 @@ from atod_envs.recording import RecordTurns
 from atod_envs.spaces import UnicodeText
 from atod_envs.styles import parse_tagged
 from atod_envs.tasks import TaskSet
-from atod_envs.trajectory import StopReason
+from atod_envs.trajectory import StopReason, read_jsonl, write_jsonl
 
 
 def test_contract_holds_for_the_toy_world():
@@ -91,6 +94,9 @@ def test_winning_on_the_last_turn_terminates_and_does_not_truncate():
         (lambda env: ToyEnv(max_turns=0), ValueError, "max_turns=0"),
         (lambda env: ToyEnv(max_turns="5"), ValueError, "max_turns='5'; expected a whole number from 1"),
         (lambda env: ToyEnv(max_turns=2.5), ValueError, "max_turns=2.5; expected a whole number from 1"),
+        (lambda env: ToyEnv(max_turns=True), ValueError, "max_turns=True; expected a whole number from 1"),
+        (lambda env: env.reset(options={"task_id": ["x"]}), TypeError, "expected a task's id"),
+        (lambda env: env.reset(options={1: 2, "a": 3}), ValueError, "unknown reset option 'a'"),
         (lambda env: env.reset(options=["a"]), TypeError, "reset options are a list; expected a dict"),
         (lambda env: atod_envs.make("alfworld"), UnknownName, "did you mean 'atod/ALFWorld-v0'"),
         (
@@ -150,6 +156,19 @@ def test_admissible_patterns():
     assert not matches_admissible("click[b]", ("search[<your query>]", "click[a]"))
 
 
+@given(st.lists(st.sampled_from(["a", "b", "ab", "", "aa"]), min_size=2, max_size=5), st.text("ab\n", max_size=9))
+def test_slots_take_what_a_regular_expression_takes(parts, action):
+    pattern = "<x>".join(parts)
+    expected = re.fullmatch(".+".join(map(re.escape, parts)), action, re.DOTALL) is not None
+    assert matches_admissible(action, (pattern,)) == (expected or action == pattern)
+
+
+def test_slots_take_linear_time():
+    started = time.process_time()
+    assert not matches_admissible("a" * 64_000, ("a<x>a<y>a<z>b", "move <x> to <y> now"))
+    assert time.process_time() - started < 0.1
+
+
 def test_prompted_reports_form_and_admissibility_apart():
     env = prompted(ToyEnv(), "compact")
     env.reset(seed=1, options={"task_id": "say-fig-train"})
@@ -165,6 +184,36 @@ def test_prompted_reports_form_and_admissibility_apart():
     assert message == "say fig: You say pear." and info["observation"] == "You say pear."
     with pytest.raises(UnknownName, match="compact"):
         prompted(ToyEnv(), "compakt")
+
+
+@pytest.mark.parametrize("outermost", [True, False])
+def test_an_episode_that_gymnasiums_limit_ends_is_recorded(outermost):
+    inner = gym.wrappers.TimeLimit(ToyEnv(max_turns=9), 2)
+    env = gym.wrappers.RecordEpisodeStatistics(RecordTurns(inner)) if outermost else RecordTurns(inner)
+    env.reset(seed=0)
+    env.step("hm")
+    *_, truncated, info = env.step("hm")
+    assert truncated and info["trajectory"].stop_reason is StopReason.TURN_LIMIT
+    assert len(info["trajectory"].turns) == 2
+
+
+def test_a_recorded_seed_plays_the_episode_again():
+    env = RecordTurns(ToyEnv())
+    env.reset(seed=1)
+    shown, _ = env.reset()  # goes on with the generator
+    record = env.trajectory
+    again, _ = ToyEnv().reset(seed=record.seed, options={"task_id": record.task_id})
+    assert again == shown
+
+
+def test_what_torch_and_numpy_hold_is_recorded_as_numbers(tmp_path):
+    env = RecordTurns(ToyEnv())
+    env.reset(seed=0)
+    env.annotate(prompt_ids=np.arange(3), response_ids=np.arange(2), logprobs=np.float32([-1, -0.5]))
+    env.step("hm")
+    write_jsonl(tmp_path / "t.jsonl", [env.trajectory])
+    (read,) = read_jsonl(tmp_path / "t.jsonl")
+    assert read == env.trajectory and read.turns[0].logprobs == (-1.0, -0.5)
 
 
 def test_recording_keeps_turns_and_tokens():

@@ -2,6 +2,7 @@ import gzip
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,6 +90,36 @@ def make(n_turns: int = 3) -> Trajectory:
         made.append(Turn(k, "o", (), prompt, (7, 8), (-0.1, -0.2), "r", "a", True, True, 0.0))
         prompt = (*prompt, 7, 8, 9)
     return Trajectory("e", "t", "train", "task", "g", 0, tuple(made), "", True, 1.0, StopReason.SUCCESS)
+
+
+ONE = Trajectory("e", "t", "s", "say", "g", 7, (), "end", True, 1.0, StopReason.SUCCESS, 3, {"toy/kind": "fruit"}, "v")
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"score": float("nan")}, "'score' is nan"),
+        ({"success": np.True_}, "'success'"),
+        ({"labels": {"kind": 3}}, "'labels'"),
+        ({"seed": np.int64(3)}, "'seed'"),
+    ],
+)
+def test_what_no_reader_takes_is_not_written(write, change, words, tmp_path):
+    """And what lay there before stays."""
+    path = tmp_path / "t.jsonl"
+    write(path, [ONE])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=words):
+        write(path, [ONE, replace(ONE, **change)])
+    assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["t.jsonl"]
+
+
+def test_parquet_says_which_numbers_it_holds(tmp_path):
+    with pytest.raises(ValueError, match=r"write \.jsonl"):
+        write_parquet(tmp_path / "t.parquet", [replace(ONE, seed=2**70)])
+    write_jsonl(tmp_path / "t.jsonl", [replace(ONE, seed=2**70)])
+    assert next(read_jsonl(tmp_path / "t.jsonl")).seed == 2**70
 
 
 def test_a_conversation_is_stored_in_linear_space():

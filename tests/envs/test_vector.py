@@ -14,8 +14,13 @@ from toy import WORDS, ToyEnv
 
 import atod_envs
 from atod_envs.errors import EpisodeError, UnknownName
+from atod_envs.recording import RecordTurns
 from atod_envs.vector import Reset, TextVectorEnv, VectorTurn
 from atod_envs.workers import WorkerError
+
+
+def recorded():
+    return RecordTurns(ToyEnv())
 
 
 class SlowEnv(ToyEnv):
@@ -239,6 +244,26 @@ def test_a_list_of_values_has_one_for_each(workers):
         with pytest.raises(ValueError, match="values has 2 entries for 3 environments"):
             envs.set_attr("max_turns", (1, 2))
         assert envs.call("max_turns") == (4, 4, 4), "Gymnasium's own answer so, too"
+
+
+def test_a_step_that_failed_can_be_tried_again_while_another_begins_anew(workers):
+    with TextVectorEnv(SlowEnv, 3, workers=workers) as envs:
+        envs.set_attr("max_turns", [1, 9, 9])
+        envs.reset(seed=0)
+        envs.step(["hm"] * 3)
+        with pytest.raises(RuntimeError, match="the world fell apart"):
+            envs.step(["ignored", "fail", "hm"])
+        observations, _, terminations, truncations, infos = envs.step(["hm"] * 3)
+        assert len(observations) == 3 and infos["turn"].tolist() == [1, 2, 3]
+        assert (terminations | truncations).tolist() == [True, False, False]
+
+
+def test_an_attribute_of_a_wrapper_is_set_where_it_is(workers):
+    with TextVectorEnv(recorded, 3, workers=workers) as envs:
+        envs.set_attr("group_id", "g")
+        assert envs.get_attr("group_id") == ("g", "g", "g")
+        envs.set_attr("max_turns", 2)
+        assert envs.get_attr("max_turns") == (2, 2, 2)
 
 
 def test_a_step_that_failed_can_be_followed_by_a_reset(workers):

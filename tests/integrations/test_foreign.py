@@ -79,6 +79,25 @@ def test_snapshots_and_recording_work():
     assert env.unwrapped.restore(here)[0] == "row 2, column 1"
 
 
+def test_a_copy_of_one_that_was_given_as_an_object_is_another_object():
+    class Counter:
+        count = 0
+
+        def reset(self, seed=None):
+            self.count = 0
+            return "0", {}
+
+        def step(self, action):
+            self.count += 1
+            return str(self.count), 0.0, False, False, {}
+
+    env = wrap(Counter(), key="counter")
+    play(env, "a", "b")
+    copied = copy.deepcopy(env)
+    assert copied.step("c")[0] == "3" and env.step("c")[0] == "3"
+    assert copied.step("d")[0] == "4"
+
+
 @pytest.mark.slow
 def test_a_gem_game():
     gem = pytest.importorskip("gem", reason="GEM is not installed (pip install gem-llm)")

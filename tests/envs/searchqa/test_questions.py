@@ -226,6 +226,28 @@ def test_a_data_set_in_a_folder_is_never_dropped(tmp_path, content, message):
     assert "hotpotqa" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "dataset"),
+    [
+        ("hotpot_dev_distractor_v1.json", "hotpotqa"),
+        ("musique_ans_v1.0_dev.json", "musique"),
+        ("NQ-open.dev.json", "nq"),
+        ("my_questions_dev.json", "my_questions"),
+    ],
+)
+def test_official_names_of_files_tell_the_data_set(name, dataset, tmp_path):
+    (tmp_path / name).write_text(json.dumps([{"question": "who?", "answer": "a"}]))
+    (question,) = load_questions(tmp_path / name)
+    assert (question.dataset, question.split) == (dataset, "dev")
+
+
+def test_the_form_of_triviaqa_itself_is_not_dropped_from_a_folder(tmp_path):
+    (tmp_path / "web-dev.json").write_text(json.dumps({"Data": [{"Question": "who?", "Answer": {"Value": "a"}}]}))
+    (tmp_path / "nq_dev.json").write_text(json.dumps([{"question": "who?", "answer": "a"}]))
+    with pytest.raises(DataError, match="TriviaQA's own form"):
+        load_questions(tmp_path)
+
+
 def test_byte_order_marks_and_windows_line_ends_are_read(tmp_path):
     _two_sets(tmp_path, lambda text: b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     assert Counter(question.dataset for question in load_questions(tmp_path)) == {"nq": 10, "hotpotqa": 10}
