@@ -15,6 +15,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from tokenize import TokenError
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from atod_envs.errors import DataError
+from atod_envs.errors import AtodError, DataError
 
 AGAIN = "is the file cut off or damaged? Get it again"
 _EMPTY = 128  # bytes of a .npy file without data; an empty file cannot be mapped
@@ -219,6 +220,32 @@ def as_path(value: object, option: str) -> Path:
         return Path(os.path.expandvars(os.fspath(value))).expanduser()
     except (TypeError, RuntimeError) as error:  # bytes; a home folder that is not known
         raise DataError(f"{option}={value!r:.60}; {error}") from None
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder, unless it is there.
+
+    Raises:
+        AtodError: it cannot be made; names the option.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AtodError(f"folder {folder} cannot be made: {error.strerror}; choose another with {option}") from error
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A file next to ``path`` that takes its place once it is whole; a pipe or a device is written to itself."""
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def as_text(value: object) -> str:

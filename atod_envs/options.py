@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from atod_envs.errors import AtodError, UnknownName
@@ -32,10 +32,25 @@ def read_options(pairs: Iterable[str], split: str | None = None) -> dict[str, An
         key, equals, text = pair.partition("=")
         where, dot, name = key.rpartition(".")
         if not equals or not name.isidentifier():
-            raise AtodError(f"--option {pair!r}: expected NAME=VALUE, such as --option max_turns=30")
+            raise AtodError(f"--option {pair!r}: expected NAME=VALUE, such as --option task_types=['look']")
         if not dot or where == (split or "train"):
             options[name] = _value(text)
     return options
+
+
+def refuse_settings(options: Mapping[str, Any], settings: Mapping[str, str]) -> None:
+    """Refuse an argument for which a command has a setting of its own, which would win without a word.
+
+    Args:
+        options: as :func:`read_options` gives them.
+        settings: the setting to give instead, by argument.
+
+    Raises:
+        AtodError: names both.
+    """
+    for name, setting in settings.items():
+        if name in options:
+            raise AtodError(f"--option {name}={options[name]}: give {setting} instead, which counts everywhere")
 
 
 def read_pair(pair: str, names: Collection[str], option: str, kind: str = "VALUE") -> tuple[str, str]:

@@ -11,7 +11,6 @@ import gzip
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from math import isfinite
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from atod_envs.errors import DataError
-from atod_envs.files import json_lines, parquet_rows
+from atod_envs.files import json_lines, parquet_rows, written_aside
 
 SCHEMA = 1
 """Version of the schema below; raised whenever a field changes its meaning."""
@@ -263,20 +262,6 @@ def _shared_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-@contextmanager
-def _written_aside(path: Path) -> Iterator[Path]:
-    """A file next to ``path`` that takes its place once it is whole; a pipe or a device is written to itself."""
-    if path.exists() and not path.is_file():
-        yield path
-        return
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 # --- JSON lines ---------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +274,7 @@ def write_jsonl(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
         ValueError: a trajectory holds a value that is not of its field's kind.
     """
     path = Path(path)
-    with _written_aside(path) as part, open(part, "wb") as raw:
+    with written_aside(path) as part, open(part, "wb") as raw:
         packed = (
             gzip.GzipFile(filename="", mode="wb", compresslevel=3, fileobj=raw, mtime=0)
             if path.suffix == ".gz"
@@ -377,7 +362,7 @@ def write_parquet(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
         table = pa.Table.from_pylist(records, schema=_parquet_schema(pa))
     except (OverflowError, pa.ArrowException) as error:
         raise ValueError(f"Parquet holds ids up to 2^31 and seeds up to 2^63 ({error}); write .jsonl") from error
-    with _written_aside(path) as part:
+    with written_aside(path) as part:
         pa.parquet.write_table(table, str(part))
 
 

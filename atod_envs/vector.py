@@ -253,7 +253,7 @@ class TextVectorEnv(VectorEnv[tuple[str, ...], Sequence[str], NDArray[Any]]):
         acting = [index for index in everyone if index not in set(afresh)]
         self.submit_reset(afresh)
         self.submit_step(acting, [actions[index] for index in acting])
-        # Together: where one raises, no other is left with an answer that nobody has taken.
+        # Together: where one raises, the answers of the others are collected all the same.
         answers = dict(zip([*afresh, *acting], self._wait_for([*afresh, *acting]), strict=True))
         again = []
         for index, turn in answers.items():

@@ -48,7 +48,7 @@ def results(name: str) -> str:
     said = "What [the study](../study.md) decides: points of success (p over tasks, p over seeds), bold where both are below 5 %."
     decided = [*textwrap.wrap(said, 120), "", claims, ""] if len(claims.splitlines()) > 2 else []
     asked = f"--seeds {' '.join(numbers)} --methods {' '.join(rows)}"
-    command = f"Command: `python -m atod_algos.study --preset laptop {asked}`."
+    command = f"Command: `python -m atod_algos.study --preset laptop --settings-of docs/study {asked}`."
     return "\n".join(
         [
             f"Success in % of the last checkpoint, with the 95 % t-interval over {how_many} training seeds, 60 steps each.",

@@ -42,7 +42,7 @@ def pages() -> dict[Path, dict[str, str]]:
     study = {
         "results": success(cells, USUAL),
         "settings": settings(cells),
-        "source": source(cells, "laptop"),
+        "source": source(cells, "laptop", "--settings-of docs/study"),
         "claims": decisions(short["claims"], USUAL),
         "signals": success(cells, (*COMPARED, *ASKED)),
         "questions": decisions(short["claims"], tuple(METHODS), ASKED),

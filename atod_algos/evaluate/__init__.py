@@ -44,12 +44,16 @@ class Evaluation:
         """95 % interval of the success rate.
 
         Wilson's where every task was played once. With several seeds the episodes of a task depend on each other, so it
-        is the bootstrap's over tasks; Wilson's over all episodes would be too narrow.
+        is the bootstrap's over tasks; Wilson's over all episodes would be too narrow. Where all tasks have the same
+        share, it is Wilson's over tasks.
         """
         by_task = self.by_task()
         if len(by_task) == len(self.trajectories):
             return wilson(sum(t.success for t in self.trajectories), len(self.trajectories))
-        return self.bootstrap_interval
+        low, high = self.bootstrap_interval
+        if low == high:  # all tasks alike: resampling them shows no spread, but others may differ
+            return wilson(round(self.success * len(by_task)), len(by_task))
+        return low, high
 
     @property
     def bootstrap_interval(self) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -82,12 +83,35 @@ def run(config: EvaluateConfig, *, show: bool = True) -> dict[str, Any]:
     if config.concurrency < 1:
         raise AtodError(f"--concurrency {config.concurrency}: expected 1 or more episodes at the same time")
     sampling = sampling_of(config)
+    _require_ranges(config, sampling)
     settings, panels = settings_of(config, sampling)
     out = _folder(config)
     most = max(len(panel.tasks) for panel in panels)
     with held(out, "--out"), closing(EvaluationWorker(config, sampling, panels[0].env_key, most)) as worker:
         _open(out, settings | {"model": agent_digest(config.agent, panels[0].env_key)})
         return _played(config, sampling, panels, worker, out, show)
+
+
+def _require_ranges(config: EvaluateConfig, sampling: Sampling) -> None:
+    """Refuse what nothing can be played with, before anything is stored.
+
+    Raises:
+        AtodError: names the option.
+    """
+    for name in ("max_response", "max_context", "max_turns"):
+        value = getattr(sampling, name)
+        if value is not None and value < 1:
+            raise AtodError(f"--{name.replace('_', '-')} {value}: expected a whole number from 1")
+    if sampling.temperature is not None and not 0 <= sampling.temperature < math.inf:
+        raise AtodError(
+            f"--temperature {sampling.temperature}: expected a number from 0; 0 takes the most probable token"
+        )
+    if not 0 < config.api_timeout < math.inf:
+        raise AtodError(f"--api-timeout {config.api_timeout}: expected seconds above 0")
+    if config.api_retries < 0:
+        raise AtodError(f"--api-retries {config.api_retries}: expected a whole number from 0")
+    if config.out is not None and config.out == Path():
+        raise AtodError("--out is empty or the current folder; give a folder of its own")
 
 
 def _played(
@@ -117,7 +141,10 @@ def _played(
                     write_jsonl(part, played)
                     part.replace(path)
                     EpisodeJournal(_journal(path)).drop()
-                seeds[seed] = Evaluation(tuple(read_jsonl(path)))
+                try:
+                    seeds[seed] = Evaluation(tuple(read_jsonl(path)))
+                except DataError as error:
+                    raise DataError(f"{error}; or delete it to play them again") from None
                 if sorted(t.task_id for t in seeds[seed].trajectories) != sorted(panel.tasks):
                     raise DataError(
                         f"{path}: expected one episode of each of the panel's {len(panel.tasks)} tasks, found "

@@ -21,7 +21,7 @@ from agents.api import server_address
 from agents.chat import CHAT_DATE, ThinkingMode
 from agents.gguf import gguf_file
 from atod_envs.errors import AtodError
-from atod_envs.options import put_before, read_options
+from atod_envs.options import put_before, read_options, refuse_settings
 from atod_envs.text_env import TextEnv
 
 _USUAL: dict[str, Any] = {"thinking": ("off", None), "chat_date": (CHAT_DATE, None)}
@@ -193,9 +193,10 @@ def make_env(config: EvaluateConfig, sampling: Sampling, split: str) -> gym.Env[
         UnknownName: no environment of that id is registered.
     """
     options = read_options(sampling.option, split)
+    refuse_settings(options, {"max_turns": "--max-turns", "split": "--panels"})
     if config.data is not None:  # an environment without files need not take it
         options["data"] = config.data
-    return atod_envs.make(config.env, **options | {"max_turns": sampling.max_turns, "split": split})
+    return atod_envs.make(config.env, **options, max_turns=sampling.max_turns, split=split)
 
 
 def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, Any], list[Panel]]:

@@ -42,6 +42,8 @@ class EvaluationWorker:
             from agents.api import ApiOptions, ChatClient
 
             extra = parse_json(config.api_extra, "--api-extra", "give a JSON object")
+            if not isinstance(extra, dict):
+                raise AtodError(f"--api-extra {config.api_extra}: expected a JSON object, such as '{{\"top_k\": 1}}'")
             options = ApiOptions(config.api_base, config.api_timeout, config.api_retries, extra)
             self._client = ChatClient(
                 name,
@@ -103,7 +105,7 @@ class EvaluationWorker:
             self._chat,
             lambda: make_env(config, sampling, panel.split),
             style=sampling.style,
-            max_tokens=sampling.max_response or 1,
+            max_tokens=1 if sampling.max_response is None else sampling.max_response,
             temperature=1.0 if sampling.temperature is None else sampling.temperature,
             concurrency=self._at_once,
             agent=None if self._engine is not None else self._agent,

@@ -79,6 +79,8 @@ def open_source(run: Path, checkpoint: str) -> Source:
             f"no folder at {folder}; expected that of a run (--run of atod train), or OUT of atod train sft"
         )
     if folder.parent.name == "checkpoints" and (folder / "complete.json").is_file():
+        if checkpoint not in ("last", folder.name):  # "last" is what is taken where nothing is said
+            raise AtodError(f"{folder} is one checkpoint, and --checkpoint names {checkpoint}; give the run's folder")
         folder, checkpoint = folder.parent.parent, folder.name
     elif not (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
         if not (folder / "training" / "checkpoints").is_dir():
@@ -169,6 +171,6 @@ def _evaluated(source: Source, folder: Path) -> list[PanelRow]:
         )
     panels = read_object(folder / "result.json", _ADVICE, panels=dict)["panels"]
     sampling = ", ".join(f"{name} {value}" for name, value in settings["sampling"].items() if value is not None)
-    return [
-        PanelRow(f"{settings['env']}, {name}, {sampling}", "this model", summary) for name, summary in panels.items()
-    ]
+    seeds = ", ".join(map(str, settings.get("seeds", ())))
+    how = ", ".join(part for part in (sampling, f"seeds {seeds}" if seeds else "", *settings.get("option", ())) if part)
+    return [PanelRow(f"{settings['env']}, {name}, {how}", "this model", summary) for name, summary in panels.items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import socket
 import threading
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from atod_algos.report.data import Run, read_run
 from atod_algos.report.page import TURNS, write_page
 from atod_algos.report.tokens import Scorer
 from atod_envs.errors import AtodError
+from atod_envs.files import make_folder
 from atod_envs.http.messages import is_local_name
 
 
@@ -38,7 +40,7 @@ class ReportConfig:
     port: int = 0
     """Port of the page, with --watch; 0 takes a free one."""
     turns: int = TURNS
-    """Most turns on the page."""
+    """About how many turns are shown at most; of a stored step at least one group is."""
     score: bool = True
     """Let the teacher score the shown episodes where the run did not keep it (loads the teacher once; kept in
     RUN/scores)."""
@@ -58,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(config: ReportConfig) -> None:
+    if config.turns < 1 or not 0 < config.interval < math.inf:
+        raise AtodError(
+            f"--turns {config.turns}, --interval {config.interval:g}: expected at least 1 turn, and seconds above 0"
+        )
     if not config.runs:
         raise AtodError("give one or more run folders, e.g. python -m atod_algos.report runs/atod-ALFWorld-v0-seed0")
     console = Console(soft_wrap=True)
@@ -104,9 +110,9 @@ def report(
         DataError: a folder holds no run.
         ImportError: figures were asked for and matplotlib is not installed.
     """
-    runs = [read_run(Path(folder)) for folder in folders]
+    runs = [read_run(folder) for folder in {Path(folder).resolve(): Path(folder) for folder in folders}.values()]
     target = out or runs[0].path
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target, "--out")
     scorers = {run.path: _scorer(run, compute, teacher) for run in runs}
     page = target / "report.html"
     write_page(page, runs, scorers=scorers, turns=turns)

@@ -271,11 +271,12 @@ def method_of(algorithm: Mapping[str, Any]) -> str:
     label = _NAMES.get(name, name)
     if name != "atod":
         return label
-    if algorithm["weighting"] == "none":
-        return f"{label} w/o T-DUR"
-    if algorithm["weighting"] == "token":
-        return f"{label} token-level"
-    return label if algorithm["coef_anneal_steps"] else f"{label} w/o annealing"
+    weighting = str(algorithm["weighting"])
+    if not algorithm.get("rho_init", 1) and not algorithm.get("rho_max", 1):  # the teacher alone
+        return "OPD" if weighting == "none" else f"OPD by {weighting}"
+    parts = [*({"none": ["w/o T-DUR"], "token": ["token-level"]}.get(weighting, []))]
+    parts += [] if algorithm["coef_anneal_steps"] else ["w/o annealing"]
+    return " ".join([label, ", ".join(parts)]).strip()
 
 
 def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -108,10 +108,13 @@ class Scorer:
             if model is None:
                 return None
             stored = {"teacher": [name, self._digest(name)], "said": [said], **self._compute(model, kind, episodes)}
-            path.parent.mkdir(exist_ok=True)
-            part = path.with_name(path.name + ".part")
-            part.write_bytes(gzip.compress(json.dumps(stored).encode(), 3, mtime=0))
-            part.replace(path)
+            try:
+                path.parent.mkdir(exist_ok=True)
+                part = path.with_name(path.name + ".part")
+                part.write_bytes(gzip.compress(json.dumps(stored).encode(), 3, mtime=0))
+                part.replace(path)
+            except OSError as error:
+                log.warning("the teacher's scores are shown, but not kept: %s: %s", path, error.strerror)
         return dict(zip(_places(stored), stored["token_teacher"], strict=True))
 
     def _made_by(self, name: str, teacher: list[str | None]) -> bool:

@@ -10,7 +10,7 @@ import gymnasium as gym
 
 import atod_envs
 from atod_algos.training.config import RunConfig
-from atod_envs.options import read_options
+from atod_envs.options import read_options, refuse_settings
 from atod_envs.prompting import named_style
 from atod_envs.styles import PromptStyle
 from atod_envs.tasks import TaskSet
@@ -27,7 +27,9 @@ def make_env(config: RunConfig, split: str | None = None) -> gym.Env[str, str]:
     Raises:
         UnknownName: no environment of that id is registered.
     """
-    options = read_options(config.option, split) | {"max_turns": config.max_turns}
+    options = read_options(config.option, split)
+    refuse_settings(options, {"max_turns": "--max-turns", "split": "the data's own splits (--data)"})
+    options["max_turns"] = config.max_turns
     if config.data is not None:  # an environment without files need not take it
         options["data"] = config.data
     if split is not None:

@@ -233,7 +233,7 @@ def _require_same_cell(
         from atod_algos.training.checkpoint import DONE, model_digests, require_same_models
 
         config, algorithm = config_of(world, seed, tuned, folder), algorithm_of(method, world, rules)
-        require_settings(folder, settings_of(config, algorithm, rules))
+        require_settings(folder, settings_of(config, algorithm, rules), "--out")
         last = folder / "checkpoints" / f"step_{config.steps:06d}"
         if (last / DONE).is_file():
             extra = read_object(last / DONE, "delete the cell's folder to train again")

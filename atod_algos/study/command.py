@@ -19,11 +19,19 @@ from atod_algos.guard import guarded, parse
 from atod_algos.study import METHODS, PRESETS, Method, Preset, World, method_of
 from atod_algos.study.cells import algorithm_of, config_of, finish_cell, read_study
 from atod_algos.study.checks import Tuned, require_whole_cell
-from atod_algos.study.outcomes import joined, name_of, read_published, require_shared, shared_settings
+from atod_algos.study.outcomes import (
+    joined,
+    name_of,
+    read_published,
+    require_own_results,
+    require_shared,
+    shared_settings,
+)
 from atod_algos.study.tuning import chosen_in, tune
 from atod_algos.training.run_dir import Busy, replace_text, settings_of
 from atod_envs.caches import one_at_a_time
 from atod_envs.errors import AtodError, UnknownName
+from atod_envs.files import make_folder
 from atod_envs.options import read_pair
 
 
@@ -97,7 +105,8 @@ def run(config: StudyConfig) -> None:
     usual = [name for name, method in METHODS.items() if not method.asked_for]
     methods = [method_of(name) for name in config.methods or usual]
     out = _folder(config)
-    out.mkdir(parents=True, exist_ok=True)
+    if not config.tables_only:
+        make_folder(out, "--out")
     console = Console(soft_wrap=True)
     published = [cell for path in config.published for cell in read_published(path)]
     if not config.tables_only:
@@ -116,9 +125,13 @@ def run(config: StudyConfig) -> None:
             _run_world(out, world, preset, methods, config.rules, given, console)
     from atod_algos.study.tables import write_tables
 
-    cells = joined(read_study(out), published)
+    own = read_study(out)
+    if not own:
+        raise AtodError(f"{out} holds no finished cell; give the folder of a study as --out, or train one first")
+    cells = joined(own, published)
     for cell in cells:
         require_whole_cell(cell)
+    require_own_results(out, own, cells)
     with one_at_a_time(out):
         write_tables(out, cells, preset)
     console.print(f"{out / 'tables.md'} and {out / 'study-results.json'}", highlight=False)

@@ -145,6 +145,8 @@ def measured(run: Path) -> dict[str, Any]:
     Raises:
         AtodError: the run cannot be on the leaderboard.
     """
+    if not (run / "config.json").is_file() or "algorithm" not in read_settings(run):
+        raise AtodError(f"{run} is not the folder of a training run; give the one that --run of atod train named")
     settings = read_settings(run, "train", "algorithm")
     about = read_object(run / "config.json", _ADVICE)
     train, algorithm = settings["train"], settings["algorithm"]
@@ -181,7 +183,11 @@ def measured(run: Path) -> dict[str, Any]:
     require_whole(checkpoint)
     panel = fixed_panel(env)
     config = EvaluateConfig(
-        env=env, agent=str(checkpoint), data=train["data"], panels=(panel.name,), out=run / "leaderboard"
+        env=env,
+        agent=str(checkpoint),
+        data=train["data"],
+        panels=(panel.name,),
+        out=run / "leaderboard" / checkpoint.name,
     )
     require_comparable(run, config, panel)
     found = evaluate(config, show=False)["panels"][panel.name]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atod_algos.study import Method, World
-from atod_algos.study.cells import algorithm_of, config_of, train_cell
+from atod_algos.study.cells import algorithm_of, config_of, read_cell, train_cell
 from atod_algos.study.checks import RESULTS, Tuned, is_number, read_tuned
 from atod_algos.training.run_dir import (
     held,
@@ -82,7 +82,7 @@ def _validated(study: Path, method: Method, world: World, rules: str, seed: int,
         )
     if (folder / "config.json").exists():
         config = config_of(world, seed, tuned, folder)
-        require_settings(folder, settings_of(config, algorithm_of(method, world, rules), rules))
+        require_settings(folder, settings_of(config, algorithm_of(method, world, rules), rules), "--out")
     return score
 
 
@@ -98,13 +98,22 @@ def tuned_of(study: Path, world: World) -> Mapping[str, dict[Tuned, float]]:
 def chosen_in(study: Path, method: Method, world: World) -> Tuned:
     """What another study chose for a method.
 
-    It chose from the rates and updates that stand in its ``study.json``; where only its results were published, its
-    cells tell.
+    Its cells tell: those that are finished, or were published. Before the first is finished, it is what tuning chose
+    from the rates and updates that stand in its ``study.json``.
 
     Raises:
         AtodError: it has not tried all of them for this method in this world, or has no cell of it.
         DataError: its file is broken.
     """
+    trained = [read_cell(path.parent) for path in sorted((study / world.name / method.name).glob("seed*/cell.json"))]
+    used = {Tuned(cell["lr"], cell.get("updates", 0)) for cell in trained if cell is not None and "lr" in cell}
+    if len(used) > 1:
+        raise AtodError(
+            f"{study} has trained {method.label} in {world.name} with {' and '.join(sorted(map(str, used)))}, so it has chosen none; "
+            "leave --settings-of out to choose here"
+        )
+    if used:
+        return used.pop()
     if not (study / "study.json").is_file():
         return _published(study, method, world)
     grid = read_object(study / "study.json", "give the folder of a study as --settings-of", lrs=list, updates=list)
@@ -123,7 +132,9 @@ def chosen_in(study: Path, method: Method, world: World) -> Tuned:
             )
         return found[tuned]
 
-    return _choose(lrs, updates, score)
+    chosen = _choose(lrs, updates, score)
+    score(chosen)  # of a single value none was tried
+    return chosen
 
 
 def _published(study: Path, method: Method, world: World) -> Tuned:

@@ -106,7 +106,8 @@ def _kept(arguments: Sequence[str]) -> str:
 
 def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
     # Rules, preset and models must be known before the other defaults are: these depend on them.
-    rules = _ahead(arguments, "--rules") or "paper"
+    asked = _ahead(arguments, "--rules")
+    rules = "paper" if asked is None else asked
     if rules not in algorithm.rules:
         raise UnknownName("rule set", rules, algorithm.rules)
     config_default, options_default = TrainConfig(), with_rules(algorithm, rules)

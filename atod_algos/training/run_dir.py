@@ -17,6 +17,7 @@ with the process are dropped before they are written again.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import gzip
 import json
@@ -36,7 +37,7 @@ from atod_algos.training.source import source_commit
 from atod_algos.training.writers import TensorBoard, Writer, open_writers
 from atod_envs import files
 from atod_envs.errors import AtodError, DataError
-from atod_envs.files import parse_json, read_text
+from atod_envs.files import make_folder, parse_json, read_text
 from atod_envs.trajectory import Trajectory, write_jsonl
 
 log = logging.getLogger(__name__)
@@ -201,24 +202,24 @@ class Onlooker(RunFolder):
         """Nothing."""
 
 
-def require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+def require_settings(folder: Path, settings: Mapping[str, Any], option: str = "--run") -> None:
     """Refuse a run that was trained with other settings, or whose settings are gone.
 
     Raises:
-        AtodError: the settings of :func:`settings_of` differ; names the first.
+        AtodError: the settings of :func:`settings_of` differ; names the first, and the option that names the folder.
         DataError: the file with the run's own cannot be read.
     """
     plain = json.loads(json.dumps(settings))
     held = read_settings(folder, "train", "algorithm")
     if (was := held["algorithm"].get("name")) != (now := plain["algorithm"]["name"]):
-        raise AtodError(f"{folder} holds a run of {was}, not of {now}; choose another folder with --run")
+        raise AtodError(f"{folder} holds a run of {was}, not of {now}; choose another folder with {option}")
     changed = _difference(_of_this_version(held, plain["algorithm"]), plain)
     if changed:
         name, old, new = changed
         why = " (--steps: its learning rate falls towards the last step)" if name == "horizon" else ""
         raise AtodError(
             f"{folder} holds a run with {name}={old!r}{why}, but now it is {new!r}; "
-            "give the old value to resume it, or choose another folder with --run"
+            f"give the old value to resume it, or choose another folder with {option}"
         )
 
 
@@ -294,13 +295,11 @@ def held(folder: Path, option: str = "--run") -> Iterator[None]:
         Busy: another process holds it.
         AtodError: the folder cannot be written.
     """
+    make_folder(folder, option)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError as error:
-        raise AtodError(
-            f"run folder {folder} cannot be written: {error.strerror}; choose another with {option}"
-        ) from error
+        raise AtodError(f"folder {folder} cannot be written: {error.strerror}; choose another with {option}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -329,9 +328,10 @@ def written(path: Path) -> Iterator[Path]:
     try:
         yield path
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "Make room" if full else "Make it writable"
         raise AtodError(
-            f"{path} could not be written: {error.strerror or error}. Make room and run the same command to go on from the last "
-            "checkpoint"
+            f"{path} could not be written: {error.strerror or error}. {advice}, and run the same command again to go on"
         ) from error
 
 

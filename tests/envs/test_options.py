@@ -32,5 +32,5 @@ def test_a_splits_own_options_are_for_it_alone_and_the_last_word_counts():
 
 @pytest.mark.parametrize("slip", ["data", "=3", "two words=3", "train.=3", "-x=3"])
 def test_slips_are_named(slip):
-    with pytest.raises(AtodError, match=r"expected NAME=VALUE, such as --option max_turns=30"):
+    with pytest.raises(AtodError, match=r"expected NAME=VALUE, such as --option task_types="):
         read_options([slip])

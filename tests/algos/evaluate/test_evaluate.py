@@ -35,6 +35,13 @@ def test_summary_counts_by_label_and_reason():
     assert s["stop_reasons"] == {"success": 3, "turn_limit": 1}
 
 
+def test_tasks_that_are_all_solved_with_every_seed_say_no_more_than_as_many_tasks():
+    """Resampling them shows no spread; more seeds of the same tasks are no reason for certainty."""
+    one = Evaluation(tuple(outcome(str(task), True) for task in range(8)))
+    three = Evaluation(one.trajectories * 3)
+    assert three.interval == one.interval and three.interval[0] < 0.7
+
+
 def test_interval_of_several_seeds_is_over_tasks():
     outcomes = [i % 3 == 0 for i in range(60)]
     once = Evaluation(tuple(outcome(f"t{i}", won) for i, won in enumerate(outcomes)))
@@ -284,6 +291,21 @@ def test_the_official_games_are_played_in_full(realdata):
         (["--agent", "random", "--temperature", "1"], "--temperature means nothing for --agent random"),
         (["--agent", "api:m"], "give --api-base"),
         (["--concurrency", "0"], "--concurrency 0: expected 1 or more episodes"),
+        (["--max-turns", "0"], "--max-turns 0: expected a whole number from 1"),
+        (["--option", "max_turns=3"], "--option max_turns=3: give --max-turns instead"),
+        (["--option", "split=test"], "--option split=test: give --panels instead"),
+        (["--agent", "api:m", "--api-base", "http://127.0.0.1:9/v1", "--api-extra", "3"], "expected a JSON object"),
+        (
+            ["--agent", "api:m", "--api-base", "http://127.0.0.1:9/v1", "--temperature", "-1"],
+            "expected a number from 0",
+        ),
+        (
+            ["--agent", "api:m", "--api-base", "http://127.0.0.1:9/v1", "--max-response", "0"],
+            "--max-response 0: expected",
+        ),
+        (["--api-timeout", "nan"], "--api-timeout nan: expected seconds above 0"),
+        (["--api-retries", "-1"], "--api-retries -1: expected a whole number from 0"),
+        (["--out", ""], "--out is empty or the current folder"),
         (["--agent", "./nowhere"], "no folder at nowhere"),
         (["--compare", "nowhere", "nowhere"], "holds no finished evaluation"),
         (["--env", "toy/Sya-v0"], "unknown environment 'toy/Sya-v0'"),

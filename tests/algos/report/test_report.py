@@ -240,6 +240,9 @@ def test_ablations_have_names_of_their_own():
         for change in ({}, {"weighting": "none"}, {"weighting": "token"}, {"coef_anneal_steps": 0})
     ]
     assert names == ["ATOD", "ATOD w/o T-DUR", "ATOD token-level", "ATOD w/o annealing"]
+    both = base | {"weighting": "none", "coef_anneal_steps": 0}
+    assert method_of(both) == "ATOD w/o T-DUR, w/o annealing"
+    assert method_of(base | {"rho_init": 0.0, "rho_max": 0.0}) == "OPD by turn"
 
 
 def test_a_line_is_of_runs_that_differ_in_their_seed_alone(folders):

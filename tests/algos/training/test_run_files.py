@@ -187,7 +187,7 @@ def test_a_folder_has_one_process(tmp_path):
     with held(tmp_path):
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(AtodError, match="cannot be written"), held(tmp_path / "file"):
+    with pytest.raises(AtodError, match="cannot be made"), held(tmp_path / "file"):
         pass
 
 
