@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from atod_algos.study import METHODS
 from atod_algos.study.cells import without
-from atod_algos.study.claims import CLAIMS
+from atod_algos.study.claims import CLAIMS, decide, mean_of
+from atod_algos.study.outcomes import read_published
 from atod_algos.study.tables import markdown_table, with_spread
 
 DOCS = Path(__file__).parent
@@ -45,13 +47,36 @@ def pages() -> dict[Path, dict[str, str]]:
         "settings": settings(cells),
         "source": source(cells, "laptop", "--settings-of docs/study"),
         "claims": decisions(short["claims"], USUAL),
-        "signals": success(cells, (*COMPARED, *ASKED)),
+        "signals": success(cells, (*COMPARED, *(name for name in ASKED if _everywhere(cells, name)))),
+        "further": further(read_published(RESULTS)),
         "questions": decisions(short["claims"], tuple(METHODS), ASKED),
         "long-results": success(long_cells, USUAL),
         "long-claims": decisions(long_claims, USUAL),
         "long-source": source(long_cells, "laptop-150", "--settings-of docs/study"),
     }
     return {DOCS / "study.md": study, DOCS.parent / "README.md": {"study": success(cells, SHORT)}}
+
+
+def further(cells: Cells) -> str:
+    """Signals that were run in one world: success, and how far they are ahead of OPD and of GRPO there."""
+    rows = []
+    names = [name for name in ASKED if not _everywhere(cells, name)]
+    worlds = [world for world in WORLDS if any(_of(cells, name, world) for name in names)]
+    for world in worlds:
+        found = [(name, some) for name in names if (some := _of(cells, name, world))]
+        for name, some in sorted(found, key=lambda pair: -mean_of(pair[1], "last")):
+            decided = [decide("", some, _of(cells, rival, world)) for rival in ("opd", "grpo")]
+            shown = [_difference(None if one is None else asdict(one) | {"verdict": one.verdict}) for one in decided]
+            place = [WORLDS[world]] if len(worlds) > 1 else []
+            rows.append([METHODS[name].label, *place, with_spread(some, "last"), *shown])
+    seeds = {cell["seed"] for name in names for world in worlds for cell in _of(cells, name, world)}
+    where = ["world"] if len(worlds) > 1 else []
+    what = f"{WORLDS[worlds[0]]}, %, {len(seeds)} seeds" if len(worlds) == 1 else f"%, {len(seeds)} seeds"
+    return _table([what, *where, "success", "against OPD", "against GRPO"], rows)
+
+
+def _everywhere(cells: Cells, method: str) -> bool:
+    return all(_of(cells, method, world) for world in WORLDS)
 
 
 def _worlds(cells: Cells) -> list[str]:
