@@ -49,9 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse(EvaluateConfig, arguments, "atod_algos.evaluate", __doc__)
     logging.basicConfig(level=logging.INFO if config.verbose else logging.WARNING, format="%(levelname)s %(message)s")
     if config.compare:
-        guarded(lambda: show_comparison(*config.compare))
+        guarded(lambda: _compare(config))
     else:
         guarded(lambda: run(config), lambda: _kept(_folder(config)))
+
+
+def _compare(config: EvaluateConfig) -> None:
+    usual = EvaluateConfig()
+    given = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(usual, f.name)]
+    if others := sorted({*given} - {"compare", "verbose"}):
+        raise AtodError(f"--compare takes two finished evaluations alone; leave --{others[0].replace('_', '-')} out")
+    assert config.compare is not None
+    show_comparison(*config.compare)
 
 
 def _folder(config: EvaluateConfig) -> Path:

@@ -170,8 +170,10 @@ def sampling_of(config: EvaluateConfig) -> Sampling:
     run = Path(os.path.normpath(folder)).parent.parent
     if not builtin and folder.is_dir() and all((run / name).is_file() for name in ("config.json", "metrics.jsonl")):
         trained = read_settings(run, "train")
-        own = [world for world in trained.get("worlds", {}).values() if world["env"] == config.env]
-        profile |= {**trained["train"], **(own[0] if own else {})}
+        worlds = [*trained.get("worlds", {}).values()] or [trained["train"]]
+        own = next((world for world in worlds if world["env"] == config.env), None)
+        profile |= {n: value for n, value in trained["train"].items() if n not in ("env", "max_turns", "option")}
+        profile |= own or {}  # an environment that the run never played has its own turn limit and options
     profile = {**profile, "temperature": profile["eval_temperature"]}
     if config.agent.startswith("api:"):
         profile |= dict.fromkeys(("max_context", "thinking", "chat_date"))  # the server knows its own

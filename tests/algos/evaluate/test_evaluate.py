@@ -242,6 +242,8 @@ def test_the_world_is_the_runs_or_the_profiles_unless_told_otherwise(tmp_path):
     (run / "config.json").write_text(json.dumps({"settings": {"train": train}}))
     best = str(run / "checkpoints" / "best")
     assert options(best) == ("topk=1", "dataset=single") and options(best, TOY) == ()
+    turns = [sampling_of(EvaluateConfig(env=env, agent=best)).max_turns for env in (search, "atod/ALFWorld-v0")]
+    assert turns[0] == 4 != turns[1], "a limit is that of the environment it was set for"
     config = EvaluateConfig(env=search, data="builtin", agent=best, option=("test.topk=2",))
     env = make_env(config, sampling_of(config), "test").unwrapped
     _, info = env.reset(seed=0)
@@ -283,6 +285,12 @@ def test_the_official_games_are_played_in_full(realdata):
     assert [p.name for p in panels] == ["valid_seen/6", "valid_unseen/6"]  # all that the folder holds
 
 
+def test_what_is_compared_must_be_there(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--compare", str(tmp_path), str(tmp_path)])
+    assert "holds no finished evaluation" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -307,7 +315,7 @@ def test_the_official_games_are_played_in_full(realdata):
         (["--api-retries", "-1"], "--api-retries -1: expected a whole number from 0"),
         (["--out", ""], "--out is empty or the current folder"),
         (["--agent", "./nowhere"], "no folder at nowhere"),
-        (["--compare", "nowhere", "nowhere"], "holds no finished evaluation"),
+        (["--compare", "nowhere", "nowhere"], "--compare takes two finished evaluations alone; leave --agent out"),
         (["--env", "toy/Sya-v0"], "unknown environment 'toy/Sya-v0'"),
     ],
 )
