@@ -202,7 +202,7 @@ def failing(algorithm, arguments, capsys):
         (["--teacher", "no-such-org/no-such-model"], "teacher model 'no-such-org/no-such-model' could not be loaded"),
         (["--env", "atod/ALFWorld-v0", "--data", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--style", "chatty"], "unknown prompt style 'chatty'"),
-        (["--run", "/proc/nowhere"], "run folder /proc/nowhere cannot be written"),
+        (["--run", "/proc/nowhere"], "folder /proc/nowhere cannot be made"),
         (["--device", "cuda"], "torch sees no GPU"),
         (["--rules", "mine"], "unknown rule set 'mine'"),
     ],
