@@ -245,7 +245,9 @@ def test_a_checkpoint_in_float32_is_none_of_a_half_precision_run(model):
     """Its master weights would stay those of the untrained model."""
     saved = Learner(copy.deepcopy(model), learner_options()).state()
     half = Learner(copy.deepcopy(model).to(torch.bfloat16), learner_options())
-    with pytest.raises(AtodError, match="made in float32, but here weights are in half precision; give the --device it was made on"):
+    with pytest.raises(
+        AtodError, match="made in float32, but here weights are in half precision; give the --device it was made on"
+    ):
         half.load_state(saved)
 
 
