@@ -10,7 +10,7 @@ import textwrap
 from html import escape
 from typing import Any
 
-from make_study import RESULTS, WORLDS, decisions
+from make_study import RESULTS, WORLDS, commands, decisions
 
 from atod_algos.evaluate.statistics import t_interval
 from atod_algos.study import METHODS
@@ -38,7 +38,6 @@ def results(name: str) -> str:
     torch = {cell["versions"]["torch"] for cell in cells}
     commits = dict.fromkeys(commit[:7] for cell in cells for commit in cell.get("commits", ()))
     seeds = sorted({len(found) for key in rows for found in cells_of(key).values() if found})
-    numbers = map(str, sorted({cell["seed"] for cell in cells}))
     how_many = " or ".join(map(str, seeds))
     table = ["| | ALFWorld | turns | Search-QA | turns | WebShop | turns |", f"|---|{'---:|' * 6}"]
     for key in ("vanilla", *rows, "teacher"):
@@ -47,8 +46,8 @@ def results(name: str) -> str:
     claims = decisions(json.loads(RESULTS.read_text())["claims"], tuple(METHODS), rows)
     said = "What [the study](../study.md) decides: points of success (p over tasks, p over seeds), bold where both are below 5 %."
     decided = [*textwrap.wrap(said, 120), "", claims, ""] if len(claims.splitlines()) > 2 else []
-    asked = f"--seeds {' '.join(numbers)} --methods {' '.join(rows)}"
-    command = f"Command: `python -m atod_algos.study --preset laptop --settings-of docs/study {asked}`."
+    asked = commands(cells, "laptop")
+    command = ("Command: " if len(asked) == 1 else "Commands: ") + ", ".join(f"`{one}`" for one in asked) + "."
     return "\n".join(
         [
             f"Success in % of the last checkpoint, with the 95 % t-interval over {how_many} training seeds, 60 steps each.",

@@ -45,14 +45,14 @@ def pages() -> dict[Path, dict[str, str]]:
     study = {
         "results": success(cells, USUAL),
         "settings": settings(cells),
-        "source": source(cells, "laptop", "--settings-of docs/study"),
+        "source": source(cells, "laptop"),
         "claims": decisions(short["claims"], USUAL),
         "signals": success(cells, (*COMPARED, *(name for name in ASKED if _everywhere(cells, name)))),
         "questions": decisions(short["claims"], tuple(METHODS), ASKED),
         "further": further(read_published(RESULTS)),
         "long-results": success(long_cells, USUAL),
         "long-claims": decisions(long_claims, USUAL),
-        "long-source": source(long_cells, "laptop-150", "--settings-of docs/study"),
+        "long-source": source(long_cells, "laptop-150"),
     }
     return {DOCS / "study.md": study, DOCS.parent / "README.md": {"study": success(cells, SHORT)}}
 
@@ -153,21 +153,31 @@ def _p(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
 
 
-def source(cells: Cells, preset: str, *more: str) -> str:
-    """Command, commits and torch of the cells; one cell's own command as an example."""
-    methods = [method for method in METHODS if any(cell["method"] == method for cell in cells)]
-    seeds = sorted({cell["seed"] for cell in cells})
+def commands(cells: Cells, preset: str) -> list[str]:
+    """What trains the cells again, as they were chosen: a command for the methods of the same worlds and seeds."""
+    groups: dict[tuple[tuple[str, ...], tuple[int, ...]], list[str]] = {}
+    for method in METHODS:
+        own = [cell for cell in cells if cell["method"] == method]
+        if own:
+            groups.setdefault((tuple(_worlds(own)), tuple(sorted({cell["seed"] for cell in own}))), []).append(method)
+    found = []
+    for (worlds, seeds), methods in groups.items():
+        where = [] if len(worlds) == len(WORLDS) else ["--worlds", *worlds]
+        words = ["--preset", preset, "--settings-of docs/study", *where, "--seeds", *map(str, seeds)]
+        found.append(" ".join(["python -m atod_algos.study", *words, "--methods", *methods]))
+    return found
+
+
+def source(cells: Cells, preset: str) -> str:
+    """Commands, commits and torch of the cells; one cell's own command as an example."""
     commits = sorted({commit[:7] for cell in cells for commit in cell.get("commits", ())})
     torch = sorted({cell["versions"]["torch"] for cell in cells})
-    chosen = ["--seeds", *map(str, seeds), "--methods", *methods]
-    if len(_worlds(cells)) < len(WORLDS):
-        chosen = ["--worlds", *_worlds(cells), *chosen]
     one = next(cell["command"] for cell in cells if cell["method"] == "atod" and "command" in cell)
     lines = [
         '<!-- skip: next "trains for hours" -->',
         "",
         "```bash",
-        *_wrapped(" ".join(["python -m atod_algos.study --preset", preset, *more, *chosen])),
+        *(line for command in commands(cells, preset) for line in _wrapped(command)),
         "```",
         "",
         f"Commit `{', '.join(commits)}`, torch {', '.join(torch)}, one thread a run. Every cell can be trained by itself;",

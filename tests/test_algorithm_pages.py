@@ -3,14 +3,19 @@
 import ast
 import importlib.util
 import inspect
+import json
 import re
+import shlex
 import sys
 from importlib.metadata import entry_points
 
 import pytest
 from paths import REPOSITORY
 
-from atod_algos.study import METHODS
+from atod_algos.guard import parse
+from atod_algos.study import METHODS, PRESETS
+from atod_algos.study.command import StudyConfig, tuned_as
+from atod_algos.study.tuning import chosen_in
 
 POINTS = {
     point.name: point for point in entry_points(group="atod.algorithms") if point.module.startswith("atod_algos.")
@@ -36,6 +41,21 @@ def test_the_studys_numbers_are_those_of_its_results(maker):
         page = path.read_text()
         assert re.findall(r"<!-- made: ([\w-]+) -->", page)[::2] == list(made)
         assert page == maker.filled(page, made), "run python docs/make_pages.py"
+
+
+def test_the_studys_commands_can_be_followed(maker):
+    """Every method, in every world that a command names, has settings in the published results, and so many cells."""
+    made = sys.modules["make_study"]
+    cells = json.loads(made.RESULTS.read_text())["cells"]
+    named = set()
+    for command in made.commands(cells, "laptop"):
+        config = parse(StudyConfig, shlex.split(command)[3:], "atod_algos.study", "")
+        for world in PRESETS[config.preset].worlds:
+            for method in map(METHODS.get, config.methods if world.name in (config.worlds or made.WORLDS) else ()):
+                if method.algorithm:
+                    assert chosen_in(REPOSITORY / config.settings_of, tuned_as(method), world)
+                named |= {(world.name, method.name, seed) for seed in config.seeds}
+    assert named == {(cell["world"], cell["method"], cell["seed"]) for cell in cells}
 
 
 def test_every_page_has_an_algorithm():
