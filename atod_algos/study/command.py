@@ -18,12 +18,11 @@ from atod_algos.evaluate.settings import held_out_splits
 from atod_algos.guard import guarded, parse
 from atod_algos.study import METHODS, PRESETS, Method, Preset, World, method_of
 from atod_algos.study.cells import algorithm_of, config_of, finish_cell, read_study
-from atod_algos.study.checks import Tuned, require_whole_cell
+from atod_algos.study.checks import RESULTS, Tuned, require_whole_cell
 from atod_algos.study.outcomes import (
     joined,
     name_of,
     read_published,
-    require_own_results,
     require_shared,
     shared_settings,
 )
@@ -105,6 +104,10 @@ def run(config: StudyConfig) -> None:
     usual = [name for name, method in METHODS.items() if not method.asked_for]
     methods = [method_of(name) for name in config.methods or usual]
     out = _folder(config)
+    if (out / RESULTS).is_file() and not (out / "study.json").is_file() and not read_study(out):
+        raise AtodError(
+            f"{out} holds published results of a study, and would be written over; give another --out, and this one as --published"
+        )
     if not config.tables_only:
         make_folder(out, "--out")
     console = Console(soft_wrap=True)
@@ -131,7 +134,6 @@ def run(config: StudyConfig) -> None:
     cells = joined(own, published)
     for cell in cells:
         require_whole_cell(cell)
-    require_own_results(out, own, cells)
     with one_at_a_time(out):
         write_tables(out, cells, preset)
     console.print(f"{out / 'tables.md'} and {out / 'study-results.json'}", highlight=False)

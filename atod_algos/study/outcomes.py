@@ -178,34 +178,6 @@ def joined(own: Sequence[Mapping[str, Any]], published: Sequence[Mapping[str, An
     return [whole[key] for key in sorted(whole, key=lambda key: (key[0], place(key[1]), key[2]))]
 
 
-def require_own_results(out: Path, own: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse to write over the results of another study, such as published ones, whose cells would be lost.
-
-    Args:
-        out: the folder.
-        own: the finished cells in it.
-        cells: those that are about to be written, published ones among them.
-
-    Raises:
-        AtodError: names a cell that would be lost.
-    """
-    if not (out / RESULTS).is_file():
-        return
-    before = {
-        (cell.get("world"), cell.get("method"), cell.get("seed"))
-        for cell in read_object(out / RESULTS, _ADVICE, cells=list)["cells"]
-        if isinstance(cell, dict)
-    }
-    mine, written = ({(cell["world"], cell["method"], cell["seed"]) for cell in some} for some in (own, cells))
-    lost = sorted(before - written, key=str)
-    if lost and not before & mine:
-        world, method, seed = lost[0]
-        raise AtodError(
-            f"{out / RESULTS} is of another study, and {len(lost)} of its cells would be lost ({world}, {method}, seed {seed}); give "
-            "another --out, and this one as --published"
-        )
-
-
 def name_of(cell: Mapping[str, Any]) -> str:
     """A cell in words."""
     return f"{cell['world']}, {cell['method']}, seed {cell['seed']}" + (
