@@ -100,7 +100,10 @@ def make(env_id: str, **options: Any) -> gym.Env[str, str]:
         DataError: the environment's data is missing or broken.
         AtodError: the environment does not take an option, or not that value.
     """
-    require_registered(env_id)
+    taken = inspect.signature(environment_class(env_id)).parameters
+    for name, value in options.items():
+        if name in taken and taken[name].annotation in (bool, "bool") and not isinstance(value, bool):
+            raise AtodError(f"{env_id}: {name}={value!r}; expected true or false")
     try:
         return gym.make(env_id, **options)
     except AtodError:
@@ -108,7 +111,6 @@ def make(env_id: str, **options: Any) -> gym.Env[str, str]:
     except (TypeError, ValueError) as error:
         reason = str(error).partition(" was raised from the environment creator")[0]
         if unknown := re.search(r"unexpected keyword argument '(\w+)'", reason):
-            taken = inspect.signature(environment_class(env_id)).parameters
             raise UnknownName(f"option of {env_id}", unknown[1], taken) from error
         raise AtodError(f"{env_id}: {reason}") from error
 

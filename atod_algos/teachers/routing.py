@@ -14,9 +14,11 @@ D_e the mean of |log pi_T - log pi_S| over the step's tokens of environment e, a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from atod_algos.algorithm import Advantages, Algorithm
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.training.config import RunConfig
 from atod_algos.training.worlds import number, own_value
@@ -27,6 +29,35 @@ MOST_SCALE = 10.0
 """Largest factor of ``--gap-scale equal``: a teacher who agrees with the student is not made loud."""
 
 EQUAL = ("equal",)
+
+
+class ScoringModel(NamedTuple):
+    """A model that a run's algorithm asks for log-probs.
+
+    Attributes:
+        asked_as: ``"teacher"``, ``"reference"`` or ``"base"``.
+        name: its folder, hub name or address, or ``"builtin"``.
+        role: ``"student"`` or ``"teacher"``, and ``models``: which of the built-in models ``"builtin"`` is.
+    """
+
+    asked_as: str
+    name: str
+    role: str
+    models: str
+
+
+def scoring_models(config: RunConfig, algorithm: Algorithm) -> list[ScoringModel]:
+    """Every model besides the student as it learns, in the order of the environments; some may be the same."""
+    asked = [
+        *(
+            ScoringModel("teacher", name, "teacher", config.models_of(world))
+            for world in config.worlds
+            for name in (world.teacher, *(name for _, name in world.label_teachers))
+        ),
+        ScoringModel("reference", config.student, "student", config.models),
+        ScoringModel("base", algorithm.base_model or config.student, "student", config.models),
+    ]
+    return [model for model in asked if model.asked_as in algorithm.scores]
 
 
 def world_places(trajectories: Sequence[Trajectory], config: RunConfig) -> np.ndarray:
@@ -96,6 +127,29 @@ def gap_factors(config: RunConfig, world_N: np.ndarray, batch: TokenBatch, score
     mean_E = np.bincount(world_M, gap_M, minlength=len(config.worlds)) / np.maximum(count_E, 1)
     common = mean_E[count_E > 0].mean()
     return np.where(count_E > 0, np.minimum(MOST_SCALE, common / np.maximum(mean_E, 1e-12)), 1.0)
+
+
+def scaled_gaps(
+    config: RunConfig, batch: TokenBatch, scores: Scores, advantages: Advantages, names: Sequence[str]
+) -> tuple[Advantages, dict[str, float]]:
+    """A step's advantages after ``--gap-scale``, and the factors as metrics.
+
+    Args:
+        config: resolved settings.
+        batch: the step's data.
+        scores: log-probs of student and teacher.
+        advantages: the algorithm's.
+        names: of the environments, the first part of the metrics' keys.
+
+    Raises:
+        AtodError: the algorithm has no term of a teacher.
+    """
+    if not config.gap_scale:
+        return advantages, {}
+    world_N = world_places(batch.trajectories, config)
+    factors = gap_factors(config, world_N, batch, scores)
+    metrics = {f"{name}/gap_scale": float(factor) for name, factor in zip(names, factors, strict=True)}
+    return advantages.scaled(factors[world_N][batch.trajectory_M]), metrics
 
 
 def _given(config: RunConfig) -> np.ndarray:

@@ -26,6 +26,7 @@ from atod_algos.algorithm import Algorithm
 from atod_algos.learner import distributed
 from atod_algos.learner.lora import base_model, load_adapters
 from atod_algos.learner.optimizer import Updater
+from atod_algos.teachers.routing import scoring_models
 from atod_algos.training.config import RunConfig
 from atod_algos.training.run_dir import read_object
 from atod_envs.errors import AtodError, DataError
@@ -228,11 +229,7 @@ def model_digests(config: RunConfig, algorithm: Algorithm) -> dict[str, str | No
     if distributed.rank() > 0:
         return {}
     asked = [("student", config.student, config.models)]
-    for world in config.worlds if "teacher" in algorithm.scores else ():
-        names = [world.teacher, *(name for _, name in world.label_teachers)]
-        asked += [("teacher", name, config.models_of(world)) for name in names]
-    if "base" in algorithm.scores and algorithm.base_model:
-        asked.append(("student", algorithm.base_model, config.models))
+    asked += [(model.role, model.name, model.models) for model in scoring_models(config, algorithm)]
     return {
         f"{role} {where}" if name == "builtin" else name: model_digest(name, where, role) for role, name, where in asked
     } | dict(algorithm.reads())

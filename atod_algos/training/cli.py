@@ -219,7 +219,7 @@ def train(
     if config.threads or (config.student == "builtin" and not torch.cuda.is_available()):
         torch.set_num_threads(config.threads or 1)
     settings = settings_of(config, algorithm, rules)
-    refuse_settings(config)
+    refuse_settings(config, algorithm)
     if not dry_run:
         distributed.start(config.device)
     quiet = distributed.rank() > 0

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from atod_algos.learner.distribution import WHOLE
 from atod_algos.learner.logprobs import CHUNK_LOGITS
 from atod_algos.teachers.remote import is_address
+from atod_algos.teachers.routing import scoring_models
 from atod_algos.training.config import RunConfig
 from atod_algos.training.presets import TRAINED, WORLDS
 
@@ -231,7 +232,7 @@ def memory(config: RunConfig, algorithm: Algorithm) -> list[Part]:
     add("update: activations", student, lambda s: kept(s, budget, number), how, "update")
     add("update: output head", student, lambda s: head_bytes(s, budget), f"chunks of {CHUNK_LOGITS:,} logits", "update")
 
-    for name, model, shape in _scorer_models(config, algorithm, world):
+    for name, model, shape in _scorer_models(config, algorithm):
         add(
             f"{name}: weights",
             shape,
@@ -257,28 +258,19 @@ def _scorer_phase(config: RunConfig) -> str:
     return "scoring" if _on_gpu(config) else "always"
 
 
-def _scorer_models(config: RunConfig, algorithm: Algorithm, world: str) -> list[tuple[str, str, Shape | None]]:
+def _scorer_models(config: RunConfig, algorithm: Algorithm) -> list[tuple[str, str, Shape | None]]:
     """The models that are held besides the student, each once: the roles that ask for it, its name, its shape."""
-    asked = [
-        *(
-            ("teacher", name, "teacher", config.models_of(own))
-            for own in config.worlds
-            for name in (own.teacher, *dict(own.label_teachers).values())
-        ),
-        ("reference", config.student, "student", world),
-        ("base", algorithm.base_model or config.student, "student", world),
-    ]
     held: dict[tuple[str, str, str], list[str]] = {}
-    for role, name, kind, where in asked:
-        if role not in algorithm.scores or is_address(name):  # a server's model is not in this machine's memory
+    for asked_as, name, role, models in scoring_models(config, algorithm):
+        if is_address(name):  # a server's model is not in this machine's memory
             continue
-        key = (name, kind, where) if name == "builtin" else (name, "", "")
-        own = name == config.student and kind == "student" and config.lora_rank
+        key = (name, role, models) if name == "builtin" else (name, "", "")
+        own = name == config.student and role == "student" and config.lora_rank
         if not own:  # with adapters off, the student is its own beginning
-            held.setdefault(key, []).append(role)
+            held.setdefault(key, []).append(asked_as)
     return [
-        (", ".join(dict.fromkeys(roles)), name, shape_of(name, where, kind or "student"))
-        for (name, kind, where), roles in held.items()
+        (", ".join(dict.fromkeys(roles)), name, shape_of(name, models, role or "student"))
+        for (name, role, models), roles in held.items()
     ]
 
 

@@ -212,14 +212,19 @@ def require_teacher(config: RunConfig, wanted: frozenset[str]) -> None:
             )
 
 
-def refuse_settings(config: RunConfig) -> None:
-    """Refuse, before anything is loaded, what several ranks cannot do.
+def refuse_settings(config: RunConfig, algorithm: Any) -> None:
+    """Refuse, before anything is loaded, what the algorithm does not use and what several ranks cannot do.
 
     Raises:
         AtodError: names the setting and what to use instead.
     """
     from atod_algos.learner import distributed
 
+    if config.gap_minibatches and not algorithm.takes_exact_gap:
+        raise AtodError(
+            f"--gap-minibatches {config.gap_minibatches}: {algorithm.name} has no divergence from a teacher to learn from under these "
+            "options, so it would get none of these updates; leave it out"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and distributed.size() == 1:
         return
     reasons = {

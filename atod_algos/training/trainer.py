@@ -15,21 +15,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from agents.logits import limit_vocabulary, usable_ids
 from agents.models import LoadedModel, device_of, like, load_model
-from atod_algos.algorithm import Advantages, Algorithm, RolloutLimits, require_terms
-from atod_algos.batch import Scores, make_batch
+from atod_algos.algorithm import Algorithm, RolloutLimits, require_terms
+from atod_algos.batch import TokenBatch, make_batch
 from atod_algos.evaluate import Evaluation
 from atod_algos.learner import distributed
-from atod_algos.learner.learner import DivergenceTerm, Learner, SupportTerm, recompute_layers
+from atod_algos.learner.learner import Learner, recompute_layers
 from atod_algos.learner.lora import add_adapters, merged_weights
-from atod_algos.learner.loss import TeacherTokens
 from atod_algos.learner.memory import bytes_per_token
 from atod_algos.metrics import sampler_metrics, step_metrics, turn_table, world_metrics
-from atod_algos.rollout.async_rollout import AsyncRollout, correct
+from atod_algos.rollout.async_rollout import AsyncRollout
 from atod_algos.rollout.environments import describe
 from atod_algos.rollout.episodes import Play, derive_seed
 from atod_algos.rollout.layouts import choose_layout
@@ -37,7 +35,7 @@ from atod_algos.rollout.make_pool import make_pool
 from atod_algos.rollout.pools import Conditions, RankPool, RolloutPool, dtype_of, local_pool
 from atod_algos.rollout.task_sampler import StepSampler, solved_at_least_once
 from atod_algos.teachers.local import LocalScorer, StepScorer
-from atod_algos.teachers.routing import gap_factors, require_scale, world_places
+from atod_algos.teachers.routing import require_scale, scaled_gaps, world_places
 from atod_algos.training.branching import StepBranching, first_only, with_branches
 from atod_algos.training.checkpoint import (
     latest_checkpoint,
@@ -55,6 +53,7 @@ from atod_algos.training.console import Progress
 from atod_algos.training.panels import CHOOSING, REPORTING, mean_success, play_panels, table_row, validation_metrics
 from atod_algos.training.presets import refuse_settings
 from atod_algos.training.run_dir import RunFolder
+from atod_algos.training.terms import loss_terms
 from atod_envs.errors import AtodError, DataError
 from atod_envs.trajectory import Group, StopReason
 
@@ -81,7 +80,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, algorithm: Algorithm, run: RunFolder) -> None:
         self.config, self.algorithm, self.run = config, algorithm, run
-        refuse_settings(config)
+        refuse_settings(config, algorithm)
         self.device = distributed.start(device_of(config.device))
         require_scale(config, algorithm.scores)
         self.facts = [describe(world) for world in config.worlds]
@@ -168,6 +167,55 @@ class Trainer:
         seed = derive_seed(config.seed, "step", step)
         torch.manual_seed(seed)
         clock = Clock(self.device)
+        groups, sampling = self._rollout(step, progress)
+        batch = make_batch(groups, self.rows)
+        clock.lap("rollout")
+        progress.phase("scoring")
+        branching = self._branching(batch, step)
+        batch, scores, branched = with_branches(algorithm, groups, batch, self.scorer.score(batch), step, branching)
+        clock.lap("score")
+        advantages = require_terms(algorithm.advantages(batch, scores, step), batch, algorithm.name)
+        advantages, scale = scaled_gaps(config, batch, scores, advantages, self.names)
+        terms = loss_terms(config, algorithm, batch, scores, advantages, step)
+        clock.lap("advantage")
+        progress.phase("update")
+        update = self.learner.update(
+            batch,
+            terms.advantage_M,
+            None if self.scorer.late else scores.student_M,
+            algorithm.objective,
+            step=step,
+            temperature=config.temperature,
+            seed=derive_seed(seed, "minibatches"),
+            auxiliary=lambda logprobs, index_M: algorithm.auxiliary_loss(logprobs, index_M, scores),
+            support=terms.support,
+            divergence=terms.divergence,
+        )
+        scores = dataclasses.replace(scores, student_M=update.old_logprobs_M)
+        clock.lap("update")
+        reward_N = algorithm.reward(batch)
+        every, tokens = storage_of(config)
+        if every and step % every == 0:
+            table = turn_table(step, batch, scores, reward_N, advantages.turn_weight_K, tokens=tokens)
+            self.run.store(step, batch.trajectories, table)
+        clock.lap("store")
+        metrics = update.metrics | sampling | terms.metrics | scale | branched
+        aborted = [t.stop_reason is StopReason.ABORTED for group in groups for t in group.trajectories]
+        metrics["episode/aborted"] = sum(aborted) / len(aborted)
+        n = len(branching.episodes)
+        batch, scores, advantages = first_only(n, batch, scores, advantages)
+        reward_N = reward_N[:n]
+        if config.old_logprobs == "learner":
+            metrics |= sampler_metrics(batch, scores)
+        metrics |= step_metrics(algorithm, batch, scores, advantages, reward_N)
+        if len(self.names) > 1:
+            world_N = world_places(batch.trajectories, config)
+            metrics |= world_metrics(algorithm, batch, scores, advantages, reward_N, world_N, self.names)
+        return metrics | clock.metrics(batch)
+
+    def _rollout(self, step: int, progress: Progress) -> tuple[list[Group], dict[str, float]]:
+        """A step's groups, and what sampling them took; the first step says what no reward can teach."""
+        algorithm, config = self.algorithm, self.config
         if self.async_rollout is not None:
             progress.phase("waiting for episodes")
             groups, sampling = self.async_rollout.take(step)
@@ -183,70 +231,19 @@ class Trainer:
                 if own:
                     name = world.name if config.others else ""
                     progress.note(solved_at_least_once(own, f"{start} --env {world.env}", name))
-        batch = make_batch(groups, self.rows)
-        clock.lap("rollout")
-        progress.phase("scoring")
-        scores = self.scorer.score(batch)
-        branching = StepBranching(
+        return groups, sampling
+
+    def _branching(self, batch: TokenBatch, step: int) -> StepBranching:
+        """How an algorithm plays on from a step's episodes."""
+        return StepBranching(
             batch.trajectories,
-            world_places(batch.trajectories, config),
+            world_places(batch.trajectories, self.config),
             play_specs=self._training(),
             wake=partial(self._sync, step - 1),
             rest=self.pool.rest,
             score_batch=self.scorer.score,
             rows=self.rows,
         )
-        batch, scores, branched = with_branches(algorithm, groups, batch, scores, step, branching)
-        clock.lap("score")
-        world_N = world_places(batch.trajectories, config)
-        advantages = require_terms(algorithm.advantages(batch, scores, step), batch, algorithm.name)
-        scale: dict[str, float] = {}
-        if config.gap_scale:
-            factors = gap_factors(config, world_N, batch, scores)
-            advantages = advantages.scaled(factors[world_N][batch.trajectory_M])
-            scale = {f"{name}/gap_scale": float(s) for name, s in zip(self.names, factors, strict=True)}
-        divergence = self._divergence(scores, advantages)
-        advantage_M = advantages.token_M
-        if divergence is not None:
-            advantage_M = np.zeros(batch.n_tokens) if advantages.reward_M is None else advantages.reward_M
-        advantage_M, corrected = correct(
-            advantage_M, scores.student_M, batch.sampler_logprobs_M, step=step, staleness=config.staleness
-        )
-        clock.lap("advantage")
-        progress.phase("update")
-        update = self.learner.update(
-            batch,
-            advantage_M,
-            None if self.scorer.late else scores.student_M,
-            algorithm.objective,
-            step=step,
-            temperature=config.temperature,
-            seed=derive_seed(seed, "minibatches"),
-            auxiliary=lambda logprobs, index_M: algorithm.auxiliary_loss(logprobs, index_M, scores),
-            support=self._support_term(scores),
-            divergence=divergence,
-        )
-        scores = dataclasses.replace(scores, student_M=update.old_logprobs_M)
-        metrics = update.metrics
-        clock.lap("update")
-        reward_N = algorithm.reward(batch)
-        every, tokens = storage_of(config)
-        if every and step % every == 0:
-            table = turn_table(step, batch, scores, reward_N, advantages.turn_weight_K, tokens=tokens)
-            self.run.store(step, batch.trajectories, table)
-        clock.lap("store")
-        aborted = [t.stop_reason is StopReason.ABORTED for group in groups for t in group.trajectories]
-        metrics["episode/aborted"] = sum(aborted) / len(aborted)
-        n = len(branching.episodes)
-        batch, scores, advantages = first_only(n, batch, scores, advantages)
-        reward_N, world_N = reward_N[:n], world_N[:n]
-        if config.old_logprobs == "learner":
-            metrics |= sampler_metrics(batch, scores)
-        metrics |= sampling | corrected | scale | branched
-        metrics |= step_metrics(algorithm, batch, scores, advantages, reward_N)
-        if len(self.names) > 1:
-            metrics |= world_metrics(algorithm, batch, scores, advantages, reward_N, world_N, self.names)
-        return metrics | clock.metrics(batch)
 
     def _sync(self, version: int, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         """Hand weights, by default the student's own, to the engine, with the step that made them as version."""
@@ -262,24 +259,6 @@ class Trainer:
         """Play a step's episodes with older weights, in the thread of the asynchronous rollout."""
         self._sync(version, weights)
         return self.sampler.play(step, self.algorithm, self._training(), lambda _: ask())
-
-    def _divergence(self, scores: Scores, advantages: Advantages) -> DivergenceTerm | None:
-        """The teacher's term as a loss, under ``--gap exact``."""
-        config = self.config
-        if not self.scorer.exact:
-            return None
-        if advantages.teacher_weight_M is None:
-            raise AtodError(
-                f"--gap exact: {self.algorithm.name} gives no teacher_weight_M, which weighs the divergence; use --gap sampled"
-            )
-        teacher = TeacherTokens(scores.support_MS, scores.require("teacher_support"))
-        return DivergenceTerm(teacher, advantages.teacher_weight_M, config.gap_minibatches, config.gap_epochs)
-
-    def _support_term(self, scores: Scores) -> SupportTerm | None:
-        loss, none = self.algorithm.support_loss, type(self.algorithm).support_loss is Algorithm.support_loss
-        if scores.support_MS is None or "support" not in self.algorithm.scores or none:
-            return None
-        return SupportTerm(scores.support_MS, lambda logprobs, index_M: loss(logprobs, index_M, scores))
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from toy import ToyEnv
 
 import atod_envs
 from atod_envs.checker import ContractError, check_text_env
-from atod_envs.errors import DataError, EpisodeError, UnknownName
+from atod_envs.errors import AtodError, DataError, EpisodeError, UnknownName
 from atod_envs.prompting import matches_admissible, prompted
 from atod_envs.recording import RecordTurns
 from atod_envs.spaces import UnicodeText
@@ -103,6 +103,11 @@ def test_winning_on_the_last_turn_terminates_and_does_not_truncate():
             lambda env: atod_envs.make("atod/TextCraft-v0", foo=1),
             UnknownName,
             "unknown option of atod/TextCraft-v0 'foo'",
+        ),
+        (
+            lambda env: atod_envs.make("atod/ALFWorld-v0", data="builtin", strict="maybe"),
+            AtodError,
+            "atod/ALFWorld-v0: strict='maybe'; expected true or false",
         ),
     ],
 )

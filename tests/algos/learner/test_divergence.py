@@ -18,6 +18,7 @@ from atod_algos.algorithm import Objective
 from atod_algos.atod import ATOD
 from atod_algos.batch import make_batch
 from atod_algos.gopd import GOPD
+from atod_algos.grpo import GRPO
 from atod_algos.learner import logprobs as scoring
 from atod_algos.learner.distribution import distribution
 from atod_algos.learner.learner import SANE_KL, DivergenceTerm, Learner
@@ -288,6 +289,13 @@ def test_updates_of_a_term_that_has_none_are_refused(tmp_path, models):
     ):
         with pytest.raises(AtodError, match=said):
             options(tmp_path, models, **changes)
+
+
+@pytest.mark.parametrize("algorithm", [GRPO(), GOPD(), ATOD(baseline="kl")])
+def test_updates_of_a_term_that_a_method_has_not_are_refused_before_a_dry_run(algorithm, tmp_path, models):
+    config = options(tmp_path, models, gap="exact", gap_minibatches=2)
+    with pytest.raises(AtodError, match=f"--gap-minibatches 2: {algorithm.name} has no divergence"):
+        train(config, algorithm, "paper", dry_run=True)
 
 
 def test_a_server_is_refused(tmp_path, models, monkeypatch):
