@@ -8,15 +8,37 @@ those of the ATOD paper (arXiv 2606.27814).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from atod_algos.batch import TokenBatch
+from atod_envs.errors import AtodError
 
 NO_RANGE = 1e-8
 """A smaller range counts as none in a min-max normalisation."""
+
+
+def require_range(options: object, *names: str, low: float, high: float = math.inf) -> None:
+    """Refuse options that are not finite or not between two bounds, both included.
+
+    Args:
+        options: whose fields the options are.
+        names: the fields.
+        low: the least.
+        high: the most.
+
+    Raises:
+        AtodError: names the option and what was expected.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if not (math.isfinite(value) and low <= value <= high):
+            expected = "finite number" if math.isinf(low) else f"number from {low:g}"
+            expected += "" if math.isinf(high) else f" to {high:g}"
+            raise AtodError(f"--{name.replace('_', '-')} {value}: expected a {expected}")
 
 
 @dataclass(frozen=True)
@@ -37,6 +59,9 @@ class GroupOptions:
     invalid_penalty: float = 0.0
     """Subtracted from the reward of turns whose action was invalid: 0 (paper), 0.1 or 0.01 (released code)."""
 
+    def __post_init__(self) -> None:
+        require_range(self, "reward_scale", "invalid_penalty", low=0)
+
 
 def task_reward(batch: TokenBatch, group: GroupOptions) -> np.ndarray:
     """Training reward of each trajectory (axis N): success or score, scaled."""
@@ -45,11 +70,17 @@ def task_reward(batch: TokenBatch, group: GroupOptions) -> np.ndarray:
 
 
 def group_advantage(
-    reward_R: np.ndarray, group_R: np.ndarray, *, divide: bool = True, ddof: int = 1, eps: float = 1e-6
+    reward_R: np.ndarray,
+    group_R: np.ndarray,
+    *,
+    divide: bool = True,
+    ddof: int = 1,
+    eps: float = 1e-6,
+    alone: bool = False,
 ) -> np.ndarray:
     """Group-relative advantage, eq 2: (r - mean) / (std + eps) within each group.
 
-    A group of one has nothing to compare with; like the released code it takes mean 0 and deviation 1.
+    A group of one has nothing to compare with: r - mean is 0.
 
     Args:
         reward_R: reward of each unit (trajectory, or turn row).
@@ -57,19 +88,21 @@ def group_advantage(
         divide: divide by the standard deviation.
         ddof: 1 for the sample deviation (released code; the paper is silent), 0 for the population's.
         eps: added to the deviation.
+        alone: give a unit that is alone in its group its reward, as the released code does (mean 0, deviation 1).
 
     Returns:
         Advantage of each unit.
     """
     _, group_R = np.unique(group_R, return_inverse=True)
     count = np.bincount(group_R).astype(np.float64)
-    mean = np.where(count > 1, np.bincount(group_R, reward_R) / count, 0.0)
+    compared = count > alone
+    mean = np.where(compared, np.bincount(group_R, reward_R) / count, 0.0)
     centred_R = reward_R - mean[group_R]
     # The mean of equal numbers can miss them by a rounding, which an optimizer would make an update of.
     low, high = np.full(len(count), np.inf), np.full(len(count), -np.inf)
     np.minimum.at(low, group_R, reward_R)
     np.maximum.at(high, group_R, reward_R)
-    centred_R = np.where(((low == high) & (count > 1))[group_R], 0.0, centred_R)
+    centred_R = np.where(((low == high) & compared)[group_R], 0.0, centred_R)
     if not divide:
         return np.asarray(centred_R)
     variance = np.bincount(group_R, centred_R**2) / np.maximum(count - ddof, 1)
@@ -97,7 +130,7 @@ def reward_advantage(
     penalty_K = options.invalid_penalty * ~valid_K
     if options.group_stats == "turn_row":
         reward_K = reward_N[trajectory_K] - penalty_K
-        return group_advantage(reward_K, group_N[trajectory_K], divide=options.group_std, ddof=ddof)
+        return group_advantage(reward_K, group_N[trajectory_K], divide=options.group_std, ddof=ddof, alone=True)
     turns_N = np.maximum(np.bincount(trajectory_K, minlength=len(reward_N)), 1)
     share_N = np.bincount(trajectory_K, penalty_K, minlength=len(reward_N)) / turns_N
     advantage_N = group_advantage(reward_N - share_N, group_N, divide=options.group_std, ddof=ddof)

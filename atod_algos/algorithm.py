@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
-from atod_algos.advantages import GroupOptions, reward_advantage, task_reward
+from atod_algos.advantages import GroupOptions, require_range, reward_advantage, task_reward
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.turn_plans import Branch, Role, TurnPlan
 from atod_envs.errors import AtodError, UnknownName
@@ -27,18 +27,6 @@ from atod_envs.trajectory import Group, Trajectory
 
 if TYPE_CHECKING:
     import torch
-
-
-def require_range(option: str, value: float, low: float, high: float = math.inf) -> None:
-    """Refuse a number that is not finite or not between two bounds, both included.
-
-    Raises:
-        AtodError: names the option and what was expected.
-    """
-    if not (math.isfinite(value) and low <= value <= high):
-        raise AtodError(
-            f"{option} {value}: expected a number " + (f"from {low}" if math.isinf(high) else f"from {low} to {high}")
-        )
 
 
 @dataclass(frozen=True)
@@ -62,12 +50,12 @@ class Objective:
     """Weight of an entropy bonus: 0 (paper), 0.001 (released code)."""
 
     def __post_init__(self) -> None:
-        require_range("--clip-low", self.clip_low, 0, 1)
-        require_range("--clip-high", self.clip_high, 0)
-        require_range("--entropy-coef", self.entropy_coef, -math.inf)
+        require_range(self, "clip_low", low=0, high=1)
+        require_range(self, "clip_high", low=0)
+        require_range(self, "entropy_coef", low=-math.inf)
         if self.dual_clip:
-            require_range("--dual-clip", self.dual_clip, 1)
-        require_range("--length-divisor", self.length_divisor, 1e-9)
+            require_range(self, "dual_clip", low=1)
+        require_range(self, "length_divisor", low=1e-9)
 
 
 RELEASED: Mapping[str, Any] = MappingProxyType(

@@ -56,8 +56,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from atod_algos.advantages import importance, min_max_by_trajectory, turn_mean
-from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm, require_range
+from atod_algos.advantages import importance, min_max_by_trajectory, require_range, turn_mean
+from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm
 from atod_algos.batch import Scores, TokenBatch
 
 
@@ -96,8 +96,8 @@ class ATOD(RewardAlgorithm):
     where --gap-clip cuts nothing (vOPD)."""
 
     def __post_init__(self) -> None:
-        for name in ("kappa_init", "kappa_min", "rho_init", "rho_max", "coef_anneal_steps", "tdur_min_divergence"):
-            require_range(f"--{name.replace('_', '-')}", getattr(self, name), 0)
+        require_range(self, "kappa_min", "rho_init", "rho_max", "coef_anneal_steps", "tdur_min_divergence", low=0)
+        require_range(self, "kappa_init", low=self.kappa_min)  # it falls to its floor
 
     @property
     def scores(self) -> frozenset[str]:
@@ -154,7 +154,10 @@ class ATOD(RewardAlgorithm):
         tau = batch.trajectory_K
         largest_d = np.zeros(len(batch.group_N))
         np.maximum.at(largest_d, tau, d)
-        short, agreeing = batch.turns_N < self.tdur_min_turns, largest_d < self.tdur_min_divergence
+        short, agreeing = (
+            (batch.turns_N > 0) & (batch.turns_N < self.tdur_min_turns),
+            largest_d < self.tdur_min_divergence,
+        )
         left_out = np.where(short, 1, np.where(agreeing, 2, 0))
         w = np.where(left_out[tau] == 0, w, 1.0)
         return (mean_preserving(w, batch.n_K, tau) if self.tdur_mean_preserve else w), left_out

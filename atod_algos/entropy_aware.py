@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from atod_algos.advantages import require_range
 from atod_algos.algorithm import RELEASED, Advantages, Algorithm
 from atod_algos.batch import Scores, TokenBatch
 from atod_envs.errors import AtodError
@@ -53,6 +54,7 @@ class EntropyAware(Algorithm):
     """k: the forward KL sums over the teacher's top-k tokens (16, second-hand)."""
 
     def __post_init__(self) -> None:
+        require_range(self, "forward_coef", low=0)
         if self.support < 1:
             raise AtodError(f"--support {self.support}: at least one of the teacher's tokens; use opd for none")
 

@@ -38,11 +38,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from atod_algos.advantages import GroupOptions, group_advantage, reward_advantage
+from atod_algos.advantages import GroupOptions, group_advantage, require_range, reward_advantage
 from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.grpo import kl_to_reference
-from atod_envs.errors import AtodError
 from atod_envs.trajectory import Turn
 
 if TYPE_CHECKING:
@@ -69,8 +68,8 @@ class GiGPO(RewardAlgorithm):
     """Weight of the KL to the initial student: 0.01 in verl-agent's scripts."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.discount <= 1:
-            raise AtodError(f"--discount {self.discount}: between 0 and 1")
+        require_range(self, "discount", low=0, high=1)
+        require_range(self, "omega", "kl_coef", low=0)
 
     @property
     def scores(self) -> frozenset[str]:
@@ -85,7 +84,7 @@ class GiGPO(RewardAlgorithm):
         return_K = discounted_returns(self._turn_rewards(batch), batch.trajectory_K, self.discount)
         return_K = return_K - self.group.invalid_penalty * ~batch.valid_K
         size_K = np.bincount(anchor_K)[anchor_K]
-        step_K = np.where(size_K > 1, group_advantage(return_K, anchor_K, divide=self.group.group_std), 0.0)
+        step_K = group_advantage(return_K, anchor_K, divide=self.group.group_std)  # 0 where nothing is compared
 
         return Advantages(
             reward_M=(episode_K + self.omega * step_K)[batch.turn_M],

@@ -43,6 +43,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from atod_algos.advantages import require_range
 from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm, RolloutLimits
 from atod_algos.batch import Scores, TokenBatch
 
@@ -70,6 +71,10 @@ class GRPO(RewardAlgorithm):
     sampling_rounds: int = 1
     """Rounds of episodes a step may play to find --tasks-per-step groups whose rewards differ; 1 takes every group, 10
     is DAPO's bound."""
+
+    def __post_init__(self) -> None:
+        require_range(self, "kl_coef", low=0)
+        require_range(self, "sampling_rounds", low=1)
 
     @property
     def scores(self) -> frozenset[str]:

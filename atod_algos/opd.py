@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from atod_algos.advantages import require_range
 from atod_algos.algorithm import RELEASED, Advantages, Algorithm
 from atod_algos.batch import Scores, TokenBatch
 
@@ -40,6 +41,9 @@ class OPD(Algorithm):
     baseline: Literal["none", "kl"] = "none"
     """What is subtracted from the sampled gap: 'none' (paper), or 'kl', its exact mean, which is -KL(pi_old || pi_T)
     where --gap-clip cuts nothing (vOPD)."""
+
+    def __post_init__(self) -> None:
+        require_range(self, "opd_coef", low=0)
 
     @property
     def scores(self) -> frozenset[str]:

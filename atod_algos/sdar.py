@@ -43,10 +43,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from atod_algos.advantages import require_range
 from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.grpo import kl_to_reference
 from atod_envs.errors import DataError
+from atod_envs.files import hash_of
 from atod_envs.skills import read_skills, skills_of
 from atod_envs.trajectory import Group, Trajectory
 
@@ -77,6 +79,13 @@ class SDAR(RewardAlgorithm):
     skills: str | None = None
     """Markdown file of skills, with '# General' and '## kind' sections; by default the environment's own."""
 
+    def __post_init__(self) -> None:
+        require_range(self, "sdar_coef", "gate_beta", "kl_coef", low=0)
+
+    def reads(self) -> Mapping[str, str]:
+        """The file of skills."""
+        return skill_files(self.skills)
+
     @property
     def scores(self) -> frozenset[str]:
         """The student with the skills in front; the initial student only where the KL term is on."""
@@ -106,6 +115,18 @@ class SDAR(RewardAlgorithm):
         gate = (self.gate_beta * delta.detach()).sigmoid()
         kl = kl_to_reference(logprobs, index_M, scores, self.kl_coef)
         return self.sdar_coef * gate * delta + (0.0 if kl is None else kl)
+
+
+def skill_files(skills: str | None) -> Mapping[str, str]:
+    """What a run with a file of skills of its own reads, as ``Algorithm.reads`` gives it.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if skills is None:
+        return {}
+    read_skills(Path(skills))
+    return {f"--skills {skills}": hash_of([Path(skills)]).hexdigest()}
 
 
 def skill_text(trajectory: Trajectory, skills: str | None = None) -> str:

@@ -39,7 +39,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from atod_algos.advantages import turn_mean
+from atod_algos.advantages import require_range, turn_mean
 from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm
 from atod_algos.batch import Scores, TokenBatch
 
@@ -64,6 +64,9 @@ class SOD(RewardAlgorithm):
     """delta: no turn weighs more than 1 + delta (SOD's script and ATOD's re-implementation)."""
     weight_eps: float = 1e-6
     """e in the ratio of disagreements (SOD's script and ATOD's re-implementation)."""
+
+    def __post_init__(self) -> None:
+        require_range(self, "opd_coef", "grpo_coef", "weight_cap", "weight_eps", low=0)
 
     def advantages(self, batch: TokenBatch, scores: Scores, step: int) -> Advantages:
         """The reward's advantage, and the teacher's gap weighted by turn."""

@@ -41,10 +41,10 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from atod_algos.advantages import require_range
 from atod_algos.algorithm import RELEASED, Advantages, Algorithm, RolloutLimits
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.turn_plans import ExpertFirst
-from atod_envs.errors import AtodError
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,8 @@ class TCOD(Algorithm):
     """n at the first training step: 0 (paper), 1 (released code)."""
 
     def __post_init__(self) -> None:
-        if self.turns_start < 1 or self.turns_every < 1:
-            raise AtodError(
-                f"--turns-start {self.turns_start} and --turns-every {self.turns_every}: both are at least 1, as the student "
-                "plays at least one turn and one more every so many steps"
-            )
+        require_range(self, "opd_coef", "count_from", low=0)
+        require_range(self, "turns_start", "turns_every", low=1)  # at least one turn, one more every so many steps
 
     def turns(self, step: int) -> int:
         """k(n), eq 4, before the environment's own limit."""

@@ -162,7 +162,8 @@ class Learner:
                 "teacher: a model that overflows gives such numbers"
             )
         found_M = np.array(known_M, dtype=np.float64)
-        speaks = bool(advantage_M.any()) or objective.entropy_coef != 0 or support is not None
+        speaks = bool(advantage_M.any()) or objective.entropy_coef != 0
+        speaks = speaks or support is not None or auxiliary is not None
         plan = self._plan(speaks, divergence, len(batch.group_N), seed)
         sums, lr = _Sums(), learning_rate(self.options, step)
         self.model.train()

@@ -50,10 +50,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from atod_algos.advantages import require_range
 from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.grpo import kl_to_reference
-from atod_algos.sdar import skill_text
+from atod_algos.sdar import skill_files, skill_text
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, Trajectory
 
@@ -91,11 +92,16 @@ class AgentOPSD(RewardAlgorithm):
     """Markdown file of skills, with '# General' and '## kind' sections; by default the environment's own."""
 
     def __post_init__(self) -> None:
+        require_range(self, "kl_coef", low=0)
         if not (0 <= self.mix <= 1 and 0 <= self.band < 1 and 0 < self.decay <= 1 and 0 < self.prior_floor < 0.5):
             raise AtodError(
                 f"--mix {self.mix}, --band {self.band}, --decay {self.decay}, --prior-floor {self.prior_floor}: expected "
                 "shares: 0 to 1, 0 to below 1, above 0 to 1, and above 0 to below 0.5"
             )
+
+    def reads(self) -> Mapping[str, str]:
+        """The file of skills."""
+        return skill_files(self.skills)
 
     @property
     def scores(self) -> frozenset[str]:

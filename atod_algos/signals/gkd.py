@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from atod_algos.advantages import require_range
 from atod_algos.algorithm import RELEASED, Advantages, Algorithm
 from atod_algos.batch import Scores, TokenBatch
 from atod_envs.errors import AtodError
@@ -57,6 +58,7 @@ class GKD(Algorithm):
     """k: how many of the teacher's top tokens stand for themselves (our choice)."""
 
     def __post_init__(self) -> None:
+        require_range(self, "coef", low=0)
         if not 0 < self.beta < 1 or self.support < 1:
             raise AtodError(
                 f"--beta {self.beta}, --support {self.support}: a share above 0 and below 1, and at least one token; "

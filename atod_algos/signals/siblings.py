@@ -39,11 +39,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from atod_algos.advantages import turn_mean
+from atod_algos.advantages import require_range, turn_mean
 from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.grpo import differing_groups, kl_to_reference
-from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, Trajectory
 
 if TYPE_CHECKING:
@@ -77,10 +76,7 @@ class Siblings(RewardAlgorithm):
     """Weight of the KL to the initial student: 0.01 in OPID's and GRSD's scripts (0.001 on Search-QA)."""
 
     def __post_init__(self) -> None:
-        if min(self.largest_signal, self.kl_coef) < 0:
-            raise AtodError(
-                f"--largest-signal {self.largest_signal}, --kl-coef {self.kl_coef}: a bound and a weight, at least 0"
-            )
+        require_range(self, "nudge", "strength", "largest_signal", "kl_coef", low=0)
 
     @property
     def scores(self) -> frozenset[str]:
@@ -96,7 +92,10 @@ class Siblings(RewardAlgorithm):
         shown_N = has_sibling(batch)
         # Without a text in front the difference is the rounding of two passes: no signal.
         delta_M = np.where(shown_N[batch.trajectory_M], scores.require("privileged") - scores.student_M, 0.0)
-        notes: dict[str, np.ndarray | float] = {"shown_ratio": shown_N, "gap_mean": delta_M}
+        notes: dict[str, np.ndarray | float] = {
+            "shown_ratio": shown_N,
+            "gap_mean": delta_M[shown_N[batch.trajectory_M]],
+        }
         if self.rule == "sdpo":
             return Advantages(distillation_M=delta_M, notes=notes)
         if self.rule == "opid":

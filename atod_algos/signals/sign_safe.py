@@ -56,13 +56,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from atod_algos.advantages import turn_mean
+from atod_algos.advantages import require_range, turn_mean
 from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.grpo import kl_to_reference
-from atod_algos.sdar import skill_text
+from atod_algos.sdar import skill_files, skill_text
 from atod_algos.signals.siblings import has_sibling, successes, told
-from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, Trajectory
 
 if TYPE_CHECKING:
@@ -116,13 +115,13 @@ class SignSafe(RewardAlgorithm):
     """Markdown file of skills, with '# General' and '## kind' sections; by default the environment's own."""
 
     def __post_init__(self) -> None:
-        shares = [x for x in (self.strength, self.bound) if x is not None]
-        least = min(self.fade_steps or 0, self.agreed, self.opposed, self.kl_coef)
-        if not all(0 <= x <= 1 for x in shares) or least < 0:
-            raise AtodError(
-                f"--strength {self.strength}, --bound {self.bound}, --fade-steps {self.fade_steps}, --agreed {self.agreed}, "
-                f"--opposed {self.opposed}, --kl-coef {self.kl_coef}: the first two are shares from 0 to 1, the others at least 0"
-            )
+        given = [name for name in ("strength", "bound", "fade_steps") if getattr(self, name) is not None]
+        require_range(self, *(name for name in given if name != "fade_steps"), low=0, high=1)
+        require_range(self, *(name for name in given if name == "fade_steps"), "agreed", "opposed", "kl_coef", low=0)
+
+    def reads(self) -> Mapping[str, str]:
+        """The file of skills, where skills are shown."""
+        return skill_files(self.skills) if self.source == "skills" else {}
 
     @property
     def source(self) -> str:
@@ -148,11 +147,13 @@ class SignSafe(RewardAlgorithm):
         outcome_M = np.where(batch.success_N, 1.0, -1.0)[batch.trajectory_M]
         direction_M = np.sign(A_M) if self.rule in PUBLISHED else outcome_M
         notes: dict[str, np.ndarray | float] = {}
+        shown_M = np.ones(batch.n_tokens, dtype=bool)
         if self.source == "sibling":
             notes["shown_ratio"] = shown_N = has_sibling(batch)
+            shown_M = shown_N[batch.trajectory_M]
             # Without a text in front the difference is the rounding of two passes: no signal.
-            delta_M = np.where(shown_N[batch.trajectory_M], delta_M, 0.0)
-        notes |= {"gap_mean": delta_M, "agreement_ratio": direction_M * delta_M > 0}
+            delta_M = np.where(shown_M, delta_M, 0.0)
+        notes |= {"gap_mean": delta_M[shown_M], "agreement_ratio": (outcome_M * delta_M > 0)[shown_M]}
         if self.rule == "sg_opd":
             factor_M = np.where(np.sign(delta_M) == outcome_M, self.agreed, self.opposed)
             return Advantages(distillation_M=factor_M * delta_M, notes=notes)

@@ -186,7 +186,7 @@ class StepScorer:
         elif key not in self._held:
             own = name == self.config.student and (name != "builtin" or role == "student")
             # Two whole distributions are compared at once: one model cannot give both.
-            both = role == "teacher" and self.algorithm.scores & {"divergence", "support"}
+            both = role == "teacher" and (self.exact or self.algorithm.scores & {"divergence", "support"})
             if own and self._adapters is not None and not both:
                 self._held[key] = AdaptersOffScorer(self.student, self._adapters)
             else:

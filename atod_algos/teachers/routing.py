@@ -86,22 +86,20 @@ def unseen_labels(trajectories: Sequence[Trajectory], world_N: np.ndarray, confi
                 )
 
 
-def require_scale(config: RunConfig, scores: frozenset[str]) -> None:
+def require_scale(config: RunConfig, algorithm: Algorithm) -> None:
     """Refuse a ``--gap-scale`` that is not understood, or that would not act on all that is learned from a teacher.
 
     Args:
         config: the run's settings.
-        scores: which log-probs its algorithm asks for.
+        algorithm: who learns.
 
     Raises:
         AtodError: says what was expected.
     """
-    if config.gap_scale and ("teacher" not in scores or "support" in scores):
-        why = (
-            "learns from no teacher"
-            if "teacher" not in scores
-            else "learns from its top-k tokens by a loss of their own"
-        )
+    teacher = "teacher" in algorithm.scores
+    own_loss = type(algorithm).support_loss is not Algorithm.support_loss
+    if config.gap_scale and (not teacher or own_loss):
+        why = "learns from its top-k tokens by a loss of their own" if teacher else "learns from no teacher"
         raise AtodError(f"--gap-scale scales a teacher's gap, but this algorithm {why}; leave it out")
     if config.gap_scale and config.gap_scale != EQUAL:
         _given(config)

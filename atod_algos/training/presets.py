@@ -218,6 +218,7 @@ def refuse_settings(config: RunConfig, algorithm: Any) -> None:
     Raises:
         AtodError: names the setting and what to use instead.
     """
+    from atod_algos.algorithm import Algorithm
     from atod_algos.learner import distributed
 
     if config.gap_minibatches and not algorithm.takes_exact_gap:
@@ -225,6 +226,17 @@ def refuse_settings(config: RunConfig, algorithm: Any) -> None:
             f"--gap-minibatches {config.gap_minibatches}: {algorithm.name} has no divergence from a teacher to learn from under these "
             "options, so it would get none of these updates; leave it out"
         )
+    plan, branches = algorithm.limits(1).who, type(algorithm).branch is not Algorithm.branch
+    others = plan is not None and bool({*plan.learned} - {"student"})
+    for setting, asked in (
+        ("--old-logprobs sampler", config.old_logprobs == "sampler" and (others or branches)),
+        (f"--staleness {config.staleness}", config.staleness > 0 and others),
+    ):
+        if asked:
+            raise AtodError(
+                f"{setting}: {algorithm.name} also learns from turns that no student sampled, and what they were sampled with says "
+                "nothing about the student; use --old-logprobs learner and --staleness 0"
+            )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 and distributed.size() == 1:
         return
     reasons = {

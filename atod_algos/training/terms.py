@@ -12,7 +12,7 @@ import numpy as np
 
 from atod_algos.algorithm import Advantages, Algorithm
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.learner.learner import DivergenceTerm, SupportTerm
+from atod_algos.learner.learner import AuxiliaryLoss, DivergenceTerm, SupportTerm
 from atod_algos.learner.loss import TeacherTokens
 from atod_algos.rollout.async_rollout import correct
 from atod_algos.training.config import RunConfig
@@ -24,12 +24,14 @@ class Terms(NamedTuple):
 
     Attributes:
         advantage_M: of each sampled token, for the policy gradient.
+        auxiliary: the algorithm's own loss on the sampled tokens.
         divergence: the teacher's part under ``--gap exact``.
         support: the algorithm's own loss on the teacher's top-k tokens.
         metrics: how stale the episodes were, and how much was corrected.
     """
 
     advantage_M: np.ndarray
+    auxiliary: AuxiliaryLoss | None
     divergence: DivergenceTerm | None
     support: SupportTerm | None
     metrics: dict[str, float]
@@ -50,7 +52,7 @@ def loss_terms(
     advantage_M, metrics = correct(
         advantage_M, scores.student_M, batch.sampler_logprobs_M, step=step, staleness=config.staleness
     )
-    return Terms(advantage_M, divergence, _support(algorithm, scores), metrics)
+    return Terms(advantage_M, _auxiliary(algorithm, scores), divergence, _support(algorithm, scores), metrics)
 
 
 def _divergence(
@@ -64,6 +66,13 @@ def _divergence(
         )
     teacher = TeacherTokens(scores.support_MS, scores.require("teacher_support"))
     return DivergenceTerm(teacher, advantages.teacher_weight_M, config.gap_minibatches, config.gap_epochs)
+
+
+def _auxiliary(algorithm: Algorithm, scores: Scores) -> AuxiliaryLoss | None:
+    loss = algorithm.auxiliary_loss
+    if type(algorithm).auxiliary_loss is Algorithm.auxiliary_loss:
+        return None
+    return lambda logprobs, index_M: loss(logprobs, index_M, scores)
 
 
 def _support(algorithm: Algorithm, scores: Scores) -> SupportTerm | None:

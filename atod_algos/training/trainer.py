@@ -82,7 +82,7 @@ class Trainer:
         self.config, self.algorithm, self.run = config, algorithm, run
         refuse_settings(config, algorithm)
         self.device = distributed.start(device_of(config.device))
-        require_scale(config, algorithm.scores)
+        require_scale(config, algorithm)
         self.facts = [describe(world) for world in config.worlds]
         self.names = [facts.env_key for facts in self.facts]
         self.data_version = "; ".join(facts.data_version for facts in self.facts)
@@ -187,7 +187,7 @@ class Trainer:
             step=step,
             temperature=config.temperature,
             seed=derive_seed(seed, "minibatches"),
-            auxiliary=lambda logprobs, index_M: algorithm.auxiliary_loss(logprobs, index_M, scores),
+            auxiliary=terms.auxiliary,
             support=terms.support,
             divergence=terms.divergence,
         )

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from cases import batch_of, close, one_token_a_turn, published
+from cases import RAGGED, batch_of, close, one_token_a_turn, published
 
 from atod_algos import advantages as maths
 from atod_algos.advantages import GroupOptions
@@ -100,7 +100,26 @@ def test_equal_rewards_of_any_size_say_exactly_nothing():
         group = np.append(np.zeros(n, dtype=int), [1, 1, 2])
         for divide in (False, True):
             found = maths.group_advantage(reward, group, divide=divide)
-            assert not found[:n].any() and found[n] < 0 < found[n + 1] and found[n + 2] > 0
+            assert not found[:n].any() and found[n] < 0 < found[n + 1] and found[n + 2] == 0
+
+
+def test_a_group_of_one_says_nothing_but_under_the_released_statistics():
+    """r - mean is 0 (eq 2); the released code takes mean 0 and deviation 1 where a group has one row."""
+    turns = [{"student_logp": [-1.0], "teacher_logp": [-1.0], "mask": [1]}]
+    alone = {"group": "one", "reward": 10.0, "turns": turns}
+    two = [{"group": "two", "reward": reward, "turns": turns} for reward in (10.0, 0.0)]
+    batch, scores, _ = batch_of([alone, *two])
+    for divide in (True, False):
+        by_trajectory = GRPO(group=GroupOptions(group_std=divide)).advantages(batch, scores, 1).token_M
+        by_row = GRPO(group=GroupOptions(group_stats="turn_row", group_std=divide)).advantages(batch, scores, 1).token_M
+        assert by_trajectory[0] == 0.0 and by_trajectory[1] > 0 > by_trajectory[2]
+        close(by_row, [10.0, *by_trajectory[1:]], 2e-5)
+
+
+def test_an_episode_without_a_turn_is_no_exception_of_turn_weights():
+    batch, scores, _ = batch_of([{"group": "x", "reward": 0.0, "turns": []}, *RAGGED])
+    published_now = published(ATOD(), batch, scores, 1)
+    assert published_now["tip/active_ratio"] == 1.0 and published_now["tip/n_skipped_few_turns"] == 0.0
 
 
 def test_group_advantage_over_turn_rows(golden):

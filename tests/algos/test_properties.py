@@ -188,7 +188,7 @@ def test_a_group_without_variance_says_nothing_about_reward(name, chosen):
             episode["reward"] = reward
             for one in episode["turns"]:
                 one["valid"] = True
-        # A group of one compares with nothing: there is no variance, but its reward stands as it is.
+        # A group of one compares with nothing, but under the released statistics its reward stands as it is.
         twice = chosen + chosen
         outcomes.append(advantages(name, twice)[2].token_M)
     close(*outcomes)

@@ -22,6 +22,7 @@ from atod_algos.grpo import GRPO
 from atod_algos.learner import logprobs as scoring
 from atod_algos.learner.distribution import distribution
 from atod_algos.learner.learner import SANE_KL, DivergenceTerm, Learner
+from atod_algos.learner.lora import add_adapters
 from atod_algos.learner.loss import TeacherTokens, aggregation_weights, reverse_kl
 from atod_algos.opd import OPD
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
@@ -71,14 +72,15 @@ def said(teacher, batch, topk=None):
     return distribution(teacher, teacher, batch, temperature=1.0, **how)
 
 
-def update(model, batch, term, *, advantage=None, objective=None, **options):
+def update(model, batch, term, *, advantage=None, objective=None, auxiliary=None, **options):
     """One step; the model it was made on, and the metrics."""
     model = copy.deepcopy(model)
     old = scoring.score(model, batch, temperature=1.0)[0]
     learner = Learner(model, learner_options(lr=1e-3, **{"minibatches": 1, **options}))
     advantage = np.zeros(batch.n_tokens) if advantage is None else advantage
     aim = objective or Objective()
-    done = learner.update(batch, advantage, old, aim, step=1, temperature=1.0, seed=0, divergence=term)
+    terms = {"divergence": term, "auxiliary": auxiliary}
+    done = learner.update(batch, advantage, old, aim, step=1, temperature=1.0, seed=0, **terms)
     return model, done.metrics, learner
 
 
@@ -188,6 +190,10 @@ def test_a_teacher_alone_is_approached_and_updates_with_nothing_to_say_are_left_
     assert int(learner.updater.moments()[0]["step"]) == 14 and "actor/entropy_loss" in metrics, (
         "it has something to say"
     )
+    _, _, learner = update(
+        student, batch, term, minibatches=3, epochs=2, auxiliary=lambda logprobs, _: logprobs.square()
+    )
+    assert int(learner.updater.moments()[0]["step"]) == 14, "so has a loss of the algorithm's own"
     silent = dataclasses.replace(term, weight_M=np.zeros(batch.n_tokens))
     _, metrics, learner = update(student, batch, silent, advantage=np.ones(batch.n_tokens), minibatches=3)
     assert int(learner.updater.moments()[0]["step"]) == 3 and "actor/divergence" not in metrics
@@ -296,6 +302,17 @@ def test_updates_of_a_term_that_a_method_has_not_are_refused_before_a_dry_run(al
     config = options(tmp_path, models, gap="exact", gap_minibatches=2)
     with pytest.raises(AtodError, match=f"--gap-minibatches 2: {algorithm.name} has no divergence"):
         train(config, algorithm, "paper", dry_run=True)
+
+
+def test_adapters_may_learn_from_the_model_that_they_stand_on(batch, models):
+    """Its whole distribution is compared with the student's, so one model with its adapters off cannot give both."""
+    student, start = (load_model(str(models["student"]), role) for role in ("student", "teacher"))
+    adapters = add_adapters(student.model, rank=2, alpha=4, seed=0)
+    place = str(models["student"])
+    config = resolve(TrainConfig(env=TOY, student=place, teacher=place, gap="exact", lora_rank=2))
+    scores = StepScorer(config, OPD(), student, adapters, lambda *_: start, "cpu").score(batch)
+    np.testing.assert_allclose(scores.teacher_M, scores.student_M, atol=1e-5)  # adapters begin at 0
+    assert scores.teacher_support_MS.shape[0] == batch.n_tokens
 
 
 def test_a_server_is_refused(tmp_path, models, monkeypatch):

@@ -264,7 +264,7 @@ def test_a_line_is_of_runs_that_differ_in_their_seed_alone(folders):
     assert list(by_method([*seeds, unweighted])) == ["ATOD", "ATOD w/o T-DUR"]
     many = other(0, kappa_init=2.0, rho_init=0.5, lr=1.0)
     assert list(by_method([seeds[0], many])) == ["ATOD, atod", f"ATOD, atod, {run.path}"]
-    labelled = [other(seed, "mine", kappa_init=float(seed)) for seed in (0, 1)]  # who calls them so knows why
+    labelled = [other(seed, "mine", kappa_init=1.0 + seed) for seed in (0, 1)]  # who calls them so knows why
     assert by_method(labelled) == {"mine": labelled}
 
 

@@ -166,3 +166,8 @@ def test_ranks_clusters_and_staleness_are_refused_at_the_start(options, tmp_path
     with pytest.raises(SystemExit):
         main(FutureBridge, [*options, "--staleness", "1", "--run", str(tmp_path / "r")])
     assert "has its teacher play turns, which does not go with --staleness" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit):
+        main(FutureBridge, [*options, "--old-logprobs", "sampler", "--run", str(tmp_path / "r")])
+    assert (
+        "--old-logprobs sampler: futurebridge also learns from turns that no student sampled" in capsys.readouterr().err
+    )

@@ -150,7 +150,9 @@ def test_the_guide_may_play_every_turn(gap, options, tmp_path):
 def test_where_the_teacher_cannot_play_is_said_at_the_start(options, models, tmp_path, capsys):
     student = str(models["student"])
     for further, words in (
-        (["--staleness", "1"], "does not go with --staleness: the teacher scores while episodes are played"),
+        (["--staleness", "1"], "--staleness 1: guided_opd also learns from turns that no student sampled"),
+        (["--guide", "expert", "--staleness", "1"], "no student sampled"),
+        (["--old-logprobs", "sampler"], "--old-logprobs sampler: guided_opd also learns from turns"),
         (["--teacher", student, f"echo/small={student}"], "does not go with a teacher per label"),
     ):
         with pytest.raises(SystemExit):

@@ -71,6 +71,22 @@ def test_sg_opd_and_opdvr_by_hand(ragged):
     close(kept, [0.4, 0.6, 0, 0, 0.6, 0, 0, -0.2, -0.2, 0.5, 0, 0, -0.3, -0.5])
 
 
+def test_agreement_is_of_gap_and_outcome_under_every_rule_over_what_was_shown(ragged):
+    """Not of gap and advantage, which is 0 in a group of one outcome (the last three tokens)."""
+    batch, scores = ragged
+    agrees = OUTCOME * GAPS > 0
+    for rule in ("rlsd", "crest", "sg_opd", "opdvr"):
+        notes = SignSafe(rule=rule, gap_source="teacher").advantages(batch, scores, 1).notes
+        close(np.mean(notes["agreement_ratio"]), agrees.mean())
+        close(np.mean(notes["gap_mean"]), GAPS.mean())
+    shown = np.array([1] * 11 + [0] * 3, dtype=bool)  # the last group has no success
+    for algorithm in (SignSafe(rule="stepopsd"), Siblings()):
+        notes = algorithm.advantages(batch, scores, 1).notes
+        close(np.mean(notes["gap_mean"]), (scores.privileged_M - scores.student_M)[shown].mean())
+    notes = SignSafe(rule="stepopsd").advantages(batch, scores, 1).notes
+    close(np.mean(notes["agreement_ratio"]), (OUTCOME * (scores.privileged_M - scores.student_M) > 0)[shown].mean())
+
+
 def test_the_sign_is_the_outcomes_whatever_the_teacher_says(ragged):
     batch, scores = ragged
     rng = np.random.default_rng(0)

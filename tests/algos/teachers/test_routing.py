@@ -11,7 +11,10 @@ from agents.models import LoadedModel, load_model
 from atod_algos.algorithm import Advantages
 from atod_algos.atod import ATOD
 from atod_algos.batch import Scores, make_batch, part_of
+from atod_algos.grpo import GRPO
 from atod_algos.opd import OPD
+from atod_algos.signals.gkd import GKD
+from atod_algos.signals.sage_opd import SageOPD
 from atod_algos.signals.vopd import VOPD
 from atod_algos.teachers.local import StepScorer
 from atod_algos.teachers.routing import gap_factors, label_of, require_scale, world_places
@@ -179,14 +182,15 @@ def test_factors_can_be_given(batch):
     np.testing.assert_allclose(gap_factors(config, world_N, batch, scores_of(3.0, 1.0)), [1.0, 0.25])
     for wrong in (("echo=-1",), ("echo=nan",), ("echo=loud",), ("eco=1",), ("equal", "echo=1")):
         with pytest.raises(AtodError, match="gap-scale"):
-            require_scale(config_of(gap_scale=wrong), frozenset({"teacher"}))
+            require_scale(config_of(gap_scale=wrong), OPD())
     right = config_of(gap_scale=("echo=0.5",))
-    require_scale(right, frozenset({"teacher", "entropy"}))
+    for taught in (OPD(), SageOPD()):
+        require_scale(right, taught)
     with pytest.raises(AtodError, match="learns from no teacher; leave it out"):
-        require_scale(right, frozenset())
+        require_scale(right, GRPO())
     with pytest.raises(AtodError, match="top-k tokens by a loss of their own"):
-        require_scale(right, frozenset({"teacher", "support"}))
-    require_scale(config_of(), frozenset())
+        require_scale(right, GKD())
+    require_scale(config_of(), GRPO())
 
 
 def test_a_method_without_such_a_term_is_refused():

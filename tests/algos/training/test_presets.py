@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -15,21 +16,30 @@ from agents.engines.base import SamplingParams
 from agents.engines.transformers import TransformersEngine
 from agents.logits import usable_ids
 from agents.models import load_model
+from atod_algos.advantages import GroupOptions
 from atod_algos.algorithm import Objective
 from atod_algos.atod import ATOD
 from atod_algos.batch import make_batch
 from atod_algos.entropy_aware import EntropyAware
+from atod_algos.gigpo import GiGPO
 from atod_algos.gopd import GOPD
 from atod_algos.grpo import GRPO
 from atod_algos.learner import logprobs, memory
 from atod_algos.learner.distribution import distribution
 from atod_algos.learner.learner import Learner, recompute_layers
+from atod_algos.opd import OPD
 from atod_algos.rollout.async_rollout import AsyncRollout
+from atod_algos.sdar import SDAR
+from atod_algos.signals.agent_opsd import AgentOPSD
+from atod_algos.signals.gkd import GKD
+from atod_algos.signals.siblings import Siblings
+from atod_algos.sod import SOD
 from atod_algos.tcod import TCOD
 from atod_algos.training import memory_estimate
 from atod_algos.training.cli import main, with_rules
 from atod_algos.training.config import TrainConfig, resolve, storage_of, worker_resources
 from atod_algos.training.presets import MODELS, WORLDS, fit_algorithm, preset_config
+from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, StopReason, Trajectory, Turn
 
 ALFWORLD, WEBSHOP, SEARCHQA = "atod/ALFWorld-v0", "atod/WebShop-v0", "atod/SearchQA-v0"
@@ -387,6 +397,33 @@ def test_what_cannot_be_run_is_refused_in_one_line(arguments, words, capsys):
         main(ATOD, [*arguments, "--dry-run"])
     said = capsys.readouterr().err
     assert stop.value.code == 1 and words in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: ATOD(kappa_init=0.05), "--kappa-init 0.05: expected a number from 0.1"),
+        (lambda: ATOD(kappa_init=0.0, coef_anneal_steps=0), "--kappa-init 0.0: expected a number from 0.1"),
+        (lambda: GRPO(kl_coef=-0.1), "--kl-coef -0.1: expected a number from 0"),
+        (lambda: GRPO(sampling_rounds=0), "--sampling-rounds 0: expected a number from 1"),
+        (lambda: GRPO(group=GroupOptions(reward_scale=-1)), "--reward-scale -1: expected a number from 0"),
+        (lambda: GRPO(group=GroupOptions(invalid_penalty=-5)), "--invalid-penalty -5: expected a number from 0"),
+        (lambda: SOD(weight_cap=-1.5), "--weight-cap -1.5: expected a number from 0"),
+        (lambda: TCOD(count_from=-5), "--count-from -5: expected a number from 0"),
+        (lambda: TCOD(turns_every=0), "--turns-every 0: expected a number from 1"),
+        (lambda: OPD(opd_coef=-1), "--opd-coef -1: expected a number from 0"),
+        (lambda: SDAR(gate_beta=float("nan")), "--gate-beta nan: expected a number from 0"),
+        (lambda: GiGPO(discount=1.5), "--discount 1.5: expected a number from 0 to 1"),
+        (lambda: GKD(coef=-1), "--coef -1: expected a number from 0"),
+        (lambda: EntropyAware(forward_coef=-1), "--forward-coef -1: expected a number from 0"),
+        (lambda: AgentOPSD(kl_coef=-1), "--kl-coef -1: expected a number from 0"),
+        (lambda: Siblings(nudge=-1), "--nudge -1: expected a number from 0"),
+        (lambda: Objective(entropy_coef=float("inf")), "--entropy-coef inf: expected a finite number"),
+    ],
+)
+def test_an_option_that_would_turn_a_method_around_is_refused(make, words):
+    with pytest.raises(AtodError, match=re.escape(words)):
+        make()
 
 
 def test_the_built_in_run_has_settings_of_its_own_and_flags_win(capsys, monkeypatch):

@@ -58,6 +58,8 @@ def test_missing_skills_are_an_error_and_never_half_a_text(tmp_path):
     with pytest.raises(DataError, match=r"no skills at .*chess"):
         SDAR().privileged_text(of_kind("chess/opening", "gambit"), ALONE)
     with pytest.raises(DataError, match=r"no skills at .*nowhere\.md"):
+        SDAR(skills=str(tmp_path / "nowhere.md")).reads()
+    with pytest.raises(DataError, match=r"no skills at .*nowhere\.md"):
         SDAR(skills=str(tmp_path / "nowhere.md")).privileged_text(of_kind("alfworld/task_type", TASK_TYPES[0]), ALONE)
     with pytest.raises(DataError, match="has no kind"):
         SDAR().privileged_text(Trajectory("e", "t", "s", "", "g", 0, (), "", False, 0.0, StopReason.FAILURE), ALONE)
