@@ -15,8 +15,8 @@ What is uncertain: of the paper we know the abstract; that the two terms are add
 of 0.8 nats on the entropy over the whole vocabulary, k = 16, alpha = 1, and that the truncated teacher is not made to
 sum to 1, come from other people's accounts of the authors' code, which agree with each other but were not checked
 against it. Without the rest of the teacher's mass F_t can be a little below 0; its gradient is that of the
-cross-entropy with the kept part. The mean is over all tokens, marked or not. ``--rules released`` presets OPD's token
-mean, dual clip and entropy bonus.
+cross-entropy with the kept part. The mean (``--loss-agg``) is over all tokens, marked or not. ``--rules released``
+presets OPD's token mean, dual clip and entropy bonus.
 
     python -m atod_algos.entropy_aware --env atod/ALFWorld-v0
 """

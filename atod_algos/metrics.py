@@ -112,7 +112,9 @@ def sampler_metrics(batch: TokenBatch, scores: Scores) -> dict[str, float]:
 
 
 def teacher_metrics(batch: TokenBatch, scores: Scores, name: str) -> dict[str, float]:
-    """The gap to the teacher: its mean is minus a sampled estimate of the reverse KL, so at most 0 in expectation.
+    """The gap to the teacher, as it is learned from: after ``--gap-clip``.
+
+    Without a clip its mean is minus a sampled estimate of the reverse KL, so at most 0 in expectation.
 
     Args:
         batch: the batch.
@@ -222,7 +224,8 @@ def turn_table(
     token_teacher           their log-probs under the teacher
     ======================  ====================================================================================
 
-    Columns of a teacher, of privileged text and of weights are there where the algorithm has them; those of tokens
+    The teacher's log-probs and gaps are those that were learned from, and that weights are made of: after
+    ``--gap-clip``. Columns of a teacher, of privileged text and of weights are there where the algorithm has them; those of tokens
     where they are asked for (``--store tokens``).
 
     Args:

@@ -27,8 +27,9 @@ understood, whatever the turns before it were. There a task without a reference 
 environment's scripted expert gives one, and ``--turns-every 0`` needs none. The bridged turns draw from the random
 streams of those that they are compared with. The state of a branch is reached by playing its turns again, which is
 exact and checked, not by an expert's actions alone. A bridge counts in the average of the loss as an episode of one
-turn. The authors' asynchronous training is not used: the teacher plays in this process alone, and several ranks, Ray
-and ``--staleness`` are refused. ``--rules released`` presets OPD's token mean, dual clip and entropy bonus.
+turn. Under ``--gap exact`` a kept bridge is learned by the reverse KL in the places of its tokens. The authors'
+asynchronous training is not used: the teacher plays in this process alone, and several ranks, Ray and ``--staleness``
+are refused. ``--rules released`` presets OPD's token mean, dual clip and entropy bonus.
 
     python -m atod_algos.signals.futurebridge --env atod/ALFWorld-v0
 """

@@ -9,7 +9,7 @@ Objective
     forward    KL(p || q)           covers all that the teacher might say
     reverse    KL(q || p)           settles on something that it says; OPD's, in expectation
     jsd        beta KL(p || m) + (1 - beta) KL(q || m),   m = beta p + (1 - beta) q
-    L    = coef times the mean of the divergence over the sampled tokens; pi_theta is the current student, with gradient
+    L    = coef times the mean of the divergence (--loss-agg); pi_theta is the current student, with gradient
 
 There is no advantage, no ratio and no clip, so the gradient is that of the divergence itself. (A divergence used as an
 advantage of the sampled token would have a gradient of zero mean.) With k as large as the vocabulary each is exact;

@@ -10,7 +10,8 @@ Objective
     A_t     = w_t Delta_t                                               detached
     L       = the clipped surrogate with A_t
 
-The weights sum to the number of tokens, so the loss has OPD's size.
+The weights sum to the number of tokens, so the loss has OPD's size under ``--loss-agg token_mean``, and about that
+under the default, the mean over trajectories.
 
 Differences: the paper takes u_k from the environment's feedback and from the teacher, asked in words whether to skip,
 weak or strong. A teacher here gives log-probs and writes nothing, so the judgement is left out: ``--intervene all`` is

@@ -29,12 +29,12 @@ whatever the rule:
     --fade-steps       the rule's    100               RLSD's l; the rule's: 0 (rlsd: l stays), 50 (stepopsd)
     --kl-coef          0             0.01              KL to the initial student; 0.001 in their Search-QA scripts
 
-Differences. RLSD's form and numbers are those of that code. CrEST's teacher sees the ground truth in its paper, ours
-the skills; its advantage is per turn, from rewards of each turn, which these environments do not give: ours is the
-episode's. How its entropy gate becomes m_t is not public; we take a range of 1 - r to 1 + r, which its cut at l and its
-bound of l e = 8.4 % fit. SG-OPD's factors are second-hand, from a paper that ran it as a baseline. Another account
-calls its 1.8 extrapolation as in ExOPD, which is against a base model: whether there is one is unsettled, and here is
-none. Its phased teacher rollouts are left out.
+Differences. RLSD's form and numbers are those of that code; in another public tree, SDAR's, its l falls over 50 steps.
+CrEST's teacher sees the ground truth in its paper, ours the skills; its advantage is per turn, from rewards of each
+turn, which these environments do not give: ours is the episode's. How its entropy gate becomes m_t is not public; we
+take a range of 1 - r to 1 + r, which its cut at l and its bound of l e = 8.4 % fit. SG-OPD's factors are second-hand,
+from a paper that ran it as a baseline. Another account calls its 1.8 extrapolation as in ExOPD, which is against a base
+model: whether there is one is unsettled, and here is none. Its phased teacher rollouts are left out.
 
 StepOPSD is from an account of the paper's source and a public trainer with the paper's option names. l = 0.5 is that
 trainer's default; the account reports 0.05 and 0.2 for Search-QA, and the one script that is public runs the control

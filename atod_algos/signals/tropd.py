@@ -16,7 +16,9 @@ nothing random. Its third term, imitation of prefixes that the teacher wrote (a 
 out, as are its variants that mask or clip outliers. F_t sums over k tokens without a tail, as published: where the
 teacher's top k hold little of its mass it can be below 0, and the student's mass elsewhere is seen by no term.
 ``--tail`` adds all other tokens as one more, as gkd.py does, which makes it a divergence. Formulae and k are from
-public accounts of the paper; no code was out. A teacher on vLLM or behind a server gives its top k as well.
+public accounts of the paper; no code was out. ``--gap-clip`` bounds log pi_T - log pi_old before P_t is made of it: at
+3, the built-in models' default, P_t is at least e^-3, so that no token is left out altogether; ``--gap-clip 0`` is the
+paper's. A teacher on vLLM or behind a server gives its top k as well.
 
     python -m atod_algos.signals.tropd --env atod/ALFWorld-v0
 """
