@@ -81,7 +81,7 @@ LINES: dict[str, dict[str, tuple[str, str, str]]] = {
         "A^E_i": ("", "GiGPO.advantages", "episode_K = reward_advantage("),
         "R_t": ("", "discounted_returns", "return_K[k] += discount"),
         "anchor states": ("", "anchor_states", "seen.setdefault("),
-        "A^S_t": ("", "GiGPO.advantages", "step_K = np.where("),
+        "A^S_t": ("", "GiGPO.advantages", "step_K = group_advantage("),
         "A_t": ("", "GiGPO.advantages", "episode_K + self.omega * step_K"),
     },
     "gopd": {
