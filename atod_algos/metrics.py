@@ -225,8 +225,8 @@ def turn_table(
     ======================  ====================================================================================
 
     The teacher's log-probs and gaps are those that were learned from, and that weights are made of: after
-    ``--gap-clip``. Columns of a teacher, of privileged text and of weights are there where the algorithm has them; those of tokens
-    where they are asked for (``--store tokens``).
+    ``--gap-clip``. Columns of a teacher, of privileged text and of weights are there where the algorithm has them;
+    those of tokens where they are asked for (``--store tokens``).
 
     Args:
         step: training step.

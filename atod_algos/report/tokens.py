@@ -68,6 +68,8 @@ class Scorer:
         table = self.run.turn_table(step) if kind == "train" else None
         weights = dict(zip(_places(table), table["weight"], strict=True)) if table and "weight" in table else None
         trained_d, trained_h = (_trained(table, column) for column in ("sum_abs_gap", "sum_surprise"))
+        if self.teacher not in (None, self.run.teacher):  # what was trained with is another teacher's
+            weights, trained_d = None, {}
         found: dict[tuple[int, int], TurnScores] = {}
         for n, episode in enumerate(episodes):
             spoken = [turn for turn in episode.turns if turn.response_ids]

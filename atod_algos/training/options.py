@@ -113,7 +113,8 @@ class LearningOptions(UpdateOptions):
     """AdamW's second decay rate; 0.999 (released code) remembers the first, large gradients for a thousand updates."""
     gap_clip: float | tuple[str, ...] | None = None
     """Largest gap between the teacher's and the student's log-prob of a token; what is computed from gaps, such as the
-    weights of turns, sees the bounded ones. The student's own gap under a privileged text is not bounded. 0 is no limit (published)."""
+    weights of turns, sees the bounded ones. The student's own gap under a privileged text is not bounded. 0 is no limit
+    (published)."""
     gap_scale: tuple[str, ...] = ()
     """Factor on the teacher's term of an environment: webshop=0.5; 'equal' gives each environment's gap the same mean
     size, so that no teacher drowns another."""

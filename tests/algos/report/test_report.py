@@ -144,6 +144,18 @@ def test_a_run_without_a_teacher_shows_what_the_student_thought(folders):
     assert all(s.d is not None for s in asked.scores("train", 1, run.episodes("train", 1)).values())
 
 
+def test_another_teacher_than_the_runs_own_is_shown_with_its_own_disagreement(folders):
+    """Nothing was trained with it, so turns of the training have no weight under it."""
+    run = read_run(folders / "atod")
+    episodes = run.episodes("train", 1)
+    own = Scorer(run).scores("train", 1, episodes)
+    other = Scorer(run, teacher=str(run.settings["train"]["student"])).scores("train", 1, episodes)
+    assert all(s.w is not None for s in own.values())
+    for scores in other.values():
+        assert scores.w is None
+        assert scores.d == pytest.approx(float(np.mean(np.abs(np.subtract(scores.teacher, scores.student)))))
+
+
 def test_a_page_holds_whole_groups_up_to_its_limit(folders):
     run = read_run(folders / "atod")
     everything = page_data([run], scorers={})

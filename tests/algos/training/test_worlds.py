@@ -14,7 +14,7 @@ from atod_algos.sdar import HEADING, SDAR
 from atod_algos.tcod import TCOD
 from atod_algos.training.cli import main
 from atod_envs.alfworld.household import TASK_TYPES
-from atod_envs.errors import AtodError, DataError, UnknownName
+from atod_envs.errors import DataError, UnknownName
 from atod_envs.scienceworld.env import TASKS as SCIENCE
 from atod_envs.searchqa.language import KINDS
 from atod_envs.searchqa.questions import DATASETS
@@ -131,4 +131,3 @@ def test_a_privileged_text_that_does_not_fit_is_not_cut(tmp_path, capsys):
                     "--eval-tasks", "1", "--max-turns", "2", "--run", str(tmp_path / "r")])  # fmt: skip
     err = capsys.readouterr().err
     assert "nothing is cut" in err and "but the student reads 4096" in err
-    assert issubclass(DataError, AtodError)
