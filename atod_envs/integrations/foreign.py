@@ -24,6 +24,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Self, cast
 
 import gymnasium as gym
@@ -55,11 +56,13 @@ class Manner:
         actions: what a response may say: texts (with the foreign actions they stand for, where these are no texts), or
             how any text becomes an action. By default texts are passed on as they are.
         text: puts an observation into words.
-        returns: sums of an episode's rewards that count as score 0 and as score 1. The score is known at the end; the
-            task is solved with score 1, or where ``info`` says so.
+        returns: sums of an episode's rewards that count as score 0 and as score 1. The score is known at the end, its
+            own or the turn limit's; the task is solved where it ended itself, with score 1 or where ``info`` says so.
         refuses: errors by which the environment says that it does not understand an action. Others are its bugs.
         chance: false for an environment that takes no seed because it always plays the same.
         tells_rules_first: the first observation holds what is needed all along.
+        version: tells environments apart that play differently and are made by the same class, where neither Gymnasium
+            nor a ``partial`` made them; a part of ``data_version``.
     """
 
     key: str = "foreign"
@@ -71,6 +74,7 @@ class Manner:
     refuses: tuple[type[Exception], ...] = (ValueError,)
     chance: bool = True
     tells_rules_first: bool = False
+    version: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -129,10 +133,12 @@ class ForeignEnv(TextEnv):
         kind = type(self._foreign)
         # What belongs to the environment's class is the instance's here.
         own = {"env_key": manner.key, "about": manner.about, "tells_rules_first": manner.tells_rules_first}
-        version = getattr(self._foreign, "data_version", _version(self._foreign))
-        for name, value in {**own, "data_version": f"{manner.key}/{version}"}.items():
+        version = getattr(self._foreign, "data_version", _version(self._foreign, make))
+        versions = (manner.key, version, manner.version)
+        for name, value in {**own, "data_version": "/".join(filter(None, versions))}.items():
             setattr(self, name, value)
-        self._players = hasattr(self._foreign, "get_observation")  # TextArena's games are for several
+        # TextArena's games are for several.
+        self._players = hasattr(self._foreign, "get_observation") and not isinstance(self._foreign, gym.Env)
         space = getattr(self._foreign, "action_space", None)
         if manner.actions is None and isinstance(space, _NO_TEXT):
             raise AtodError(
@@ -171,7 +177,7 @@ class ForeignEnv(TextEnv):
         seeded = {"seed": place} if self._seeded else {}
         players = {"num_players": 1} if self._players else {}
         self._return = 0.0
-        frame = self._frame_of(self._read(self._foreign.reset(**seeded, **players), begun=True))
+        frame = self._frame_of(self._read(self._foreign.reset(**seeded, **players), begun=True), begun=True)
         said = self._manner.instruction
         return said(frame.observation) if callable(said) else said, frame
 
@@ -190,7 +196,8 @@ class ForeignEnv(TextEnv):
 
     def _not_understood(self, said: str) -> Frame:
         assert self._frame is not None
-        return Frame(said, self._frame.admissible, valid=False)
+        score = self._reached() if self._last() else 0.0
+        return Frame(said, self._frame.admissible, score, score, valid=False)
 
     def _read(self, answer: Any, *, begun: bool) -> _Answer:
         """An answer in one of the known forms."""
@@ -243,15 +250,23 @@ class ForeignEnv(TextEnv):
             return tuple(word for word, meant in actions.items() if word in offered or meant in offered)
         return offered if actions is None or callable(actions) else tuple(word for word in actions if word in offered)
 
-    def _frame_of(self, answer: _Answer) -> Frame:
+    def _last(self) -> bool:
+        """Whether the action that is carried out is the last that the turn limit allows."""
+        return self._turn + 1 >= self.max_turns
+
+    def _reached(self) -> float:
+        failed, solved = self._manner.returns
+        return min(1.0, max(0.0, (self._return - failed) / (solved - failed)))
+
+    def _frame_of(self, answer: _Answer, *, begun: bool = False) -> Frame:
         if self._manner.text is str and isinstance(answer.observation, bytes | None):
             raise AtodError(
                 f"{type(self._foreign).__name__} gave the observation {answer.observation!r:.60}; expected text, or what `text` turns "
                 "into it"
             )
-        (failed, solved), info = self._manner.returns, answer.info or {}
+        info = answer.info or {}
         self._return += answer.reward
-        score = min(1.0, max(0.0, (self._return - failed) / (solved - failed))) if answer.over else 0.0
+        score = self._reached() if answer.over or (not begun and self._last()) else 0.0
         told = next((self._flag(info[name], name) for name in _SOLVED if info.get(name) is not None), score >= 1.0)
         given = (self._worded(self._listed(info[name], name)) for name in _OFFERED if info.get(name) is not None)
         offered: Any = next((actions for actions in given if actions), self._manner.actions)
@@ -279,7 +294,8 @@ def wrap(
     Args:
         make: makes the environment; or an environment, for a single episode at a time.
         split: train, valid or test.
-        max_turns: turn limit; 30 by default. A limit of its own ends an episode unsolved.
+        max_turns: turn limit; 30 by default. It ends an episode unsolved, with the score reached; so does a limit of
+            its own.
         render_mode: ``"ansi"`` or None.
         manner: how it is put into words, by the names of :class:`Manner`.
 
@@ -329,15 +345,19 @@ def _made_by_id(
     return env
 
 
-def _version(foreign: Any) -> str:
-    """Which environment it is: its class inside of all wrappers, and how Gymnasium made it."""
+def _version(foreign: Any, make: Any) -> str:
+    """Which environment it is: its class inside of all wrappers, and how Gymnasium or a ``partial`` made it."""
     kind = type(getattr(foreign, "unwrapped", foreign))
     name = f"{kind.__module__}.{kind.__qualname__}"
     spec = getattr(foreign, "spec", None)
-    if not isinstance(spec, gym.envs.registration.EnvSpec):
+    if isinstance(spec, gym.envs.registration.EnvSpec):
+        how: list[Any] = [spec.id, spec.kwargs]
+    elif isinstance(make, partial):
+        how = [getattr(make.func, "__qualname__", ""), make.args, make.keywords]
+    else:
         return name
     # An object's own text may hold its address, which another process does not repeat.
-    made = json.dumps([spec.id, spec.kwargs], sort_keys=True, default=lambda value: type(value).__qualname__)
+    made = json.dumps(how, sort_keys=True, default=lambda value: type(value).__qualname__)
     return f"{name}/{hashlib.blake2b(made.encode(), digest_size=4).hexdigest()}"
 
 

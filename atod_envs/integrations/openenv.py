@@ -142,7 +142,10 @@ class TextEnvClient(EnvClient):  # type: ignore[misc]
 
     def _parse_result(self, payload: dict[str, Any]) -> StepResult:
         done, reward = bool(payload.get("done", False)), payload.get("reward")
-        observation = TextObservation(**{**payload["observation"], "done": done, "reward": reward})
+        said = payload["observation"]
+        # The server's framework takes the metadata out of the observation and puts it next to it.
+        metadata = said.get("metadata") or payload.get("metadata") or {}
+        observation = TextObservation(**{**said, "metadata": metadata, "done": done, "reward": reward})
         return StepResult(observation=observation, reward=reward, done=done)
 
     def _parse_state(self, payload: dict[str, Any]) -> TextState:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypedDict, cast
 import gymnasium as gym
 
 import atod_envs
-from atod_envs.errors import EpisodeError
+from atod_envs.errors import AtodError, EpisodeError
 from atod_envs.integrations.rows import finished, single_row, token_rows
 from atod_envs.prompting import Prompted
 from atod_envs.styles import as_conversation
@@ -32,16 +32,31 @@ class SkyRLTextEnv(BaseTextEnv):  # type: ignore[misc]
     Args:
         env_config: arguments of the environment (``split``, ``data``, ``max_turns``, ...), and ``style``, the prompt
             style (default ``"atod"``).
-        extras: the row of the data set: ``task_id`` names the task, ``seed`` the episode; without them the episode is
-            drawn from the split. SkyRL adds its own ``max_turns``; the lower of the two limits holds.
+        extras: the row of the data set: ``task_id`` names the task, ``seed`` the episode, ``split`` the split if it is
+            another one than that of the options; without a row the episode is drawn from the split. SkyRL adds its own
+            ``max_turns``; the lower of the two limits holds.
         env_id: registered id of the environment.
+        **options: what :func:`register` was given; ``env_config`` wins over it.
+
+    Raises:
+        AtodError: a row names neither task nor seed: attempts at it would be attempts at different tasks.
     """
 
-    def __init__(self, env_config: Any = None, extras: dict[str, Any] | None = None, *, env_id: str) -> None:
+    def __init__(
+        self, env_config: Any = None, extras: dict[str, Any] | None = None, *, env_id: str, **options: Any
+    ) -> None:
         super().__init__()
-        options = {str(key): value for key, value in dict(env_config or {}).items()}
+        options |= {str(key): value for key, value in dict(env_config or {}).items()}
         style = options.pop("style", "atod")
         self.extras = dict(extras or {})
+        row = [name for name in self.extras if name != "max_turns"]
+        if row and self.extras.get("task_id") is None and self.extras.get("seed") is None:
+            raise AtodError(
+                f"the row has the columns {', '.join(row)}, but neither task_id nor seed, so each attempt of a group would play another "
+                "task; add one of them"
+            )
+        if self.extras.get("split") is not None:
+            options["split"] = self.extras["split"]
         if self.extras.get("max_turns"):
             options["max_turns"] = min(int(self.extras["max_turns"]), int(options.get("max_turns", 1 << 30)))
         self.env = Prompted(gym.make(env_id, **options), style)
@@ -90,13 +105,18 @@ class SkyRLTextEnv(BaseTextEnv):  # type: ignore[misc]
         self.env.close()
 
 
-def register() -> tuple[str, ...]:
-    """Register the environments with ``skyrl_gym`` and return their ids (``atod-alfworld``, ...)."""
+def register(**options: Any) -> tuple[str, ...]:
+    """Register the environments with ``skyrl_gym`` and return their ids (``atod-alfworld``, ...).
+
+    Args:
+        **options: of every environment (``data``, ``split``, ``max_turns``, ``style``): SkyRL's own trainer passes an
+            environment no options of its own. A second call replaces those of the first.
+    """
     ids = []
     for env_id in atod_envs.ENVIRONMENTS:
         name = "atod-" + env_id.split("/")[1].split("-")[0].lower()
-        if name not in _registry:
-            _register(name, "atod_envs.integrations.skyrl:SkyRLTextEnv", kwargs={"env_id": env_id})
+        _registry.pop(name, None)
+        _register(name, "atod_envs.integrations.skyrl:SkyRLTextEnv", kwargs={"env_id": env_id, **options})
         ids.append(name)
     return tuple(ids)
 

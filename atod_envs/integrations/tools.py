@@ -14,7 +14,7 @@ from typing import Any, ClassVar, cast
 
 import gymnasium as gym
 
-from atod_envs.errors import UnknownName
+from atod_envs.errors import AtodError, UnknownName
 from atod_envs.recording import RecordTurns
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Trajectory
@@ -37,8 +37,16 @@ class ToolEnv:
         self._return = 0.0
 
     def reset(self, task_id: str | None = None, seed: int | None = None, **row: Any) -> str:
-        """Begin an episode; further columns of the data set's row are ignored."""
-        del row
+        """Begin an episode; further columns of the data set's row are ignored.
+
+        Raises:
+            AtodError: a row names neither task nor seed: attempts at it would be attempts at different tasks.
+        """
+        if row and task_id is None and seed is None:
+            raise AtodError(
+                f"the data set's row has the columns {', '.join(row)}, but neither task_id nor seed, so each attempt of a group would play "
+                "another task; add a column task_id (its values: task_ids) or seed"
+            )
         observation, info = self._env.reset(seed=seed, options=None if task_id is None else {"task_id": task_id})
         self._over, self._return = False, 0.0
         return observation if info["task"] in observation else f"{info['task']}\n\n{observation}"

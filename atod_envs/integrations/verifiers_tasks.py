@@ -12,6 +12,7 @@ same conversation as verifiers' own run of it, and what needs more than text in 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from inspect import signature
@@ -59,8 +60,9 @@ class TasksetGame:
         self._parts: dict[str, list[Any]] = {split: [] for split in SPLITS}
         for task in taskset:
             self._parts[dealt(task.key, SHARES)].append(task)
-        count = sum(map(len, self._parts.values()))
-        self.data_version = f"{type(taskset).__module__}.{name}/{count}"
+        held = sorted(f"{task.key} {task.hash}" for part in self._parts.values() for task in part)
+        digest = hashlib.blake2b("\n".join(held).encode(), digest_size=4).hexdigest()
+        self.data_version = f"{type(taskset).__module__}.{name}/{digest}"
         self._loop = asyncio.new_event_loop()
         self._run: asyncio.Task[None] | None = None
         self._asked: list[str] = []

@@ -68,6 +68,51 @@ def test_a_task_is_a_seed_and_splits_share_none():
         env(split="dev")
 
 
+class Steps(gym.Env):
+    """A point a step for ten steps; it also has a method of a name that TextArena's games have."""
+
+    observation_space = action_space = gym.spaces.Text(9)
+
+    def __init__(self, size=1):
+        self.size, self.done = size, 0
+
+    def get_observation(self):
+        return f"step {self.done}"
+
+    def reset(self, *, seed=None, options=None):
+        self.done = 0
+        return self.get_observation(), {}
+
+    def step(self, action):
+        self.done += 1
+        return self.get_observation(), 1.0, self.done == 10, False, {}
+
+
+def test_the_turn_limit_pays_what_was_reached_and_solves_nothing():
+    for turns, score in ((9, 0.9), (10, 1.0), (30, 1.0)):
+        answers = play(wrap(Steps, returns=(0, 10), max_turns=turns), *["on"] * min(turns, 10))[1:]
+        assert sum(answer[1] for answer in answers) == pytest.approx(score)
+        *_, terminated, truncated, info = answers[-1]
+        assert terminated == (turns >= 10) and truncated != terminated
+        assert info["success"] == (turns >= 10) and info["score"] == pytest.approx(score)
+
+
+def test_what_is_not_understood_at_the_limit_loses_nothing():
+    env = wrap(partial(Steps), actions=["on"], returns=(0, 10), max_turns=3)
+    assert [answer[1] for answer in play(env, "on", "on", "off")[1:]] == [0, 0, 0.2]
+    assert play(env)[0][1]["score"] == 0, "the next episode begins with nothing"
+
+
+def test_environments_that_play_differently_have_versions_of_their_own():
+    def version(make, **manner):
+        return wrap(make, **manner).data_version
+
+    assert version(partial(Steps, 1)) == version(partial(Steps, 1)) != version(partial(Steps, 99))
+    assert version(partial(Steps, size=1)) != version(partial(Steps, size=2))
+    assert version(lambda: Steps(1)) != version(lambda: Steps(2), version="two")
+    assert version(Steps).startswith("foreign/") and version(Steps, version="two").endswith("/two")
+
+
 def test_snapshots_and_recording_work():
     env = RecordTurns(lake())
     play(env, *WAY[:3])
@@ -215,7 +260,7 @@ def test_other_worlds_are_other_data():
     odd = [wrap(partial(gym.make, "FrozenLake-v1", map_name="4x4"), key="lake", actions=STEPS) for _ in range(2)]
     for env in odd:
         env._foreign.spec.kwargs["reward"] = object()
-    assert len({_version(env._foreign) for env in odd}) == 1, "no address is part of it"
+    assert len({_version(env._foreign, env._make) for env in odd}) == 1, "no address is part of it"
     maps[1].reset(seed=0)
     with pytest.raises(EpisodeError):
         maps[0].restore(maps[1].snapshot())

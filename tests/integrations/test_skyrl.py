@@ -4,7 +4,8 @@ import pytest
 import tiny
 
 skyrl_gym = pytest.importorskip("skyrl_gym", reason="skyrl-gym is not installed (extra 'skyrl')")
-from atod_envs.errors import EpisodeError
+from atod_envs.alfworld.env import ALFWorldEnv
+from atod_envs.errors import AtodError, EpisodeError
 from atod_envs.integrations.skyrl import generator_output, register
 
 
@@ -35,6 +36,21 @@ def test_limits_and_misuse():
         env.step("look")
     env.init([])
     assert not env.step("<action>look</action>")["done"] and env.step("<action>look</action>")["done"]
+
+
+def test_options_come_with_the_registration_and_the_split_with_the_row():
+    """SkyRL's own trainer passes an environment no options of its own."""
+    register(data="builtin", max_turns=9)
+    try:
+        task = ALFWorldEnv("builtin", "valid_seen").tasks[0]
+        env = skyrl_gym.make("atod-alfworld", extras={"task_id": task, "split": "valid_seen", "max_turns": 2})
+        _, info = env.init([])
+        assert info["task_id"] == task and info["split"] == "valid_seen" and env.max_turns == 2
+        assert skyrl_gym.make("atod-alfworld", env_config={"max_turns": 3}).max_turns == 3
+        with pytest.raises(AtodError, match="columns data_source, but neither task_id nor seed"):
+            skyrl_gym.make("atod-alfworld", extras={"data_source": "x", "max_turns": 2})
+    finally:
+        register()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from tiny import BUILTIN
 from trl import GRPOConfig, GRPOTrainer
 
 from atod_algos.rollout.trl import TRLRollout, environment_reward, trl_rows
+from atod_envs.errors import AtodError
 from atod_envs.integrations.tools import OVER, TOOLS, tool_factory
 from atod_envs.styles import as_conversation
 
@@ -261,6 +262,8 @@ def test_tools_play_what_the_expert_plays(env_id):
 
     episode = tiny.expert_trajectory(env_id, BUILTIN[env_id])
     env = tool_factory(env_id, **BUILTIN[env_id])()
+    with pytest.raises(AtodError, match="columns prompt, task, but neither task_id nor seed"):
+        env.reset(prompt=[], task=episode.task_id)  # each attempt of a group would be at another task
     first = env.reset(task_id=episode.task_id, seed=episode.seed, prompt=[{"role": "user", "content": "x"}])
     assert episode.turns[0].observation in first and episode.task in first
     forms = [
