@@ -20,8 +20,8 @@ from atod_algos.study.tables import markdown_table, with_spread
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "study" / "study-results.json"
-LONG = tuple(DOCS / "study" / name / "study-results.json" for name in ("laptop-150", "laptop-150-searchqa-webshop"))
-"""The paper's number of steps: ALFWorld, and on another machine the two other worlds."""
+LONG = DOCS / "study" / "laptop-150" / "study-results.json"
+"""The paper's number of steps."""
 WORLDS = {"alfworld": "ALFWorld", "searchqa": "Search-QA", "webshop": "WebShop"}
 SHORT = ("vanilla", "teacher", "grpo", "opd", "atod")
 """Rows of the README's table."""
@@ -37,11 +37,8 @@ Cells = Sequence[Mapping[str, Any]]
 
 def pages() -> dict[Path, dict[str, str]]:
     """Made parts by page."""
-    short, *long = (json.loads(path.read_text()) for path in (RESULTS, *LONG))
-    cells = short["cells"]
-    long_cells = [cell for part in long for cell in part["cells"]]
-    # Each study's own "together" is of its worlds alone.
-    long_claims = {world: claims for part in long for world, claims in part["claims"].items() if world in WORLDS}
+    short, long = (json.loads(path.read_text()) for path in (RESULTS, LONG))
+    cells, long_cells = short["cells"], long["cells"]
     study = {
         "results": success(cells, USUAL),
         "settings": settings(cells),
@@ -51,10 +48,10 @@ def pages() -> dict[Path, dict[str, str]]:
         "questions": decisions(short["claims"], tuple(METHODS), ASKED),
         "further": further(read_published(RESULTS)),
         "long-results": success(long_cells, USUAL),
-        "long-claims": decisions(long_claims, USUAL),
+        "long-claims": decisions(long["claims"], USUAL),
         "long-source": source(long_cells, "laptop-150"),
     }
-    return {DOCS / "study.md": study, DOCS.parent / "README.md": {"study": success(cells, SHORT)}}
+    return {DOCS / "study.md": study, DOCS.parent / "README.md": {"study": success(long_cells, SHORT)}}
 
 
 def further(cells: Cells) -> str:

@@ -65,7 +65,7 @@ def test_mcnemar_is_a_probability(a, b):
     assert 0 < mcnemar(a, b) <= 1
 
 
-@pytest.mark.parametrize(("results", "least"), [(".", 15), ("laptop-150", 5), ("laptop-150-searchqa-webshop", 5)])
+@pytest.mark.parametrize(("results", "least"), [(".", 15), ("laptop-150", 20)])
 def test_the_published_p_values_over_training_seeds_come_out_again(results, least):
     study = json.loads((REPOSITORY / "docs" / "study" / results / "study-results.json").read_text())
     methods = {claim: (ahead, behind) for claim, ahead, behind in CLAIMS}
