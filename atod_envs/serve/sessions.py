@@ -280,11 +280,9 @@ class Sessions:
         self._sessions.move_to_end(session.name)
         try:
             answer: dict[str, Any] = await self._run(session.env.blocking, work)
-        except TimeoutError:
+        except _Late as late:
             self._sessions.pop(session.name, None)  # its thread may still be at work in it
-            raise Refused(
-                504, f"the call took more than {self.limits.call_seconds:g} s; the session is closed"
-            ) from None
+            raise Refused(504, f"{late}; the session is closed") from None
         finally:
             session.busy, session.used = False, self._clock()
         session.number += 1
@@ -307,13 +305,17 @@ class Sessions:
                     raise
             except TimeoutError:
                 if task.done() and not task.cancelled():
-                    raise  # the environment's own
+                    return task.result()  # the environment's own error, or an answer in the last moment
                 if not blocking and pool is self._single and task.running():
                     # What hangs keeps its thread; the calls that wait behind it go on in another.
                     log.warning("a call hangs; going on in another thread")
                     self._single = ThreadPoolExecutor(1, thread_name_prefix="env")
                     pool.shutdown(wait=False, cancel_futures=True)
-                raise
+                raise _Late(504, f"the call took more than {self.limits.call_seconds:g} s") from None
+
+
+class _Late(Refused):
+    """A call took longer than the server gives it."""
 
 
 def _only(request: Mapping[str, Any], *names: str) -> None:

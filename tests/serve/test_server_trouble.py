@@ -237,6 +237,24 @@ def test_a_call_that_hangs_is_cut_and_the_others_go_on(gate):
         hanging.reset(seed=0)
 
 
+def test_an_environments_own_time_out_is_not_the_servers(toy_server):
+    for env_id in ("odd/Odd-v0", "odd/Blocking-v0"):
+        env = RemoteEnv(toy_server, env_id, retries=0)
+        env.reset(seed=0)
+        with pytest.raises(RemoteError, match="the server's log says why") as caught:
+            env.step("time out")
+        assert not isinstance(caught.value, SessionLost)
+        assert env.step("pear")[-1]["turn"] == 1, "the session goes on"
+
+
+def test_an_environment_that_takes_too_long_to_be_made_is_named(gate):
+    with running([Offer("odd/Odd-v0", ("train",), {"wait": True})], call_seconds=0.3) as (url, sessions):
+        with pytest.raises(RemoteError, match=r"the call took more than 0\.3 s"):
+            RemoteEnv(url, retries=0)
+        gate.open()
+        assert not sessions
+
+
 def test_environments_that_wait_do_not_make_each_other_wait(toy_server, gate):
     envs = [RemoteEnv(toy_server, "odd/Blocking-v0") for _ in range(8)]
     for env in envs:
