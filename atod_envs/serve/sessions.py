@@ -56,7 +56,7 @@ class Limits:
         idle_seconds: seconds without a call after which a session is closed.
         call_seconds: longest time that one call may take.
         message_bytes: longest message that is read.
-        turns: highest turn limit that a client may ask for.
+        turns: highest turn limit that a client may ask for, unless the environment's own is higher.
         connections: connections that are served at the same time.
         threads: threads for environments that wait on something outside the process.
     """
@@ -215,9 +215,11 @@ class Sessions:
         session = self._find(request)
         seed = None if request.get("seed") is None else _number(request, "seed")
         task_id = None if request.get("task_id") is None else _text(request, "task_id")
-        limit = session.env.configured_max_turns if request.get("max_turns") is None else _number(request, "max_turns")
-        if not 1 <= limit <= self.limits.turns:
-            raise Refused(400, f"max_turns={limit}; expected 1 to {self.limits.turns}")
+        configured = session.env.configured_max_turns
+        limit = configured if request.get("max_turns") is None else _number(request, "max_turns")
+        highest = max(self.limits.turns, configured)  # what the operator offers can be played
+        if not 1 <= limit <= highest:
+            raise Refused(400, f"max_turns={limit}; expected 1 to {highest}")
 
         def begin() -> dict[str, Any]:
             session.env.max_turns = limit

@@ -201,6 +201,15 @@ def test_thousands_of_sessions_and_no_more():
             assert post_call(url, "reset", {"session": name, "seed": 3})[1]["info"]["split"] == "valid"
 
 
+def test_an_environment_can_be_played_to_its_own_turn_limit():
+    with running([Offer("odd/Odd-v0", ("train",), {"max_turns": 30})], turns=20) as (url, _):
+        env = RemoteEnv(url, retries=0)
+        assert env.max_turns == 30 and env.reset(seed=0)[1]["turn"] == 0
+        env.max_turns = 31
+        with pytest.raises(RemoteError, match="max_turns=31; expected 1 to 30"):
+            env.reset(seed=0)
+
+
 def test_one_call_at_a_time_in_a_session(toy_server, gate):
     env = RemoteEnv(toy_server, retries=0)
     env.reset(seed=0)
