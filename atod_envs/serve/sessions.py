@@ -7,6 +7,8 @@ answered again and not carried out twice; whatever is idle too long or takes too
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import logging
 import secrets
 import time
@@ -72,14 +74,14 @@ class Limits:
 
 @dataclass(slots=True)
 class Session:
-    """One client's environment."""
+    """One client's environment, and the last call's digest and answer."""
 
     name: str
     env: TextEnv
     used: float
     busy: bool = False
     number: int = 0
-    asked: tuple[str, dict[str, Any]] = ("", {})
+    asked: bytes = b""
     answer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -267,7 +269,7 @@ class Sessions:
         number = None if request.get("number") is None else _number(request, "number")
         if session.busy:
             raise Refused(409, "the session is busy with another call; a session carries out one call at a time")
-        asked = (name, dict(request))
+        asked = hashlib.blake2b(json.dumps([name, dict(request)], sort_keys=True).encode()).digest()
         if number is not None and number == session.number and session.answer:
             if asked != session.asked:
                 raise Refused(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -302,6 +303,28 @@ def test_expiry_follows_the_clock_in_order_of_use():
         sessions.shutdown()
 
     asyncio.run(scenario())
+
+
+def test_a_session_keeps_no_request():
+    async def scenario():
+        sessions = Sessions([Offer("odd/Odd-v0", ("train",))])
+        name = (await sessions.call("open", {}))["session"]
+        await sessions.call("reset", {"session": name, "seed": 1, "number": 1})
+        before = tracemalloc.get_traced_memory()[0]
+        call = {"session": name, "action": "\ud800" + "x" * 900_000, "number": 2}
+        answer = await sessions.call("step", dict(call))
+        assert await sessions.call("step", dict(reversed(call.items()))) is answer
+        with pytest.raises(Refused, match="was another one"):
+            await sessions.call("step", call | {"action": "x"})
+        del call
+        assert tracemalloc.get_traced_memory()[0] - before < 200_000
+        sessions.shutdown()
+
+    tracemalloc.start()
+    try:
+        asyncio.run(scenario())
+    finally:
+        tracemalloc.stop()
 
 
 # ---- the command ----
