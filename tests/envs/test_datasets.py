@@ -343,6 +343,12 @@ def test_get_and_build_of_webshop_and_searchqa(site, tmp_path, alone, monkeypatc
     site.files[sources[0].path] += b" "
     assert command.main(["get", "webshop", "--to", "third", "--mirror", site.url, "--like", str(like)]) == 1
     assert "record to follow says" in capsys.readouterr().err
+    rows = json.loads(like.read_text())
+    del rows[sources[1].path]
+    like.write_text(json.dumps(rows))
+    assert command.main(["get", "webshop", "--to", "fourth", "--mirror", site.url, "--like", str(like)]) == 1
+    assert f"the record has no checksum of {sources[1].path};" in capsys.readouterr().err
+    assert not (tmp_path / "fourth").exists(), "nothing is downloaded"
 
 
 def test_wrong_folder_and_names_are_answered(alone, monkeypatch, capsys, tmp_path):
