@@ -33,8 +33,7 @@ class UnknownName(AtodError, KeyError):
     """
 
     def __init__(self, kind: str, name: object, allowed: Iterable[str] = (), advice: str = "") -> None:
-        # Only here: it takes longer to load than most commands take to answer. The standard library's difflib would take
-        # seconds for thousands of names.
+        # Only here: it is slow to load. The standard library's difflib takes a second for thousands of names.
         from rapidfuzz import fuzz, process
 
         options = list(allowed)

@@ -118,7 +118,9 @@ def test_misuse_is_answered_with_what_is_allowed(call, error, words):
 
 def test_a_task_that_is_not_there_costs_little_among_thousands():
     """All sessions of a server share the thread that looks for the nearest."""
-    tasks = TaskSet("s", [f"pick_and_place_simple-Mug-None-Shelf-{n}/trial_T2019{n * 7919:010d}" for n in range(20_000)])
+    tasks = TaskSet(
+        "s", [f"pick_and_place_simple-Mug-None-Shelf-{n}/trial_T2019{n * 7919:010d}" for n in range(20_000)]
+    )
     near = tasks[12_345]
     assert f"did you mean {near!r}" in str(UnknownName("task", near[:-1], tasks))
     started = time.process_time()
