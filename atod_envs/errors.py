@@ -6,8 +6,12 @@ a traceback without advice is a bug.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+_CLOSE = 60.0
+"""Per cent of two names' letters that agree, in order, where one may be a slip for the other."""
+_COMPARED, _LONGEST_SLIP = 20_000, 500
+"""Names that a name is compared with, and its characters that are: a server's client may send a megabyte."""
 
 
 class AtodError(Exception):
@@ -29,14 +33,18 @@ class UnknownName(AtodError, KeyError):
     """
 
     def __init__(self, kind: str, name: object, allowed: Iterable[str] = (), advice: str = "") -> None:
+        # Only here: it is slow to load. The standard library's difflib takes a second for thousands of names.
+        from rapidfuzz import fuzz, process
+
         options = list(allowed)
-        spelt = {option.lower(): option for option in map(str, options[:20000])}
-        near = [spelt[match] for match in difflib.get_close_matches(str(name).lower(), spelt, n=1)]
+        spelt = [str(option).lower() for option in options[:_COMPARED]]
+        slip = str(name)[:_LONGEST_SLIP].lower()
+        near = process.extractOne(slip, spelt, scorer=fuzz.ratio, score_cutoff=_CLOSE)
         if not advice and options:
             shown = ", ".join(options[:8])
             advice = f"expected one of: {shown}" + (f", ... ({len(options)} in all)" if len(options) > 8 else "")
-        if near:
-            advice = f"did you mean {near[0]!r}? " + advice
+        if near is not None:
+            advice = f"did you mean {str(options[near[2]])!r}? " + advice
         self.message = f"unknown {kind} {name!r}; {advice}".rstrip("; ")
         super().__init__(self.message)
 

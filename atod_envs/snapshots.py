@@ -41,7 +41,7 @@ class Snapshot:
         task_id: the task that is played.
         task: its instruction.
         seed: the episode's seed.
-        actions: what was done so far.
+        actions: what was done so far; one text stands for every action that was too long to be read.
         frame: what the world showed last.
         over: the episode has ended.
         max_turns: the turn limit in force.

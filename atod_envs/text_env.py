@@ -25,6 +25,7 @@ from atod_envs.trajectory import StopReason
 
 INFO_KEYS = ("task_id", "task", "split", "turn", "admissible", "valid", "success", "score")
 """Keys of ``info`` after every reset and step; ``stop_reason`` is added at the end of an episode."""
+_NOT_READ = "x" * (LONGEST_ACTION + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,8 @@ class TextEnv(gym.Env[str, str]):
         if not isinstance(action, str):
             raise TypeError(f"an action is a str, not {type(action).__name__}")
         self._frame = frame = self._answer(action, self._frame)
-        self._actions.append(action)
+        # Of an action that was not read, a snapshot repeats that alone; one text stands for all of them.
+        self._actions.append(action if len(action) <= LONGEST_ACTION else _NOT_READ)
         self._turn += 1
         truncated = not frame.terminated and self._turn >= self.max_turns
         self._over = frame.terminated or truncated

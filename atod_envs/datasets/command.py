@@ -214,6 +214,12 @@ def _get(name: str, part: str | None, folder: Path | None, mirror: str | None, l
     named = os.environ.get(data.variable)
     folder = (folder or Path(named or f"data-{name}")).expanduser()
     pinned = {} if like is None else read_record(_record_folder(like))
+    missing = [source.path for source in chosen.sources if source.path not in pinned]
+    if like is not None and missing:
+        raise DataError(
+            f"--like {like}: the record has no checksum of {', '.join(missing)}; take one of a folder that holds the same "
+            "bundle, or leave --like out"
+        )
     for source in chosen.sources:
         if mirror is not None:
             source = replace(source, url=f"{mirror.rstrip('/')}/{source.path}")

@@ -303,8 +303,15 @@ def _checksums(headers: Any) -> dict[str, str]:
 
 
 def _unpack(archive: Path, folder: Path, url: str) -> dict[str, str]:
-    """Unpack a zip archive once all of it has been checked; returns path -> sha256 of what it held."""
+    """Unpack a zip archive next to its place, once all of it has been checked, and move into place what it held.
+
+    Returns:
+        Path -> sha256 of the files.
+    """
     files: dict[str, str] = {}
+    scratch = archive.with_name(f"{archive.name}.unpacked")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+    scratch.mkdir()
     try:
         with zipfile.ZipFile(archive) as packed:
             broken = packed.testzip()
@@ -316,15 +323,28 @@ def _unpack(archive: Path, folder: Path, url: str) -> dict[str, str]:
             if size > free:
                 raise DataError(f"{url}: the archive unpacks to {size:,} bytes, and {folder} has {free:,}; make room")
             for item in packed.infolist():
-                packed.extract(item, folder)
+                packed.extract(item, scratch)
                 if not item.is_dir():
-                    files[item.filename] = file_sha256(folder / item.filename)
+                    files[item.filename] = file_sha256(scratch / item.filename)
+        _merge(scratch, folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         archive.unlink(missing_ok=True)
         raise DataError(f"{url} is not a zip archive ({error}); it was deleted, run the command again") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return files
+
+
+def _merge(source: Path, target: Path) -> None:
+    """Move what a folder holds into another one; a folder that is not there yet comes as a whole."""
+    for entry in source.iterdir():
+        place = target / entry.name
+        if entry.is_dir() and place.is_dir():
+            _merge(entry, place)
+        else:
+            os.replace(entry, place)
 
 
 def _check_member(item: zipfile.ZipInfo, folder: Path, url: str) -> None:

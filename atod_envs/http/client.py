@@ -7,6 +7,7 @@ followed, so that no key and no request goes to a host that was not named.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.client
 import io
@@ -22,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from atod_envs.errors import AtodError
 from atod_envs.http.messages import parse
@@ -138,7 +139,8 @@ class HttpClient:
         token: sent as ``Authorization: Bearer TOKEN``; empty for none.
         timeout: seconds for one try, from connecting to the answer's last byte.
         retry: when to try again.
-        proxies: go through the proxy that ``$http_proxy`` and its kind name, except on this machine.
+        proxies: go through the proxy that ``$http_proxy`` and its kind name, with the name and password in its address,
+            except on this machine.
         decode: reads an answer; raises ``ValueError`` where it is none.
         sleep: waits between tries; replaced in tests.
 
@@ -173,6 +175,9 @@ class HttpClient:
                 raise ValueError("the token holds characters that no HTTP header can; is it the right one?")
             self._headers["Authorization"] = f"Bearer {token}"
         self._proxy = _proxy(self._parts) if proxies else None
+        self._proxy_headers = {} if self._proxy is None else _credentials(self._proxy)
+        if self._parts.scheme == "http":  # to https, they go with the tunnel and no further than the proxy
+            self._headers |= self._proxy_headers
         self._owner, self._idle = os.getpid(), deque[http.client.HTTPConnection]()
 
     def ask(self, path: str, body: Mapping[str, Any] | bytes | None = None, *, retry: bool = True) -> Any:
@@ -281,7 +286,7 @@ class HttpClient:
             return kind(host, port, timeout=self.timeout)
         connection = kind(self._proxy.hostname or "", self._proxy.port, timeout=self.timeout)
         if self._parts.scheme == "https":
-            connection.set_tunnel(host, port)
+            connection.set_tunnel(host, port, self._proxy_headers)
         return connection
 
 
@@ -353,6 +358,14 @@ def _proxy(parts: SplitResult) -> SplitResult | None:
     if not named or is_loopback(host) or urllib.request.proxy_bypass(host):
         return None
     return urlsplit(named if "://" in named else f"http://{named}")
+
+
+def _credentials(proxy: SplitResult) -> dict[str, str]:
+    """The header for the name and password in a proxy's address, if it has any."""
+    if proxy.username is None:
+        return {}
+    given = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(given.encode()).decode()}"}
 
 
 def _said(data: bytes) -> tuple[str, Any]:

@@ -7,13 +7,19 @@ uvicorn times idle connections only, and keeps reading from a client that takes 
 from __future__ import annotations
 
 import asyncio
+import logging
 import sys
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
+
+from atod_envs.http.guard import HttpLimits, Room
+from atod_envs.http.messages import Refused
+
+log = logging.getLogger(__name__)
 
 FREE_PIECES, SMALLEST_PIECE = 1000, 64
 """Pieces of a body that may be of any size, and bytes that those of a longer one have on average."""
@@ -33,23 +39,31 @@ class Watched:
     _unsent: int = 0
     _taken: float = 0.0
 
-    def look(self, now: float, head_seconds: float, answer_seconds: float) -> None:
+    def look(self, now: float, limits: HttpLimits) -> None:
         """End the connection if its client has let the server wait too long.
 
         Args:
             now: on the loop's clock.
-            head_seconds: time for the head of a request.
-            answer_seconds: time in which nothing of a waiting answer is taken.
+            limits: the times that it has.
         """
         unsent = self.transport.get_write_buffer_size()
         if not unsent or unsent < self._unsent or not self._unsent:
             self._taken = now
         self._unsent = unsent
-        if (unsent and now - self._taken > answer_seconds) or (self.owes_head() and now - self.since > head_seconds):
+        waited = now - self.since
+        if (
+            (unsent and now - self._taken > limits.answer_seconds)
+            or (self.owes_head() and waited > limits.head_seconds)
+            or (self.owes_message() and waited > limits.body_seconds)
+        ):
             self.transport.abort()
 
     def owes_head(self) -> bool:
         """Whether a request has begun (or should have) and its head is not there."""
+        return False
+
+    def owes_message(self) -> bool:
+        """Whether a message has begun and its rest is awaited."""
         return False
 
 
@@ -122,7 +136,49 @@ class ServedHttp(H11Protocol, Watched):
 
 
 class ServedWebSocket(WebSocketsSansIOProtocol, Watched):
-    """A WebSocket. Answers wait while its client takes none, which uvicorn has itself since 0.53."""
+    """A WebSocket. Answers wait while its client takes none, which uvicorn has itself since 0.53.
+
+    Until the application takes a message, it is counted here, whole or not; then the application counts it.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._room: Room = cast("Any", self.config.app).state.room
+        self._queued = self._unfinished = self._counted = 0
+
+    def data_received(self, data: bytes) -> None:
+        """Count what has come; where there is no room for it, the connection ends."""
+        if not self._unfinished:
+            self.since = self.loop.time()
+        super().data_received(data)
+        self._unfinished = len(self.conn.reader.buffer) + sum(map(len, self.frames))
+        try:
+            self._count(self._queued + self._unfinished)
+        except Refused as error:
+            log.info("a WebSocket was given up: %s", error)
+            self.transport.abort()
+
+    def send_receive_event_to_app(self) -> None:
+        """Let a whole message wait for the application."""
+        self._queued += sum(map(len, self.frames))
+        super().send_receive_event_to_app()
+
+    async def receive(self) -> Any:
+        """Give the application a message, and go on reading."""
+        message = await super().receive()
+        self.since = self.loop.time()
+        if self.queue.empty():
+            self._queued = 0
+            self._count(self._unfinished)
+        return message
+
+    def owes_message(self) -> bool:
+        """Whether a part of a message has come; nothing is owed while the server does not read."""
+        return self._unfinished > 0 and not self.read_paused
+
+    def _count(self, size: int) -> None:
+        self._room.take(size - self._counted)
+        self._counted = size
 
     def handle_cont(self, event: Frame) -> None:
         """Take a piece of a message; one of thousands of pieces, which no length of a message limits, is given up."""
@@ -143,6 +199,8 @@ class ServedWebSocket(WebSocketsSansIOProtocol, Watched):
         """Let answers end that waited for the client."""
         super().connection_lost(exc)
         self.writable.set()
+        self._queued = self._unfinished = 0
+        self._count(0)
 
     def handle_ping(self) -> None:
         """Answer a ping, unless its client takes no answers: they would pile up."""

@@ -38,9 +38,9 @@ class HttpLimits:
         connections: connections at the same time.
         head_bytes: longest head of a request.
         body_bytes: longest body of a request, and longest message on a WebSocket.
-        held_bytes: bodies of all requests under way together.
+        held_bytes: bodies of all requests under way and messages of all WebSockets together.
         head_seconds: time in which the head of a request has to arrive.
-        body_seconds: time in which its body has to arrive.
+        body_seconds: time in which its body, or a message on a WebSocket, has to arrive.
         answer_seconds: longest time in which a client takes nothing of an answer that waits for it.
         idle_seconds: time that a connection is kept without a request.
     """
@@ -53,6 +53,34 @@ class HttpLimits:
     body_seconds: float = 30.0
     answer_seconds: float = 30.0
     idle_seconds: float = 75.0
+
+
+class Room:
+    """What a server holds of all its clients' requests together.
+
+    Args:
+        limit: bytes.
+
+    Attributes:
+        held: bytes at present.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+
+    def take(self, size: int) -> None:
+        """Count some more bytes.
+
+        Raises:
+            Refused: there is no room for them.
+        """
+        if self.held + size > self.limit:
+            raise Refused(503, "the server has too many requests under way; try again later")
+        self.held += size
+
+    def give(self, size: int) -> None:
+        """Count some bytes no more."""
+        self.held -= size
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +127,8 @@ class Access:
 class _Guard:
     """Checks every request, counts what arrives, and turns errors into answers; see the module's promises."""
 
-    def __init__(self, app: ASGIApp, limits: HttpLimits, access: Access, refuse: Refuse) -> None:
-        self._app, self._limits, self._access, self._refuse = app, limits, access, refuse
-        self._held = 0
+    def __init__(self, app: ASGIApp, limits: HttpLimits, room: Room, access: Access, refuse: Refuse) -> None:
+        self._app, self._limits, self._room, self._access, self._refuse = app, limits, room, access, refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -135,23 +162,18 @@ class _Guard:
             log.exception("a request failed")
             response = self._refuse(500, "the server failed; its log says why")
         finally:
-            self._held -= body.held
+            self._room.give(body.held)
         if response is not None:
             if not body.complete:
                 await body.drain()
                 response.headers["Connection"] = "close"
             await response(scope, receive, _guarded(send))
 
-    def _room(self, size: int) -> None:
-        if self._held + size > self._limits.held_bytes:
-            raise Refused(503, "the server has too many requests under way; try again later")
-        self._held += size
-
 
 class _Body:
     """The body of one request as it arrives."""
 
-    def __init__(self, receive: Receive, limits: HttpLimits, room: Callable[[int], None]) -> None:
+    def __init__(self, receive: Receive, limits: HttpLimits, room: Room) -> None:
         self._receive, self._limits, self._room = receive, limits, room
         self._deadline = asyncio.get_running_loop().time() + limits.body_seconds
         self.held, self.complete = 0, False
@@ -179,7 +201,7 @@ class _Body:
             size = len(message.get("body", b""))
             if self.held + size > self._limits.body_bytes:
                 raise self._too_long()
-            self._room(size)
+            self._room.take(size)
             self.held += size
             self.complete = not message.get("more_body", False)
         return message
@@ -221,6 +243,8 @@ def make_app(
 ) -> Starlette:
     """An application behind the checks. Its endpoints raise :class:`~atod_envs.http.messages.Refused` to say no.
 
+    Its ``state.room`` is the :class:`Room` of all requests; a WebSocket's endpoint counts what it works on there.
+
     Args:
         routes: the server's own.
         refuse: how it says no.
@@ -233,5 +257,8 @@ def make_app(
         assert isinstance(error, HTTPException)
         return refuse(error.status_code, f"{request.method} {request.url.path[:80]}: {error.detail}")
 
-    guard = Middleware(_Guard, limits, access, refuse)
-    return Starlette(routes=routes, middleware=[guard], exception_handlers={HTTPException: refused}, lifespan=lifespan)
+    room = Room(limits.held_bytes)
+    guard = Middleware(_Guard, limits, room, access, refuse)
+    app = Starlette(routes=routes, middleware=[guard], exception_handlers={HTTPException: refused}, lifespan=lifespan)
+    app.state.room = room
+    return app

@@ -63,7 +63,7 @@ class Server(uvicorn.Server):
         if counter % 5 == 0:
             now = asyncio.get_running_loop().time()
             for connection in [c for c in self.server_state.connections if isinstance(c, Watched)]:
-                connection.look(now, self.limits.head_seconds, self.limits.answer_seconds)
+                connection.look(now, self.limits)
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -26,7 +26,7 @@ with needed_imports("serve", __name__):
     from starlette.routing import Route, WebSocketRoute
     from starlette.websockets import WebSocket, WebSocketDisconnect
 
-    from atod_envs.http.guard import Access, HttpLimits, make_app
+    from atod_envs.http.guard import Access, HttpLimits, Room, make_app
     from atod_envs.http.server import Server, listen, server_of
 
 __all__ = ["listen", "make_server"]
@@ -83,28 +83,35 @@ def make_server(
 async def _converse(socket: WebSocket, sessions: Sessions) -> None:
     """Answer the calls of one WebSocket, several at the same time."""
     await socket.accept()
-    room = asyncio.Semaphore(CALLS_UNDER_WAY)
+    places = asyncio.Semaphore(CALLS_UNDER_WAY)
+    room: Room = socket.app.state.room
     under_way: set[asyncio.Task[None]] = set()
 
     async def answer(received: str | bytes) -> None:
         mark: Any = None
+        held = 0
         try:
             message = _message(received)
             mark = message.pop("id", None)
             if not (mark is None or isinstance(mark, int | str)):
                 mark = None
                 raise Refused(400, "id: expected a number or a string")
+            room.take(len(received))
+            held = len(received)
             status, body = 200, await sessions.call(str(message.pop("call", "")), message)
         except Exception as error:
             status, body = answer_of(error)
-        with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # the client is gone; its session stays
-            status, text = _encoded(status, body, id=mark)
-            await socket.send_text(text.decode("ascii"))
-        room.release()  # only now: an answer that waits for its client is not answered
+        try:
+            with contextlib.suppress(RuntimeError, WebSocketDisconnect):  # the client is gone; its session stays
+                status, text = _encoded(status, body, id=mark)
+                await socket.send_text(text.decode("ascii"))
+        finally:  # only now: an answer that waits for its client is not answered
+            room.give(held)
+            places.release()
 
     try:
         while True:
-            await room.acquire()
+            await places.acquire()
             async with asyncio.timeout(sessions.limits.idle_seconds):
                 received = await socket.receive()
             if received["type"] == "websocket.disconnect":

@@ -62,6 +62,8 @@ _INFO: Mapping[str, Callable[[Any], bool]] = {
     **{"task_id": _is_text, "task": _is_text, "turn": _is_count, "admissible": _are_texts},
 }
 """What the answers of a server must have, and whether it is that."""
+_PLAYED = ("env", "env_key", "split", "data_version", "tasks")
+"""What a session that is opened again must have in common with the first; recordings name it."""
 
 
 class RemoteTasks(TaskSet):
@@ -139,6 +141,7 @@ class RemoteEnv(TextEnv):
         )
         self._wanted = {name: value for name, value in (("env", env_id), ("split", split)) if value is not None}
         self.session, self._number = "", 0
+        self._played: dict[str, Any] = {}
         opened = self._open()
         super().__init__(
             RemoteTasks(self, opened["split"], opened["tasks"]),
@@ -164,7 +167,11 @@ class RemoteEnv(TextEnv):
         )  # the token is left out: specs are written into files
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Begin an episode, in a new session if the old one has expired; see :meth:`TextEnv.reset`."""
+        """Begin an episode, in a new session if the old one has expired; see :meth:`TextEnv.reset`.
+
+        Raises:
+            RemoteError: as for every call; or the new session plays other tasks than the old one.
+        """
         gym.Env.reset(self, seed=seed)
         unknown = set(options or ()) - {"task_id"}
         if unknown:
@@ -240,6 +247,14 @@ class RemoteEnv(TextEnv):
         opened = self._link.call("open", self._wanted)
         self._require(opened, _OPENED)
         self.session = str(opened["session"])
+        played = {name: opened[name] for name in _PLAYED}
+        self._played = self._played or played
+        for name, before in self._played.items():
+            if played[name] != before:
+                self.close()  # nothing is played in it, now or later
+                raise RemoteError(
+                    f"{self._url} now serves {name} {played[name]!r}, not {before!r} as before; make another environment"
+                )
         return opened
 
     def _checked(self, answer: dict[str, Any], further: Mapping[str, Callable[[Any], bool]] | None = None) -> Any:

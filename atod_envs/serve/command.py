@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "idle_seconds": "seconds without a call after which a session is closed",
         "call_seconds": "longest time of one call",
         "message_bytes": "longest message that is read",
-        "turns": "highest turn limit that clients may ask for",
+        "turns": "highest turn limit that clients may ask for, unless the environment's own is higher",
         "connections": "connections at the same time",
         "threads": "threads for environments that wait on something outside",
     }

@@ -7,6 +7,8 @@ answered again and not carried out twice; whatever is idle too long or takes too
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import logging
 import secrets
 import time
@@ -56,7 +58,7 @@ class Limits:
         idle_seconds: seconds without a call after which a session is closed.
         call_seconds: longest time that one call may take.
         message_bytes: longest message that is read.
-        turns: highest turn limit that a client may ask for.
+        turns: highest turn limit that a client may ask for, unless the environment's own is higher.
         connections: connections that are served at the same time.
         threads: threads for environments that wait on something outside the process.
     """
@@ -72,14 +74,14 @@ class Limits:
 
 @dataclass(slots=True)
 class Session:
-    """One client's environment."""
+    """One client's environment, and the last call's digest and answer."""
 
     name: str
     env: TextEnv
     used: float
     busy: bool = False
     number: int = 0
-    asked: tuple[str, dict[str, Any]] = ("", {})
+    asked: bytes = b""
     answer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -215,9 +217,11 @@ class Sessions:
         session = self._find(request)
         seed = None if request.get("seed") is None else _number(request, "seed")
         task_id = None if request.get("task_id") is None else _text(request, "task_id")
-        limit = session.env.configured_max_turns if request.get("max_turns") is None else _number(request, "max_turns")
-        if not 1 <= limit <= self.limits.turns:
-            raise Refused(400, f"max_turns={limit}; expected 1 to {self.limits.turns}")
+        configured = session.env.configured_max_turns
+        limit = configured if request.get("max_turns") is None else _number(request, "max_turns")
+        highest = max(self.limits.turns, configured)  # what the operator offers can be played
+        if not 1 <= limit <= highest:
+            raise Refused(400, f"max_turns={limit}; expected 1 to {highest}")
 
         def begin() -> dict[str, Any]:
             session.env.max_turns = limit
@@ -265,7 +269,7 @@ class Sessions:
         number = None if request.get("number") is None else _number(request, "number")
         if session.busy:
             raise Refused(409, "the session is busy with another call; a session carries out one call at a time")
-        asked = (name, dict(request))
+        asked = hashlib.blake2b(json.dumps([name, dict(request)], sort_keys=True).encode()).digest()
         if number is not None and number == session.number and session.answer:
             if asked != session.asked:
                 raise Refused(
@@ -280,11 +284,9 @@ class Sessions:
         self._sessions.move_to_end(session.name)
         try:
             answer: dict[str, Any] = await self._run(session.env.blocking, work)
-        except TimeoutError:
+        except _Late as late:
             self._sessions.pop(session.name, None)  # its thread may still be at work in it
-            raise Refused(
-                504, f"the call took more than {self.limits.call_seconds:g} s; the session is closed"
-            ) from None
+            raise Refused(504, f"{late}; the session is closed") from None
         finally:
             session.busy, session.used = False, self._clock()
         session.number += 1
@@ -307,13 +309,17 @@ class Sessions:
                     raise
             except TimeoutError:
                 if task.done() and not task.cancelled():
-                    raise  # the environment's own
+                    return task.result()  # the environment's own error, or an answer in the last moment
                 if not blocking and pool is self._single and task.running():
                     # What hangs keeps its thread; the calls that wait behind it go on in another.
                     log.warning("a call hangs; going on in another thread")
                     self._single = ThreadPoolExecutor(1, thread_name_prefix="env")
                     pool.shutdown(wait=False, cancel_futures=True)
-                raise
+                raise _Late(504, f"the call took more than {self.limits.call_seconds:g} s") from None
+
+
+class _Late(Refused):
+    """A call took longer than the server gives it."""
 
 
 def _only(request: Mapping[str, Any], *names: str) -> None:

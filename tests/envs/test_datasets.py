@@ -243,6 +243,33 @@ def test_archives_are_unpacked_and_their_files_verified(site, tmp_path):
     assert verify(tmp_path) == [], "a missing file brings the archive back"
 
 
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_an_archive_that_is_interrupted_leaves_nothing_of_a_split(site, tmp_path, monkeypatch, how):
+    site.files["z.zip"] = archive({f"d/train/{n}/game": "1" for n in range(5)})
+    extract, left = zipfile.ZipFile.extract, [3]
+
+    def stop(self, member, path):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return extract(self, member, path)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(zipfile.ZipFile, "extract", stop)
+        if how == "killed":  # what is cleared up stays
+            patched.setattr(download.shutil, "rmtree", lambda *_, **__: None)
+        fetch(site.source("z.zip", unpack=True), tmp_path)
+    assert not (tmp_path / "d").exists() and read_record(tmp_path) == {}
+    site.files["z.zip"] = archive({"d/train/0/game": "2", "d/valid/0/game": "2"})
+    (tmp_path / "z.zip.part").write_bytes(site.files["z.zip"])
+    fetch(site.source("z.zip", unpack=True), tmp_path)
+    site.files["y.zip"] = archive({"d/train/0/about": "3", "d/train/0/game": "4", "d/test/0/game": "5"})
+    fetch(site.source("y.zip", unpack=True), tmp_path)
+    held = {path.relative_to(tmp_path / "d").as_posix(): path.read_text() for path in tmp_path.rglob("d/*/0/*")}
+    assert held == {"train/0/game": "4", "train/0/about": "3", "valid/0/game": "2", "test/0/game": "5"}
+    assert {path.name for path in tmp_path.iterdir()} == {"d", RECORD}
+
+
 def _linked():
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as out:
@@ -343,6 +370,12 @@ def test_get_and_build_of_webshop_and_searchqa(site, tmp_path, alone, monkeypatc
     site.files[sources[0].path] += b" "
     assert command.main(["get", "webshop", "--to", "third", "--mirror", site.url, "--like", str(like)]) == 1
     assert "record to follow says" in capsys.readouterr().err
+    rows = json.loads(like.read_text())
+    del rows[sources[1].path]
+    like.write_text(json.dumps(rows))
+    assert command.main(["get", "webshop", "--to", "fourth", "--mirror", site.url, "--like", str(like)]) == 1
+    assert f"the record has no checksum of {sources[1].path};" in capsys.readouterr().err
+    assert not (tmp_path / "fourth").exists(), "nothing is downloaded"
 
 
 def test_wrong_folder_and_names_are_answered(alone, monkeypatch, capsys, tmp_path):

@@ -16,6 +16,7 @@ from atod_envs.errors import EpisodeError
 from atod_envs.prompting import Prompted, prompted
 from atod_envs.recording import RecordTurns
 from atod_envs.snapshots import restore, snapshot
+from atod_envs.styles import LONGEST_ACTION
 from atod_envs.text_env import TextEnv
 
 BRANCHES = 1000
@@ -271,3 +272,19 @@ def test_a_fresh_environment_behind_gymnasiums_order_check_takes_a_snapshot():
 
 def test_the_hooks_are_optional_for_an_environment_of_your_own():
     assert ToyEnv.save_state is TextEnv.save_state
+
+
+@pytest.mark.parametrize("name", [*ENVIRONMENTS, "toy"])
+def test_actions_that_are_too_long_are_kept_as_one_text_and_never_carried_out(name):
+    rng = random.Random(1)
+    env, other = make(name).unwrapped, make(name).unwrapped
+    _, info = env.reset(seed=1)
+    for number in range(1, 4):
+        env.step("x" * (LONGEST_ACTION + number))
+    shown, *_, info = env.step(an_action(name, rng, info))
+    state = pickle.loads(pickle.dumps(env.snapshot()))
+    assert len(pickle.dumps(state.actions)) < 2 * LONGEST_ACTION
+    assert other.restore(state) == (shown, info) and info["turn"] == 4
+    if "stop_reason" not in info:
+        action = an_action(name, rng, info)
+        assert other.step(action) == env.step(action)

@@ -116,6 +116,20 @@ def test_misuse_is_answered_with_what_is_allowed(call, error, words):
         call(ToyEnv())
 
 
+def test_a_task_that_is_not_there_costs_little_among_thousands():
+    """All sessions of a server share the thread that looks for the nearest."""
+    tasks = TaskSet(
+        "s", [f"pick_and_place_simple-Mug-None-Shelf-{n}/trial_T2019{n * 7919:010d}" for n in range(20_000)]
+    )
+    near = tasks[12_345]
+    assert f"did you mean {near!r}" in str(UnknownName("task", near[:-1], tasks))
+    started = time.process_time()
+    for slip in (near[:-1], near[::-1], near[:40] * 2, "x" * 1_000_000):
+        with pytest.raises(UnknownName):
+            tasks.require(slip)
+    assert time.process_time() - started < 0.5
+
+
 def test_panel_and_order_depend_on_ids_only():
     ids = [f"t{i}" for i in range(100)]
     tasks, shuffled = TaskSet("s", ids), TaskSet("s", ids[::-1])

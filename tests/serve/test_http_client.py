@@ -1,5 +1,6 @@
 """The client under all clients: what is tried again and what is not, redirects, proxies, slow and lying servers."""
 
+import base64
 import json
 import socket
 import threading
@@ -204,6 +205,25 @@ def test_models_elsewhere_are_asked_through_the_proxy_and_models_here_are_not(mo
         assert proxy.requests[0].startswith("GET http://models.example:81/v1/models HTTP/1.1")
         assert ApiClient(ApiOptions(here.url + "/v1", **options)).ask("/models", None) == {"data": [1]}
         assert len(proxy.requests) == 1
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize(("who", "sent"), [("us%40er:p%3Ass@", "us@er:p:ss"), ("us%C3%A9r@", "usér:"), ("", None)])
+def test_a_proxy_gets_the_name_and_password_of_its_address_and_the_server_does_not(scheme, who, sent, monkeypatch):
+    with Scripted(reply(b"{}", "407 Proxy Authentication Required")) as proxy:
+        for name in (f"{scheme}_proxy", f"{scheme}_proxy".upper()):
+            monkeypatch.setenv(name, proxy.url.replace("//", f"//{who}"))
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        client = HttpClient(f"{scheme}://models.example:81", token="key", retry=Retry(0), proxies=True)
+        with pytest.raises(AtodError, match="407"):
+            client.ask("/models")
+    (head,) = proxy.requests
+    lines = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if line)
+    assert head.startswith("GET http://models.example:81/models " if scheme == "http" else "CONNECT models.example:81 ")
+    expected = sent and f"Basic {base64.b64encode(sent.encode()).decode()}"
+    assert lines.get("Proxy-Authorization") == expected and ("Authorization" in lines) == (scheme == "http")
+    assert ("Proxy-Authorization" in client._headers) == (scheme == "http" and sent is not None)
 
 
 # ---- answers of another shape ----

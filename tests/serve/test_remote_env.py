@@ -234,6 +234,24 @@ def test_answers_of_another_shape_are_one_error(call, changed):
         env.step("a")
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [{"env": "odd/Blocking-v0"}, {"env_key": "blocking"}, {"split": "valid"}, {"data_version": "w"}, {"tasks": 3}],
+    ids=str,
+)
+def test_a_server_that_came_back_with_other_tasks_is_not_played(changed):
+    gone = reply(b"{}", "410 Gone")
+    opened, again = (reply(json.dumps(answer).encode()) for answer in (ANSWERS["open"], ANSWERS["open"] | changed))
+    ((name, now),) = changed.items()
+    with Scripted(opened, gone, again, reply(), gone, again, reply(), close=False) as server:
+        env = RemoteEnv(server.url, retries=0)
+        for _ in range(2):  # the second time, too: nothing is played in the session that was opened
+            with pytest.raises(RemoteError, match=f"now serves {name} {now!r}, not .* as before"):
+                env.reset(seed=0)
+        called = [request.split()[1].rpartition("/")[2] for request in server.requests]
+        assert called == ["open", *["reset", "open", "close"] * 2]
+
+
 @pytest.mark.parametrize("tasks", [["a", "a"], ["a", 5], "ab", None, ["a", "b", "c"]])
 def test_tasks_of_another_number_are_refused(tasks):
     script = [reply(json.dumps(answer).encode()) for answer in (ANSWERS["open"], {"tasks": tasks})]

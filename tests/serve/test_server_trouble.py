@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -201,6 +202,15 @@ def test_thousands_of_sessions_and_no_more():
             assert post_call(url, "reset", {"session": name, "seed": 3})[1]["info"]["split"] == "valid"
 
 
+def test_an_environment_can_be_played_to_its_own_turn_limit():
+    with running([Offer("odd/Odd-v0", ("train",), {"max_turns": 30})], turns=20) as (url, _):
+        env = RemoteEnv(url, retries=0)
+        assert env.max_turns == 30 and env.reset(seed=0)[1]["turn"] == 0
+        env.max_turns = 31
+        with pytest.raises(RemoteError, match="max_turns=31; expected 1 to 30"):
+            env.reset(seed=0)
+
+
 def test_one_call_at_a_time_in_a_session(toy_server, gate):
     env = RemoteEnv(toy_server, retries=0)
     env.reset(seed=0)
@@ -235,6 +245,24 @@ def test_a_call_that_hangs_is_cut_and_the_others_go_on(gate):
                 lost.result()
         assert len(sessions) == 1
         hanging.reset(seed=0)
+
+
+def test_an_environments_own_time_out_is_not_the_servers(toy_server):
+    for env_id in ("odd/Odd-v0", "odd/Blocking-v0"):
+        env = RemoteEnv(toy_server, env_id, retries=0)
+        env.reset(seed=0)
+        with pytest.raises(RemoteError, match="the server's log says why") as caught:
+            env.step("time out")
+        assert not isinstance(caught.value, SessionLost)
+        assert env.step("pear")[-1]["turn"] == 1, "the session goes on"
+
+
+def test_an_environment_that_takes_too_long_to_be_made_is_named(gate):
+    with running([Offer("odd/Odd-v0", ("train",), {"wait": True})], call_seconds=0.3) as (url, sessions):
+        with pytest.raises(RemoteError, match=r"the call took more than 0\.3 s"):
+            RemoteEnv(url, retries=0)
+        gate.open()
+        assert not sessions
 
 
 def test_environments_that_wait_do_not_make_each_other_wait(toy_server, gate):
@@ -275,6 +303,28 @@ def test_expiry_follows_the_clock_in_order_of_use():
         sessions.shutdown()
 
     asyncio.run(scenario())
+
+
+def test_a_session_keeps_no_request():
+    async def scenario():
+        sessions = Sessions([Offer("odd/Odd-v0", ("train",))])
+        name = (await sessions.call("open", {}))["session"]
+        await sessions.call("reset", {"session": name, "seed": 1, "number": 1})
+        before = tracemalloc.get_traced_memory()[0]
+        call = {"session": name, "action": "\ud800" + "x" * 900_000, "number": 2}
+        answer = await sessions.call("step", dict(call))
+        assert await sessions.call("step", dict(reversed(call.items()))) is answer
+        with pytest.raises(Refused, match="was another one"):
+            await sessions.call("step", call | {"action": "x"})
+        del call
+        assert tracemalloc.get_traced_memory()[0] - before < 200_000
+        sessions.shutdown()
+
+    tracemalloc.start()
+    try:
+        asyncio.run(scenario())
+    finally:
+        tracemalloc.stop()
 
 
 # ---- the command ----

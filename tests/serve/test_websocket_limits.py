@@ -1,9 +1,11 @@
 """WebSockets whose clients read nothing, send thousands of pieces or pings, or say nothing at all."""
 
 import contextlib
+import json
 import struct
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -32,8 +34,25 @@ def open_websocket(port, receive=1 << 20):
 
 def frame(opcode, data):
     """A client's frame, masked with zeros."""
-    assert len(data) < 126
-    return struct.pack("!BB", 0x80 | opcode, 0x80 | len(data)) + bytes(4) + data
+    short = len(data) < 126
+    length = struct.pack("!B", 0x80 | len(data)) if short else struct.pack("!BH", 0x80 | 126, len(data))
+    return bytes([0x80 | opcode]) + length + bytes(4) + data
+
+
+def call_of(size, **call):
+    """A call's frame, with blanks that make it so long."""
+    return frame(1, json.dumps(call).encode().ljust(size))
+
+
+def answer(connection):
+    data = connection.recv(1 << 16)
+    return json.loads(data[data.index(b"{") :])
+
+
+def closed(connection):
+    with contextlib.suppress(ConnectionError):
+        return connection.recv(1 << 16) == b""
+    return True
 
 
 class Counting(Sessions):
@@ -102,3 +121,71 @@ def test_an_idle_websocket_is_closed():
         connection = open_websocket(port)
         assert connection.recv(100)[:4] == b"\x88\x13" + struct.pack("!H", 1001)
         connection.close()
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_a_message_has_a_time(pieces):
+    server = make_server(Sessions(list(TOY_OFFERS)))
+    server.limits = replace(server.limits, body_seconds=1.0)
+    begun = bytes([1, 0x80 | 1]) + bytes(4) + b"{" if pieces else call_of(2000, id=1, call="about")[:1000]
+    with serving(HttpServer(server, "127.0.0.1", 0)) as port:
+        idle, slow = open_websocket(port), open_websocket(port)
+        slow.sendall(call_of(100, id=1, call="about") + begun)
+        assert answer(slow)["status"] == 200
+        started = time.monotonic()
+        assert closed(slow) and time.monotonic() - started > 0.4
+        idle.sendall(call_of(2000, id=1, call="about"))
+        assert answer(idle)["status"] == 200, "one that owes nothing stays"
+        idle.close()
+        slow.close()
+
+
+def test_messages_have_a_size_together_with_bodies():
+    """Parts of messages, messages that wait, and calls under way."""
+    server = make_server(Sessions(list(TOY_OFFERS)))
+    room = server.config.app.state.room
+    room.limit = 5000
+    with serving(HttpServer(server, "127.0.0.1", 0)) as port:
+        first, second = open_websocket(port), open_websocket(port)
+        whole = call_of(3000, id=1, call="about")  # after 8 bytes of the frame's head
+        first.sendall(whole[:2508])
+        eventually(lambda: room.held == 2500, "the part is not counted")
+        assert post(port, "/v1/about", b"{}".ljust(3000))[0] == 503
+        second.sendall(whole[:2600])
+        assert closed(second)
+        eventually(lambda: room.held == 2500, "the part of the one that was given up is still counted")
+        first.sendall(whole[2508:])
+        assert answer(first)["status"] == 200
+        eventually(lambda: room.held == 0, "the message is still counted")
+        first.sendall(whole[:2508])
+        eventually(lambda: room.held == 2500, "the part is not counted")
+        first.close()
+        eventually(lambda: room.held == 0, "the part of the one that is gone is still counted")
+        assert post(port, "/v1/about", b"{}".ljust(3000))[0] == 200
+        second.close()
+
+
+def test_calls_under_way_are_counted(gate):
+    server = make_server(Sessions(list(TOY_OFFERS)))
+    room = server.config.app.state.room
+    with serving(HttpServer(server, "127.0.0.1", 0)) as port:
+        connection, other = open_websocket(port), open_websocket(port)
+
+        def ask(size=0, **call):
+            connection.sendall(call_of(size, **call))
+            return answer(connection)
+
+        session = ask(id=1, call="open", env="odd/Blocking-v0")["session"]
+        ask(id=2, call="reset", session=session, seed=0)
+        room.limit = 5000
+        connection.sendall(call_of(3000, id=3, call="step", session=session, action="wait"))
+        gate.until_waiting(1)
+        assert room.held == 3000
+        assert ask(1900, id=4, call="about")["status"] == 200
+        other.sendall(call_of(2500, id=1, call="about"))
+        assert closed(other)
+        gate.open()
+        assert answer(connection)["id"] == 3
+        eventually(lambda: room.held == 0, "a call that is answered is still counted")
+        connection.close()
+        other.close()

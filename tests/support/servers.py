@@ -43,11 +43,18 @@ class OddEnv(ToyEnv):
     env_key = "odd"
     gate = Gate()
 
+    def __init__(self, wait=False, **options):
+        super().__init__(**options)
+        if wait:
+            OddEnv.gate.enter()
+
     def _act(self, action):
         if action == "wait":
             OddEnv.gate.enter()
         if action == "fail":
             raise RuntimeError("secret: /etc/passwd")
+        if action == "time out":
+            raise TimeoutError("a service of its own")
         frame = super()._act("nothing" if action == "wait" else action)
         extra = {"kind": "fruit", "seen": ["a", ("b", [1])], "nested": {"deep": (1, 2.5, None)}}
         if action == "object":
