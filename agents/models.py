@@ -12,8 +12,7 @@ import gc
 import io
 import json
 import logging
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ import torch
 from agents.chat import CHAT_DATE, ChatFormat, ThinkingMode, first_difference
 from agents.gguf import converted, gguf_file
 from agents.logits import limit_vocabulary, logit_head, require_finite, usable_ids, vocabulary_rows
+from agents.weights import require_all_weights
 from atod_envs.errors import AtodError
 from atod_envs.files import hash_of
 
@@ -34,9 +34,6 @@ _READ = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
 )  # fmt: skip
 """What of a model's folder decides what it says."""
-_LAYER = re.compile(r"\.\d+\.")
-_BUFFER = re.compile(r"(inv_freq|position_ids|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
-"""What older versions of transformers wrote besides weights: masks and frequencies, which are computed."""
 
 
 def device_of(name: str) -> str:
@@ -200,30 +197,6 @@ def model_digest(name: str, world: str = "", role: str = "student") -> str | Non
         with contextlib.suppress(OSError):  # loading says what is wrong with it
             whole.update((model_digest(_adapted(str(folder))[0]) or "").encode())
     return whole.hexdigest() if files else None
-
-
-def require_all_weights(info: Mapping[str, Any], unused: str = "$^") -> None:
-    """Refuse files that are not the whole model, or hold layers that it has not: transformers makes up what is missing.
-
-    Args:
-        info: ``output_loading_info`` of ``from_pretrained``.
-        unused: pattern of weights that may be missing.
-
-    Raises:
-        OSError: names the first weight.
-    """
-    missing = sorted(key for key in info["missing_keys"] if not re.search(unused, key))
-    if missing:
-        raise OSError(
-            f"its files lack {len(missing)} of its weights ({missing[0]}), and transformers would make them up; is a file missing, or "
-            "does config.json belong to another model?"
-        )
-    # A head for something else may lie next to a language model; what belongs into its layers may not be left out.
-    left_out = sorted(key for key in info["unexpected_keys"] if _LAYER.search(key) and not _BUFFER.search(key))
-    if left_out:
-        raise OSError(
-            f"its files hold {len(left_out)} weights for which config.json has no place ({left_out[0]}); does it belong to another model?"
-        )
 
 
 def _with_adapters(model: Any, source: str) -> Any:

@@ -139,6 +139,11 @@ def matches_admissible(action: str, admissible: Sequence[str]) -> bool:
     return False
 
 
+def fill_pattern(pattern: str, text: str) -> str:
+    """A listed action with its slots, if it has any, filled: one that :func:`matches_admissible` takes for it."""
+    return pattern.replace("...", text, 1) if "..." in pattern else _SLOT.sub(lambda _: text, pattern)
+
+
 def _fits(action: str, parts: Sequence[str]) -> bool:
     """Whether an action is these parts with a text of at least a character between each two, in linear time."""
     first, *inner, last = parts

@@ -13,8 +13,8 @@ def episode_files(path: str | Path, option: str, others: str = "") -> list[Path]
     """The files of episodes at a place.
 
     Args:
-        path: a file (``.jsonl``, ``.jsonl.gz``, ``.parquet``), or the folder of a run or an evaluation, whose
-            ``trajectories/`` and ``episodes/`` are taken.
+        path: a file (``.jsonl``, ``.jsonl.gz``, ``.parquet``); or the folder of a run or an evaluation, whose
+            ``trajectories/`` and ``episodes/`` are taken; or a folder of such files, all of which are taken.
         option: the command-line option that names the place.
         others: what else the option takes, for the error.
 
@@ -24,11 +24,13 @@ def episode_files(path: str | Path, option: str, others: str = "") -> list[Path]
     path = Path(path).expanduser()
     if path.is_file():
         return [path]
-    for name in ("trajectories/*.jsonl.gz", "episodes/*.jsonl.gz", "*.jsonl.gz", "*.jsonl", "*.parquet"):
-        if files := sorted(path.glob(name)):
+    # A run's own folder holds other lines, too, such as its metrics.
+    for names in (("trajectories/*.jsonl.gz", "episodes/*.jsonl.gz"), ("*.jsonl.gz", "*.jsonl", "*.parquet")):
+        if files := sorted(file for name in names for file in path.glob(name)):
             return files
     raise AtodError(
-        f"{option} {path}: expected {others}a file of episodes (.jsonl, .jsonl.gz, .parquet), or the folder of a run or an evaluation"
+        f"{option} {path}: expected {others}a file of episodes (.jsonl, .jsonl.gz, .parquet), a folder of such files, or the folder of "
+        "a run or an evaluation"
     )
 
 

@@ -33,6 +33,37 @@ IGNORED = -100
 """Label of a token that no loss is taken of."""
 
 
+def _columns(**kinds: str) -> dict[str, Any]:
+    return {name: datasets.Value(kind) for kind, names in kinds.items() for name in names.split()}
+
+
+_TURN = {
+    **_columns(
+        int64="index prompt_shared",
+        string="observation response action",
+        bool="format_ok valid",
+        float64="reward seconds_policy seconds_env",
+    ),
+    "admissible": datasets.List(datasets.Value("string")),
+    "prompt_ids": datasets.List(datasets.Value("int64")),
+    "response_ids": datasets.List(datasets.Value("int64")),
+    "logprobs": datasets.List(datasets.Value("float64")),
+}
+_EPISODE = datasets.Features(
+    {
+        **_columns(
+            string="env_id task_id split task group_id final_observation stop_reason data_version",
+            int64="seed policy_version schema",
+            bool="success",
+            float64="score",
+        ),
+        "turns": datasets.List(_TURN),
+        "labels": datasets.List(_columns(string="name value")),
+    }
+)
+"""Columns of :func:`episodes`. Guessed from the rows, those of an expert, who has no ids, would be of other kinds."""
+
+
 def episodes(trajectories: Iterable[Trajectory]) -> datasets.Dataset:
     """One row an episode, with everything that a trajectory holds; :func:`trajectories` reads it back.
 
@@ -51,7 +82,7 @@ def episodes(trajectories: Iterable[Trajectory]) -> datasets.Dataset:
         rows.append(record)
     if not rows:
         raise ValueError("no trajectories to export")
-    return datasets.Dataset.from_list(rows)
+    return datasets.Dataset.from_list(rows, features=_EPISODE)
 
 
 def trajectories(dataset: Iterable[dict[str, Any]]) -> Iterator[Trajectory]:
@@ -65,6 +96,10 @@ def supervised(
     trajectories: Iterable[Trajectory], style: str | PromptStyle = "atod", *, successful: bool = True
 ) -> datasets.Dataset:
     """Chats for supervised training: ``prompt`` and ``completion`` of single turns, ``messages`` of conversations.
+
+    TRL's ``SFTTrainer`` learns from completions alone, but of ``messages`` from every token, the environment's too,
+    unless ``SFTConfig(assistant_only_loss=True)`` says otherwise. That needs a chat template with ``{% generation %}``
+    marks, or one that TRL knows; it refuses others. :func:`tokens` needs neither.
 
     Args:
         trajectories: episodes of any agent; bare actions (of an expert) are phrased by the style.

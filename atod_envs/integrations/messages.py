@@ -8,15 +8,15 @@ sample) becomes U+FFFD; the ids, where they are wanted, stay exact.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import TypeAlias, cast
 
 import gymnasium as gym
 
-from atod_envs.errors import UnknownName
-from atod_envs.styles import History, Layout, PromptStyle, history_action, whole_characters
+from atod_envs.prompting import named_style
+from atod_envs.styles import History, Layout, PromptStyle, history_action, phrase_response, whole_characters
 from atod_envs.text_env import TextEnv
-from atod_envs.trajectory import Trajectory
+from atod_envs.trajectory import Trajectory, Turn
 
 Message: TypeAlias = dict[str, str]
 
@@ -37,41 +37,44 @@ def find_style(env_id: str, style: str | PromptStyle) -> PromptStyle:
     Raises:
         UnknownName: the environment has no such style.
     """
-    if not isinstance(style, str):
-        return style
-    styles = _styles(env_id)
-    if style not in styles:
-        raise UnknownName("prompt style", style, styles)
-    return styles[style]
+    return _named(env_id, style) if isinstance(style, str) else style
 
 
 @functools.lru_cache(maxsize=16)
-def _styles(env_id: str) -> Mapping[str, PromptStyle]:
+def _named(env_id: str, style: str) -> PromptStyle:
     env: gym.Env[str, str] = gym.make(env_id)
     try:
-        return cast("TextEnv", env.unwrapped).prompt_styles()
+        return named_style(cast("TextEnv", env.unwrapped), style)
     finally:
         env.close()
 
 
 def turn_prompts(trajectory: Trajectory, style: PromptStyle) -> list[str]:
     """The user message of each turn, as the style wrote it."""
-    history = History(trajectory.task)
-    prompts = []
-    for turn in trajectory.turns:
-        history.observations.append(turn.observation)
-        history.admissible = turn.admissible
-        prompts.append(style.prompt(history))
-        history.actions.append(history_action(turn.action))
-    return prompts
+    return [style.prompt(history) for _, history in _moments(trajectory)]
 
 
 def responses(trajectory: Trajectory, style: PromptStyle) -> list[str]:
-    """What the policy answered in each turn; an episode of bare actions is phrased by the style."""
+    """What the policy answered in each turn; an episode of bare actions is phrased by the style.
+
+    A model's bare action, which did not have the form that its prompt asked for, stays as it is.
+    """
     return [
-        style.respond(turn.action, "") if turn.response == turn.action and not turn.response_ids else turn.response
-        for turn in trajectory.turns
+        phrase_response(style, turn.action, "", history)
+        if turn.response == turn.action and turn.format_ok and not turn.response_ids
+        else turn.response
+        for turn, history in _moments(trajectory)
     ]
+
+
+def _moments(trajectory: Trajectory) -> Iterator[tuple[Turn, History]]:
+    """Each turn with what had been seen and done before it; the history is the same object, which grows."""
+    history = History(trajectory.task)
+    for turn in trajectory.turns:
+        history.observations.append(turn.observation)
+        history.admissible = turn.admissible
+        yield turn, history
+        history.actions.append(history_action(turn.action))
 
 
 def conversations(trajectory: Trajectory, style: PromptStyle) -> list[list[Message]]:

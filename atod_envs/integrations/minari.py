@@ -31,7 +31,8 @@ def write_dataset(
 
     Args:
         dataset_id: Minari's name of it, e.g. ``"alfworld/expert-v0"``; it lies where ``$MINARI_DATASETS_PATH`` says.
-        trajectories: of one environment; those without a turn are left out, as Minari has no empty episodes.
+        trajectories: of one environment; aborted ones are left out, and those without a turn, as Minari has no empty
+            episodes.
         env: what :meth:`recover_environment` makes: an id with its defaults, or an environment with its arguments.
             ``None`` takes the trajectories' own id.
         **about: further arguments of ``minari.create_dataset_from_buffers`` (``algorithm_name``, ``author``, ...).
@@ -42,7 +43,7 @@ def write_dataset(
     Raises:
         ValueError: no episode, or episodes of several environments.
     """
-    kept = [trajectory for trajectory in trajectories if trajectory.turns]
+    kept = [one for one in trajectories if one.turns and one.stop_reason != StopReason.ABORTED]
     ids = sorted({trajectory.env_id for trajectory in kept})
     if len(ids) != 1:
         raise ValueError(f"a Minari data set holds episodes of one environment; got {len(kept)} episodes of {ids}")

@@ -79,7 +79,7 @@ def verl_rows(
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Stack rows: arrays [rows, width] for the tensors, arrays of objects for the rest.
+    """Stack rows: arrays [rows, width] for the tensors, arrays of objects for the rest; None where a row lacks a name.
 
     Raises:
         ValueError: there is no row.
@@ -87,7 +87,7 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     if not rows:
         raise ValueError("no rows to collate; were all episodes aborted?")
     stacked: dict[str, np.ndarray] = {name: np.stack([row[name] for row in rows]) for name in TENSORS}
-    for name in rows[0]:
+    for name in dict.fromkeys(name for row in rows for name in row):  # labels may differ between episodes
         if name not in TENSORS:
             column = np.empty(len(rows), dtype=object)
             column[:] = [row.get(name) for row in rows]

@@ -25,8 +25,11 @@ TEMPLATE = (
 )
 
 
-def write(path, *, tied=True, seed=0):
-    """A two-layer Llama with a byte vocabulary, quantized as llama.cpp's Q8_0; its weights as they can be read back."""
+def write(path, *, tied=True, seed=0, layers=2, split=0, factors=None):
+    """A two-layer Llama with a byte vocabulary, quantized as llama.cpp's Q8_0; its weights as they can be read back.
+
+    ``layers`` are written, ``split`` is how many files it says that there are, ``factors`` are rotary ones by name.
+    """
     from tokenizers.pre_tokenizers import ByteLevel
 
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "Ġt"]
@@ -51,6 +54,9 @@ def write(path, *, tied=True, seed=0):
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
     writer.add_chat_template(TEMPLATE)
+    if split:
+        writer.add_uint16("split.no", 0)
+        writer.add_uint16("split.count", split)
     rng = np.random.default_rng(seed)
     kept = {}
 
@@ -65,7 +71,7 @@ def write(path, *, tied=True, seed=0):
         writer.add_tensor(name, packed, raw_dtype=kind)
 
     add("token_embd.weight", len(tokens), 64)
-    for layer in range(2):
+    for layer in range(layers):
         for name, shape in {
             "attn_norm": (64,),
             "ffn_norm": (64,),
@@ -81,6 +87,8 @@ def write(path, *, tied=True, seed=0):
     add("output_norm.weight", 64)
     if not tied:
         add("output.weight", len(tokens), 64)
+    for name, values in (factors or {}).items():
+        writer.add_tensor(name, np.array(values, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -145,9 +153,9 @@ def test_a_file_is_converted_once_and_again_when_it_or_the_copy_changes(tmp_path
     damaged.write_bytes(data)
     monkeypatch.setattr(files, "KEPT", {})
     assert converted(path) == first and damaged.read_bytes() != bytes(data)
-    (first / "complete.json").write_text(json.dumps([1]))
+    (first / "whole.json").write_text(json.dumps([1]))
     monkeypatch.setattr(files, "KEPT", {})
-    assert converted(path) == first and json.loads((first / "complete.json").read_text())["source"]
+    assert converted(path) == first and json.loads((first / "whole.json").read_text())["source"]
     write(path, seed=1)
     assert converted(path) != first
     assert not [name for name in os.listdir(cache) if name.startswith(".")]
@@ -185,6 +193,43 @@ def test_what_is_no_model_is_refused(tmp_path, cache, content, says):
         load_model(str(whole), "student")
     with pytest.raises(AtodError, match="no GGUF file at"):
         load_model(str(tmp_path / "gone.gguf"), "student")
+
+
+def test_a_file_without_all_weights_is_refused_and_not_kept(tmp_path, cache):
+    path = tmp_path / "tiny-00001-of-00002.gguf"
+    write(path, layers=1)
+    for _ in range(2):  # nothing was kept that the second time would find
+        with pytest.raises(
+            AtodError, match=r"student model .*lack 9 of its weights \(model\.layers\.1\.input_layernorm"
+        ):
+            load_model(str(path), "student")
+    write(path, layers=1, split=2)
+    with pytest.raises(
+        AtodError, match=r"00001-of-00002\.gguf is one of the 2 files of a split model.*gguf-split --merge"
+    ):
+        load_model(str(path), "student")
+    write(path, split=1)  # all in one
+    assert load_model(str(path), "student").n_parameters
+
+
+def test_a_copy_that_was_not_checked_for_all_weights_is_made_again(tmp_path, cache, monkeypatch):
+    path = tmp_path / "tiny.gguf"
+    write(path)
+    folder = converted(path)
+    (folder / "whole.json").rename(folder / "complete.json")  # as earlier versions named it
+    monkeypatch.setattr(files, "KEPT", {})
+    assert converted(path) == folder and sorted(folder.glob("*.json"))[-1].name == "whole.json"
+    assert not (folder / "complete.json").exists()
+
+
+@pytest.mark.parametrize("name", ["rope_freqs", "rope_factors_long", "rope_factors_short"])
+def test_rotary_factors_that_would_be_lost_are_refused(tmp_path, cache, name):
+    path = tmp_path / "tiny.gguf"
+    write(path, factors={f"{name}.weight": [1.0] * 7 + [8.0]})
+    with pytest.raises(AtodError, match=rf"the tensor {name}\.weight.*give the original checkpoint \(safetensors\)"):
+        load_model(str(path), "student")
+    write(path, factors={f"{name}.weight": [1.0] * 8})
+    assert load_model(str(path), "student").n_parameters
 
 
 def test_a_model_in_a_package_says_what_to_install(monkeypatch):

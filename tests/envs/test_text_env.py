@@ -2,6 +2,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -16,7 +17,7 @@ from atod_envs.errors import AtodError, DataError, EpisodeError, UnknownName
 from atod_envs.prompting import matches_admissible, prompted
 from atod_envs.recording import RecordTurns
 from atod_envs.spaces import UnicodeText
-from atod_envs.styles import parse_tagged
+from atod_envs.styles import CompactStyle, parse_tagged
 from atod_envs.tasks import TaskSet
 from atod_envs.trajectory import StopReason, read_jsonl, write_jsonl
 
@@ -55,6 +56,75 @@ def test_checker_finds_a_constructor_that_commands_cannot_call():
 
     with pytest.raises(ContractError, match=r"Fixed.__init__ does not take max_turns, which commands give by name"):
         check_text_env(Fixed())
+
+
+class Counting(ToyEnv):
+    """Its state is copied by what ``save`` and ``load`` do."""
+
+    def __init__(self, split="train", max_turns=None, save=None, load=None):
+        self.save, self.load = save or (lambda env: (env.word, list(env.said))), load or self.set_all
+        super().__init__(max_turns, split)
+
+    @staticmethod
+    def set_all(env, state):
+        env.word, env.said = state[0], list(state[1])
+
+    def _begin(self, task_id, seed):
+        self.said = []
+        return super()._begin(task_id, seed)
+
+    def _act(self, action):
+        self.said.append(action)
+        frame = super()._act(action)
+        return replace(frame, observation=f"{frame.observation} {len(self.said)} tries at {self.word}.")
+
+    def save_state(self):
+        return self.save(self)
+
+    def load_state(self, snapshot):
+        self.load(self, snapshot.state)
+
+
+def test_checker_goes_on_from_a_snapshot():
+    check_text_env(Counting())
+    with pytest.raises(ContractError, match="after the snapshot before it was restored, the answer is"):
+        check_text_env(Counting(load=lambda env, state: None))
+    with pytest.raises(ContractError, match=r"after the snapshot .* as a copy"):
+        check_text_env(
+            Counting(save=lambda env: (env.word, env.said), load=lambda env, state: setattr(env, "said", state[1]))
+        )
+    with pytest.raises(ContractError, match="a snapshot cannot be pickled"):
+        check_text_env(Counting(save=lambda env: iter(lambda: env.word, "")))
+    with pytest.raises(ContractError, match=r"restore\(\) of the snapshot before it raised"):
+        check_text_env(Counting(load=lambda env, state: env.gone))
+    with pytest.raises(ContractError, match=r"differ \(the second after a snapshot was restored"):
+        check_text_env(Counting(load=lambda env, state: setattr(env, "said", list(state[1]))))  # not the word
+
+
+def test_checker_reads_what_the_prompt_styles_phrase():
+    class Loud(CompactStyle):
+        def respond(self, action, thought):
+            return super().respond(action.upper() + "!", thought)
+
+    class Mute(CompactStyle):
+        def prompt(self, history):
+            raise KeyError("no page")
+
+    class Styled(ToyEnv):
+        styles = None
+
+        def prompt_styles(self):
+            return {"mine": self.styles} if self.styles else {}["atod"]
+
+    with pytest.raises(ContractError, match=r"prompt_styles\(\) raised KeyError"):
+        check_text_env(Styled())
+    for style, words in ((Loud(), "for the action 'apple' is read as 'apple!'"), (Mute(), "raised KeyError")):
+        env = Styled()
+        env.styles = style
+        with pytest.raises(ContractError, match=f"style 'mine'.*{words}"):
+            check_text_env(env)
+    shop = gym.make("atod/WebShop-v0", data="builtin", nouns="rules")
+    check_text_env(shop, episodes=1)  # its compact style has short names
 
 
 def test_seed_draws_the_task_and_option_overrides_it():

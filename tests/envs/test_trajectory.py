@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atod_envs.errors import DataError
+from atod_envs.stored import episode_files
 from atod_envs.trajectory import (
     Group,
     StopReason,
@@ -155,3 +156,15 @@ def test_misaligned_logprobs_and_mixed_groups_are_refused():
         Turn(0, "", (), (), (1, 2), (-0.1,), "", "", True, True, 0.0)
     with pytest.raises(ValueError, match="other"):
         Group("t", (make(), replace(make(), task_id="other")))
+
+
+def test_a_folder_of_files_of_several_kinds_is_read_whole(tmp_path):
+    for name in ("b.jsonl", "a.jsonl.gz"):
+        write_jsonl(tmp_path / name, [make()])
+    write_parquet(tmp_path / "c.parquet", [make()])
+    assert [file.name for file in episode_files(tmp_path, "--source")] == ["a.jsonl.gz", "b.jsonl", "c.parquet"]
+    for name in ("trajectories", "episodes"):  # a run's own lines are none of them
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "d.jsonl.gz", [make()])
+    found = [str(file.relative_to(tmp_path)) for file in episode_files(tmp_path, "--source")]
+    assert found == ["episodes/d.jsonl.gz", "trajectories/d.jsonl.gz"]

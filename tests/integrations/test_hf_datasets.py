@@ -1,12 +1,14 @@
 """Hugging Face datasets of the trajectories; TRL's trainers train on them."""
 
+import copy
+import re
 from dataclasses import replace
 
 import pytest
 import tiny
 
 pytest.importorskip("datasets", reason="datasets is not installed (extra 'datasets')")
-from datasets import load_from_disk
+from datasets import concatenate_datasets, load_from_disk
 
 from atod_envs.integrations.hf_datasets import IGNORED, episodes, preferences, supervised, tokens, trajectories
 from atod_envs.trajectory import Group, StopReason, write_jsonl
@@ -14,6 +16,12 @@ from atod_envs.trajectory import Group, StopReason, write_jsonl
 pytestmark = pytest.mark.slow
 
 WORLD = ("atod/ALFWorld-v0", {"data": "builtin"})
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}{% else %}<|assistant|>"
+    "{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""A chat template that says what the assistant wrote, as TRL asks for."""
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +36,14 @@ def test_episodes_read_back_equal(played, tmp_path):
     episodes(clean).save_to_disk(tmp_path / "data")
     assert list(trajectories(load_from_disk(tmp_path / "data"))) == clean
     write_jsonl(tmp_path / "t.jsonl", clean)
+
+
+def test_episodes_of_different_agents_are_one_data_set(played):
+    model, expert = played.trajectories[0], tiny.expert_trajectory(*WORLD)
+    assert not any(turn.response_ids for turn in expert.turns)
+    nothing = replace(expert, turns=(), labels={})
+    parts = [episodes([one]) for one in (expert, model, nothing)]
+    assert list(trajectories(concatenate_datasets(parts))) == [expert, model, nothing]
 
 
 def test_half_characters_are_refused_or_replaced(played):
@@ -57,6 +73,21 @@ def test_supervised_chats_of_an_expert():
         assert row["prompt"] == [{"role": "user", "content": prompt}]
         assert row["completion"] == [{"role": "assistant", "content": turn.response}]
         prompt, *_ = env.step(turn.response)
+
+
+def test_bare_actions_are_named_as_the_prompt_names_them():
+    episode = tiny.expert_trajectory("atod/WebShop-v0", tiny.OPTIONS["atod/WebShop-v0"])
+    product = re.fullmatch(r"click\[(.*)\]", episode.turns[1].action)[1]
+    (chat,) = supervised([episode], "compact")["messages"]
+    number = re.search(r"<action>click\[ (#\d+)\]</action>", chat[3]["content"])[1]
+    assert number in chat[2]["content"] and product not in chat[2]["content"]
+
+
+def test_a_bare_action_in_the_wrong_form_is_no_well_formed_response():
+    episode = tiny.expert_trajectory(*WORLD)
+    turns = (replace(episode.turns[0], format_ok=False), *episode.turns[1:])
+    (chat,) = supervised([replace(episode, turns=turns)], "compact")["messages"]
+    assert chat[1]["content"] == turns[0].action and chat[3]["content"] != turns[1].action
 
 
 def test_tokens_label_what_was_sampled_alone(played):
@@ -100,7 +131,8 @@ def test_attempts_that_were_shown_different_things_make_no_pair(played):
 @pytest.mark.parametrize("kind", ["messages", "prompt and completion", "tokens"])
 def test_trl_trains_on_supervised_data(kind, played, tmp_path):
     trl = pytest.importorskip("trl", reason="TRL is not installed (extra 'trl')")
-    tokenizer = tiny.tokenizer()
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    tokenizer.chat_template = MARKED
     expert = [tiny.expert_trajectory(*WORLD)]
     data = {
         "messages": lambda: supervised(expert, "compact").select_columns("messages"),
@@ -111,11 +143,15 @@ def test_trl_trains_on_supervised_data(kind, played, tmp_path):
         model=tiny.model(tokenizer, context=8192),
         processing_class=tokenizer,
         train_dataset=data,
-        args=trl.SFTConfig(**common(tmp_path), max_length=8192),
+        args=trl.SFTConfig(**common(tmp_path), max_length=8192, assistant_only_loss=kind == "messages"),
     )
     batch = next(iter(trainer.get_train_dataloader()))
     if kind == "tokens":
         assert batch["labels"][0].tolist()[: len(data[0]["labels"])] == data[0]["labels"]
+    if kind == "messages":
+        said = [message["content"] for message in data[0]["messages"] if message["role"] == "assistant"]
+        labels = batch["labels"][0]
+        assert tokenizer.decode(labels[labels != IGNORED]) == "".join(f"{text}<|end|>" for text in said)
     if kind == "prompt and completion":
         assert (batch["labels"] != IGNORED).sum() < batch["labels"].numel() / 2
     trainer.train()

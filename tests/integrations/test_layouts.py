@@ -91,6 +91,15 @@ def test_aborted_episodes_are_left_out(windows):
     assert len(rows) == 3
 
 
+def test_columns_that_some_rows_lack_are_kept(windows):
+    first, second = windows
+    plain = [replace(trajectory, labels={}) for trajectory in first.trajectories]
+    named = [replace(trajectory, labels={"kind": "pick"}) for trajectory in second.trajectories]
+    groups = [Group(first.task_id, tuple(plain)), Group(second.task_id, tuple(named))]
+    stacked = collate(verl_rows(groups, pad_token_id=0, prompt_length=4000, response_length=8))
+    assert stacked["label/kind"].tolist() == [None] * 6 + ["pick"] * 6
+
+
 def test_verl_itself_takes_the_rows(windows):
     """verl's own DataProto holds them, and its GRPO computes our group-relative advantage from them."""
     pytest.importorskip("verl.protocol", reason="verl is not installed here (it pins its own torch and transformers)")

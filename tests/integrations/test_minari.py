@@ -11,6 +11,7 @@ minari = pytest.importorskip("minari", reason="minari is not installed (extra 'm
 import gymnasium as gym
 
 from atod_envs.integrations.minari import write_dataset
+from atod_envs.trajectory import StopReason
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,10 @@ def test_minari_loads_what_was_written(env_id, options):
     episodes = [tiny.expert_trajectory(env_id, options, task=task, seed=7) for task in range(3)]
     cut = replace(episodes[2], turns=episodes[2].turns[:1], stop_reason="turn_limit", success=False, score=0.0)
     written = [*episodes[:2], cut]
-    write_dataset("test/expert-v0", written, env=gym.make(env_id, **options), algorithm_name="expert", author="tests")
+    broken = replace(cut, stop_reason=StopReason.ABORTED)
+    write_dataset(
+        "test/expert-v0", [broken, *written], env=gym.make(env_id, **options), algorithm_name="expert", author="tests"
+    )
     data = minari.load_dataset("test/expert-v0")
     assert len(data) == 3 and data.total_steps == sum(len(t.turns) for t in written)
     for trajectory, episode in zip(written, data, strict=True):

@@ -1,0 +1,34 @@
+"""Whether a model's files held all of its weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_LAYER = re.compile(r"\.\d+\.")
+_BUFFER = re.compile(r"(inv_freq|position_ids|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
+"""What older versions of transformers wrote besides weights: masks and frequencies, which are computed."""
+
+
+def require_all_weights(info: Mapping[str, Any]) -> None:
+    """Refuse files that are not the whole model, or hold layers that it has not: transformers makes up what is missing.
+
+    Args:
+        info: ``output_loading_info`` of ``from_pretrained``.
+
+    Raises:
+        OSError: names the first weight.
+    """
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise OSError(
+            f"its files lack {len(missing)} of its weights ({missing[0]}), and transformers would make them up; is a file missing, or "
+            "does config.json belong to another model?"
+        )
+    # A head for something else may lie next to a language model; what belongs into its layers may not be left out.
+    left_out = sorted(key for key in info["unexpected_keys"] if _LAYER.search(key) and not _BUFFER.search(key))
+    if left_out:
+        raise OSError(
+            f"its files hold {len(left_out)} weights for which config.json has no place ({left_out[0]}); does it belong to another model?"
+        )
