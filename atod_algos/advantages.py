@@ -22,7 +22,7 @@ NO_RANGE = 1e-8
 
 
 def require_range(options: object, *names: str, low: float, high: float = math.inf) -> None:
-    """Refuse options that are not finite or not between two bounds, both included.
+    """Refuse options that are not finite or not between two bounds, both included; one that is None is left open.
 
     Args:
         options: whose fields the options are.
@@ -35,7 +35,7 @@ def require_range(options: object, *names: str, low: float, high: float = math.i
     """
     for name in names:
         value = getattr(options, name)
-        if not (math.isfinite(value) and low <= value <= high):
+        if value is not None and not (math.isfinite(value) and low <= value <= high):
             expected = "finite number" if math.isinf(low) else f"number from {low:g}"
             expected += "" if math.isinf(high) else f" to {high:g}"
             raise AtodError(f"--{name.replace('_', '-')} {value}: expected a {expected}")

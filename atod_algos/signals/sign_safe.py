@@ -115,9 +115,8 @@ class SignSafe(RewardAlgorithm):
     """Markdown file of skills, with '# General' and '## kind' sections; by default the environment's own."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("strength", "bound", "fade_steps") if getattr(self, name) is not None]
-        require_range(self, *(name for name in given if name != "fade_steps"), low=0, high=1)
-        require_range(self, *(name for name in given if name == "fade_steps"), "agreed", "opposed", "kl_coef", low=0)
+        require_range(self, "strength", "bound", low=0, high=1)
+        require_range(self, "fade_steps", "agreed", "opposed", "kl_coef", low=0)
 
     def reads(self) -> Mapping[str, str]:
         """The file of skills, where skills are shown."""

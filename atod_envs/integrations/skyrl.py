@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, TypedDict, cast
 import gymnasium as gym
 
 import atod_envs
-from atod_envs.errors import AtodError, EpisodeError
+from atod_envs.errors import EpisodeError
 from atod_envs.integrations.rows import finished, single_row, token_rows
+from atod_envs.integrations.tools import require_episode
 from atod_envs.prompting import Prompted
 from atod_envs.styles import as_conversation
 from atod_envs.trajectory import Group, StopReason
@@ -49,12 +50,8 @@ class SkyRLTextEnv(BaseTextEnv):  # type: ignore[misc]
         options |= {str(key): value for key, value in dict(env_config or {}).items()}
         style = options.pop("style", "atod")
         self.extras = dict(extras or {})
-        row = [name for name in self.extras if name != "max_turns"]
-        if row and self.extras.get("task_id") is None and self.extras.get("seed") is None:
-            raise AtodError(
-                f"the row has the columns {', '.join(row)}, but neither task_id nor seed, so each attempt of a group would play another "
-                "task; add one of them"
-            )
+        columns = [name for name in self.extras if name != "max_turns"]  # SkyRL's own
+        require_episode(columns, self.extras.get("task_id"), self.extras.get("seed"))
         if self.extras.get("split") is not None:
             options["split"] = self.extras["split"]
         if self.extras.get("max_turns"):

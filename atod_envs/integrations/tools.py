@@ -9,7 +9,7 @@ changes nothing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, cast
 
 import gymnasium as gym
@@ -20,6 +20,24 @@ from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Trajectory
 
 OVER = "The episode is over."
+
+
+def require_episode(columns: Iterable[str], task_id: object, seed: object) -> None:
+    """Refuse a data set's row that names no episode: each attempt of a group would play another task.
+
+    Args:
+        columns: the row's other columns; without any there is no row.
+        task_id: of the row, or None.
+        seed: of the row, or None.
+
+    Raises:
+        AtodError: names the columns.
+    """
+    if (named := ", ".join(columns)) and task_id is None and seed is None:
+        raise AtodError(
+            f"the data set's row has the columns {named}, but neither task_id nor seed, so each attempt of a group would play another "
+            "task; add a column task_id or seed"
+        )
 
 
 class ToolEnv:
@@ -42,11 +60,7 @@ class ToolEnv:
         Raises:
             AtodError: a row names neither task nor seed: attempts at it would be attempts at different tasks.
         """
-        if row and task_id is None and seed is None:
-            raise AtodError(
-                f"the data set's row has the columns {', '.join(row)}, but neither task_id nor seed, so each attempt of a group would play "
-                "another task; add a column task_id (its values: task_ids) or seed"
-            )
+        require_episode(row, task_id, seed)
         observation, info = self._env.reset(seed=seed, options=None if task_id is None else {"task_id": task_id})
         self._over, self._return = False, 0.0
         return observation if info["task"] in observation else f"{info['task']}\n\n{observation}"
