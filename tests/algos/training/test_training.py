@@ -164,16 +164,6 @@ def test_a_slip_in_an_option_costs_nothing(options, tmp_path, capsys):
     assert (tmp_path / "r" / "result.json").exists()
 
 
-def test_killed_and_resumed_equals_uninterrupted(options, runner, tmp_path):
-    main(ATOD, [*options, "--steps", "6", "--run", str(tmp_path / "whole")])
-    killed = [*options, "--steps", "6", "--run", str(tmp_path / "killed")]
-    assert runner(arguments=killed, out=str(tmp_path / "out"), place="log", count=3, after=True)["killed"]
-    main(ATOD, [*options, "--steps", "6", "--run", str(tmp_path / "killed")])
-    assert timeless(metrics(tmp_path / "killed")) == timeless(metrics(tmp_path / "whole"))
-    for name, tensor in weights(tmp_path / "whole", 6).items():
-        assert torch.equal(tensor, weights(tmp_path / "killed", 6)[name])
-
-
 def test_ctrl_c_says_how_to_go_on(options, runner, tmp_path):
     arguments = [*options, "--steps", "10000", "--run", str(tmp_path / "r")]
     out = tmp_path / "out"
