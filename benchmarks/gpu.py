@@ -4,8 +4,7 @@
     python benchmarks/gpu.py --parts engine memory
 
 The parent imports everything once and touches no GPU; each part is a fork of it, with a GPU context of its own. Written
-after every
-part: OUT/gpu.json and OUT/gpu.md. What a part printed is in OUT/PART.log.
+after every part: OUT/gpu.json and OUT/gpu.md. What a part printed is in OUT/PART.log.
 """
 
 from __future__ import annotations
@@ -21,55 +20,19 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
-)  # asking whether there is a GPU must not open it before the forks
+from gpu_setting import SO_FAR, Setting
+
+# Asking whether there is a GPU must not open it before the forks.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "--rehearse" in sys.argv:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-_SO_FAR = ".so-far.json"
 _LEAST = 10.0
 """A part is not begun with fewer seconds left."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What every part is told.
-
-    Attributes:
-        device: ``"cuda"``, or ``"cpu"`` in a rehearsal.
-        toy: sizes that a CPU runs in seconds.
-        out: folder for whatever a part writes.
-        deadline: when its seconds are over, on the clock of :func:`time.monotonic`.
-    """
-
-    device: str
-    toy: bool
-    out: Path
-    deadline: float = float("inf")
-
-    def left(self) -> float:
-        """Seconds that are left."""
-        return self.deadline - time.monotonic()
-
-    def keep(self, found: dict[str, Any]) -> dict[str, Any]:
-        """Write down what a part has found so far, for the case that its seconds are over; the same numbers."""
-        aside = self.out / ".so-far.part"
-        aside.write_text(json.dumps(found))
-        aside.replace(self.out / _SO_FAR)
-        return found
-
-    def sync(self) -> None:
-        """Wait for the device."""
-        if self.device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
 
 
 Work = Callable[[Setting], "dict[str, Any]"]
@@ -103,7 +66,7 @@ def run_part(work: Work, setting: Setting, name: str, seconds: float) -> dict[st
         ``status`` (done, failed, stopped), ``seconds``, and the part's numbers or the error's last line.
     """
     answer = setting.out / f".{name}.json"
-    so_far = setting.out / _SO_FAR
+    so_far = setting.out / SO_FAR
     answer.unlink(missing_ok=True)
     so_far.unlink(missing_ok=True)
     began = time.monotonic()

@@ -12,7 +12,7 @@ import torch
 from gpu_models import batch_of, random_model, smollm2, vocabulary_of
 
 if TYPE_CHECKING:
-    from gpu import Setting
+    from gpu_setting import Setting
 
 ALGORITHMS = ("atod", "grpo", "opd", "sdar", "sod", "tcod", "gigpo", "gopd", "tip", "entropy_aware")
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}

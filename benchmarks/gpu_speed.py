@@ -13,7 +13,7 @@ import torch
 from gpu_models import batch_of, random_model, vocabulary_of
 
 if TYPE_CHECKING:
-    from gpu import Setting
+    from gpu_setting import Setting
 
 _MIB = 1 << 20
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from gpu import Setting
+    from gpu_setting import Setting
 
 PROMPTS = {"style": "compact", "max_turns": 30, "max_response": 48, "max_context": 2048}
 """How the model is shown the game, in every stage."""

@@ -12,7 +12,8 @@ import pytest
 from paths import REPOSITORY
 
 sys.path.append(str(REPOSITORY / "benchmarks"))  # at the end: a file there is called alfworld
-from gpu import Setting, main, markdown, parts, run_part
+from gpu import main, markdown, parts, run_part
+from gpu_setting import Setting
 
 
 def brought(folder):
