@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from atod_algos.evaluate.statistics import Paired, paired, welch
-from atod_algos.study import ABLATIONS, METHODS, row_of
+from atod_algos.study import METHODS, row_of
 from atod_algos.study.outcomes import Outcomes, outcomes_of
 from atod_envs.errors import AtodError
 
@@ -128,7 +128,7 @@ def decisions_of(methods: Cells) -> list[Decision]:
     ]
     claims = [one for one in (*CLAIMS, *own) if one[1] in methods and one[2] in methods]
     found = [decide(claim, methods[a], methods[b]) for claim, a, b in claims]
-    trained = [name for name in methods if row_of(name).algorithm and name not in ABLATIONS[1:]]
+    trained = [name for name in methods if row_of(name).algorithm and not row_of(name).tuned_as]  # no variants
     if len(trained) > 1:
         first, second = sorted(trained, key=lambda name: -mean_of(methods[name], "last"))[:2]
         claim = f"the first, {row_of(first).label}, against the runner-up, {row_of(second).label}"

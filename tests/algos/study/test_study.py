@@ -87,8 +87,10 @@ def test_a_study_runs_every_method_and_goes_on_where_it_stopped(preset, tmp_path
         level = tmp_path / "whole" / "toy" / "atod-level" / f"seed{seed}"
         shutil.copytree(tmp_path / "whole" / "toy" / "atod" / f"seed{seed}", level)
         cell = json.loads((level / "cell.json").read_text())
-        (level / "cell.json").write_text(json.dumps(cell | {"method": "atod-level"}))
+        best = {"last": cell["last"] | {"success": 1.0}}
+        (level / "cell.json").write_text(json.dumps(cell | {"method": "atod-level"} | best))
     run(StudyConfig("toy", out=tmp_path / "whole", tables_only=True))
+    assert "the first, ATOD, weights" not in (tmp_path / "whole" / "tables.md").read_text()  # a variant is no method
     figure = (tmp_path / "whole" / "figures" / "figure5-toy.svg").read_text()
     for line in ("GRPO", "ATOD", "ATOD, weights of mean 1"):
         assert f">{line} (2 seeds)<" in figure
