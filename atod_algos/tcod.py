@@ -18,7 +18,7 @@ that is cut has no reward; none is used.
 it:
 
                         paper             released
-    --turns-every       2                 3                (ALFWorld; 6 on WebShop, for Search-QA it is not known)
+    --turns-every       2                 3                (ALFWorld; 6 on WebShop (--preset), Search-QA's is not known)
     --count-from        0                 1                n at the first training step
     --loss-agg          turn_mean         token_mean       average of the loss
     --dual-clip         0                 3

@@ -75,7 +75,7 @@ class EngineDied(AtodError):
 
 
 class Engine(Protocol):
-    """Continuous batching behind seven verbs."""
+    """Continuous batching behind six verbs."""
 
     version: int
     """Version of the weights that sample; raised by every ``load_weights``."""

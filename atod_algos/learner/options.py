@@ -23,7 +23,8 @@ class UpdateOptions:
     epochs: int = 1
     """Passes over a step's trajectories."""
     token_budget: int = 4096
-    """Tokens of a micro-batch; lowered by itself where memory runs out. Results do not change."""
+    """Tokens of a micro-batch; lowered by itself where memory runs out. Results change by rounding
+    alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

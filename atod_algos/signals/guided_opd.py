@@ -20,8 +20,8 @@ Differences: the paper's own code is not public. p_0 = 1, the cosine, an end aft
 cross-entropy on the guide's turns are those of a baseline that other authors published (with FutureBridge-OPD). There
 the two kinds of turns have a mean each, weighted alike; here they share one mean over tokens, and the ratio's clip
 holds for both. c = 0 leaves the guide's turns out. ``--guide expert`` lets the environment's scripted expert guide
-instead. The teacher guides in this process alone: several ranks, Ray and ``--staleness`` are refused. ``--rules
-released`` presets OPD's token mean, dual clip and entropy bonus.
+instead. The teacher guides in this process alone: several ranks and Ray are refused. So is ``--staleness``, with the
+expert unless c = 0. ``--rules released`` presets OPD's token mean, dual clip and entropy bonus.
 
     python -m atod_algos.signals.guided_opd --env atod/ALFWorld-v0
 """

@@ -226,13 +226,14 @@ def refuse_settings(config: RunConfig, algorithm: Any) -> None:
             f"--gap-minibatches {config.gap_minibatches}: {algorithm.name} has no divergence from a teacher to learn from under these "
             "options, so it would get none of these updates; leave it out"
         )
-    plan, branches = algorithm.limits(1).who, type(algorithm).branch is not Algorithm.branch
+    plan = algorithm.limits(1).who
     others = plan is not None and bool({*plan.learned} - {"student"})
+    others = others or type(algorithm).branch is not Algorithm.branch
     for setting, asked in (
-        ("--old-logprobs sampler", config.old_logprobs == "sampler" and (others or branches)),
-        (f"--staleness {config.staleness}", config.staleness > 0 and others),
+        ("--old-logprobs sampler", config.old_logprobs == "sampler"),
+        (f"--staleness {config.staleness}", config.staleness > 0),
     ):
-        if asked:
+        if asked and others:
             raise AtodError(
                 f"{setting}: {algorithm.name} also learns from turns that no student sampled, and what they were sampled with says "
                 "nothing about the student; use --old-logprobs learner and --staleness 0"

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=f"The token stands in ${TOKEN_VARIABLE} or in the file of --token-file.",
     )
     parser.add_argument(
-        "--env", action="append", default=[], help="environment to offer; repeat; default: all that come with this"
+        "--env", action="append", default=[], help="environment to offer; repeat; default: all that can be played here"
     )
     parser.add_argument(
         "--split", action="append", default=[], help="split to offer; repeat; default: the environment's three"
