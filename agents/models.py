@@ -49,6 +49,11 @@ def device_of(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
+def computing_type(device: str) -> torch.dtype:
+    """The type that weights compute in where no other is asked for: bfloat16 on a GPU, float32 elsewhere."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A causal language model with its tokenizer.
