@@ -27,6 +27,8 @@ _PROBE_LENGTHS = (7, 19)
 _TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 8e-2}
 """Largest error of the probe's logits, as a share of their spread; float32 below."""
 _TOLERANCE_FLOAT32 = 5e-4
+_TOLERANCE_OF_PASSES = {torch.float16: 5e-2, torch.bfloat16: 0.15}
+"""The same for two passes through all layers, as a mean over places."""
 _WINDOWS = ("sliding_window", "attention_window", "attention_window_size", "window_size", "attention_chunk_size")
 """What configurations call the number of positions that a layer looks back."""
 _MISSING = "atod_missing_ids"
@@ -296,6 +298,19 @@ def agree(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool
     return error <= _TOLERANCE.get(dtype, _TOLERANCE_FLOAT32)
 
 
+def passes_agree(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether two passes of one model through all its layers gave the same logits [m, V], up to rounding.
+
+    In half precision single places are no evidence: rounding alone moves some logit of SmolLM2-135M by up to 0.23 of
+    the spread in bfloat16, 0.03 to 0.04 in the mean over places. What is computed wrongly is off at most of them.
+    """
+    if dtype not in _TOLERANCE_OF_PASSES:
+        return agree(got, expected, dtype)
+    spread = (expected - expected.mean(-1, keepdim=True)).abs().amax(-1).clamp(min=1e-6)
+    error = float(((got - expected).abs().amax(-1) / spread).mean())
+    return error <= _TOLERANCE_OF_PASSES[dtype]
+
+
 @contextlib.contextmanager
 def in_eval_mode(*models: Any) -> Iterator[None]:
     """Models as they answer, without dropout; each is afterwards as it was."""
@@ -324,7 +339,7 @@ def _check(model: Any) -> bool:
             states = torch.cat([line[: len(row)] for line, row in zip(states, rows, strict=True)])
             plain = _is_plain(model, states)
             got = LogitHead(model, plain).raw(states).float()
-            if got.shape == expected.shape and agree(got, expected, dtype):
+            if got.shape == expected.shape and passes_agree(got, expected, dtype):
                 return plain
             reason = "its logits are not those of its own forward pass where rows are computed together"
     except AtodError:

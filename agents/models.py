@@ -22,7 +22,7 @@ import torch
 from agents.chat import CHAT_DATE, ChatFormat, ThinkingMode, first_difference
 from agents.gguf import converted, gguf_file
 from agents.logits import limit_vocabulary, logit_head, require_finite, usable_ids, vocabulary_rows
-from agents.weights import require_all_weights
+from agents.weights import require_all_weights, require_plain_weights
 from atod_envs.errors import AtodError
 from atod_envs.files import hash_of
 
@@ -47,6 +47,11 @@ def device_of(name: str) -> str:
             "--device cuda was asked for, but torch sees no GPU; use --device cpu, or install a CUDA build of torch"
         )
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def computing_type(device: str) -> torch.dtype:
+    """The type that weights compute in where no other is asked for: bfloat16 on a GPU, float32 elsewhere."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +158,7 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(source)
             base, options = _adapted(source) if looks_local else (source, {})
             model, info = _kind(base, options).from_pretrained(base, dtype=dtype, output_loading_info=True, **options)
+            require_plain_weights(model)
             require_all_weights(info)
             if base != source:
                 model = _with_adapters(model, source)

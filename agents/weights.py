@@ -1,4 +1,4 @@
-"""Whether a model's files held all of its weights."""
+"""Whether a model's files held all of its weights, as numbers that can be trained."""
 
 from __future__ import annotations
 
@@ -31,4 +31,19 @@ def require_all_weights(info: Mapping[str, Any]) -> None:
     if left_out:
         raise OSError(
             f"its files hold {len(left_out)} weights for which config.json has no place ({left_out[0]}); does it belong to another model?"
+        )
+
+
+def require_plain_weights(model: Any) -> None:
+    """Refuse a model whose weights stay quantized: only its norms and embeddings would learn, and it cannot be moved.
+
+    Raises:
+        OSError: names the kind of quantization.
+    """
+    settings = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if settings is not None and not getattr(settings, "dequantize", False):
+        kind = getattr(settings, "quant_method", None) or type(settings).__name__
+        raise OSError(
+            f"its weights are quantized ({getattr(kind, 'value', kind)}), which cannot be trained or offloaded here; use the checkpoint "
+            "that it was made from"
         )

@@ -23,13 +23,13 @@ from agents.engines.own_forward import OwnDecoder, OwnStore, cache_argument
 from agents.logits import (
     LogitHead,
     UnsupportedModel,
-    agree,
     attends_fully,
     decoder_of,
     in_eval_mode,
     logit_head,
     longest_context,
     own_logits,
+    passes_agree,
     probe_ids,
     text_config,
 )
@@ -157,7 +157,7 @@ def _reason(
                 tokens, places, last = store.begin(segments, np.array(ids, dtype=np.int64))
                 got = decoder.next_logits(tokens, places, store, last).float()
                 expected = torch.stack([own_logits(model, rows[s.row][: done[s.row]])[-1] for s in segments])
-                if not agree(got, expected, dtype):
+                if not passes_agree(got, expected, dtype):
                     return "its logits differ from those of the model's own forward pass"
     except Exception as error:
         # Whatever a model's own code raises means that it cannot be run so.

@@ -222,10 +222,7 @@ class Store:
         if block.bias is None:
             # One row that begins at its first position: plain causal attention.
             first = queries[block.target].transpose(0, 1)[None]
-            fused = scaled_dot_product_attention(
-                first, keys, values, is_causal=True, scale=scaling, enable_gqa=group > 1
-            )
-            return fused[0].transpose(0, 1)
+            return causal_attention(first, keys, values, scaling)[0].transpose(0, 1)
         grouped = queries[block.gather.flatten()].view(n, w, heads, group, width).permute(0, 2, 3, 1, 4)
         flat = grouped.reshape(n, heads, group * w, width)
         # Heads that share keys are further queries of one head: keys are neither repeated nor read twice.
@@ -294,6 +291,22 @@ class Store:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions are always given explicitly; nothing is inferred from this."""
         return 0
+
+
+def causal_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None, dropout: float = 0.0
+) -> torch.Tensor:
+    """Causal attention of queries [n, query heads, T, width] over keys and values of as many or of fewer heads.
+
+    Of CUDA's fused kernels flash alone lets heads share keys, and it takes no float32. There keys are repeated, or the
+    scores of all pairs would stand in memory.
+    """
+    group = queries.shape[1] // keys.shape[1]
+    if group > 1 and queries.is_cuda and queries.dtype == torch.float32:
+        keys, values, group = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1), 1
+    return scaled_dot_product_attention(
+        queries, keys, values, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=group > 1
+    )
 
 
 def positions_of(segments: Sequence[Segment]) -> np.ndarray:

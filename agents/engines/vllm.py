@@ -117,6 +117,7 @@ class VllmEngine:
                     disable_log_stats=True,
                     seed=0,
                 )
+                self._yield_memory()
                 self.llm: Any = vllm.LLMEngine.from_engine_args(arguments)
             except Exception as error:
                 reason = (str(error).strip().splitlines() or ["no message"])[0]
@@ -242,6 +243,7 @@ class VllmEngine:
         self._require_alive()
         self._require_idle("weights were loaded")
         if self._asleep:
+            self._yield_memory()
             self._guard(lambda: self.llm.wake_up(tags=["weights"]))
         # Ids without a token are not there at all: neither sampled nor part of any distribution. One tensor at a time:
         # those of adapters are sums, a whole model of them would be a copy.
@@ -292,6 +294,11 @@ class VllmEngine:
             response.finish_reason == "stop",
             time.perf_counter() - self._running.pop(output.request_id),
         )
+
+    def _yield_memory(self) -> None:
+        """Give the GPU back what torch has freed and kept for itself; vLLM takes its own from the driver."""
+        if self._gpu:
+            torch.cuda.empty_cache()
 
     def _guard(self, call: Any) -> Any:
         try:

@@ -60,7 +60,7 @@ class EvaluationWorker:
         from agents.chat import ThinkingMode
         from agents.engines.transformers import TransformersEngine
         from agents.logits import longest_context
-        from agents.models import device_of, load_model
+        from agents.models import computing_type, device_of, load_model
 
         folder = Path(agent).expanduser()
         if (folder / "checkpoints").is_dir():
@@ -74,7 +74,9 @@ class EvaluationWorker:
         device = device_of(self._config.device)
         if name == "builtin" and device == "cpu":
             torch.set_num_threads(1)  # models this small only lose with more
-        model = load_model(name, role or "student", world=env_key, device=device, option="--agent")
+        model = load_model(
+            name, role or "student", world=env_key, device=device, dtype=computing_type(device), option="--agent"
+        )
         limit = longest_context(model.model)
         self._engine = TransformersEngine(
             model.model, slots=self._at_once, max_context=min(cast("int", self._sampling.max_context), limit)

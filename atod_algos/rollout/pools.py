@@ -18,7 +18,7 @@ from agents.engines import make_engine
 from agents.engines.base import Engine
 from agents.engines.weight_check import verify_weights
 from agents.logits import limit_vocabulary, longest_context
-from agents.models import device_of, load_model
+from agents.models import computing_type, device_of, load_model
 from agents.policy import Policy
 from atod_algos.algorithm import RolloutLimits
 from atod_algos.learner import distributed
@@ -272,6 +272,6 @@ def worker_pool(config: RunConfig, styles: Sequence[PromptStyle], ids: Iterable[
 
 def dtype_of(config: RunConfig, device: str) -> torch.dtype:
     """The type of the weights that compute on a device, such as ``"cpu"`` or ``"cuda:1"``."""
-    on_gpu = torch.device(device).type == "cuda"
-    name = ("bfloat16" if on_gpu else "float32") if config.dtype == "auto" else config.dtype
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if config.dtype == "auto":
+        return computing_type(device)
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32

@@ -290,9 +290,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         require_free(options.host, options.port)
-        from agents.models import device_of, load_model  # this takes seconds
+        from agents.models import computing_type, device_of, load_model  # this takes seconds
 
-        loaded = load_model(options.model, "teacher", world=options.world, device=device_of(options.device))
+        device = device_of(options.device)
+        loaded = load_model(options.model, "teacher", world=options.world, device=device, dtype=computing_type(device))
         with TeacherServer(loaded, options) as server:
             server.serve_command(f"serving {loaded.name}; give --teacher {server.address}")
 

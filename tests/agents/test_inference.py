@@ -6,10 +6,12 @@ import pytest
 import torch
 from requests_to_engines import plain_logprobs, prompts, run, small
 
+from agents.engines import kv_cache
 from agents.engines.base import EngineDied, SamplingParams, uniform
 from agents.engines.decoder import FamilyDecoder
 from agents.engines.own_forward import OwnDecoder
 from agents.engines.transformers import TransformersEngine
+from agents.engines.vllm import VllmEngine
 from agents.engines.weight_check import WeightMismatch, verify_weights
 
 
@@ -213,6 +215,27 @@ def test_bounds_on_memory_change_nothing(tiny_model, monkeypatch, bound, scores)
     assert {k: c.token_ids for k, c in got.items()} == {k: c.token_ids for k, c in expected.items()}
 
 
+@pytest.mark.parametrize(("place", "dtype", "shared"), [
+    ("cuda", torch.float32, False), ("cuda", torch.bfloat16, True), ("cpu", torch.float32, True),
+])  # fmt: skip
+def test_heads_share_keys_only_where_a_fused_kernel_lets_them(place, dtype, shared, monkeypatch):
+    class Placed(torch.Tensor):
+        is_cuda = place == "cuda"
+
+    plain, asked = torch.nn.functional.scaled_dot_product_attention, []
+
+    def fused(*states, enable_gqa, **options):
+        asked.append(enable_gqa)
+        return plain(*states, enable_gqa=enable_gqa, **options)
+
+    monkeypatch.setattr(kv_cache, "scaled_dot_product_attention", fused)
+    queries, keys, values = (torch.randn(1, heads, 5, 8).to(dtype).as_subclass(Placed) for heads in (4, 2, 2))
+    got = kv_cache.causal_attention(queries, keys, values, 0.3)
+    assert asked == [shared]
+    expected = plain(queries, keys.repeat_interleave(2, 1), values.repeat_interleave(2, 1), is_causal=True, scale=0.3)
+    torch.testing.assert_close(got, expected)
+
+
 def test_scattered_slots_attend_to_their_own_rows(tiny_model):
     engine = TransformersEngine(tiny_model, slots=16)
     texts = prompts(16, seed=12)
@@ -264,6 +287,27 @@ def test_a_sleeping_engine_holds_no_memory_and_answers_as_before(tiny_model):
     while not done:
         done = engine.step()
     assert done[0].token_ids == before
+
+
+def test_vllm_finds_free_what_torch_has_freed(monkeypatch):
+    """vLLM takes its memory from the driver, so what the learner has freed must be there before weights come back."""
+    calls = []
+
+    class Core:
+        def __getattr__(self, name):
+            return lambda *_, **options: calls.append((name, *options.get("tags", ())))
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    engine = object.__new__(VllmEngine)
+    engine.__dict__ |= {
+        "_dead": None, "_running": {}, "_gpu": True, "_sleeps": True, "_asleep": False, "_tied": False, "_rows": 97, "version": 0,
+        "_vocabulary": frozenset(), "llm": Core(),
+    }  # fmt: skip
+    engine.sleep()
+    calls.clear()
+    engine.load_weights([])
+    assert calls[:3] == ["empty_cache", ("wake_up", "weights"), ("collective_rpc",)]
+    assert calls[3:] == [("wake_up", "kv_cache"), ("reset_prefix_cache",)]
 
 
 def test_other_weights_than_the_trained_ones_are_noticed(tiny_model):

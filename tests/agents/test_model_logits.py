@@ -75,6 +75,25 @@ def test_gradients_go_through_what_stands_behind_the_head(kind, options):
     assert float((got - expected).norm() / expected.norm()) < 1e-4
 
 
+@pytest.mark.parametrize(("places", "size", "fits"), [(3, 0.25, True), (26, 0.04, True), (26, 0.3, False)])
+def test_rounding_of_half_precision_refuses_no_model(places, size, fits, monkeypatch):
+    """A GPU's kernels round a lone row otherwise than padded ones: at some places by much, at most by little."""
+    model = small("Llama").bfloat16()
+
+    def rounded(model, ids):
+        found = own_logits(model, ids)
+        spread = (found - found.mean(-1, keepdim=True)).abs().amax(-1)
+        found[:places, 5] += size * spread[:places]
+        return found
+
+    monkeypatch.setattr("agents.logits.own_logits", rounded)
+    if fits:
+        assert logit_head(model).plain
+    else:
+        with pytest.raises(UnsupportedModel, match="are not those of its own forward pass"):
+            logit_head(model)
+
+
 def test_a_cap_is_seen_although_the_weights_make_small_logits():
     model = small("Gemma2", final_logit_softcapping=30.0)
     with torch.no_grad():

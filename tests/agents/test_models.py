@@ -4,6 +4,7 @@ import copy
 import json
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from requests_to_engines import run, small
 from safetensors.torch import load_file, save_file
 from tinymodel import tiny_qwen3
 
+from agents import models
 from agents.engines.base import SamplingParams
 from agents.engines.transformers import TransformersEngine
 from agents.engines.weight_check import verify_weights
@@ -102,6 +104,27 @@ def test_adapters_of_another_model_are_refused(saved, tokenizer, tmp_path):
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(AtodError, match="its adapters do not fit the model"):
         load_model(str(folder), "student")
+
+
+def test_weights_that_stay_quantized_are_refused(saved, tokenizer, monkeypatch):
+    from transformers import Qwen3ForCausalLM
+
+    folder, plain = saved("m", tiny_qwen3(len(tokenizer), 0)), Qwen3ForCausalLM.from_pretrained
+
+    def quantized(dequantize):
+        def load(*arguments, **options):
+            model, info = plain(*arguments, **options)
+            settings = SimpleNamespace(quant_method="awq", dequantize=dequantize)
+            model.hf_quantizer = SimpleNamespace(quantization_config=settings)
+            return model, info
+
+        monkeypatch.setattr(models, "_kind", lambda *_: SimpleNamespace(from_pretrained=load))
+
+    quantized(dequantize=True)
+    load_model(folder, "student")
+    quantized(dequantize=False)
+    with pytest.raises(AtodError, match=r"quantized \(awq\), .*use the checkpoint that it was made from"):
+        load_model(folder, "student")
 
 
 def test_weights_that_are_no_numbers_are_named_when_they_are_loaded(saved, tokenizer):

@@ -8,6 +8,7 @@ import signal
 
 import gymnasium as gym
 import pytest
+import torch
 from episodes import outcome
 from hubcache import commit
 from toy import ToyEnv
@@ -19,6 +20,7 @@ from atod_algos.evaluate.journal import EpisodeJournal
 from atod_algos.evaluate.paired_command import load_evaluation, show_comparison
 from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, make_env, sampling_of
 from atod_algos.rollout.environments import make_env as make_training_env
+from atod_algos.teachers.server import main as serve_teacher
 from atod_algos.training.config import TrainConfig, resolve
 from atod_algos.training.run_dir import held
 from atod_envs.errors import AtodError, DataError
@@ -325,3 +327,19 @@ def test_mistakes_are_answered_in_one_line(options, words, tmp_path, capsys, mon
         main(["--env", TOY, "--agent", "random", "--out", str(tmp_path / "e"), *options])
     err = capsys.readouterr().err.strip()
     assert stop.value.code == 1 and words in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.bfloat16), ("cpu", torch.float32)])
+@pytest.mark.parametrize("command", ["eval", "serve teacher"])
+def test_a_model_computes_in_the_type_that_training_computes_in(command, device, dtype, tmp_path, monkeypatch, capsys):
+    def asked(name, role, **options):
+        raise AtodError(f"asked for {options['dtype']} on {options['device']}")
+
+    monkeypatch.setattr("agents.models.load_model", asked)
+    monkeypatch.setattr("agents.models.device_of", lambda name: device)
+    with pytest.raises(SystemExit):
+        if command == "eval":
+            main(["--env", TOY, "--agent", "some/model", "--out", str(tmp_path / "e")])
+        else:
+            serve_teacher(["some/model", "--port", "0"])
+    assert f"asked for {dtype} on {device}" in capsys.readouterr().err
