@@ -269,6 +269,10 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise AtodError("sft trains in one process; start it without torchrun")
+    if command.best_of and command.source == ("expert",):
+        raise AtodError(
+            f"--best-of {command.best_of}: it chooses among recorded episodes; leave it out, or give --source"
+        )
     options = command.fit
     config = resolve(_train_config(command, TrainConfig))
     run = RunFolder(_folder(command), _settings(command, config))
