@@ -22,7 +22,7 @@ from agents.chat import CHAT_DATE, ThinkingMode
 from agents.gguf import gguf_file
 from atod_algos.rollout.layouts import LayoutName
 from atod_envs.errors import AtodError
-from atod_envs.options import put_before, read_options, refuse_settings
+from atod_envs.options import put_before, read_options, refuse_settings, require_splits
 from atod_envs.text_env import TextEnv
 
 _USUAL: dict[str, Any] = {"thinking": ("off", None), "chat_date": (CHAT_DATE, None), "layout": ("auto", None)}
@@ -202,17 +202,22 @@ def make_env(config: EvaluateConfig, sampling: Sampling, split: str) -> gym.Env[
     options = read_options(sampling.option, split)
     refuse_settings(options, {"max_turns": "--max-turns", "split": "--panels"})
     if config.data is not None:  # an environment without files need not take it
+        refuse_settings(options, {"data": "--data alone"})
         options["data"] = config.data
     return atod_envs.make(config.env, **options, max_turns=sampling.max_turns, split=split)
 
 
 def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, Any], list[Panel]]:
     """What defines the numbers, JSON-compatible, and the panels; :func:`agent_digest` is left for later."""
+    known: dict[str, None] = {}
 
     def text_env(split: str) -> TextEnv:
-        return cast("TextEnv", make_env(config, sampling, split).unwrapped)
+        env = cast("TextEnv", make_env(config, sampling, split).unwrapped)
+        known.update(dict.fromkeys((*env.splits, split)))
+        return env
 
     panels = read_panels(text_env, config.panels or held_out_splits(config.env))
+    require_splits(config.option, known)
     settings = {
         "env": config.env,
         "data": config.data,

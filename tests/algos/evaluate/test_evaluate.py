@@ -18,6 +18,7 @@ from atod_algos.evaluate.command import main, run
 from atod_algos.evaluate.journal import EpisodeJournal
 from atod_algos.evaluate.paired_command import load_evaluation, show_comparison
 from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, make_env, sampling_of
+from atod_algos.rollout.environments import describe
 from atod_algos.rollout.environments import make_env as make_training_env
 from atod_algos.training.config import TrainConfig, resolve
 from atod_algos.training.run_dir import held
@@ -184,6 +185,18 @@ def test_a_journal_is_read_as_far_as_it_is_whole(tmp_path, damage):
     with open(journal.path, "ab") as file:
         file.write(damage)
     assert journal.read() == played == journal.read()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("tset.topk=2", "unknown split in --option 'tset.topk=2'"), ("data=other", "give --data alone instead")],
+)
+def test_an_option_of_no_split_or_of_another_setting_is_refused(option, said):
+    asked = EvaluateConfig(env="atod/SearchQA-v0", data="builtin", agent="random", panels=("test/2",), option=(option,))
+    with pytest.raises(AtodError, match=said):
+        run(asked, show=False)
+    with pytest.raises(AtodError, match=said):
+        describe(resolve(TrainConfig(env="atod/SearchQA-v0", data="builtin", option=(option,))))
 
 
 def test_a_training_runs_folder_is_not_taken_for_an_evaluation(tmp_path):
