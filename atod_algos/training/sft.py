@@ -290,11 +290,9 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
         adapters = add_adapters(model, rank=command.lora_rank, alpha=config.lora_alpha, seed=seed)
     imitator = Imitator(model, options, rows)
     digests = {command.student: model_digest(command.student, facts.env_key)}
-    recorded = (
-        []
-        if command.source == ("expert",)
-        else read_recorded(command.source, only=command.only, best_of=command.best_of)
-    )
+    recorded: list[Trajectory] = []
+    if command.source != ("expert",):
+        recorded = read_recorded(command.source, only=command.only, best_of=command.best_of)
     shown = episodes_digest(recorded)
     require_episodes_of(recorded, command.env, facts.splits[0])
     done = 0
