@@ -205,6 +205,10 @@ def require_terms(given: Any, batch: TokenBatch, algorithm: str) -> Advantages:
     return given
 
 
+ActsWith = Mapping[str, tuple[str, tuple[str, ...]]]
+"""Option -> another option of the algorithm, and the values of that one under which it acts."""
+
+
 @dataclass(frozen=True)
 class Algorithm(ABC):
     """Base class: every hook but :meth:`advantages` does nothing, so a method overrides the one or two that it needs.
@@ -216,6 +220,8 @@ class Algorithm(ABC):
     """Short name, e.g. ``"atod"``; the first part of the names that it publishes."""
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"paper": {}})
     """What ``--rules`` presets: name of the rule set -> option -> value."""
+    acts_with: ClassVar[ActsWith] = MappingProxyType({})
+    """Options that act under some values of another one alone; the command line refuses them elsewhere."""
     needs_student: ClassVar[bool] = True
     """Whether :meth:`advantages` looks at ``scores.student_M``. Where it does not, and a step has one update, the pass
     that makes the update gives these log-probs: a pass less."""

@@ -57,7 +57,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from atod_algos.advantages import importance, min_max_by_trajectory, require_range, turn_mean
-from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm
+from atod_algos.algorithm import RELEASED_REWARD, ActsWith, Advantages, RewardAlgorithm
 from atod_algos.batch import Scores, TokenBatch
 
 
@@ -70,6 +70,11 @@ class ATOD(RewardAlgorithm):
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "released": {**RELEASED_REWARD, "tdur_min_turns": 3, "tdur_min_divergence": 0.01},
+    }
+    acts_with: ClassVar[ActsWith] = {
+        "tdur_min_turns": ("weighting", ("turn",)),
+        "tdur_min_divergence": ("weighting", ("turn",)),
+        "tdur_mean_preserve": ("weighting", ("turn", "token")),
     }
 
     kappa_init: float = 1.0

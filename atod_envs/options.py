@@ -38,6 +38,22 @@ def read_options(pairs: Iterable[str], split: str | None = None) -> dict[str, An
     return options
 
 
+def require_splits(pairs: Iterable[str], splits: Collection[str]) -> None:
+    """Refuse an argument of a split that there is not: it would be an argument of none.
+
+    Args:
+        pairs: as :func:`read_options` reads them.
+        splits: the splits that there are.
+
+    Raises:
+        UnknownName: names the pair.
+    """
+    for pair in pairs:
+        where, dot, _ = pair.partition("=")[0].rpartition(".")
+        if dot and where not in splits:
+            raise UnknownName("split in --option", pair, [f"{known}.NAME=VALUE" for known in splits])
+
+
 def refuse_settings(options: Mapping[str, Any], settings: Mapping[str, str]) -> None:
     """Refuse an argument for which a command has a setting of its own, which would win without a word.
 

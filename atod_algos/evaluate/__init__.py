@@ -52,7 +52,7 @@ class Evaluation:
             return wilson(sum(t.success for t in self.trajectories), len(self.trajectories))
         low, high = self.bootstrap_interval
         if low == high:  # all tasks alike: resampling them shows no spread, but others may differ
-            return wilson(round(self.success * len(by_task)), len(by_task))
+            return wilson(self.success * len(by_task), len(by_task))
         return low, high
 
     @property

@@ -190,10 +190,12 @@ def _counter(bar: Progress, task: TaskID) -> Callable[[int], None]:
 
 def _open(out: Path, settings: Mapping[str, Any]) -> None:
     path = out / "config.json"
+    known = read_settings(out) if path.exists() else None
+    if known is not None and "panels" not in known:
+        raise AtodError(f"{out} holds a training run; choose another folder with --out")
     try:
         (out / "episodes").mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            known = read_settings(out)
+        if known is not None:
             if known.get("model") is None:  # earlier versions looked at the weights alone, or at no model of a hub
                 known["model"] = settings["model"]
             known.setdefault("api_base", settings["api_base"])  # nor did they at the server's address

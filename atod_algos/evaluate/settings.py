@@ -20,12 +20,15 @@ import atod_envs
 from agents.api import server_address
 from agents.chat import CHAT_DATE, ThinkingMode
 from agents.gguf import gguf_file
+from atod_algos.rollout.layouts import LayoutName
 from atod_envs.errors import AtodError
-from atod_envs.options import put_before, read_options, refuse_settings
+from atod_envs.options import put_before, read_options, refuse_settings, require_splits
 from atod_envs.text_env import TextEnv
 
-_USUAL: dict[str, Any] = {"thinking": ("off", None), "chat_date": (CHAT_DATE, None)}
+_USUAL: dict[str, Any] = {"thinking": ("off", None), "chat_date": (CHAT_DATE, None), "layout": ("auto", None)}
 """Left out of the settings where it is as ever, so that evaluations from before there was a choice can be compared."""
+_SERVERS_OWN = ("max_context", "thinking", "chat_date")
+"""What a server decides by itself."""
 PANEL_SIZE = 512
 """Tasks of a panel that names no size; all of a smaller split (the official ALFWorld's 140 and 134)."""
 
@@ -49,8 +52,11 @@ class EvaluateConfig:
     out: Path | None = None
     """Where to store it; by default evaluations/<agent>-<environment>."""
     style: str | None = None
-    """Prompt style; this, the next four and --option: by default those of the run that a checkpoint comes from, else of
+    """Prompt style; this, the next five and --option: by default those of the run that a checkpoint comes from, else of
     its profile."""
+    layout: LayoutName | None = None
+    """How turns become prompts, as in training: 'window' (each stands alone), 'turns' or 'trajectory' (the whole
+    conversation), 'auto' (what the style is made for)."""
     max_turns: int | None = None
     """Turn limit."""
     max_response: int | None = None
@@ -114,6 +120,7 @@ class Sampling:
 
     option: tuple[str, ...] = ()
     style: str | None = None
+    layout: LayoutName | None = None
     max_turns: int | None = None
     max_response: int | None = None
     max_context: int | None = None
@@ -152,14 +159,12 @@ def read_panels(make: Callable[[str], TextEnv], names: Sequence[str]) -> list[Pa
 
 def sampling_of(config: EvaluateConfig) -> Sampling:
     """The sampling: as given, else that of the run that a checkpoint comes from, else of the agent's profile."""
-    if config.agent in ("random", "expert"):
-        given = [
-            name
-            for name in ("style", "max_response", "max_context", "temperature")
-            if getattr(config, name) is not None
-        ]
-        if given:
-            raise AtodError(f"--{given[0].replace('_', '-')} means nothing for --agent {config.agent}; leave it out")
+    scripted, served = config.agent in ("random", "expert"), config.agent.startswith("api:")
+    known = [f.name for f in dataclasses.fields(Sampling) if f.name not in ("option", "max_turns")]
+    idle = known if scripted else _SERVERS_OWN if served else ()
+    if given := [name for name in idle if getattr(config, name) is not None]:
+        raise AtodError(f"--{given[0].replace('_', '-')} means nothing for --agent {config.agent}; leave it out")
+    if scripted:
         return Sampling(option=config.option, max_turns=config.max_turns)
     from atod_algos.training.config import TrainConfig, resolve
     from atod_algos.training.run_dir import read_settings
@@ -175,8 +180,8 @@ def sampling_of(config: EvaluateConfig) -> Sampling:
         profile |= {n: value for n, value in trained["train"].items() if n not in ("env", "max_turns", "option")}
         profile |= own or {}  # an environment that the run never played has its own turn limit and options
     profile = {**profile, "temperature": profile["eval_temperature"]}
-    if config.agent.startswith("api:"):
-        profile |= dict.fromkeys(("max_context", "thinking", "chat_date"))  # the server knows its own
+    if served:
+        profile |= dict.fromkeys(_SERVERS_OWN)
     first = profile["option"] if profile["env"] == config.env else ()
     option = put_before(first, config.option)
     names = [f.name for f in dataclasses.fields(Sampling) if f.name != "option"]
@@ -197,17 +202,22 @@ def make_env(config: EvaluateConfig, sampling: Sampling, split: str) -> gym.Env[
     options = read_options(sampling.option, split)
     refuse_settings(options, {"max_turns": "--max-turns", "split": "--panels"})
     if config.data is not None:  # an environment without files need not take it
+        refuse_settings(options, {"data": "--data alone"})
         options["data"] = config.data
     return atod_envs.make(config.env, **options, max_turns=sampling.max_turns, split=split)
 
 
 def settings_of(config: EvaluateConfig, sampling: Sampling) -> tuple[dict[str, Any], list[Panel]]:
     """What defines the numbers, JSON-compatible, and the panels; :func:`agent_digest` is left for later."""
+    known: dict[str, None] = {}
 
     def text_env(split: str) -> TextEnv:
-        return cast("TextEnv", make_env(config, sampling, split).unwrapped)
+        env = cast("TextEnv", make_env(config, sampling, split).unwrapped)
+        known.update(dict.fromkeys((*env.splits, split)))
+        return env
 
     panels = read_panels(text_env, config.panels or held_out_splits(config.env))
+    require_splits(config.option, known)
     settings = {
         "env": config.env,
         "data": config.data,

@@ -19,11 +19,11 @@ _DRAWS = 10_000
 _CHUNK = 500
 
 
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson score interval of a success rate (95 % by default).
 
     Args:
-        successes: how many succeeded.
+        successes: how many succeeded; a mean over seeds need not be whole.
         n: of how many independent episodes.
         z: quantile of the normal distribution.
     """

@@ -13,8 +13,12 @@ from atod_algos.evaluate import episode_seed, evaluate
 from atod_algos.evaluate.journal import EpisodeJournal
 from atod_algos.evaluate.settings import EvaluateConfig, Panel, Sampling, make_env
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
+from atod_algos.rollout.layouts import choose_layout
 from atod_envs.errors import AtodError, UnknownName
 from atod_envs.files import parse_json
+from atod_envs.prompting import named_style
+from atod_envs.styles import PromptStyle
+from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -106,7 +110,7 @@ class EvaluationWorker:
             self._engine,
             self._chat,
             lambda: make_env(config, sampling, panel.split),
-            style=sampling.style,
+            style=self._style(panel.split),
             max_tokens=1 if sampling.max_response is None else sampling.max_response,
             temperature=1.0 if sampling.temperature is None else sampling.temperature,
             concurrency=self._at_once,
@@ -129,6 +133,16 @@ class EvaluationWorker:
             return [found[task] for task in panel.tasks]
         finally:
             rollout.close()
+
+    def _style(self, split: str) -> str | PromptStyle | None:
+        """The prompt style, laid out as asked; None leaves the environment raw."""
+        name, layout = self._sampling.style, self._sampling.layout
+        if name is None or layout in (None, "auto"):
+            return name
+        env = make_env(self._config, self._sampling, split)
+        style, _ = choose_layout(layout, named_style(cast("TextEnv", env.unwrapped), name), self._chat)
+        env.close()
+        return style
 
     def _agent(self, env: gym.Env[str, str], seed: int) -> Agent:
         if self._client is not None:

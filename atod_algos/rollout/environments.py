@@ -10,7 +10,7 @@ import gymnasium as gym
 
 import atod_envs
 from atod_algos.training.config import RunConfig
-from atod_envs.options import read_options, refuse_settings
+from atod_envs.options import read_options, refuse_settings, require_splits
 from atod_envs.prompting import named_style
 from atod_envs.styles import PromptStyle
 from atod_envs.tasks import TaskSet
@@ -31,6 +31,7 @@ def make_env(config: RunConfig, split: str | None = None) -> gym.Env[str, str]:
     refuse_settings(options, {"max_turns": "--max-turns", "split": "the data's own splits (--data)"})
     options["max_turns"] = config.max_turns
     if config.data is not None:  # an environment without files need not take it
+        refuse_settings(options, {"data": "--data alone"})
         options["data"] = config.data
     if split is not None:
         options["split"] = split
@@ -66,10 +67,11 @@ def describe(config: RunConfig) -> EnvironmentFacts:
     """Open one training environment and note what is to be known about it.
 
     Raises:
-        UnknownName: no such environment, or it has no prompt style of that name.
+        UnknownName: no such environment, or it has no prompt style or split of that name.
     """
     env = make_env(config)
     world = cast("TextEnv", env.unwrapped)
+    require_splits(config.option, world.splits)
     facts = EnvironmentFacts(
         world.env_key,
         world.splits,

@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 LayoutName = Literal["auto", "window", "turns", "trajectory"]
 
 
-def choose_layout(name: LayoutName, style: PromptStyle, chat: ChatFormat) -> tuple[PromptStyle, RowLayout]:
+def choose_layout(name: LayoutName, style: PromptStyle, chat: ChatFormat | None) -> tuple[PromptStyle, RowLayout]:
     """The prompt style and the row layout that a setting stands for.
 
     Args:
         name: the setting; ``auto`` is ``window`` for styles whose turns stand alone, else ``trajectory``.
         style: the prompt style.
-        chat: the chat format, whose template may rewrite history.
+        chat: the chat format, whose template may rewrite history; None where a server renders the messages.
 
     Raises:
         AtodError: the style cannot be laid out so.
@@ -50,7 +50,7 @@ def choose_layout(name: LayoutName, style: PromptStyle, chat: ChatFormat) -> tup
                 "dataclass with a field 'layout' that its prompts respect"
             )
         style = cast("PromptStyle", dataclasses.replace(cast("Any", style), layout=wanted))
-    if wanted is Layout.CONVERSATION:
+    if wanted is Layout.CONVERSATION and chat is not None:
         rewritten = chat.rewritten_history()
         if rewritten is not None:
             log.warning(

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from atod_algos.advantages import require_range
-from atod_algos.algorithm import RELEASED, Advantages, Algorithm
+from atod_algos.algorithm import RELEASED, ActsWith, Advantages, Algorithm
 from atod_algos.batch import Scores, TokenBatch
 from atod_envs.errors import AtodError
 
@@ -47,6 +47,7 @@ class GKD(Algorithm):
     name: ClassVar[str] = "gkd"
     scores: ClassVar[frozenset[str]] = frozenset({"teacher", "support"})
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "released": RELEASED}
+    acts_with: ClassVar[ActsWith] = {"beta": ("divergence", ("jsd",))}
 
     divergence: Literal["forward", "reverse", "jsd"] = "reverse"
     """Which divergence."""

@@ -31,7 +31,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from atod_algos.advantages import min_max
-from atod_algos.algorithm import RELEASED, Advantages, Algorithm
+from atod_algos.algorithm import RELEASED, ActsWith, Advantages, Algorithm
 from atod_algos.batch import Scores, TokenBatch
 from atod_envs.errors import AtodError
 
@@ -42,6 +42,7 @@ class OPSA(Algorithm):
 
     name: ClassVar[str] = "opsa"
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "released": RELEASED}
+    acts_with: ClassVar[ActsWith] = {"advantage": ("adapt", ("fixed",))}
 
     keep: float = 0.2
     """rho: share of the batch's tokens that is pushed, in (0, 1] (paper: the lowest 20 %)."""

@@ -33,7 +33,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from atod_algos.advantages import turn_mean
-from atod_algos.algorithm import RELEASED, Advantages, Algorithm
+from atod_algos.algorithm import RELEASED, ActsWith, Advantages, Algorithm
 from atod_algos.batch import Scores, TokenBatch
 from atod_envs.errors import AtodError
 
@@ -47,6 +47,7 @@ class SageOPD(Algorithm):
     support: ClassVar[int] = 1
     exact_gap: ClassVar[bool] = True
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}, "released": RELEASED}
+    acts_with: ClassVar[ActsWith] = {"weak": ("intervene", ("invalid",))}
 
     intervene: Literal["all", "invalid"] = "all"
     """Where the teacher speaks: 'all' turns alike, or fully on turns that were 'invalid' and weakly on the others."""

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from atod_algos.advantages import require_range, turn_mean
-from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm
+from atod_algos.algorithm import RELEASED_REWARD, ActsWith, Advantages, RewardAlgorithm
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.grpo import differing_groups, kl_to_reference
 from atod_envs.trajectory import Group, Trajectory
@@ -62,6 +62,11 @@ class Siblings(RewardAlgorithm):
     rules: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "released": {**RELEASED_REWARD, "kl_coef": 0.01},
+    }
+    acts_with: ClassVar[ActsWith] = {
+        "nudge": ("rule", ("opid",)),
+        "strength": ("rule", ("grsd",)),
+        "largest_signal": ("rule", ("grsd",)),
     }
 
     rule: Literal["sdpo", "opid", "grsd"] = "sdpo"

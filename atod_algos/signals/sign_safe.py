@@ -57,11 +57,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from atod_algos.advantages import require_range, turn_mean
-from atod_algos.algorithm import RELEASED_REWARD, Advantages, RewardAlgorithm
+from atod_algos.algorithm import RELEASED_REWARD, ActsWith, Advantages, RewardAlgorithm
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.grpo import kl_to_reference
 from atod_algos.sdar import skill_files, skill_text
 from atod_algos.signals.siblings import has_sibling, successes, told
+from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group, Trajectory
 
 if TYPE_CHECKING:
@@ -92,6 +93,13 @@ class SignSafe(RewardAlgorithm):
         "paper": {},
         "released": {**RELEASED_REWARD, "fade_steps": 100, "kl_coef": 0.01},
     }
+    acts_with: ClassVar[ActsWith] = {
+        "strength": ("rule", ("rlsd", "crest", "stepopsd")),
+        "bound": ("rule", ("rlsd", "crest", "stepopsd")),
+        "fade_steps": ("rule", ("rlsd", "stepopsd")),
+        "agreed": ("rule", ("sg_opd",)),
+        "opposed": ("rule", ("sg_opd",)),
+    }
 
     rule: Literal["rlsd", "crest", "stepopsd", "sg_opd", "opdvr"] = "rlsd"
     """Which published rule."""
@@ -117,6 +125,11 @@ class SignSafe(RewardAlgorithm):
     def __post_init__(self) -> None:
         require_range(self, "strength", "bound", low=0, high=1)
         require_range(self, "fade_steps", "agreed", "opposed", "kl_coef", low=0)
+        if self.skills is not None and self.source != "skills":
+            raise AtodError(
+                f"--skills {self.skills}: the gap of --rule {self.rule} is here that of a {self.source}, to whom no skills are shown; "
+                "leave it out, or give --gap-source skills"
+            )
 
     def reads(self) -> Mapping[str, str]:
         """The file of skills, where skills are shown."""

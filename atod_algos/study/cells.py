@@ -272,6 +272,7 @@ def _evaluation(out: Path, agent: str, world: World, seed: int, split: str) -> E
         seeds=(seed,),
         out=out,
         style=config.style,
+        layout=config.layout,
         max_turns=config.max_turns,
         max_response=config.max_response,
         max_context=config.max_context,

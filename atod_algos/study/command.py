@@ -221,10 +221,15 @@ def _chosen(preset: Preset, config: StudyConfig) -> Preset:
     for name in config.worlds:
         if name not in names:
             raise UnknownName("world", name, names)
+    taken = config.worlds or tuple(usual.name for usual in preset.worlds)
     changes: dict[str, dict[str, Any]] = {name: {} for name in names}
     for setting, pairs in (("teacher", config.teacher), ("data", config.data)):
         for pair in pairs:
             name, value = read_pair(pair, names, f"--{setting}", "PATH")
+            if name not in taken:
+                raise AtodError(
+                    f"--{setting} {pair}: {name} is none of this study's worlds ({', '.join(taken)}); leave it out, or name it with --worlds"
+                )
             changes[name][setting] = value
     if config.student is not None:
         for change in changes.values():
@@ -232,10 +237,15 @@ def _chosen(preset: Preset, config: StudyConfig) -> Preset:
     worlds = tuple(
         dataclasses.replace(world, train={**world.train, **changes[world.name]})
         for world in known
-        if world.name in (config.worlds or [usual.name for usual in preset.worlds])
+        if world.name in taken
     )
     chosen = {name: getattr(config, name) or getattr(preset, name) for name in ("seeds", "lrs", "updates")}
     found = dataclasses.replace(preset, worlds=worlds, others=(), **chosen)
+    if config.settings_of and (config.lrs or config.updates):
+        raise AtodError(
+            "--settings-of takes rates and updates from another study, so nothing is chosen from --lrs and --updates; leave the one or "
+            "the others out"
+        )
     if len({f"{lr:g}" for lr in found.lrs}) < len(found.lrs) or not all(0 < lr < math.inf for lr in found.lrs):
         raise AtodError(f"--lrs {found.lrs}: expected rates above 0 that differ in six digits")
     for name, least in (("seeds", 0), ("updates", 1)):

@@ -299,6 +299,8 @@ class StepScorer:
                 scores = compare(
                     model, other, batch, temperature=temperature, budget=budget, support=size, limit_M=limit_M
                 )
+            if self.config.old_logprobs == "sampler":  # the pass was for the distributions
+                scores = dataclasses.replace(scores, student_M=batch.sampler_logprobs_M)
         else:
             sampled = self.config.old_logprobs == "sampler" or self.late
             student_M, entropy_M = batch.sampler_logprobs_M, None

@@ -122,6 +122,7 @@ def _run(algorithm: type[Algorithm], arguments: list[str]) -> None:
 
     _refuse_gone(arguments)
     run, config, options = _parse(algorithm, arguments, config_default, options_default)
+    _refuse_idle(options, options_default)
     logging.basicConfig(level=logging.INFO if run.verbose else logging.WARNING, format="%(levelname)s %(message)s")
     command = shlex.join(["atod", "train", algorithm.name, *arguments])
     train(resolve(config), options, run.rules, dry_run=run.dry_run, command=command)
@@ -148,6 +149,17 @@ def _refuse_gone(arguments: Sequence[str]) -> None:
         name = argument.partition("=")[0].replace("_", "-")
         if name in GONE:
             raise AtodError(f"{name} is no option any more: {GONE[name]}")
+
+
+def _refuse_idle(asked: Algorithm, plain: Algorithm) -> None:
+    """Refuse an option of the algorithm that was changed, but does not act under the others."""
+    for name, (other, values) in asked.acts_with.items():
+        value, chosen = getattr(asked, name), getattr(asked, other)
+        if value != getattr(plain, name) and chosen not in values:
+            said, other = name.replace("_", "-"), other.replace("_", "-")
+            raise AtodError(
+                f"--{said} {value}: it acts with --{other} {' or '.join(values)} alone, and here --{other} is {chosen}; leave it out"
+            )
 
 
 def _parse(

@@ -145,7 +145,8 @@ def result_tables(table: Mapping[str, Any], title: str) -> list[Table]:
     worlds = dict.fromkeys(name for row in table.values() for name in row.get("worlds", ()))
     if not worlds:
         return [result_table(list(table.items()), title)]
-    mean = ", ".join(f"{policy} {row['success']:.1%}" for policy, row in table.items())
+    everywhere = {policy: row for policy, row in table.items() if len(row["worlds"]) == len(worlds)}
+    mean = ", ".join(f"{policy} {row['success']:.1%}" for policy, row in everywhere.items())
     found: list[Table] = []
     for name in worlds:
         rows = [(policy, row["worlds"][name]) for policy, row in table.items() if name in row["worlds"]]

@@ -76,6 +76,8 @@ class RunFolder:
     def __init__(self, path: Path, settings: Mapping[str, Any], command: str = "") -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        if (path / "config.json").exists() and "panels" in read_settings(path):
+            raise AtodError(f"{path} holds an evaluation; choose another folder with --run")
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
@@ -91,12 +93,13 @@ class RunFolder:
         elif (path / "config.json").exists():
             read_settings(path, "train", "algorithm")
         self._about: dict[str, Any] = {"settings": plain, "versions": versions()}
-        if begun and (path / "config.json").exists():  # a run that is looked at again stays the one that was trained
+        if begun:  # the file says what was trained until a step more is: a run may only be looked at
             before = read_object(path / "config.json", _ADVICE)
             self._about |= {name: before[name] for name in ("command", "commits") if name in before}
-        elif command:
-            self._about["command"] = command
-        self._write("config.json", self._about)
+        else:
+            if command:
+                self._about["command"] = command
+            self._write("config.json", self._about)
         self._settings = plain
         self._writers: list[Writer] = []
         self._watch = CollapseWatch()
@@ -111,7 +114,7 @@ class RunFolder:
         commits = self._about.setdefault("commits", [])
         if (commit := source_commit()) not in commits:
             commits.append(commit)
-            self._write("config.json", self._about)
+        self._write("config.json", self._about)
         kept = [row for row in self.metrics() if row["step"] <= step]
         if len(kept) < step:
             log.warning(
@@ -213,8 +216,7 @@ def require_settings(folder: Path, settings: Mapping[str, Any], option: str = "-
     held = read_settings(folder, "train", "algorithm")
     if (was := held["algorithm"].get("name")) != (now := plain["algorithm"]["name"]):
         raise AtodError(f"{folder} holds a run of {was}, not of {now}; choose another folder with {option}")
-    changed = _difference(_of_this_version(held, plain["algorithm"]), plain)
-    if changed:
+    if changed := _difference(_of_this_version(held, plain["algorithm"]), plain):
         name, old, new = changed
         why = " (--steps: its learning rate falls towards the last step)" if name == "horizon" else ""
         raise AtodError(
@@ -367,8 +369,7 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         if name in FREE_SETTINGS and not prefix.startswith("algorithm"):
             continue
         if isinstance(a, dict) and isinstance(b, dict):
-            inner = _difference(a, b, f"{prefix}{name}.")
-            if inner is not None:
+            if (inner := _difference(a, b, f"{prefix}{name}.")) is not None:
                 return inner
         elif a != b:
             return f"{prefix}{name}", a, b
@@ -377,14 +378,13 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 def settings_of(config: RunConfig, algorithm: Algorithm, rules: str) -> dict[str, Any]:
     """Everything that defines a run, JSON-compatible."""
-    options = dataclasses.asdict(cast("Any", algorithm))
     # A run may be prolonged, but not one whose learning rate falls towards its last step.
     horizon = None if config.lr_floor == 1.0 else config.steps
     return {
         "rules": rules,
         "horizon": horizon,
         "train": config.stored(),
-        "algorithm": {"name": algorithm.name, **options},
+        "algorithm": {"name": algorithm.name, **dataclasses.asdict(cast("Any", algorithm))},
         **({"worlds": worlds} if (worlds := config.stored_worlds()) else {}),
     }
 

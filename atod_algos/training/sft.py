@@ -269,6 +269,10 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise AtodError("sft trains in one process; start it without torchrun")
+    if command.best_of and command.source == ("expert",):
+        raise AtodError(
+            f"--best-of {command.best_of}: it chooses among recorded episodes; leave it out, or give --source"
+        )
     options = command.fit
     config = resolve(_train_config(command, TrainConfig))
     run = RunFolder(_folder(command), _settings(command, config))
@@ -286,11 +290,9 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
         adapters = add_adapters(model, rank=command.lora_rank, alpha=config.lora_alpha, seed=seed)
     imitator = Imitator(model, options, rows)
     digests = {command.student: model_digest(command.student, facts.env_key)}
-    recorded = (
-        []
-        if command.source == ("expert",)
-        else read_recorded(command.source, only=command.only, best_of=command.best_of)
-    )
+    recorded: list[Trajectory] = []
+    if command.source != ("expert",):
+        recorded = read_recorded(command.source, only=command.only, best_of=command.best_of)
     shown = episodes_digest(recorded)
     require_episodes_of(recorded, command.env, facts.splits[0])
     done = 0

@@ -19,6 +19,7 @@ from atod_algos.evaluate.command import main, run
 from atod_algos.evaluate.journal import EpisodeJournal
 from atod_algos.evaluate.paired_command import load_evaluation, show_comparison
 from atod_algos.evaluate.settings import EvaluateConfig, episodes_path, make_env, sampling_of
+from atod_algos.rollout.environments import describe
 from atod_algos.rollout.environments import make_env as make_training_env
 from atod_algos.teachers.server import main as serve_teacher
 from atod_algos.training.config import TrainConfig, resolve
@@ -42,6 +43,12 @@ def test_tasks_that_are_all_solved_with_every_seed_say_no_more_than_as_many_task
     one = Evaluation(tuple(outcome(str(task), True) for task in range(8)))
     three = Evaluation(one.trajectories * 3)
     assert three.interval == one.interval and three.interval[0] < 0.7
+
+
+def test_tasks_that_are_all_half_solved_have_an_interval_around_a_half():
+    halves = Evaluation(tuple(outcome(str(task), seed == 0, seed=seed) for task in range(5) for seed in (0, 1)))
+    low, high = halves.interval
+    assert low + high == pytest.approx(1) and low < 0.5 < high
 
 
 def test_interval_of_several_seeds_is_over_tasks():
@@ -182,6 +189,25 @@ def test_a_journal_is_read_as_far_as_it_is_whole(tmp_path, damage):
     assert journal.read() == played == journal.read()
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("tset.topk=2", "unknown split in --option 'tset.topk=2'"), ("data=other", "give --data alone instead")],
+)
+def test_an_option_of_no_split_or_of_another_setting_is_refused(option, said):
+    asked = EvaluateConfig(env="atod/SearchQA-v0", data="builtin", agent="random", panels=("test/2",), option=(option,))
+    with pytest.raises(AtodError, match=said):
+        run(asked, show=False)
+    with pytest.raises(AtodError, match=said):
+        describe(resolve(TrainConfig(env="atod/SearchQA-v0", data="builtin", option=(option,))))
+
+
+def test_a_training_runs_folder_is_not_taken_for_an_evaluation(tmp_path):
+    (tmp_path / "config.json").write_text('{"settings": {"train": {}}}')
+    with pytest.raises(AtodError, match="holds a training run; choose another folder with --out"):
+        run(EvaluateConfig(env=TOY, agent="random", panels=("test/2",), out=tmp_path), show=False)
+    assert not (tmp_path / "episodes").exists()
+
+
 def test_a_model_that_was_changed_is_another_policy(models, tmp_path):
     """Whatever of it decides what it says: not its weights alone."""
     model = shutil.copytree(models["student"], tmp_path / "model")
@@ -225,6 +251,45 @@ def test_a_checkpoint_is_sampled_as_its_run_was(models, tmp_path, monkeypatch):
         monkeypatch.chdir(place)
         assert sampling_of(EvaluateConfig(env=TOY, agent=name)).max_turns == 2, "wherever one stands"
         assert sampling_of(EvaluateConfig(env=TOY, agent="builtin")) == profile
+
+
+def test_a_run_in_whole_conversations_is_evaluated_in_them(tmp_path):
+    """A window style in a conversation gives other prompts: the second continues the first."""
+    run_folder = tmp_path / "r"
+    (run_folder / "checkpoints" / "best").mkdir(parents=True)
+    (run_folder / "metrics.jsonl").touch()
+    train = dataclasses.asdict(resolve(TrainConfig(layout="turns", style="atod", max_turns=2)))
+    (run_folder / "config.json").write_text(json.dumps({"settings": {"train": train}}))
+    best = str(run_folder / "checkpoints" / "best")
+    assert sampling_of(EvaluateConfig(agent=best)).layout == "turns"
+    for layout, continues in (("auto", False), ("turns", True)):
+        asked = EvaluateConfig(
+            data="builtin", style="atod", layout=layout, max_turns=2, max_context=4096, panels=("valid_seen/1",),
+            out=tmp_path / layout,
+        )  # fmt: skip
+        run(asked, show=False)
+        (episode,) = read_jsonl(episodes_path(tmp_path / layout, "valid_seen/1", 0))
+        first, second = episode.turns
+        whole = first.prompt_ids + first.response_ids
+        assert (second.prompt_ids[: len(whole)] == whole) == continues
+        stored = json.loads((tmp_path / layout / "config.json").read_text())["settings"]["sampling"]
+        assert stored.get("layout") == (layout if continues else None), "left out as evaluations of before have it"
+
+
+@pytest.mark.parametrize(
+    ("agent", "given"),
+    [
+        ("expert", "thinking"),
+        ("random", "chat_date"),
+        ("expert", "layout"),
+        ("api:m", "max_context"),
+        ("api:m", "thinking"),
+    ],
+)
+def test_what_does_not_act_on_an_agent_is_refused(agent, given):
+    value = {"thinking": "on", "chat_date": "2026-01-01", "layout": "turns", "max_context": 64}[given]
+    with pytest.raises(AtodError, match=f"--{given.replace('_', '-')} means nothing for --agent {agent}"):
+        sampling_of(EvaluateConfig(agent=agent, **{given: value}))
 
 
 def test_the_world_is_the_runs_or_the_profiles_unless_told_otherwise(tmp_path):

@@ -11,7 +11,7 @@ from episodes import episode
 
 from atod_algos.signals.siblings import HEADING, Siblings
 from atod_algos.signals.sign_safe import SignSafe, equal_budgets
-from atod_algos.training.cli import with_rules
+from atod_algos.training.cli import main, with_rules
 from atod_envs.errors import AtodError
 from atod_envs.trajectory import Group
 
@@ -97,6 +97,40 @@ def test_the_sign_is_the_outcomes_whatever_the_teacher_says(ragged):
         SignSafe(strength=2.0)
     with pytest.raises(AtodError, match="--fade-steps -1"):
         SignSafe(fade_steps=-1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "said"),
+    [
+        (
+            SignSafe,
+            "--rule sg_opd --strength 0.3",
+            "--strength 0.3: it acts with --rule rlsd or crest or stepopsd alone",
+        ),
+        (
+            SignSafe,
+            "--rule crest --agreed 2",
+            "--agreed 2.0: it acts with --rule sg_opd alone, and here --rule is crest",
+        ),
+        (
+            SignSafe,
+            "--rules released --rule crest --fade-steps 50",
+            "--fade-steps 50: it acts with --rule rlsd or stepopsd",
+        ),
+        (SignSafe, "--rule opdvr --skills X", "--skills X: the gap of --rule opdvr is here that of a teacher"),
+        (Siblings, "--rule sdpo --nudge 0.1", "--nudge 0.1: it acts with --rule opid alone"),
+        (Siblings, "--rule opid --largest-signal 3", "--largest-signal 3.0: it acts with --rule grsd alone"),
+    ],
+)
+def test_an_option_of_another_rule_is_refused(kind, words, said, capsys):
+    with pytest.raises(SystemExit):
+        main(kind, [*words.split(), "--dry-run"])
+    assert said in capsys.readouterr().err
+
+
+def test_what_a_rule_set_presets_is_no_slip(capsys):
+    main(SignSafe, ["--rules", "released", "--rule", "crest", "--dry-run"])
+    assert "fade_steps=100" in capsys.readouterr().out
 
 
 def test_each_rule_takes_its_papers_source_unless_another_is_named(ragged):

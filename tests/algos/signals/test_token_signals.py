@@ -16,6 +16,7 @@ from atod_algos.atod import ATOD
 from atod_algos.batch import make_batch
 from atod_algos.learner.logprobs import _mean_gap, score
 from atod_algos.opd import OPD
+from atod_algos.signals.gkd import GKD
 from atod_algos.signals.iw_opd import IWOPD, share_before
 from atod_algos.signals.opsa import OPSA
 from atod_algos.signals.vopd import VOPD
@@ -193,6 +194,18 @@ def test_the_students_entropy_can_be_had_without_a_teacher(models, tokenizer):
         close(scores.entropy_M, entropy_M)
         close(scores.student_M, logprobs_M if old == "learner" else rows.sampler_logprobs_M)
         assert (entropy_M > 0).all() and scores.teacher_M is None
+
+
+@pytest.mark.parametrize("algorithm", [VOPD(), GKD()], ids=["whole", "top-k"])
+def test_the_samplers_logprobs_are_the_old_ones_where_distributions_are_compared(algorithm, models):
+    student, teacher = (load_model(str(models[name]), name) for name in ("student", "teacher"))
+    turn = Turn(0, "o", (), (3, 4), (5, 6, 7), (-0.1, -0.2, -0.3), "", "", True, True, 0.0)
+    attempt = Trajectory("e", "t", "s", "", "g", 0, (turn,), "", False, 0.0, StopReason.FAILURE)
+    rows = make_batch([Group("t", (attempt,))])
+    config = resolve(TrainConfig(env=TOY, student="x", teacher="y", old_logprobs="sampler", gap_clip=0.0))
+    scores = StepScorer(config, algorithm, student, None, lambda *_: teacher, "cpu").score(rows)
+    close(scores.student_M, [-0.1, -0.2, -0.3])
+    close(scores.teacher_M, score(teacher.model, rows, temperature=1.0)[0])
 
 
 # --- IW-OPD -------------------------------------------------------------------------------------------------------

@@ -349,6 +349,12 @@ def test_a_broken_cell_is_named(content, tmp_path):
         (["--methods", "grop"], "unknown method 'grop'; did you mean 'grpo'"),
         (["--worlds", "alf"], "unknown world 'alf'"),
         (["--data", "alfworld"], "unknown world in --data 'alfworld'"),
+        (
+            ["--worlds", "alfworld", "--data", "webshop=X"],
+            "--data webshop=X: webshop is none of this study's worlds (alfworld)",
+        ),
+        (["--teacher", "textcraft=X"], "textcraft is none of this study's worlds (alfworld, "),
+        (["--settings-of", "X", "--lrs", "1e-3"], "nothing is chosen from --lrs and --updates"),
         (["--seeds", "1000"], "is the seed that chooses rate and updates"),
         (["--seeds", "1", "1"], "expected different whole numbers from 0"),
         (["--updates", "0"], "expected different whole numbers from 1"),

@@ -102,6 +102,25 @@ def test_random_damage_is_one_error_or_none(tmp_path):
     assert refused > 50
 
 
+def test_looking_at_a_run_leaves_what_it_says_of_itself(tmp_path):
+    """Steps and stores may change, and versions do: they are those of the last step that was trained."""
+    begun(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    changed = {**SETTINGS, "train": {**SETTINGS["train"], "steps": 1}}
+    run = RunFolder(tmp_path, changed)
+    assert (tmp_path / "config.json").read_bytes() == before
+    run.begin(3)
+    run.close()
+    assert read_settings(tmp_path)["train"]["steps"] == 1
+
+
+def test_a_folder_of_an_evaluation_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"settings": {"panels": []}}')
+    with pytest.raises(AtodError, match="holds an evaluation; choose another folder with --run"):
+        RunFolder(tmp_path, SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 # --- gaps and strays --------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +166,9 @@ def old_settings(**train):
 def test_a_run_of_the_last_version_resumes(tmp_path):
     begun(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"settings": old_settings()}))
-    RunFolder(tmp_path, SETTINGS)
+    run = RunFolder(tmp_path, SETTINGS)
+    run.begin(3)
+    run.close()
     assert "keep_tokens" not in read_settings(tmp_path)["train"]
 
 

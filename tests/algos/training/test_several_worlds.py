@@ -17,6 +17,7 @@ from atod_algos.report.data import read_run
 from atod_algos.rollout.task_sampler import StepSampler
 from atod_algos.training.cli import main
 from atod_algos.training.config import TrainConfig, resolve
+from atod_algos.training.console import result_tables
 from atod_algos.training.presets import builtin_run
 from atod_algos.training.worlds import ALL
 from atod_envs.errors import AtodError, UnknownName
@@ -231,3 +232,11 @@ def test_a_run_keeps_its_environments(options, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(GRPO, [*options, "--steps", "2", "--run", str(tmp_path / "r"), "--max-turns", "3", "echo=3"])
     assert "worlds.echo.max_turns=2" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_the_means_of_a_final_table_are_over_all_environments():
+    """A teacher of one environment alone has no mean: it would stand next to means over others."""
+    part = {"success": 0.5, "low": 0.2, "high": 0.8, "n": 4, "length": 2.0, "by_label": {}}
+    both = {"success": 0.5, "worlds": {"a": part, "b": part}}
+    found = result_tables({"before": both, "teacher": {"success": 0.9, "worlds": {"a": part}}}, "panel")
+    assert found[-1].caption == "mean success over the environments: before 50.0%"

@@ -19,7 +19,7 @@ from atod_algos.evaluate.command import run as evaluate
 from atod_algos.evaluate.settings import EvaluateConfig
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
 from atod_algos.training.demonstrations import demonstrate, read_recorded, require_episodes_of, tokenized
-from atod_algos.training.sft import Imitator, main
+from atod_algos.training.sft import Imitator, SftCommand, main, train_sft
 from atod_envs.errors import AtodError
 from atod_envs.styles import as_conversation
 from atod_envs.trajectory import read_jsonl, write_jsonl
@@ -186,6 +186,11 @@ def test_recorded_prompts_are_those_that_were_shown(chat, style):
     assert [[turn.response_ids for turn in t.turns] for t in again] == [
         [u.response_ids for u in t.turns] for t in shown
     ]
+
+
+def test_the_best_of_the_experts_own_episodes_are_not_chosen():
+    with pytest.raises(AtodError, match="--best-of 2: it chooses among recorded episodes"):
+        train_sft(SftCommand("builtin", "out", best_of=2), print)
 
 
 def test_bare_actions_and_other_forms_are_phrased_by_the_style(chat, evaluation):
