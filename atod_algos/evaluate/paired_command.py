@@ -12,7 +12,6 @@ from rich.table import Table
 
 from atod_algos.evaluate import Comparison, Evaluation, compare
 from atod_algos.evaluate.settings import episodes_path
-from atod_algos.evaluate.statistics import Paired
 from atod_algos.training.run_dir import read_settings
 from atod_envs.errors import AtodError, DataError
 from atod_envs.trajectory import read_jsonl
@@ -71,11 +70,6 @@ def _say_what_differs(a: Path, b: Path, names: Sequence[str]) -> None:
             )
 
 
-def _interval(paired: Paired) -> str:
-    """The bootstrap's interval; none where all tasks differ by the same, since resampling then shows no spread."""
-    return "-" if paired.low == paired.high else f"{100 * paired.low:+.1f} - {100 * paired.high:+.1f}"
-
-
 def show_comparison(a: Path, b: Path) -> dict[str, Comparison]:
     """Compare two stored evaluations and show the table.
 
@@ -107,13 +101,13 @@ def show_comparison(a: Path, b: Path) -> dict[str, Comparison]:
         paired = result.success
         table.add_row(
             f"{name} (n={paired.tasks})", f"{left[name].success:.1%}", f"{right[name].success:.1%}", f"{paired.difference:+.1%}",
-            _interval(paired), f"{paired.p_value:.3g}", str(result.only_a), str(result.only_b),
+            paired.points, f"{paired.p_value:.3g}", str(result.only_a), str(result.only_b),
             f"{result.mcnemar:.3g}", f"{result.length.difference:+.2f}",
         )  # fmt: skip
         for label, part in result.by_label.items():
             table.add_row(
                 f"  {label} (n={part.tasks})", "", "", f"{part.difference:+.1%}",
-                _interval(part), f"{part.p_value:.3g}",
+                part.points, f"{part.p_value:.3g}",
             )  # fmt: skip
     console = Console()
     if not console.is_terminal:

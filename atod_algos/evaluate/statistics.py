@@ -87,6 +87,11 @@ class Paired:
     p_value: float
     tasks: int
 
+    @property
+    def points(self) -> str:
+        """The interval in points; "-" where all tasks differ by the same, for resampling then shows no spread."""
+        return "-" if self.low == self.high else f"{100 * self.low:+.1f} to {100 * self.high:+.1f}"
+
 
 def paired(a_N: np.ndarray, b_N: np.ndarray) -> Paired:
     """Compare two policies task by task.

@@ -157,7 +157,7 @@ def _claims(decisions: Sequence[Decision]) -> list[str]:
     )
     rows = [
         [
-            d.claim, f"{100 * d.tasks.difference:+.1f}", f"{100 * d.tasks.low:+.1f} to {100 * d.tasks.high:+.1f}", f"{d.tasks.p_value:.3g}",
+            d.claim, f"{100 * d.tasks.difference:+.1f}", d.tasks.points, f"{d.tasks.p_value:.3g}",
             f"{d.p_seeds:.2g}" if len(d.seeds) > 1 else "-", str(len(d.seeds)), d.verdict,
         ]
         for d in decisions

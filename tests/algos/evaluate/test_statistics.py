@@ -38,6 +38,7 @@ def test_paired_comparison_sees_what_unpaired_intervals_cannot():
     result = paired(better, base)
     assert result.difference == pytest.approx(0.06) and result.low > 0 and result.p_value < 0.002
     assert paired(base, base).p_value == 1.0
+    assert paired(base, base - 0.5).points == "-" and result.points.startswith("+") and " to +" in result.points
     with pytest.raises(ValueError, match="same tasks"):
         paired(base, base[:-1])
 
