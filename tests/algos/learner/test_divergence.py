@@ -21,9 +21,10 @@ from atod_algos.gopd import GOPD
 from atod_algos.grpo import GRPO
 from atod_algos.learner import logprobs as scoring
 from atod_algos.learner.distribution import distribution
-from atod_algos.learner.learner import SANE_KL, DivergenceTerm, Learner
+from atod_algos.learner.learner import SANE_KL, Learner
 from atod_algos.learner.lora import add_adapters
 from atod_algos.learner.loss import TeacherTokens, aggregation_weights, reverse_kl
+from atod_algos.learner.minibatch import DivergenceTerm
 from atod_algos.opd import OPD
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
 from atod_algos.signals.gkd import GKD
