@@ -319,7 +319,7 @@ def test_adapters_may_learn_from_the_model_that_they_stand_on(batch, models):
 def test_a_server_is_refused(tmp_path, models, monkeypatch):
     from atod_algos.teachers import local
 
-    monkeypatch.setattr(local, "RemoteJudge", lambda *_, **__: object())
+    monkeypatch.setattr(local, "RemoteScorer", lambda *_, **__: object())
     config = options(tmp_path, {**models, "teacher": "http://nowhere:1/v1#m"}, gap="exact")
     with pytest.raises(AtodError, match="--gap exact compares whole distributions"):
         train(config, OPD(), "paper")
