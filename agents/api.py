@@ -100,7 +100,6 @@ class ChatClient:
         options: address, time-out, retries.
         temperature: of the sampling.
         max_tokens: longest response.
-        wait: sleeps; replaced in tests.
 
     Attributes:
         prompt_tokens: what the server says it has read so far.
@@ -117,10 +116,9 @@ class ChatClient:
         *,
         temperature: float,
         max_tokens: int,
-        wait: Callable[[float], None] = time.sleep,
     ) -> None:
         self.model, self.options = model, options
-        self._api = ApiClient(options, wait=wait)
+        self._api = ApiClient(options)
         self._temperature, self._max_tokens = temperature, max_tokens
         self._lock = Lock()
         self.prompt_tokens = self.completion_tokens = 0

@@ -130,29 +130,7 @@ def load_model(
         from transformers.utils import logging as hub_logging
 
     hub_logging.disable_progress_bar()
-    source = name
-    if name == "builtin":
-        source = str(REFERENCE / world / role)
-        if not Path(source).is_dir():
-            offered = ", ".join(sorted(path.name for path in REFERENCE.iterdir() if (path / role).is_dir()))
-            raise AtodError(
-                f"no reference {role} comes with the project for {world or 'this environment'!r} (there is one for: {offered}); "
-                f"give {option or '--' + role} PATH_OR_HUB_ID"
-            )
-    packed = gguf_file(source)
-    if packed is not None:
-        try:
-            source = str(converted(packed))
-        except AtodError as error:
-            raise AtodError(f"{role} model {name!r}: {error}") from error
-    looks_local = source.startswith((".", "/", "~")) or Path(source).exists()
-    if looks_local:
-        path = Path(source).expanduser()
-        if not path.is_dir():
-            raise AtodError(f"{role} model: no folder at {path}; expected one with config.json and weights")
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-            raise AtodError(f"{role} model: {path} holds no config.json; expected a folder written by save_pretrained")
-        source = str(path.resolve())  # so that adapters trained on it name a place that is the same from everywhere
+    source, looks_local = _located(name, role, world, option or f"--{role}")
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -170,6 +148,33 @@ def load_model(
         "loaded %s %s: %d parameters", role, name, sum(p.numel() for p in model.parameters())
     )
     return LoadedModel(name, accept(model.to(device).eval(), tokenizer, f"{role} model {name!r}"), tokenizer)
+
+
+def _located(name: str, role: str, world: str, option: str) -> tuple[str, bool]:
+    """What ``from_pretrained`` is to read for a model's name, and whether it is a folder here."""
+    source = name
+    if name == "builtin":
+        source = str(REFERENCE / world / role)
+        if not Path(source).is_dir():
+            offered = ", ".join(sorted(path.name for path in REFERENCE.iterdir() if (path / role).is_dir()))
+            raise AtodError(
+                f"no reference {role} comes with the project for {world or 'this environment'!r} (there is one for: {offered}); "
+                f"give {option} PATH_OR_HUB_ID"
+            )
+    packed = gguf_file(source)
+    if packed is not None:
+        try:
+            source = str(converted(packed))
+        except AtodError as error:
+            raise AtodError(f"{role} model {name!r}: {error}") from error
+    if not source.startswith((".", "/", "~")) and not Path(source).exists():
+        return source, False
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        raise AtodError(f"{role} model: no folder at {path}; expected one with config.json and weights")
+    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        raise AtodError(f"{role} model: {path} holds no config.json; expected a folder written by save_pretrained")
+    return str(path.resolve()), True  # so that adapters trained on it name a place that is the same from everywhere
 
 
 def like(model: Any, other: Any) -> bool:

@@ -19,6 +19,8 @@ from atod_envs.errors import AtodError
 
 NO_RANGE = 1e-8
 """A smaller range counts as none in a min-max normalisation."""
+_EPS = 1e-6
+"""Added to the deviation of a group."""
 
 
 def require_range(options: object, *names: str, low: float, high: float = math.inf) -> None:
@@ -75,7 +77,6 @@ def group_advantage(
     *,
     divide: bool = True,
     ddof: int = 1,
-    eps: float = 1e-6,
     alone: bool = False,
 ) -> np.ndarray:
     """Group-relative advantage, eq 2: (r - mean) / (std + eps) within each group.
@@ -87,7 +88,6 @@ def group_advantage(
         group_R: group of each unit.
         divide: divide by the standard deviation.
         ddof: 1 for the sample deviation (released code; the paper is silent), 0 for the population's.
-        eps: added to the deviation.
         alone: give a unit that is alone in its group its reward, as the released code does (mean 0, deviation 1).
 
     Returns:
@@ -107,7 +107,7 @@ def group_advantage(
         return np.asarray(centred_R)
     variance = np.bincount(group_R, centred_R**2) / np.maximum(count - ddof, 1)
     std = np.where(count > 1, np.sqrt(variance), 1.0)
-    return np.asarray(centred_R / (std[group_R] + eps))
+    return np.asarray(centred_R / (std[group_R] + _EPS))
 
 
 def reward_advantage(

@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from atod_algos import foreign_agents
+from atod_envs import ENVIRONMENTS
 from atod_envs.stopping import stoppable
 
 
@@ -256,8 +257,6 @@ def _tree() -> Any:
 
 def _add_options(parser: Any, module: str, called: str) -> None:
     import shtab
-
-    from atod_envs import ENVIRONMENTS
 
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(io.StringIO()):

@@ -66,19 +66,25 @@ TurnActor = Callable[[int], Role | Decision | Replay | None]
 
 
 class TurnPlan(Protocol):
-    """Who plays which turns of an episode. A value that can be pickled: workers of a cluster get it."""
+    """Who plays which turns of an episode. A value that can be pickled: workers of a cluster get it.
+
+    A plan that derives from it says only what differs from the defaults.
+    """
 
     @property
     def learned(self) -> tuple[Role, ...]:
-        """Whose turns are learned from: those alone carry token ids."""
+        """Whose turns are learned from: those alone carry token ids. By default the student's."""
+        return ("student",)
 
     @property
     def expert_watches(self) -> bool:
-        """Whether the expert follows the whole episode, so that it can answer at any turn."""
+        """Whether the expert follows the whole episode, so that it can answer at any turn. Not by default."""
+        return False
 
     @property
     def teacher_plays(self) -> bool:
-        """Whether the teacher is asked for turns, so that it must be there where episodes are played."""
+        """Whether the teacher is asked for turns, so that it must be where episodes are played. Not by default."""
+        return False
 
     def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnActor:
         """Plan one episode.
@@ -90,8 +96,8 @@ class TurnPlan(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertFirst:
+@dataclass(frozen=True)
+class ExpertFirst(TurnPlan):
     """The expert plays all but ``leaves`` of the last turns of its own solution; the student goes on from there.
 
     A task that the expert does not solve has no such turns. What the expert plays depends on the task and the seed
@@ -99,14 +105,10 @@ class ExpertFirst:
 
     Attributes:
         leaves: the turns left to the student.
-        learned: whose turns are learned from.
-        expert_watches: see :class:`TurnPlan`.
         teacher_plays: the teacher plays turns of branches (``Algorithm.branch``).
     """
 
     leaves: int
-    learned: tuple[Role, ...] = ("student",)
-    expert_watches: bool = False
     teacher_plays: bool = False
 
     def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnActor:
@@ -116,8 +118,8 @@ class ExpertFirst:
         return lambda turn: ahead[turn] if turn < len(ahead) else "student"
 
 
-@dataclass(frozen=True, slots=True)
-class Guided:
+@dataclass(frozen=True)
+class Guided(TurnPlan):
     """A guide plays each turn with some probability, the student the others.
 
     The coins follow from the episode's seed and the turn alone.
@@ -156,8 +158,8 @@ class Guided:
         return lambda turn: self.guide if self.guides(spec.seed, turn) else "student"
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+@dataclass(frozen=True)
+class Stored(TurnPlan):
     """A stored episode is played again up to a drawn turn; the student goes on from there.
 
     With K turns stored, the student's first turn is turn t (from 0) with a probability proportional to ``decay`` to the
@@ -173,9 +175,6 @@ class Stored:
     decay: float
     turns: int = 0
     episodes: Mapping[str, Sequence[Sequence[Replay]]] | None = None
-    learned: tuple[Role, ...] = ("student",)
-    expert_watches: bool = False
-    teacher_plays: bool = False
 
     def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnActor:
         """See :class:`TurnPlan`."""
@@ -208,8 +207,8 @@ class Branch:
     players: tuple[Role, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Branches:
+@dataclass(frozen=True)
+class Branches(TurnPlan):
     """Each episode is a branch, which its group id names.
 
     Attributes:
@@ -219,8 +218,11 @@ class Branches:
 
     branches: Mapping[str, Branch]
     learned: tuple[Role, ...] = ("student",)
-    expert_watches: bool = False
-    teacher_plays: bool = True
+
+    @property
+    def teacher_plays(self) -> bool:
+        """It does in the branches."""
+        return True
 
     def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnActor:
         """See :class:`TurnPlan`."""

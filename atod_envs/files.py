@@ -132,7 +132,7 @@ def read_object(path: Path, advice: str = AGAIN) -> dict[str, Any]:
     return value
 
 
-def json_lines(path: Path, advice: str = AGAIN) -> Iterator[tuple[int, dict[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a JSON-lines file one by one, with the numbers of their lines, from 1; blank lines are allowed.
 
     Raises:
@@ -143,28 +143,27 @@ def json_lines(path: Path, advice: str = AGAIN) -> Iterator[tuple[int, dict[str,
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 where = f"{path}, line {number}"
-                text = _decoded(line, where, advice)
+                text = _decoded(line, where, AGAIN)
                 if number == 1:
                     text = text.removeprefix("\ufeff")
                 if not text.strip():
                     continue
-                row = parse_json(text, where, advice)
+                row = parse_json(text, where, AGAIN)
                 if not isinstance(row, dict):
-                    raise DataError(f"{where}: expected a JSON object, found {_kind(row)}; {advice}")
+                    raise DataError(f"{where}: expected a JSON object, found {_kind(row)}; {AGAIN}")
                 yield number, row
     except _BROKEN as error:
         if isinstance(error, DataError):
             raise
-        raise _unreadable(path, error, advice, f", line {number + 1}", "JSON lines") from None
+        raise _unreadable(path, error, AGAIN, f", line {number + 1}", "JSON lines") from None
 
 
-def parquet_rows(path: Path, batch: int = 4096, advice: str = AGAIN) -> Iterator[tuple[int, dict[str, Any]]]:
+def parquet_rows(path: Path, batch: int = 4096) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a Parquet file one by one, with their numbers, from 1.
 
     Args:
         path: the file.
         batch: rows that are decoded at a time.
-        advice: what to do if the file is broken.
 
     Raises:
         DataError: pyarrow is not installed, or the file cannot be read or is no Parquet.
@@ -185,7 +184,7 @@ def parquet_rows(path: Path, batch: int = 4096, advice: str = AGAIN) -> Iterator
         except (pa.ArrowException, OSError, ValueError, TypeError, MemoryError, OverflowError) as error:
             place = f", after row {number}" if number else ""
             reason = str(error).partition("\n")[0]
-            raise DataError(f"{path}{place}: expected Parquet ({reason}); {advice}") from None
+            raise DataError(f"{path}{place}: expected Parquet ({reason}); {AGAIN}") from None
         for row in rows:
             number += 1
             yield number, row

@@ -32,20 +32,19 @@ class TaskSet(Sequence[str]):
             raise ValueError(f"split {split!r} holds duplicate task ids")
 
     @classmethod
-    def of_split(cls, split: str, where: Mapping[str, str], whole: str = "all") -> Self:
+    def of_split(cls, split: str, where: Mapping[str, str]) -> Self:
         """The tasks of one split.
 
         Args:
-            split: its name; ``whole`` takes the tasks of every split.
+            split: its name; ``all`` takes the tasks of every split.
             where: task id -> split.
-            whole: name of all together.
 
         Raises:
             UnknownName: no task is in a split of that name.
         """
-        ids = [task_id for task_id, at in where.items() if split in (at, whole)]
+        ids = [task_id for task_id, at in where.items() if split in (at, "all")]
         if not ids:
-            raise UnknownName("split", split, (*dict.fromkeys(where.values()), whole))
+            raise UnknownName("split", split, (*dict.fromkeys(where.values()), "all"))
         return cls(split, ids)
 
     @overload

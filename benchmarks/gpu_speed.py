@@ -177,6 +177,7 @@ def engine(setting: Setting) -> dict[str, Any]:
     count, turns, new, said = (4, 2, 8, 4) if setting.toy else (64, 5, 100, 24)
     rng = np.random.default_rng(0)
     found: dict[str, Any] = {}
+    copied = bandwidth(setting)
     for name in ("smollm2", "0.6B", "1.7B"):
         if setting.left() < (0 if setting.toy else 12):
             found[name] = "not reached"
@@ -212,7 +213,10 @@ def engine(setting: Setting) -> dict[str, Any]:
                 if setting.left() < 3:
                     break
             if isinstance(made, TransformersEngine):
-                found[f"{name}: {who}, a step of {count} tokens (ms)"] = _decoding(made, model, setting, count, said)
+                took = _decoding(made, model, setting, count, said)
+                found[f"{name}: {who}, a step of {count} tokens (ms)"] = 1000 * took
+                share = _step_bytes(model, count, said) / took / copied
+                found[f"{name}: {who}, a step's share of the card's copy (%)"] = 100 * share
             made.close()
             rates[who] = sampled / times[-1]
             found[f"{name}: {who} (sampled tokens/s)"] = rates[who]
@@ -225,7 +229,7 @@ def engine(setting: Setting) -> dict[str, Any]:
 
 
 def _decoding(engine: Any, model: Any, setting: Setting, count: int, prompt: int) -> float:
-    """Milliseconds of a step in which every slot takes one token: the median of steps without prompts."""
+    """Seconds of a step in which every slot takes one token: the median of steps without prompts."""
     from agents.engines.base import SamplingParams
 
     steps = 4 if setting.toy else 24
@@ -240,7 +244,14 @@ def _decoding(engine: Any, model: Any, setting: Setting, count: int, prompt: int
         engine.step()
         setting.sync()
         times.append(time.perf_counter() - began)
-    return 1000 * float(np.median(times[2:-1]))  # the first reads the prompts, the second records
+    return float(np.median(times[2:-1]))  # the first reads the prompts, the second records
+
+
+def _step_bytes(model: Any, count: int, positions: int) -> int:
+    """Bytes that such a step has to read: every weight, and the keys and values of every slot."""
+    config, size = model.config, model.dtype.itemsize
+    keys_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * count * positions
+    return size * (sum(weight.numel() for weight in model.parameters()) + keys_values)
 
 
 def learner(setting: Setting) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""A training step here and in TRL: the same model, tasks, group size and update; on a GPU, shares of its peak.
+"""A training step here and in TRL: the same model, tasks, group size and update.
 
     python benchmarks/train.py                    ours, TRL's GRPOTrainer, TRL with our engine as rollout_func
     python benchmarks/train.py --model smollm2-135m --tasks 2 --group 4 --turns 4 --response 16 --trl-batch 4 --warmup 0
     python benchmarks/train.py --packing          padded and packed rows of the built-in run, ours alone
-    python benchmarks/train.py --gpu              learner's share of peak arithmetic, engine's share of memory bandwidth
 
 Every contender runs in a process of its own and they take turns, so that whatever else the machine does meets all of
 them; ratios are of rounds that ran one after the other. TRL's rollout is written as its own loop over turns is: one
@@ -306,18 +305,10 @@ def main() -> None:
     parser.add_argument(
         "--packing", action="store_true", help="padded and packed rows in one step of the built-in run instead"
     )
-    parser.add_argument("--gpu", action="store_true", help="shares of the device's peak instead")
-    parser.add_argument(
-        "--tiny", action="store_true", help="with --gpu: a model so small that a CPU runs it in seconds"
-    )
     parser.add_argument("--worker", choices=tuple(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.gpu:
-        from device_shares import shares
-
-        shares(args)
-    elif args.packing:
+    if args.packing:
         packing(args)
     elif args.worker is None:
         compare(args)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from atod_envs.errors import UnknownName
+
 if TYPE_CHECKING:
     from agents.engines.base import Engine
 
@@ -30,6 +32,4 @@ def make_engine(name: str, model: Any, *, slots: int, max_context: int, memory: 
         from agents.engines.vllm import VllmEngine
 
         return VllmEngine(model, slots=slots, max_context=max_context, memory=memory)
-    from atod_envs.errors import UnknownName
-
     raise UnknownName("engine", name, ("transformers", "vllm"))

@@ -15,6 +15,8 @@ from typing import Any
 SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 THING = r" [a-z]+ [0-9]{1,2}(?![0-9a-z])"
 """A numbered thing with the blank before it."""
+_THINGS = 256
+"""Most frequent numbered things that become one token."""
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}<|user|>{{ message['content'] }}"
     "{% else %}<|assistant|>{{ message['content'] }}<|end|>{% endif %}{% endfor %}"
@@ -28,7 +30,6 @@ def train_tokenizer(
     *,
     phrases: int = 96,
     words: int = 400,
-    things: int = 256,
     tags: Iterable[str] = (),
     stock: Iterable[str] = (),
     extra: Iterable[str] = (),
@@ -39,7 +40,6 @@ def train_tokenizer(
         texts: observations, tasks and responses of the world.
         phrases: most frequent runs of text between things that become one token.
         words: most frequent words that become one token.
-        things: most frequent numbered things that become one token.
         tags: strings that always are one token.
         stock: phrases that are one token wherever no word or number runs on behind them.
         extra: words and parts of words that get a token although the sample may lack them.
@@ -69,7 +69,7 @@ def train_tokenizer(
 
     chosen_phrases = [p for p, n in _common(phrase_count) if n >= 20 and names_nothing(p)][:phrases]
     chosen_words = [w for w, n in _common(word_count) if n >= 2][:words]
-    chosen_things = [t for t, _ in _common(thing_count)][:things]
+    chosen_things = [t for t, _ in _common(thing_count)][:_THINGS]
     pieces = [*tags, *fixed, *chosen_things, *chosen_phrases, *chosen_words, *extra, *(f" {n}" for n in range(31))]
     vocabulary: dict[str, float] = dict.fromkeys(SPECIAL, 0.0)
     vocabulary |= {f"<0x{byte:02X}>": -20.0 for byte in range(256)}

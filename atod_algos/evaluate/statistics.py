@@ -15,34 +15,36 @@ from typing import Any
 
 import numpy as np
 
+_Z = 1.959964
+"""Quantile of the normal distribution, for 95 %."""
+_ENDS = ((1 - 0.95) / 2, (1 + 0.95) / 2)
+"""Quantiles at which an interval of 95 % ends."""
 _DRAWS = 10_000
 _CHUNK = 500
 
 
-def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a success rate (95 % by default).
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Wilson score interval of a success rate, 95 %.
 
     Args:
         successes: how many succeeded; a mean over seeds need not be whole.
         n: of how many independent episodes.
-        z: quantile of the normal distribution.
     """
     if n == 0:
         return 0.0, 1.0
-    rate = successes / n
+    rate, z = successes / n, _Z
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     # At the ends the formula is exact but rounding is not.
     return 0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half
 
 
-def bootstrap(sums_N: np.ndarray, counts_N: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of a mean, resampling whole tasks.
+def bootstrap(sums_N: np.ndarray, counts_N: np.ndarray) -> tuple[float, float]:
+    """Percentile interval of a mean, 95 %, resampling whole tasks.
 
     Args:
         sums_N: sum of the values of each task's episodes.
         counts_N: number of episodes of each task.
-        level: share of the resampled means inside the interval.
     """
     n = len(sums_N)
     if n == 0:
@@ -52,7 +54,7 @@ def bootstrap(sums_N: np.ndarray, counts_N: np.ndarray, level: float = 0.95) -> 
     for _ in range(_DRAWS // _CHUNK):
         drawn = rng.integers(n, size=(_CHUNK, n))
         means.append(sums_N[drawn].sum(1) / counts_N[drawn].sum(1))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(np.concatenate(means), _ENDS)
     return float(low), float(high)
 
 
@@ -121,12 +123,12 @@ def paired(a_N: np.ndarray, b_N: np.ndarray) -> Paired:
 # --- over training seeds: few values, so Student's t --------------------------------------------------------------
 
 
-def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Interval of the mean of a few independent values (one a training seed); the whole line for fewer than two."""
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of a few independent values, one a seed; the whole line for fewer than two."""
     n = len(values)
     if n < 2:
         return -math.inf, math.inf
-    half = float(_stats().t.ppf((1 + level) / 2, n - 1) * np.std(values, ddof=1)) / math.sqrt(n)
+    half = float(_stats().t.ppf(_ENDS[1], n - 1) * np.std(values, ddof=1)) / math.sqrt(n)
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import gymnasium as gym
 
+from agents.api import ApiAgent, ApiOptions, ChatClient
+from agents.base import Agent
+from agents.chat import ThinkingMode
+from agents.expert import expert_for
+from agents.random import RandomAgent
 from atod_algos.evaluate import episode_seed, evaluate
 from atod_algos.evaluate.journal import EpisodeJournal
 from atod_algos.evaluate.settings import EvaluateConfig, Panel, Sampling, make_env
@@ -20,9 +25,6 @@ from atod_envs.prompting import named_style
 from atod_envs.styles import PromptStyle
 from atod_envs.text_env import TextEnv
 from atod_envs.trajectory import Trajectory
-
-if TYPE_CHECKING:
-    from agents.base import Agent
 
 
 class EvaluationWorker:
@@ -43,8 +45,6 @@ class EvaluationWorker:
         self._chat: Any = None
         kind, _, name = config.agent.partition(":")
         if kind == "api":
-            from agents.api import ApiOptions, ChatClient
-
             extra = parse_json(config.api_extra, "--api-extra", "give a JSON object")
             if not isinstance(extra, dict):
                 raise AtodError(f"--api-extra {config.api_extra}: expected a JSON object, such as '{{\"top_k\": 1}}'")
@@ -61,7 +61,6 @@ class EvaluationWorker:
     def _load(self, agent: str, env_key: str) -> None:
         import torch
 
-        from agents.chat import ThinkingMode
         from agents.engines.transformers import TransformersEngine
         from agents.logits import longest_context
         from agents.models import computing_type, device_of, load_model
@@ -86,7 +85,7 @@ class EvaluationWorker:
             model.model, slots=self._at_once, max_context=min(cast("int", self._sampling.max_context), limit)
         )
         sampling = self._sampling
-        self._chat = model.chat(cast("ThinkingMode", sampling.thinking), cast("str", sampling.chat_date))
+        self._chat = model.chat(cast(ThinkingMode, sampling.thinking), cast("str", sampling.chat_date))
 
     @property
     def usage(self) -> dict[str, int]:
@@ -146,15 +145,9 @@ class EvaluationWorker:
 
     def _agent(self, env: gym.Env[str, str], seed: int) -> Agent:
         if self._client is not None:
-            from agents.api import ApiAgent
-
             return ApiAgent(self._client, env.get_wrapper_attr("style").layout, seed)
         if self._config.agent == "expert":
-            from agents.expert import expert_for
-
             return expert_for(env)
-        from agents.random import RandomAgent
-
         return RandomAgent(seed)
 
     def close(self) -> None:

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from atod_algos.algorithm import Objective
 from atod_algos.batch import TokenBatch
 from atod_algos.learner import distributed, memory
-from atod_algos.learner.logprobs import CHUNK_LOGITS, predict, split_rows, stream_tokens
-from atod_algos.learner.loss import TeacherTokens, aggregation_weights, importance_ratio, surrogate
+from atod_algos.learner.logprobs import CHUNK_LOGITS, split_rows, stream_tokens
+from atod_algos.learner.minibatch import AuxiliaryLoss, DivergenceTerm, Minibatch, Sums, SupportTerm
 from atod_algos.learner.onednn import onednn_linear, recompute_context
 from atod_algos.learner.optimizer import Updater, learning_rate
 from atod_algos.learner.options import OptimizerOptions
@@ -34,41 +33,6 @@ SANE_KL = 0.1
 far."""
 SANE_CLIPPED = 0.3
 """The same for the share of tokens whose ratio was clipped."""
-
-AuxiliaryLoss = Callable[[torch.Tensor, np.ndarray], torch.Tensor | None]
-"""Current log-probs of some tokens, and their indices on axis M -> a loss for each of them, or None."""
-
-
-@dataclass(frozen=True, slots=True)
-class SupportTerm:
-    """A loss on more than the sampled token.
-
-    Attributes:
-        ids_MS: S token ids in the place of each sampled token.
-        loss: their current log-probs [m, S] for some tokens, and the tokens' indices on axis M -> a loss for each
-            token.
-    """
-
-    ids_MS: np.ndarray
-    loss: Callable[[torch.Tensor, np.ndarray], torch.Tensor | None]
-
-
-@dataclass(frozen=True, slots=True)
-class DivergenceTerm:
-    """The reverse KL to the teacher as a loss (``--gap exact``).
-
-    Attributes:
-        teacher: what the teacher says in the place of each sampled token.
-        weight_M: weight of each place; detached.
-        minibatches: optimizer updates that it has for itself in a pass over the step's trajectories, after the
-            surrogate's; 0: it is part of the surrogate's.
-        epochs: passes in updates of its own.
-    """
-
-    teacher: TeacherTokens
-    weight_M: np.ndarray
-    minibatches: int = 0
-    epochs: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,18 +118,12 @@ class Learner:
         if old_logprobs_M is None and self.options.minibatches * self.options.epochs > 1:
             raise ValueError("after the first of several updates the old log-probs cannot be found any more")
         known_M = np.zeros(batch.n_tokens) if old_logprobs_M is None else old_logprobs_M
-        if not (np.isfinite(advantage_M).all() and np.isfinite(known_M).all()):
-            bad = int(np.flatnonzero(~(np.isfinite(advantage_M) & np.isfinite(known_M)))[0])
-            raise AtodError(
-                f"step {step}: advantage {advantage_M[bad]}, log-prob {known_M[bad]} at token {bad} of task "
-                f"{batch.trajectories[batch.trajectory_M[bad]].task_id!r}; nothing was learned from it. Look at student and "
-                "teacher: a model that overflows gives such numbers"
-            )
+        _require_finite(batch, advantage_M, known_M, step)
         found_M = np.array(known_M, dtype=np.float64)
         speaks = bool(advantage_M.any()) or objective.entropy_coef != 0
         speaks = speaks or support is not None or auxiliary is not None
         plan = self._plan(speaks, divergence, len(batch.group_N), seed)
-        sums, lr = _Sums(), learning_rate(self.options, step)
+        sums, lr = Sums(), learning_rate(self.options, step)
         self.model.train()
         distributions = 1 if divergence is None else 3  # the student's, the teacher's, and the terms of their sum
         predicted = self._make_room(batch, [part for part, _, _ in plan], distributions)
@@ -173,26 +131,10 @@ class Learner:
         for part, alone, term in plan:
             chosen_N = np.zeros(len(batch.group_N), dtype=bool)
             chosen_N[part] = True
-            rows = np.flatnonzero(chosen_N[batch.trajectory_B])
-            loss = _Minibatch(
+            loss = Minibatch(
                 batch, chosen_N, advantage_M, old_logprobs_M, objective, temperature, auxiliary, support, term, alone
             )
-            if len(rows):
-                found = self.budget.run(
-                    "update",
-                    partial(self._gradient, loss, rows, found_M),
-                    least=max(len(batch.rows[row]) for row in rows),
-                    undo=self.updater.zero_grad,
-                )
-                sums.merge(found)
-            norm = self.updater.update(lr)
-            if not math.isfinite(norm):
-                raise AtodError(
-                    f"step {step}: the gradient is {norm}; the update was not made and the run stops. Lower --lr, or look at "
-                    "the last trajectories for extreme log-probs; the same command goes on from the last checkpoint"
-                )
-            sums.add("grad_norm", norm, 1.0)
-            sums.add("still_updates", float(norm == 0.0), 1.0)
+            sums.merge(self._update_once(loss, found_M, step, lr))
         if sums.means()["still_updates"] == 1.0:
             log.info("step %d: every gradient is zero, so nothing was learned and no weight moved", step)
         used = {
@@ -228,20 +170,41 @@ class Learner:
             plan += [(part, True, own) for _ in range(own.epochs) for part in split(own.minibatches)]
         return plan
 
-    def _gradient(self, loss: _Minibatch, rows: np.ndarray, found_M: np.ndarray, budget: int) -> _Sums:
+    def _update_once(self, loss: Minibatch, found_M: np.ndarray, step: int, lr: float) -> Sums:
+        """One optimizer update; old log-probs that were not known go into ``found_M``."""
+        batch, sums = loss.batch, Sums()
+        rows = np.flatnonzero(loss.chosen_N[batch.trajectory_B])
+        if len(rows):
+            sums = self.budget.run(
+                "update",
+                partial(self._gradient, loss, rows, found_M),
+                least=max(len(batch.rows[row]) for row in rows),
+                undo=self.updater.zero_grad,
+            )
+        norm = self.updater.update(lr)
+        if not math.isfinite(norm):
+            raise AtodError(
+                f"step {step}: the gradient is {norm}; the update was not made and the run stops. Lower --lr, or look at "
+                "the last trajectories for extreme log-probs; the same command goes on from the last checkpoint"
+            )
+        sums.add("grad_norm", norm, 1.0)
+        sums.add("still_updates", float(norm == 0.0), 1.0)
+        return sums
+
+    def _gradient(self, loss: Minibatch, rows: np.ndarray, found_M: np.ndarray, budget: int) -> Sums:
         """Add up a mini-batch's gradient by micro-batches; old log-probs that were not known go into ``found_M``."""
-        sums = _Sums()
+        sums = Sums()
         chosen = [loss.batch.rows[row] for row in rows]
         budget = distributed.per_rank_budget(budget, sum(len(row) for row in chosen))
         for micro, counts in distributed.iter_shard(split_rows(self.model, chosen, budget)):
-            found = _Sums()
+            found = Sums()
             with onednn_linear(self._device):
-                part = loss.of(self.model, rows[micro], found, found_M)
+                part = loss.share(self.model, rows[micro], found, found_M)
                 # A divided model's gradient is averaged over the ranks, but the loss's weights sum to one over all.
                 (part * (distributed.size() if counts else 0)).backward()  # type: ignore[no-untyped-call]
             if counts:
                 sums.merge(found)
-        whole = _Sums()
+        whole = Sums()
         for share in distributed.gather(sums):
             whole.merge(share)
         return whole
@@ -295,75 +258,14 @@ class Learner:
             self.budget.tokens = min(self.budget.tokens, kept)
 
 
-@dataclass(frozen=True, slots=True)
-class _Minibatch:
-    """The loss of a mini-batch, computable a few rows at a time."""
-
-    batch: TokenBatch
-    chosen_N: np.ndarray
-    advantage_M: np.ndarray
-    old_logprobs_M: np.ndarray | None
-    objective: Objective
-    temperature: float
-    auxiliary: AuxiliaryLoss | None
-    support: SupportTerm | None
-    divergence: DivergenceTerm | None = None
-    alone: bool = False
-
-    def of(self, model: Any, rows: np.ndarray, sums: _Sums, found_M: np.ndarray) -> torch.Tensor:
-        """These rows' share of the loss. Reported sums go to ``sums``, old log-probs that are found to ``found_M``."""
-        objective, term = self.objective, self.divergence
-        support = None if self.alone else self.support
-        inside = int(self.chosen_N[self.batch.trajectory_M].sum())
-        weight_M = aggregation_weights(self.batch, self.chosen_N, objective)
-        found = predict(
-            model,
-            self.batch,
-            rows,
-            temperature=self.temperature,
-            entropy=True,
-            support_MS=None if support is None else support.ids_MS,
-            teacher=None if term is None else term.teacher,
+def _require_finite(batch: TokenBatch, advantage_M: np.ndarray, logprobs_M: np.ndarray, step: int) -> None:
+    if len(wrong := np.flatnonzero(~(np.isfinite(advantage_M) & np.isfinite(logprobs_M)))):
+        bad = int(wrong[0])
+        raise AtodError(
+            f"step {step}: advantage {advantage_M[bad]}, log-prob {logprobs_M[bad]} at token {bad} of task "
+            f"{batch.trajectories[batch.trajectory_M[bad]].task_id!r}; nothing was learned from it. Look at student and "
+            "teacher: a model that overflows gives such numbers"
         )
-        index_M, logprobs, entropy = found.index_M, found.logprobs, found.entropy
-
-        def at(values_M: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(np.asarray(values_M[index_M], dtype=np.float32)).to(logprobs.device)
-
-        weight = at(weight_M)
-        if self.old_logprobs_M is None:
-            found_M[index_M] = logprobs.detach().cpu().numpy()
-        old = logprobs.detach() if self.old_logprobs_M is None else at(self.old_logprobs_M)
-        n = len(index_M)
-        share = n / inside
-        total = logprobs.new_zeros(())
-        if term is not None and found.divergence is not None:
-            total = total + (weight * at(term.weight_M) * found.divergence).sum()
-            sums.add("divergence", float(found.divergence.detach().sum()), n)
-            sums.add("divergence_loss", float(total.detach()), share)
-        ratio = importance_ratio(logprobs, old)
-        if term is not None or self.advantage_M.any():  # otherwise nothing here is about the policy that played
-            sums.add("policy_kl", float((ratio - 1 - ratio.log()).detach().sum()), n)
-        sums.add("entropy_loss", float(entropy.detach().sum()), n)
-        if self.alone:
-            return total
-        loss, clipped = surrogate(ratio, at(self.advantage_M), objective)
-        total = total + (weight * loss).sum()
-        if objective.entropy_coef:
-            total = total - objective.entropy_coef * (weight * entropy).sum()
-        extra = self.auxiliary(logprobs, index_M) if self.auxiliary is not None else None
-        if extra is not None:
-            total = total + (weight * extra).sum()
-            sums.add("auxiliary_loss", float((weight * extra).sum().detach()), share)
-        if support is not None and found.support is not None:
-            extra = support.loss(found.support, index_M)
-            if extra is not None:
-                total = total + (weight * extra).sum()
-                sums.add("support_loss", float((weight * extra).sum().detach()), share)
-        sums.add("pg_loss", float((weight * loss).sum().detach()), share)
-        sums.add("pg_clipfrac", float(clipped.sum()), n)
-        sums.add("ppo_kl", float((old - logprobs.detach()).sum()), n)
-        return total
 
 
 def _warn(step: int, means: Mapping[str, float]) -> None:
@@ -375,22 +277,3 @@ def _warn(step: int, means: Mapping[str, float]) -> None:
             say += f", ratio clipped on {100 * clipped:.0f} % of tokens (up to {100 * SANE_CLIPPED:.0f})"
         advice = "Lower --lr, or make fewer updates: --minibatches, --epochs, --gap-minibatches, --gap-epochs"
         log.warning("step %d moved the policy far: %s. %s", step, say, advice)
-
-
-class _Sums:
-    """Weighted running means."""
-
-    def __init__(self) -> None:
-        self._totals: dict[str, float] = {}
-        self._weights: dict[str, float] = {}
-
-    def add(self, name: str, total: float, weight: float) -> None:
-        self._totals[name] = self._totals.get(name, 0.0) + total
-        self._weights[name] = self._weights.get(name, 0.0) + weight
-
-    def merge(self, other: _Sums) -> None:
-        for name, total in other._totals.items():
-            self.add(name, total, other._weights[name])
-
-    def means(self) -> dict[str, float]:
-        return {name: total / max(self._weights[name], 1e-12) for name, total in self._totals.items()}

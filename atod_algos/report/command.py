@@ -137,11 +137,14 @@ SECONDS, CONNECTIONS = 20.0, 64
 
 
 class _Server(ThreadingHTTPServer):
+    """Offers the page, and a stamp that changes with it."""
+
     daemon_threads = True
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, port: int, page: Path, stamp: str) -> None:
+        self.page, self.stamp = page, stamp
         self._free = threading.Semaphore(CONNECTIONS)
+        super().__init__(("127.0.0.1", port), _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._free.acquire(blocking=False):
@@ -154,6 +157,43 @@ class _Server(ThreadingHTTPServer):
             super().process_request_thread(request, client_address)
         finally:
             self._free.release()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
+    def handle(self) -> None:
+        """A connection has a time, whatever its client does with it."""
+        cut = threading.Timer(SECONDS, _cut, [self.connection])
+        cut.daemon = True
+        cut.start()
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+        cut.cancel()
+
+    def do_GET(self) -> None:
+        # A page elsewhere whose name was made to mean this machine is refused.
+        if not is_local_name(self.headers.get("Host", "")):
+            self.send_error(403)
+            return
+        if self.path in ("/", "/report.html") and self.server.page.exists():
+            body, kind = self.server.page.read_bytes(), "text/html; charset=utf-8"
+        elif self.path == "/stamp":
+            body, kind = self.server.stamp.encode(), "text/plain"
+        else:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Content-Security-Policy", "frame-ancestors 'none'")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        logging.getLogger(__name__).debug(format, *args)
 
 
 def _cut(connection: socket.socket) -> None:
@@ -171,46 +211,9 @@ def watch(config: ReportConfig, console: Console, stop: threading.Event) -> None
     """
     target = config.out or config.runs[0]
     page = target / "report.html"
-    state = {"stamp": ""}
-
-    class Handler(BaseHTTPRequestHandler):
-        def handle(self) -> None:
-            """A connection has a time, whatever its client does with it."""
-            cut = threading.Timer(SECONDS, _cut, [self.connection])
-            cut.daemon = True
-            cut.start()
-            with contextlib.suppress(ConnectionError):
-                super().handle()
-            cut.cancel()
-
-        def do_GET(self) -> None:
-            if not is_local_name(
-                self.headers.get("Host", "")
-            ):  # a page elsewhere whose name was made to mean this machine
-                self.send_error(403)
-                return
-            if self.path in ("/", "/report.html") and page.exists():
-                body, kind = page.read_bytes(), "text/html; charset=utf-8"
-            elif self.path == "/stamp":
-                body, kind = state["stamp"].encode(), "text/plain"
-            else:
-                self.send_error(404)
-                return
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.send_header("Cache-Control", "no-store")
-            self.send_header("Content-Security-Policy", "frame-ancestors 'none'")
-            self.send_header("X-Content-Type-Options", "nosniff")
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            logging.getLogger(__name__).debug(format, *args)
-
-    _write(config, page, state)
+    stamp = _write(config, page)
     try:
-        server = _Server(("127.0.0.1", config.port), Handler)
+        server = _Server(config.port, page, stamp)
     except (OSError, OverflowError) as error:
         raise AtodError(f"cannot listen on port {config.port}: {error}; choose another --port") from error
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -220,21 +223,22 @@ def watch(config: ReportConfig, console: Console, stop: threading.Event) -> None
     )
     try:
         while not stop.wait(config.interval):
-            if _stamp(config.runs) != state["stamp"]:
-                _write(config, page, state)
+            if _stamp(config.runs) != server.stamp:
+                server.stamp = _write(config, page)
     finally:
         server.shutdown()
         server.server_close()
 
 
-def _write(config: ReportConfig, page: Path, state: dict[str, str]) -> None:
+def _write(config: ReportConfig, page: Path) -> str:
+    """Write the page; the stamp of what it shows."""
     stamp = _stamp(config.runs)
     runs = [read_run(folder) for folder in config.runs]
     # The teacher is not loaded while a run trains; what is stored is used.
     scorers = {run.path: _scorer(run, False, config.teacher) for run in runs}
     page.parent.mkdir(parents=True, exist_ok=True)
     write_page(page, runs, scorers=scorers, turns=config.turns, live=config.interval, stamp=stamp)
-    state["stamp"] = stamp
+    return stamp
 
 
 def _stamp(folders: Sequence[Path]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from atod_algos.advantages import min_max_by_trajectory, soft_or
+from atod_algos.batch import make_batch
 from atod_algos.report.data import Run, read_packed
 from atod_envs import environment_class
 from atod_envs.errors import AtodError
@@ -142,7 +143,6 @@ class Scorer:
         return getattr(environment_class(self.run.env), "env_key", "")
 
     def _compute(self, model: Any, kind: str, episodes: list[Trajectory]) -> dict[str, list[Any]]:
-        from atod_algos.batch import make_batch
         from atod_algos.learner.logprobs import score
 
         whole = [(n, t) for n, t in enumerate(episodes) if str(t.stop_reason) != "aborted"]

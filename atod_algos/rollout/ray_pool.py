@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 _START_SECONDS = 300.0
 """A worker that has not loaded its model by then will not."""
+_LOSSES = 8
+"""Workers that may be lost in one step before the run stops."""
 
 
 class _Worker:
@@ -99,7 +101,6 @@ class RayPool:
         cpus: CPU cores that Ray sets aside for each.
         gpus: GPUs for each.
         patience: seconds after which a worker that has not come to the end of a step's episodes counts as lost.
-        losses: workers that may be lost in one step before the run stops.
 
     Raises:
         AtodError: Ray is not installed, cannot be reached, or the cluster is too small.
@@ -113,13 +114,12 @@ class RayPool:
         cpus: float = 1.0,
         gpus: float = 0.0,
         patience: float = 1800.0,
-        losses: int = 8,
     ) -> None:
         self._ray = ray = _ray()
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self._make, self._wanted = make_pool, (workers, cpus, gpus)
-        self.patience, self.losses = patience, losses
+        self.patience = patience
         self._own = not ray.is_initialized()
         if self._own:
             _connect(ray)
@@ -187,7 +187,7 @@ class RayPool:
                     finished.update(zip(*answer, strict=True))
                     continue
                 losses += 1
-                if losses > self.losses:
+                if losses > _LOSSES:
                     raise AtodError(
                         f"{losses} rollout workers were lost in one step; look at the nodes' memory and at Ray's logs. The same "
                         "command goes on from the last checkpoint"

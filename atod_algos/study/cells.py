@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from atod_algos.algorithm import find_algorithm
-from atod_algos.evaluate.settings import EvaluateConfig
+from atod_algos.evaluate.settings import EvaluateConfig, agent_digest, make_env, sampling_of
+from atod_algos.evaluate.settings import settings_of as evaluated
 from atod_algos.study import Method, World, method_of, place
 from atod_algos.study.checks import Tuned, require_whole_cell
 from atod_algos.training.cli import with_rules
 from atod_algos.training.config import RunConfig, TrainConfig, resolve
 from atod_algos.training.presets import builtin_run, fit_algorithm, preset_config, require_teacher
 from atod_algos.training.run_dir import (
+    RunFolder,
     held,
     read_metrics,
     read_object,
@@ -120,7 +122,6 @@ def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int
     import torch
 
     from atod_algos.training.console import Progress
-    from atod_algos.training.run_dir import RunFolder
     from atod_algos.training.trainer import Trainer
 
     config = config_of(world, seed, tuned, folder)
@@ -137,7 +138,7 @@ def train_cell(folder: Path, method: Method, world: World, rules: str, seed: int
         # Through a pipe a study says a line a cell; a terminal shows the panel.
         progress.console.quiet = not progress.console.is_terminal
         with progress:
-            if done < (config.steps):
+            if done < config.steps:
                 trainer.fit(progress)
     finally:
         trainer.close()
@@ -239,9 +240,6 @@ def _require_same_cell(
             extra = read_object(last / DONE, "delete the cell's folder to train again")
             require_same_models(last, extra, model_digests(config, algorithm))
         return
-    from atod_algos.evaluate.settings import agent_digest, sampling_of
-    from atod_algos.evaluate.settings import settings_of as evaluated
-
     asked = _evaluation(folder / "evaluation-last", _untrained(method, world, seed, folder), world, seed, split)
     its, now = read_settings(folder / "evaluation-last"), evaluated(asked, sampling_of(asked))[0]
     now["model"] = agent_digest(asked.agent, key_of(asked.env))
@@ -262,8 +260,6 @@ def _evaluate(out: Path, agent: str, world: World, seed: int, split: str) -> dic
 
 
 def _evaluation(out: Path, agent: str, world: World, seed: int, split: str) -> EvaluateConfig:
-    from atod_algos.evaluate.settings import make_env, sampling_of
-
     config = config_of(world, seed, Tuned(1.0), out)
     asked = EvaluateConfig(
         env=config.env,

@@ -157,30 +157,8 @@ def measured(run: Path) -> dict[str, Any]:
     env = train["env"]
     if settings.get("worlds") or env not in FIXED:
         raise AtodError(f"{run}: a run in {env} has no place here; expected one of: {', '.join(FIXED)}, alone")
-    commits, command = about.get("commits", []), about.get("command", "")
-    if (
-        not isinstance(commits, list)
-        or not all(isinstance(one, str) for one in commits)
-        or not isinstance(command, str)
-    ):
-        raise DataError(f"{run / 'config.json'}: expected texts as 'commits', and a text as 'command'; {_ADVICE}")
-    if len(commits) != 1 or "+" in commits[0] or commits[0] == "unknown" or not command:
-        raise AtodError(
-            f"{run}: its source is not that of one commit (commits: {', '.join(commits) or 'none'}; command: {command or 'not stored'}); "
-            "commit what you changed, and train it in one go with atod train from a clone"
-        )
-    rows = read_metrics(run)
-    checkpoint = latest_checkpoint(run / "checkpoints")
-    if len(rows) < train["steps"] or checkpoint is None:
-        raise AtodError(f"{run} has {len(rows)} of {train['steps']} steps; run its command again to finish it")
-    if [row["step"] for row in rows] != list(range(1, train["steps"] + 1)) or step_of(checkpoint) != train["steps"]:
-        raise AtodError(
-            f"{run}: it is said to have {train['steps']} steps, logged {len(rows)}, and its last checkpoint is {checkpoint.name}; run its "
-            "command again to finish it"
-        )
-    if not all(is_number(row.get("time/cpu")) for row in rows):
-        raise AtodError(f"{run}: its steps have no time/cpu, so it is of an earlier version; train it again")
-    require_whole(checkpoint)
+    commit, command = _origin(run, about)
+    checkpoint, cpu_minutes = _finished(run, train["steps"])
     panel = fixed_panel(env)
     config = EvaluateConfig(
         env=env,
@@ -195,8 +173,8 @@ def measured(run: Path) -> dict[str, Any]:
         "seed": train["seed"],
         "n": found["n"],
         "solved": round(found["success"] * found["n"]),
-        "cpu_minutes": round(sum(row["time/cpu"] for row in rows) / 60, 1),
-        "commit": commits[0],
+        "cpu_minutes": cpu_minutes,
+        "commit": commit,
     }
     varied = {"seed", "run", *FREE_SETTINGS} - {"steps"}
     return {
@@ -213,6 +191,37 @@ def measured(run: Path) -> dict[str, Any]:
         },
         "runs": [single],
     }
+
+
+def _origin(run: Path, about: Mapping[str, Any]) -> tuple[str, str]:
+    """The one commit whose source the run was made with, and its command."""
+    commits, command = about.get("commits", []), about.get("command", "")
+    texts = isinstance(commits, list) and all(isinstance(one, str) for one in commits)
+    if not texts or not isinstance(command, str):
+        raise DataError(f"{run / 'config.json'}: expected texts as 'commits', and a text as 'command'; {_ADVICE}")
+    if len(commits) != 1 or "+" in commits[0] or commits[0] == "unknown" or not command:
+        raise AtodError(
+            f"{run}: its source is not that of one commit (commits: {', '.join(commits) or 'none'}; command: {command or 'not stored'}); "
+            "commit what you changed, and train it in one go with atod train from a clone"
+        )
+    return commits[0], command
+
+
+def _finished(run: Path, steps: int) -> tuple[Path, float]:
+    """The checkpoint of the run's last step, and the CPU minutes of all steps."""
+    rows = read_metrics(run)
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    if len(rows) < steps or checkpoint is None:
+        raise AtodError(f"{run} has {len(rows)} of {steps} steps; run its command again to finish it")
+    if [row["step"] for row in rows] != list(range(1, steps + 1)) or step_of(checkpoint) != steps:
+        raise AtodError(
+            f"{run}: it is said to have {steps} steps, logged {len(rows)}, and its last checkpoint is {checkpoint.name}; run its "
+            "command again to finish it"
+        )
+    if not all(is_number(row.get("time/cpu")) for row in rows):
+        raise AtodError(f"{run}: its steps have no time/cpu, so it is of an earlier version; train it again")
+    require_whole(checkpoint)
+    return checkpoint, round(sum(row["time/cpu"] for row in rows) / 60, 1)
 
 
 def fixed_panel(env: str) -> Panel:

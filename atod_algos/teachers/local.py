@@ -26,7 +26,7 @@ from atod_algos.learner.logprobs import compare, drops_out, score
 from atod_algos.learner.lora import without_adapters
 from atod_algos.learner.loss import TeacherTokens
 from atod_algos.teachers.engine import EngineScorer
-from atod_algos.teachers.remote import RemoteJudge, is_address
+from atod_algos.teachers.remote import RemoteScorer, is_address
 from atod_algos.teachers.routing import label_of, unseen_labels, world_places
 from atod_algos.teachers.support import TopKScorer, joined, known_only
 from atod_algos.training.config import RunConfig
@@ -180,7 +180,7 @@ class StepScorer:
         if key not in self._held and role == "teacher" and is_address(name):
             self._require_top_enough()
             option = "--gap-topk" if self.exact else "--support"
-            self._held[key] = RemoteJudge(
+            self._held[key] = RemoteScorer(
                 name, self.student.tokenizer, temperature=self.config.temperature, top=self._top, top_option=option
             )
         elif key not in self._held:

@@ -68,7 +68,7 @@ class _Question:
         return digest.digest()
 
 
-class RemoteJudge:
+class RemoteScorer:
     """Scores rows with a model behind a server; a :class:`atod_algos.teachers.local.LogprobScorer`.
 
     Args:

@@ -28,7 +28,7 @@ from agents.policy import next_prompt
 from atod_algos.algorithm import RolloutLimits
 from atod_algos.learner.lora import merged_weights
 from atod_algos.rollout.episodes import Rollout, derive_seed
-from atod_algos.turn_plans import EpisodeSpec, Role, TurnActor
+from atod_algos.turn_plans import EpisodeSpec, Role, TurnActor, TurnPlan
 from atod_envs.errors import AtodError
 from atod_envs.stored import episode_files, read_episodes
 from atod_envs.styles import History, PromptStyle, phrase_response, read_response
@@ -67,8 +67,8 @@ class ImitationOptions:
     """Seed of tasks, coins, sampling and mini-batches."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mixture:
+@dataclass(frozen=True)
+class Mixture(TurnPlan):
     """The expert answers every turn, but the student plays a share of them, from wherever that leads.
 
     Attributes:
@@ -77,9 +77,16 @@ class Mixture:
     """
 
     coin_NT: np.ndarray
-    learned: tuple[Role, ...] = ("expert",)
-    expert_watches: bool = True
-    teacher_plays: bool = False
+
+    @property
+    def learned(self) -> tuple[Role, ...]:
+        """The expert's turns."""
+        return ("expert",)
+
+    @property
+    def expert_watches(self) -> bool:
+        """It answers wherever the student leads."""
+        return True
 
     def begin(self, spec: EpisodeSpec, solution: Callable[[], Sequence[Decision]]) -> TurnActor:
         """See :class:`TurnPlan`."""
@@ -97,7 +104,6 @@ def demonstrate(
     beta: float = 0.0,
     engine: Engine | None = None,
     max_tokens: int = 24,
-    concurrency: int = 256,
 ) -> list[Trajectory]:
     """Play tasks with the expert, letting the student act in some turns.
 
@@ -110,7 +116,6 @@ def demonstrate(
         beta: probability that a turn is the student's own.
         engine: samples the student's turns; needed where ``beta`` is above 0.
         max_tokens: longest response of the student.
-        concurrency: episodes that run at the same time.
 
     Returns:
         One episode a task. The expert's turns carry token ids, the student's have none: they are context.
@@ -120,7 +125,7 @@ def demonstrate(
     specs = [EpisodeSpec(task, str(n), derive_seed(seed, n)) for n, task in enumerate(tasks)]
     plan = Mixture(np.random.default_rng(seed).random((len(tasks), 256)) < beta)
     rollout = Rollout(
-        engine, chat, make_env, style=style, max_tokens=max_tokens, concurrency=concurrency, seed_of_turn=derive_seed
+        engine, chat, make_env, style=style, max_tokens=max_tokens, concurrency=256, seed_of_turn=derive_seed
     )
     try:
         return rollout.play(specs, RolloutLimits(who=plan))

@@ -232,30 +232,26 @@ def memory(config: RunConfig, algorithm: Algorithm) -> list[Part]:
     add("update: activations", student, lambda s: kept(s, budget, number), how, "update")
     add("update: output head", student, lambda s: head_bytes(s, budget), f"chunks of {CHUNK_LOGITS:,} logits", "update")
 
+    phase = "scoring" if _on_gpu(config) else "always"
     for name, model, shape in _scorer_models(config, algorithm):
-        add(
-            f"{name}: weights",
-            shape,
-            lambda s: number * s.parameters,
-            f"{model}, {_count(shape)}",
-            _scorer_phase(config),
-        )
-        if _scorer_phase(config) == "scoring":
+        add(f"{name}: weights", shape, lambda s: number * s.parameters, f"{model}, {_count(shape)}", phase)
+        if phase == "scoring":
             add(f"{name}: offloaded", shape, lambda s: number * s.parameters, "visits the GPU for scoring", "computer")
+    return [*parts, *_teacher_tokens(config, algorithm, student, kept_on_cpu)]
+
+
+def _teacher_tokens(config: RunConfig, algorithm: Algorithm, student: Shape | None, phase: str) -> list[Part]:
+    """What is kept of the teacher's distribution in the place of each sampled token."""
     exact = config.gap == "exact" and algorithm.takes_exact_gap
-    if exact or "support" in algorithm.scores:
-        known = WHOLE + 1 if student is None else student.vocabulary
-        whole = exact and known <= WHOLE
-        size = known if whole else min(known, config.gap_topk if exact else algorithm.support)
-        sampled = tokens(config, algorithm)["sampled tokens, at most"]
-        kept_tokens = None if sampled is None else (1 if whole else 2) * _FLOAT * size * sampled
-        how = f"{'all ' if whole else ''}{size:,} for each sampled token"
-        parts.append(Part("teacher's tokens" if whole else "teacher's top-k", kept_tokens, how, kept_on_cpu))
-    return parts
-
-
-def _scorer_phase(config: RunConfig) -> str:
-    return "scoring" if _on_gpu(config) else "always"
+    if not exact and "support" not in algorithm.scores:
+        return []
+    known = WHOLE + 1 if student is None else student.vocabulary
+    whole = exact and known <= WHOLE
+    size = known if whole else min(known, config.gap_topk if exact else algorithm.support)
+    sampled = tokens(config, algorithm)["sampled tokens, at most"]
+    kept = None if sampled is None else (1 if whole else 2) * _FLOAT * size * sampled
+    how = f"{'all ' if whole else ''}{size:,} for each sampled token"
+    return [Part("teacher's tokens" if whole else "teacher's top-k", kept, how, phase)]
 
 
 def _scorer_models(config: RunConfig, algorithm: Algorithm) -> list[tuple[str, str, Shape | None]]:

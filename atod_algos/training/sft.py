@@ -22,16 +22,18 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
 
 from agents.chat import CHAT_DATE, ChatFormat, ThinkingMode
+from agents.logits import longest_context
+from agents.models import device_of, load_model, model_digest
 from atod_algos.algorithm import Objective
 from atod_algos.batch import RowLayout, make_batch
 from atod_algos.guard import guarded, parse
@@ -39,8 +41,20 @@ from atod_algos.learner.learner import Learner
 from atod_algos.learner.logprobs import micro_batches
 from atod_algos.learner.lora import add_adapters
 from atod_algos.learner.options import OptimizerOptions
+from atod_algos.rollout.environments import describe, make_env
 from atod_algos.rollout.episodes import derive_seed
 from atod_algos.rollout.layouts import LayoutName, choose_layout
+from atod_algos.rollout.pools import dtype_of
+from atod_algos.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    prune,
+    recover,
+    require_same_models,
+    save_checkpoint,
+    step_of,
+)
+from atod_algos.training.config import RunConfig, TrainConfig, resolve
 from atod_algos.training.demonstrations import (
     Expert,
     ImitationOptions,
@@ -50,12 +64,10 @@ from atod_algos.training.demonstrations import (
     require_episodes_of,
     tokenized,
 )
+from atod_algos.training.run_dir import RunFolder, held
 from atod_envs.errors import AtodError
 from atod_envs.styles import PromptStyle
 from atod_envs.trajectory import Group, Trajectory
-
-if TYPE_CHECKING:
-    from atod_algos.training.config import TrainConfig
 
 EpisodesOf = Callable[[int], "Sequence[Trajectory]"]
 """Number of a round (from 0) -> its episodes, whose learned turns carry token ids."""
@@ -153,7 +165,6 @@ def imitate(
     style: str | PromptStyle,
     max_tokens: int,
     max_context: int,
-    tasks: Sequence[str] | None = None,
     on_round: Callable[[int, float], None] | None = None,
 ) -> None:
     """Fit a model to an environment's scripted expert, in place.
@@ -166,12 +177,9 @@ def imitate(
         style: prompt style.
         max_tokens: longest response of the student.
         max_context: longest prompt plus response.
-        tasks: see :class:`Expert`.
         on_round: called after each round (from 1) with its loss in nats a token.
     """
-    expert = Expert(
-        model, chat, make_env, options, style=style, max_tokens=max_tokens, max_context=max_context, tasks=tasks
-    )
+    expert = Expert(model, chat, make_env, options, style=style, max_tokens=max_tokens, max_context=max_context)
     imitator = Imitator(model, options)
     for number in range(_last_round(options)):
         loss = imitator.fit(expert(number), number, derive_seed(options.seed, "round", number))
@@ -252,21 +260,6 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
     Raises:
         AtodError: model, data, sources or settings do not fit; says what to do.
     """
-    from agents.logits import longest_context
-    from agents.models import device_of, load_model, model_digest
-    from atod_algos.rollout.environments import describe, make_env
-    from atod_algos.rollout.pools import dtype_of
-    from atod_algos.training.checkpoint import (
-        latest_checkpoint,
-        load_checkpoint,
-        prune,
-        recover,
-        require_same_models,
-        save_checkpoint,
-    )
-    from atod_algos.training.config import TrainConfig, resolve
-    from atod_algos.training.run_dir import RunFolder
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise AtodError("sft trains in one process; start it without torchrun")
     if command.best_of and command.source == ("expert",):
@@ -274,7 +267,7 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
             f"--best-of {command.best_of}: it chooses among recorded episodes; leave it out, or give --source"
         )
     options = command.fit
-    config = resolve(_train_config(command, TrainConfig))
+    config = resolve(_train_config(command))
     run = RunFolder(_folder(command), _settings(command, config))
     recover(run.checkpoints)
     facts = describe(config)
@@ -289,29 +282,18 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
         seed = derive_seed(options.seed, "adapters")
         adapters = add_adapters(model, rank=command.lora_rank, alpha=config.lora_alpha, seed=seed)
     imitator = Imitator(model, options, rows)
-    digests = {command.student: model_digest(command.student, facts.env_key)}
     recorded: list[Trajectory] = []
     if command.source != ("expert",):
         recorded = read_recorded(command.source, only=command.only, best_of=command.best_of)
-    shown = episodes_digest(recorded)
     require_episodes_of(recorded, command.env, facts.splits[0])
-    done = 0
-    path = latest_checkpoint(run.checkpoints)
-    if path is not None:
-        state, extra = load_checkpoint(path, model, imitator.learner.updater, adapters)
-        imitator.learner.load_state(state)
-        done = int(extra["step"])
-        if extra["data"] != facts.data_version:
-            raise AtodError(
-                f"{path} was trained on the data {extra['data']!r}, but {command.env} now plays {facts.data_version!r}; give the old "
-                "data back (--data, or the environment's variable), or start another training with --out"
-            )
-        require_same_models(path, extra, digests)
-        if extra.get("demonstrations", shown) != shown:
-            raise AtodError(
-                f"{path} was trained on other episodes than --source {' '.join(command.source)} holds now; give the old ones back, or "
-                "start another training with --out"
-            )
+    identity = {
+        "algorithm": "sft",
+        "data": facts.data_version,
+        "models": {command.student: model_digest(command.student, facts.env_key)},
+        "demonstrations": episodes_digest(recorded),
+    }
+    done = _restore(command, run, imitator, adapters, identity)
+    if done:
         say(f"going on after round {done}")
     source: EpisodesOf
     if not recorded:
@@ -342,14 +324,7 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
                 model=adapters or model,
                 tokenizer=loaded.tokenizer,
                 state=imitator.learner.state(),
-                extra={
-                    "step": number + 1,
-                    "best": {},
-                    "algorithm": "sft",
-                    "data": facts.data_version,
-                    "models": digests,
-                    "demonstrations": shown,
-                },
+                extra={"step": number + 1, "best": {}, **identity},
             )
             prune(run.checkpoints, 2)
             say(f"round {number + 1}: loss {loss:.4f} nats a token")
@@ -360,17 +335,43 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
     loaded.tokenizer.save_pretrained(command.out)
 
 
-def _train_config(command: SftCommand, make: type[TrainConfig]) -> TrainConfig:
+def _restore(
+    command: SftCommand, run: RunFolder, imitator: Imitator, adapters: Any, identity: Mapping[str, Any]
+) -> int:
+    """Load the last checkpoint, if there is one of the same training; how many rounds it has behind it."""
+    path = latest_checkpoint(run.checkpoints)
+    if path is None:
+        return 0
+    learner = imitator.learner
+    state, extra = load_checkpoint(path, learner.model, learner.updater, adapters)
+    learner.load_state(state)
+    if extra["data"] != identity["data"]:
+        raise AtodError(
+            f"{path} was trained on the data {extra['data']!r}, but {command.env} now plays {identity['data']!r}; give the old "
+            "data back (--data, or the environment's variable), or start another training with --out"
+        )
+    require_same_models(path, extra, identity["models"])
+    if extra.get("demonstrations", identity["demonstrations"]) != identity["demonstrations"]:
+        raise AtodError(
+            f"{path} was trained on other episodes than --source {' '.join(command.source)} holds now; give the old ones back, or "
+            "start another training with --out"
+        )
+    return int(extra["step"])
+
+
+def _train_config(command: SftCommand) -> TrainConfig:
     """The part of the settings that training has as well, so that an evaluation of a checkpoint finds it."""
-    names = {part.name for part in dataclasses.fields(make)} & {part.name for part in dataclasses.fields(command)}
-    return make(seed=command.fit.seed, **{name: getattr(command, name) for name in names})
+    names = {part.name for part in dataclasses.fields(TrainConfig)} & {
+        part.name for part in dataclasses.fields(command)
+    }
+    return TrainConfig(seed=command.fit.seed, **{name: getattr(command, name) for name in names})
 
 
 def _folder(command: SftCommand) -> Path:
     return Path(command.run or Path(command.out) / "training")
 
 
-def _settings(command: SftCommand, config: Any) -> dict[str, Any]:
+def _settings(command: SftCommand, config: RunConfig) -> dict[str, Any]:
     options = dataclasses.asdict(command.fit)
     options.pop("stop")  # a training that stopped early may go on
     own = {"source": list(command.source), "only": command.only, "best_of": command.best_of}
@@ -379,9 +380,6 @@ def _settings(command: SftCommand, config: Any) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train a model on demonstrations from the command line."""
-    from atod_algos.training.checkpoint import latest_checkpoint
-    from atod_algos.training.run_dir import held
-
     command = parse(SftCommand, arguments, "atod_algos.training.sft", __doc__)
 
     def run() -> None:
@@ -390,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def kept() -> str:
         last = latest_checkpoint(_folder(command) / "checkpoints")
-        done = int(last.name.removeprefix("step_")) if last is not None else 0
+        done = step_of(last) if last is not None else 0
         return f"kept in {_folder(command)}: finished rounds {done}; run the same command again to go on"
 
     guarded(run, kept)

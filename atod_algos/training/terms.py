@@ -12,8 +12,8 @@ import numpy as np
 
 from atod_algos.algorithm import Advantages, Algorithm
 from atod_algos.batch import Scores, TokenBatch
-from atod_algos.learner.learner import AuxiliaryLoss, DivergenceTerm, SupportTerm
 from atod_algos.learner.loss import TeacherTokens
+from atod_algos.learner.minibatch import AuxiliaryLoss, DivergenceTerm, SupportTerm
 from atod_algos.rollout.async_rollout import correct
 from atod_algos.training.config import RunConfig
 from atod_envs.errors import AtodError

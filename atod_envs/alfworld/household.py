@@ -42,21 +42,19 @@ class Process:
         station: receptacle class at which it is done.
         able: predicate of the objects that allow it.
         done: predicate that it makes true.
-        adjective: the word for the result in task sentences.
     """
 
     verb: str
     station: str
     able: str
     done: str
-    adjective: str
 
 
 PROCESSES: Mapping[str, Process] = MappingProxyType(
     {
-        CLEAN: Process("clean", "SinkBasin", "cleanable", "isClean", "clean"),
-        HEAT: Process("heat", "Microwave", "heatable", "isHot", "hot"),
-        COOL: Process("cool", "Fridge", "coolable", "isCool", "cool"),
+        CLEAN: Process("clean", "SinkBasin", "cleanable", "isClean"),
+        HEAT: Process("heat", "Microwave", "heatable", "isHot"),
+        COOL: Process("cool", "Fridge", "coolable", "isCool"),
     }
 )
 

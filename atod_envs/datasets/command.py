@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -189,8 +190,6 @@ def _splits(name: str, folder: Path) -> Iterator[str]:
 
 
 def _questions(folder: Path) -> Iterator[str]:
-    from collections import Counter
-
     from atod_envs.searchqa.questions import load_questions
     from atod_envs.searchqa.sources import find_corpus, index_folder
 

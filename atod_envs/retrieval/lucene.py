@@ -123,18 +123,16 @@ class LuceneIndex:
 
     Args:
         directory: a folder written by `build`.
-        k1: BM25's term-frequency saturation.
-        b: BM25's length normalisation.
 
     Raises:
         DataError: the folder holds no such index, or Java or its parts are missing.
     """
 
-    def __init__(self, directory: str | Path, *, k1: float = DEFAULT_K1, b: float = DEFAULT_B) -> None:
+    def __init__(self, directory: str | Path) -> None:
         description = read_description(Path(directory, "index.json"), kind="lucene")
         self.checksum: str = description["corpus_sha256"]
         self._searcher = java_class("io.anserini.search.SimpleSearcher")(str(Path(directory, "lucene").resolve()))
-        self._searcher.set_bm25(k1, b)
+        self._searcher.set_bm25(DEFAULT_K1, DEFAULT_B)
 
     @classmethod
     def build(cls, docs: Iterable[tuple[str, str]], directory: str | Path) -> LuceneIndex:

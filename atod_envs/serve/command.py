@@ -42,8 +42,7 @@ def make_offer(env_id: str, splits: Sequence[str], options: dict[str, Any]) -> O
     return offer
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+def _options() -> argparse.ArgumentParser:
     defaults = Limits()
     parser = argparse.ArgumentParser(
         prog=sys.argv[0] if sys.argv[0].startswith("atod ") else "python -m atod_envs.serve",
@@ -81,7 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(defaults, part.name)
         name = "--" + part.name.replace("_", "-")
         parser.add_argument(name, type=type(value), default=value, help=f"{texts[part.name]}; default: %(default)s")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    given = _options().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         token = _token(given.token_file)

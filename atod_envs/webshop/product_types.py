@@ -130,7 +130,7 @@ _OFFICIAL = {
     "Beauty": "Beauty & Personal Care",
     "Grocery": "Grocery & Gourmet Food",
 }
-_WARES = """
+_PRODUCT_TYPES = """
 fashion | men's t-shirts | Men's T-Shirt | Fashion > Men > Shirts > T-Shirts | 9 | 35 | tops | color, size
 fashion | men's jeans | Men's Jeans | Fashion > Men > Pants > Jeans | 25 | 80 | bottoms | color, size
 fashion | men's hoodies | Men's Hoodie | Fashion > Men > Sweaters > Hoodies | 18 | 60 | tops | color, size
@@ -212,7 +212,7 @@ REVIEW_BODIES = {
 def read_product_types() -> tuple[ProductType, ...]:
     """The product types, spelled out."""
     product_types = []
-    for line in _WARES.strip().splitlines():
+    for line in _PRODUCT_TYPES.strip().splitlines():
         category, query, noun, path, low, high, attributes, options = (field.strip() for field in line.split("|"))
         plain, having, purpose = (_split(text) for text in _ATTRIBUTES[attributes])
         # Options are shown under their official names: "shoe size" draws other values, but is a size.

@@ -17,7 +17,8 @@ from atod_algos.batch import Scores, make_batch
 from atod_algos.entropy_aware import EntropyAware
 from atod_algos.gopd import GOPD
 from atod_algos.learner import logprobs
-from atod_algos.learner.learner import Learner, SupportTerm
+from atod_algos.learner.learner import Learner
+from atod_algos.learner.minibatch import SupportTerm
 from atod_algos.opd import OPD
 from atod_algos.tip import TIP, largest
 from atod_envs.trajectory import Group, StopReason, Trajectory, Turn

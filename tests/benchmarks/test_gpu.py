@@ -61,6 +61,7 @@ def test_all_parts_at_toy_size(tmp_path):
     assert len(steps) == 10 and same == ["0 (none)"] * 10, "the CPU's numbers equal its own"
     assert numbers["adamw8bit"] == {"adamw8bit": "not available: it runs on a GPU only"}
     assert numbers["engine"]["1.7B: engine without graphs, a step of 4 tokens (ms)"] > 0
+    assert numbers["engine"]["1.7B: engine, a step's share of the card's copy (%)"] > 0
     assert numbers["engine"]["1.7B: engine / generate()"] > 0 and numbers["train"]["ATOD, last step (s)"] > 0
     text = (tmp_path / "out" / "gpu.md").read_text()
     assert "| **train** | done" in text and "the numbers mean nothing" in text

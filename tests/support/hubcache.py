@@ -3,8 +3,8 @@
 import hashlib
 
 
-def commit(root, name, folder, *, branch="main"):
-    """Put a model's folder into a cache as the newest commit of a branch; the snapshot's folder."""
+def commit(root, name, folder):
+    """Put a model's folder into a cache as the newest commit of its main branch; the snapshot's folder."""
     home = root / f"models--{name.replace('/', '--')}"
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
     number = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
@@ -16,5 +16,5 @@ def commit(root, name, folder, *, branch="main"):
         blob.write_bytes(data)
         (snapshot / file).unlink(missing_ok=True)
         (snapshot / file).symlink_to(blob)
-    (home / "refs" / branch).write_text(number)
+    (home / "refs" / "main").write_text(number)
     return snapshot

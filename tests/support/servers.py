@@ -14,8 +14,8 @@ from atod_envs.serve.sessions import Limits, Offer, Sessions
 class Gate:
     """Holds back a client that says ``wait``, until it is opened or ``enough`` are waiting at the same time."""
 
-    def __init__(self, enough=None):
-        self.enough, self.waiting = enough, 0
+    def __init__(self):
+        self.enough, self.waiting = None, 0
         self._changed = threading.Condition()
         self._open = False
 

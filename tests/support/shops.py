@@ -24,7 +24,7 @@ def options(**groups):
     return {name: [{"value": value, "image": None} for value in values] for name, values in groups.items()}
 
 
-def write_shop(folder, items, annotations=None, human=None, reviews=None):
+def write_shop(folder, items, annotations=None, reviews=None):
     """Write a catalogue in the official format and return its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "items_shuffle.json").write_text(items if isinstance(items, str) else json.dumps(items))
@@ -33,8 +33,6 @@ def write_shop(folder, items, annotations=None, human=None, reviews=None):
         entry = {"attributes": ["easy clean"], "instruction": "Find me easy clean things"}
         annotations = {asin: {**entry, "instruction_attributes": ["easy clean"]} for asin in asins}
     (folder / "items_ins_v2.json").write_text(json.dumps(annotations))
-    if human is not None:
-        (folder / "items_human_ins.json").write_text(json.dumps(human))
     if reviews is not None:
         (folder / "reviews.json").write_text(json.dumps(reviews))
     return folder

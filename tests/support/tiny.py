@@ -30,15 +30,15 @@ def tokenizer():
     return train_tokenizer(texts, tags=["<think>", "</think><action>", "</action>", "<action>"])
 
 
-def model(tokens, seed=0, context=4096):
+def model(tokens, context=4096):
     from toyworld import small_model
 
-    made = small_model(tokens, seed)
+    made = small_model(tokens, 0)
     made.config.max_position_embeddings = context
     return made
 
 
-def groups(env_id, options, *, style="compact", tasks=2, attempts=2, max_tokens=6):
+def groups(env_id, options, *, style="compact", tasks=2, attempts=2):
     """Episodes that a random model plays on the engine."""
     import gymnasium as gym
 
@@ -49,7 +49,7 @@ def groups(env_id, options, *, style="compact", tasks=2, attempts=2, max_tokens=
     tokens = tokenizer()
     make = lambda: gym.make(env_id, **options)  # noqa: E731
     engine = TransformersEngine(model(tokens), slots=8)
-    rollout = Rollout(engine, ChatFormat(tokens), make, style=style, max_tokens=max_tokens)
+    rollout = Rollout(engine, ChatFormat(tokens), make, style=style, max_tokens=6)
     chosen = make().unwrapped.tasks[:tasks]
     specs = [EpisodeSpec(task, f"g{i}", 10 * i + j) for i, task in enumerate(chosen) for j in range(attempts)]
     played = rollout.play_groups(specs)

@@ -1,7 +1,7 @@
 """A random small language model, for tests of any part that needs one."""
 
 
-def tiny_qwen3(vocab_size: int, seed: int, *, hidden: int = 32, spread: float = 0.15, positions: int = 256, **config):
+def tiny_qwen3(vocab_size: int, seed: int, *, hidden: int = 32, spread: float = 0.15, **config):
     """A two-layer Qwen3 with grouped-query attention.
 
     Args:
@@ -9,7 +9,6 @@ def tiny_qwen3(vocab_size: int, seed: int, *, hidden: int = 32, spread: float = 
         seed: of its weights.
         hidden: its width.
         spread: standard deviation of its matrices; larger makes it surer of what it says.
-        positions: longest row.
         config: further settings of its configuration, such as token ids.
     """
     import torch
@@ -25,7 +24,7 @@ def tiny_qwen3(vocab_size: int, seed: int, *, hidden: int = 32, spread: float = 
             num_key_value_heads=2,
             head_dim=8,
             intermediate_size=64,
-            max_position_embeddings=positions,
+            max_position_embeddings=256,
             tie_word_embeddings=True,
             **config,
         )

@@ -48,7 +48,7 @@ def small_model(tokenizer, seed: int, hidden: int = 32):
     return tiny_qwen3(len(tokenizer), seed, hidden=hidden, eos_token_id=eos, pad_token_id=pad, bos_token_id=None)
 
 
-def fit(model, prompts, responses, updates: int, lr: float = 5e-3):
+def fit(model, prompts, responses, updates: int):
     """Teach a model to answer prompts (token ids) with responses (token ids)."""
     import numpy as np
     import torch
@@ -58,7 +58,7 @@ def fit(model, prompts, responses, updates: int, lr: float = 5e-3):
         turn = Turn(0, "", (), tuple(prompt), tuple(response), (0.0,) * len(response), "", "", True, True, 0.0)
         trajectories.append(Trajectory("e", "t", "s", "", "g", 0, (turn,), "", False, 0.0, StopReason.FAILURE))
     batch = make_batch([Group("t", tuple(trajectories))])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(updates):
         _, logprobs, _ = row_logprobs(model, batch, np.arange(len(prompts)), temperature=1.0)
         (-logprobs.mean()).backward()

@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
 
 UNPRICED = 100.0
 """Price of a product whose record states none, in dollars (original: ``load_products``)."""
@@ -105,26 +104,6 @@ class Product:
         options = ", and ".join(f"{name}: {', '.join(values)}" for name, values in self.options.items())
         first_bullet = self.bullets[0] if self.bullets else ""
         return " ".join([self.title, self.description, first_bullet, options]).lower()
-
-    def processed(self) -> dict[str, Any]:
-        """The fields that the original adds or changes, under its names; for comparison with its recordings."""
-        return {
-            "asin": self.asin,
-            "Title": self.title,
-            "Description": self.description,
-            "BulletPoints": list(self.bullets),
-            "pricing": list(self.pricing),
-            "Price": self.price_tag,
-            "options": {name: list(values) for name, values in self.options.items()},
-            "option_to_image": dict(self.option_images),
-            "Attributes": list(self.annotation.attributes),
-            "category": self.category,
-            "query": self.query,
-            "product_category": self.product_category,
-            "MainImage": self.image,
-            "Rating": self.rating,
-            "Reviews": [{"title": r.title, "score": r.score, "body": r.body} for r in self.reviews],
-        }
 
 
 class BrokenProduct(ValueError):

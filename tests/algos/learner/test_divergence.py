@@ -21,9 +21,10 @@ from atod_algos.gopd import GOPD
 from atod_algos.grpo import GRPO
 from atod_algos.learner import logprobs as scoring
 from atod_algos.learner.distribution import distribution
-from atod_algos.learner.learner import SANE_KL, DivergenceTerm, Learner
+from atod_algos.learner.learner import SANE_KL, Learner
 from atod_algos.learner.lora import add_adapters
 from atod_algos.learner.loss import TeacherTokens, aggregation_weights, reverse_kl
+from atod_algos.learner.minibatch import DivergenceTerm
 from atod_algos.opd import OPD
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
 from atod_algos.signals.gkd import GKD
@@ -318,7 +319,7 @@ def test_adapters_may_learn_from_the_model_that_they_stand_on(batch, models):
 def test_a_server_is_refused(tmp_path, models, monkeypatch):
     from atod_algos.teachers import local
 
-    monkeypatch.setattr(local, "RemoteJudge", lambda *_, **__: object())
+    monkeypatch.setattr(local, "RemoteScorer", lambda *_, **__: object())
     config = options(tmp_path, {**models, "teacher": "http://nowhere:1/v1#m"}, gap="exact")
     with pytest.raises(AtodError, match="--gap exact compares whole distributions"):
         train(config, OPD(), "paper")

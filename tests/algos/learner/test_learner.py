@@ -55,7 +55,7 @@ def close(a, b, rtol=1e-3):
 
 
 def test_running_out_of_memory_splits_the_batch_and_changes_no_result(model, batch, monkeypatch, caplog):
-    import atod_algos.learner.learner as module
+    import atod_algos.learner.minibatch as module
 
     whole = copy.deepcopy(model)
     _, expected = teach(whole, batch)
@@ -86,7 +86,7 @@ def test_running_out_of_memory_splits_the_batch_and_changes_no_result(model, bat
 
 
 def test_a_row_that_can_not_be_split_is_said_to_be_too_long(model, batch, monkeypatch):
-    import atod_algos.learner.learner as module
+    import atod_algos.learner.minibatch as module
 
     def never(*_, **__):
         raise MemoryError
@@ -99,7 +99,7 @@ def test_a_row_that_can_not_be_split_is_said_to_be_too_long(model, batch, monkey
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(model, batch, monkeypatch):
-    import atod_algos.learner.learner as module
+    import atod_algos.learner.minibatch as module
 
     def wrong(*_, **__):
         raise RuntimeError("size mismatch")

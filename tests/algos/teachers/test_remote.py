@@ -18,7 +18,7 @@ from agents.api import ApiClient, ApiOptions
 from atod_algos.atod import ATOD
 from atod_algos.opd import OPD
 from atod_algos.teachers.local import LocalScorer
-from atod_algos.teachers.remote import RemoteJudge
+from atod_algos.teachers.remote import RemoteScorer
 from atod_algos.teachers.server import ServeOptions, TeacherServer, row_batch
 from atod_algos.training.cli import main
 from atod_envs.errors import AtodError
@@ -73,7 +73,7 @@ def rows(tokenizer):
 
 
 def scorer(server, tokenizer, temperature=1.0, **options):
-    return RemoteJudge(
+    return RemoteScorer(
         server.address, tokenizer, temperature=temperature, options=QUICK, wait=lambda _: None, **options
     )
 
@@ -154,7 +154,7 @@ def test_a_server_that_never_answers_is_given_up_on(tokenizer):
     with HTTPServer(("127.0.0.1", 0), Silent) as silent:
         threading.Thread(target=silent.serve_forever, daemon=True).start()
         with pytest.raises(AtodError, match=r"did not answer after 2 tries.*timed out"):
-            RemoteJudge(
+            RemoteScorer(
                 f"http://127.0.0.1:{silent.server_address[1]}/v1",
                 tokenizer,
                 temperature=1.0,
@@ -327,7 +327,7 @@ def test_the_serving_command_serves(models, tokenizer):
     try:
         said = process.stdout.readline()
         address = said.split("--teacher ")[1].strip()
-        remote = RemoteJudge(address, tokenizer, temperature=1.0, options=QUICK)
+        remote = RemoteScorer(address, tokenizer, temperature=1.0, options=QUICK)
         assert np.isfinite(remote.rows([np.array([3, 4, 5])])[0][1:]).all()
     finally:
         process.terminate()

@@ -91,7 +91,7 @@ def test_what_needs_whole_distributions_is_refused_before_anything_is_asked(engi
     def never(*_, **__):
         raise AssertionError("it was asked")
 
-    monkeypatch.setattr(local, "RemoteJudge", never)
+    monkeypatch.setattr(local, "RemoteScorer", never)
     where = "http://nowhere:1/v1" if engine == "transformers" else "t"
     for algorithm, said in (
         (EntropyAware(), "entropy_aware compares whole distributions"),

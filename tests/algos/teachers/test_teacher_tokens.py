@@ -20,7 +20,7 @@ from atod_algos.signals.sage_opd import SageOPD
 from atod_algos.signals.tropd import TrOPD
 from atod_algos.teachers import server
 from atod_algos.teachers.local import StepScorer
-from atod_algos.teachers.remote import RemoteJudge
+from atod_algos.teachers.remote import RemoteScorer
 from atod_algos.teachers.server import ServeOptions, TeacherServer, row_batch
 from atod_algos.teachers.support import joined, known_only, tokens_of_rows
 from atod_algos.training.config import TrainConfig, resolve
@@ -51,7 +51,7 @@ def batch_of(rows):
 
 
 def judge(running, tokenizer, k, temperature=1.0, **more):
-    return RemoteJudge(
+    return RemoteScorer(
         running.address, tokenizer, temperature=temperature, top=k, options=QUICK, wait=lambda _: None, **more
     )
 
