@@ -204,7 +204,7 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad(), ctx.again:
             found = ctx.part(states, *others)
         used = [pair for pair in zip(found, gradients, strict=True) if pair[1] is not None and pair[0].requires_grad]
-        torch.autograd.backward(*zip(*used, strict=True))
+        torch.autograd.backward([value for value, _ in used], [gradient for _, gradient in used])
         return None, states.grad, *(None for _ in others)
 
 
