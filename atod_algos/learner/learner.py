@@ -231,6 +231,7 @@ class Learner:
                 tokens=tokens,
                 per_token=self._per_token,
                 logits=distributions * min(sampled * int(head.shape[0]), CHUNK_LOGITS),
+                head=memory.head_bytes(head),
                 gradient=4 * size,
                 moments=0 if self.updater.moved else 2 * self.updater.moment_bytes * size,
                 states=2 * sampled * int(head.shape[1]) * head.element_size(),

@@ -15,14 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from agents.logits import LogitHead, decoder_of, decoder_states, in_eval_mode, logit_head, require_known_ids, usable_ids
 from atod_algos.batch import Scores, TokenBatch
 from atod_algos.learner import distributed
 from atod_algos.learner.loss import TeacherTokens, reverse_kl
-from atod_algos.learner.memory import Budget
-from atod_algos.learner.onednn import onednn_linear, recompute_context, row_padding
+from atod_algos.learner.memory import Budget, recomputed
+from atod_algos.learner.onednn import onednn_linear, row_padding
 from atod_algos.learner.options import UpdateOptions
 from atod_algos.learner.packing import pack, packable, packed_states, packs
 
@@ -116,7 +115,7 @@ def head_logprobs(
         chosen, width, further, apart = (values[:count] for values in found)
         return chosen, width, further, apart
     pieces = [
-        checkpoint(part, *piece, use_reentrant=False, context_fn=recompute_context)
+        recomputed(part, *piece)
         for piece in zip(*(torch.split(x, size) for x in (hidden, targets, asked, *said)), strict=True)
     ]
     logprobs, spread, others, apart = (torch.cat(values) for values in zip(*pieces, strict=True))

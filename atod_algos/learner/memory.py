@@ -19,6 +19,7 @@ import torch
 
 from agents.logits import decoder_of, in_eval_mode
 from atod_algos.learner import distributed
+from atod_algos.learner.onednn import recompute_context
 from atod_algos.learner.packing import pack, packable, packed_states
 from atod_envs.errors import AtodError
 
@@ -108,7 +109,7 @@ def bytes_per_token(model: Any) -> float:
     layer's inside at a time.
     """
     decoder = decoder_of(model)
-    recomputes = bool(getattr(decoder, "gradient_checkpointing", False)) and model.training
+    recomputes = bool(getattr(decoder, "gradient_checkpointing", False))
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     seen: dict[int, int] = {}
 
@@ -136,8 +137,20 @@ def bytes_per_token(model: Any) -> float:
     return whole / layers + layers * states.shape[-1] * states.element_size()
 
 
+def head_bytes(weight: torch.Tensor) -> int:
+    """Bytes that the output head's weight needs besides its gradient: a chunk's share of that, before it is added.
+
+    Of a model that is divided among ranks, the weight and its gradient are whole then.
+    """
+    divided, learns = distributed.size() > 1, bool(weight.requires_grad)
+    share = weight.element_size()
+    if weight.device.type == "cpu" and weight.dtype != torch.float32:
+        share += 4  # a CPU adds half precision to float32 through a copy in float32
+    return weight.numel() * (learns * share + divided * (1 + learns) * weight.element_size())
+
+
 def predict_peak(
-    now: int, *, tokens: int, per_token: float, logits: int, gradient: int, moments: int, states: int
+    now: int, *, tokens: int, per_token: float, logits: int, head: int, gradient: int, moments: int, states: int
 ) -> int:
     """Bytes at the highest point of an update.
 
@@ -146,12 +159,53 @@ def predict_peak(
         tokens: of the largest micro-batch.
         per_token: :func:`bytes_per_token`.
         logits: logits that are alive at once.
+        head: :func:`head_bytes`.
         gradient: bytes of the gradient, gathered once more while it is made.
         moments: bytes of the optimizer's state that do not exist yet.
         states: bytes of the states that predict a token, and of what is handed back through them.
     """
     # Logits, their log-softmax, the product of the entropy and two gradients: five copies at once.
-    return int(now + tokens * per_token + 5 * 4 * logits + gradient + moments + states)
+    return int(now + tokens * per_token + 5 * 4 * logits + head + gradient + moments + states)
+
+
+# --- saved --------------------------------------------------------------------------------------------------------
+
+
+def recomputed(part: Callable[..., tuple[torch.Tensor, ...]], states: torch.Tensor, *others: torch.Tensor) -> Any:
+    """A part of the output head, whose inside is computed again in the backward pass instead of kept.
+
+    The part's share of the head's gradient is added up at once. With torch's own checkpoints autograd holds the sum of
+    all parts' shares apart until the last has come, in the type of the weights.
+
+    Args:
+        part: gives tensors from states and further tensors.
+        states: what gradients flow back through, besides the model's weights.
+        others: constants.
+    """
+    if not states.requires_grad:  # nothing is kept, or nothing but the head learns
+        return part(states, *others)
+    return _Recomputed.apply(part, states, *others)  # type: ignore[no-untyped-call]
+
+
+class _Recomputed(torch.autograd.Function):
+    """See :func:`recomputed`; what the loss does not use has no backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Any, states: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.part, ctx.again = part, recompute_context()[1]
+        ctx.save_for_backward(states, *others)
+        return part(states, *others)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        states, *others = ctx.saved_tensors
+        states = states.detach().requires_grad_()
+        with torch.enable_grad(), ctx.again:
+            found = ctx.part(states, *others)
+        used = [pair for pair in zip(found, gradients, strict=True) if pair[1] is not None and pair[0].requires_grad]
+        torch.autograd.backward([value for value, _ in used], [gradient for _, gradient in used])
+        return None, states.grad, *(None for _ in others)
 
 
 # --- not enough ---------------------------------------------------------------------------------------------------

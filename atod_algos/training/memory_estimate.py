@@ -151,9 +151,16 @@ def recomputed_bytes(shape: Shape, tokens: int, number: int) -> int:
     return tokens * inputs + activation_bytes(shape, tokens, number) // shape.layers
 
 
-def head_bytes(shape: Shape, tokens: int) -> int:
-    """What the output head has alive at once: chunks are recomputed in the backward pass, so it is bounded."""
-    return _FLOAT * _HEAD_COPIES * min(tokens * shape.vocabulary, max(CHUNK_LOGITS, shape.vocabulary))
+def head_bytes(shape: Shape, tokens: int, number: int = 0) -> int:
+    """What the output head has alive at once: chunks are recomputed in the backward pass, so it is bounded.
+
+    Args:
+        shape: of the model.
+        tokens: of the micro-batch.
+        number: bytes of the head's type where it learns: a chunk's share is added to its gradient.
+    """
+    logits = min(tokens * shape.vocabulary, max(CHUNK_LOGITS, shape.vocabulary))
+    return _FLOAT * _HEAD_COPIES * logits + number * shape.vocabulary * shape.width
 
 
 def cache_bytes(shape: Shape, slots: int, positions: int, number: int) -> int:
@@ -230,7 +237,10 @@ def memory(config: RunConfig, algorithm: Algorithm) -> list[Part]:
     add("update: gradient", student, lambda s: _FLOAT * learned(s), "float32", "update")
     how = f"{budget:,} tokens at once (--token-budget)"
     add("update: activations", student, lambda s: kept(s, budget, number), how, "update")
-    add("update: output head", student, lambda s: head_bytes(s, budget), f"chunks of {CHUNK_LOGITS:,} logits", "update")
+    how, share = f"chunks of {CHUNK_LOGITS:,} logits", 0 if config.lora_rank else number
+    if share:
+        how += ", one's share of the gradient"
+    add("update: output head", student, lambda s: head_bytes(s, budget, share), how, "update")
 
     phase = "scoring" if _on_gpu(config) else "always"
     for name, model, shape in _scorer_models(config, algorithm):
