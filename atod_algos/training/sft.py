@@ -51,6 +51,7 @@ from atod_algos.training.demonstrations import (
     tokenized,
 )
 from atod_envs.errors import AtodError
+from atod_envs.files import make_folder
 from atod_envs.styles import PromptStyle
 from atod_envs.trajectory import Group, Trajectory
 
@@ -263,6 +264,7 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
         recover,
         require_same_models,
         save_checkpoint,
+        write_failure,
     )
     from atod_algos.training.config import TrainConfig, resolve
     from atod_algos.training.run_dir import RunFolder
@@ -273,6 +275,7 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
         raise AtodError(
             f"--best-of {command.best_of}: it chooses among recorded episodes; leave it out, or give --source"
         )
+    make_folder(Path(command.out), "--out")  # before hours of training, not after
     options = command.fit
     config = resolve(_train_config(command, TrainConfig))
     run = RunFolder(_folder(command), _settings(command, config))
@@ -356,8 +359,15 @@ def train_sft(command: SftCommand, say: Callable[[str], None]) -> None:
     finally:
         run.close()
     result = model if adapters is None else adapters.merge_and_unload()
-    result.save_pretrained(command.out)
-    loaded.tokenizer.save_pretrained(command.out)
+    try:
+        result.save_pretrained(command.out)
+        loaded.tokenizer.save_pretrained(command.out)
+    except Exception as error:
+        if (reason := write_failure(error)) is None:
+            raise
+        raise AtodError(
+            f"{command.out} could not be written: {reason}; every round is kept in {run.path}. Make room and run the same command again"
+        ) from error
 
 
 def _train_config(command: SftCommand, make: type[TrainConfig]) -> TrainConfig:
