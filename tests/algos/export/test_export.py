@@ -194,7 +194,7 @@ def test_an_evaluation_of_other_weights_is_refused(students, tmp_path, capsys):
     main([str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--card", "--evaluation", str(tmp_path / "own")])
     text = (tmp_path / "out" / "README.md").read_text()
     assert (
-        "atod/ALFWorld-v0, valid_seen/10, temperature 0.5:" in text
+        "atod/ALFWorld-v0, valid_seen/10, temperature 0.5, seeds 0:" in text
         and "| this model | 70.0% | 39.7 - 89.2 | 10 |" in text
     )
     err = refused(capsys, tmp_path / "run", "--to", tmp_path / "x", "--card", "--evaluation", tmp_path / "strange")
