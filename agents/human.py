@@ -170,13 +170,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _line(prompt: str) -> str:
+    if sys.stdin is None:  # closed before we were started
+        raise EOFError
+    return input(prompt)
+
+
 def _sit_down(env: gym.Env[str, str], seed: int | None, task_id: str | None) -> int:
     try:
         adviser: Agent | None = expert_for(env)
     except (UnknownName, ImportError):
         adviser = None
-    prompt = "> " if sys.stdin.isatty() else ""
-    agent = HumanAgent(lambda: input(prompt), lambda text: print(f"{text}\n"), adviser)
+    prompt = "> " if sys.stdin is not None and sys.stdin.isatty() else ""
+    agent = HumanAgent(lambda: _line(prompt), lambda text: print(f"{text}\n"), adviser)
     complete_with(agent.completions)
     info = play(env, agent, seed=seed, task_id=task_id)
     ending = {True: "Solved", False: "Not solved"}[bool(info["success"])]

@@ -22,7 +22,7 @@ import torch
 from agents.chat import CHAT_DATE, ChatFormat, ThinkingMode, first_difference
 from agents.gguf import converted, gguf_file
 from agents.logits import limit_vocabulary, logit_head, require_finite, usable_ids, vocabulary_rows
-from agents.weights import require_all_weights, require_plain_weights
+from agents.weights import require_all_weights, require_as_written, require_plain_weights
 from atod_envs.errors import AtodError
 from atod_envs.files import hash_of
 
@@ -132,6 +132,8 @@ def load_model(
     hub_logging.disable_progress_bar()
     source, looks_local = _located(name, role, world, option or f"--{role}")
     try:
+        if looks_local:
+            require_as_written(Path(source), _READ)
         with contextlib.redirect_stderr(io.StringIO()):
             tokenizer = AutoTokenizer.from_pretrained(source)
             base, options = _adapted(source) if looks_local else (source, {})

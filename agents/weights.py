@@ -1,14 +1,44 @@
-"""Whether a model's files held all of its weights, as numbers that can be trained."""
+"""Whether a model's files are those that were written and hold all of its weights, as numbers that can be trained."""
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+from atod_envs.files import read_object
+
+DONE = "complete.json"
+"""File of a training's checkpoint: the checksum of every other one, by its name."""
 
 _LAYER = re.compile(r"\.\d+\.")
 _BUFFER = re.compile(r"(inv_freq|position_ids|attn\.(masked_)?bias|attention\.(masked_)?bias)$")
 """What older versions of transformers wrote besides weights: masks and frequencies, which are computed."""
+
+
+def require_as_written(folder: Path, kinds: Iterable[str]) -> None:
+    """Refuse a training's checkpoint of which something has changed since it was written; other folders are not known.
+
+    Args:
+        folder: of the model.
+        kinds: patterns of the files that are read.
+
+    Raises:
+        DataError: the list of checksums is broken.
+        OSError: a file is gone, or is another one.
+    """
+    files = read_object(folder / DONE).get("files") if (folder / DONE).is_file() else None
+    for name, checksum in files.items() if isinstance(files, dict) else ():
+        if any(Path(name).match(kind) for kind in kinds) and checksum_of(folder / name) != checksum:
+            raise OSError(f"its file {name} is not as the training wrote it; restore it, or take another checkpoint")
+
+
+def checksum_of(path: Path) -> str:
+    """BLAKE2b of a file, the first 32 hexadecimal digits, as a checkpoint lists it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 
 def require_all_weights(info: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from atod_algos import foreign_agents
 from atod_envs import ENVIRONMENTS
+from atod_envs.errors import file_trouble
 from atod_envs.stopping import stoppable
 
 
@@ -187,6 +188,11 @@ def run_module(module: str, called: str, arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of our output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if (trouble := file_trouble(error)) is None:
+            raise
+        print(f"error: {trouble}", file=sys.stderr)
+        return 1
     finally:
         sys.argv = before
     return int(status or 0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import atexit
 import dataclasses
-import errno
 import gc
 import inspect
 import io
@@ -20,7 +19,7 @@ from typing import Any, NoReturn, cast, get_type_hints
 
 import tyro
 
-from atod_envs.errors import AtodError
+from atod_envs.errors import AtodError, file_trouble
 from atod_envs.options import program
 from atod_envs.stopping import stoppable
 
@@ -104,6 +103,8 @@ def guarded(command: Callable[[], object], kept: str | Callable[[], str] = "") -
     except RuntimeError as error:
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
             fail(f"{_MEMORY}, then run the same command to go on")
+        if str(error).startswith("Symlink loop"):  # Path.resolve, before Python 3.13
+            fail(f"{error}; give another path, or change this one")
         raise
     except ImportError as error:
         fail(str(error))
@@ -111,11 +112,9 @@ def guarded(command: Callable[[], object], kept: str | Callable[[], str] = "") -
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(1) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if (trouble := file_trouble(error)) is None:
             raise
-        fail(
-            f"{error.filename or 'the output'} could not be written: {error.strerror}; make room and run the same command again"
-        )
+        fail(trouble)
 
 
 def fail(message: str, code: int = 1) -> NoReturn:

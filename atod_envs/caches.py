@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from atod_envs.errors import DataError
-from atod_envs.files import file_stamp
+from atod_envs.errors import FULL, DataError
+from atod_envs.files import as_path, file_stamp
 
 VARIABLE = "ATOD_CACHE"
 """Environment variable that names the folder of caches."""
@@ -46,11 +46,15 @@ def home_cache() -> Path:
 
 
 def cache_folder() -> Path:
-    """``$ATOD_CACHE``, else ``$XDG_CACHE_HOME/atod``, else ``~/.cache/atod``."""
+    """``$ATOD_CACHE``, else ``$XDG_CACHE_HOME/atod``, else ``~/.cache/atod``.
+
+    Raises:
+        DataError: there is no such home folder.
+    """
     if named := os.environ.get(VARIABLE):
-        return Path(named).expanduser()
+        return as_path(named, f"${VARIABLE}")
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else home_cache()) / "atod"
+    return (as_path(base, "$XDG_CACHE_HOME") if base else home_cache()) / "atod"
 
 
 def build_once(folder: Path, build: Callable[[Path], object], complete: str = "") -> Path:
@@ -87,6 +91,12 @@ def build_once(folder: Path, build: Callable[[Path], object], complete: str = ""
                 shutil.rmtree(folder)
             scratch.rename(folder)
             Path(lock.name).unlink(missing_ok=True)  # the next in line finds the folder
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise DataError(
+                f"{folder}: cannot be written ({error.strerror}); make room, or set ${VARIABLE} to a folder that has some"
+            ) from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder

@@ -6,12 +6,17 @@ a traceback without advice is a bug.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 
 _CLOSE = 60.0
 """Per cent of two names' letters that agree, in order, where one may be a slip for the other."""
 _COMPARED, _LONGEST_SLIP = 20_000, 500
 """Names that a name is compared with, and its characters that are: a server's client may send a megabyte."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where there is no room for a file."""
 
 
 class AtodError(Exception):
@@ -50,6 +55,13 @@ class UnknownName(AtodError, KeyError):
 
     def __str__(self) -> str:
         return self.message
+
+
+def file_trouble(error: OSError) -> str | None:
+    """What the system would not do with a file, in a line; None for an error that names no file."""
+    if error.errno in FULL:
+        return f"{error.filename or 'the output'} could not be written: {error.strerror}; make room and run the same command again"
+    return f"{error.filename}: {error.strerror}; give another path, or change this one" if error.filename else None
 
 
 class EpisodeError(AtodError, RuntimeError):

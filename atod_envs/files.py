@@ -140,6 +140,8 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     number = 0
     try:
+        if path.suffix == ".gz" and path.is_file() and not path.stat().st_size:  # Python takes it for an empty text
+            raise EOFError("the file is empty")
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 where = f"{path}, line {number}"
@@ -203,6 +205,38 @@ def package_path(package: str, place: str) -> Path | None:
         return None
 
 
+def entries_below(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Every file and folder below a folder, in folders that links lead to as well.
+
+    Raises:
+        DataError: a folder cannot be read, or a link leads nowhere or back. Nothing is left out for that: it would be
+            missed without a word.
+    """
+    pending: list[tuple[str, tuple[str, ...]]] = [(str(folder), (os.path.realpath(folder),))]
+    while pending:
+        place, linked = pending.pop()
+        try:
+            with os.scandir(place) as items:
+                for item in items:
+                    if item.is_symlink():
+                        item.stat()  # or what it leads to is not there
+                    yield item
+                    if not item.is_dir():
+                        continue
+                    if not item.is_symlink():
+                        pending.append((item.path, linked))
+                    elif (target := os.path.realpath(item.path)) in linked or _lies_in(place, target):
+                        raise DataError(f"{item.path} is a link to a folder that it lies in itself; remove it")
+                    else:
+                        pending.append((item.path, (*linked, target)))
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read ({error.strerror}); repair it, or remove it") from None
+
+
+def _lies_in(place: str, folder: str) -> bool:
+    return Path(os.path.realpath(place)).is_relative_to(folder)
+
+
 def as_path(value: object, option: str) -> Path:
     """A path as a user writes it: ``~`` and ``$NAME`` stand for what they stand for in a shell.
 
@@ -234,6 +268,22 @@ def make_folder(folder: Path, option: str) -> None:
 
 
 @contextmanager
+def writing_into(folder: Path, option: str) -> Iterator[None]:
+    """Make a folder and write into it.
+
+    Raises:
+        AtodError: it cannot be made, or a file in it not written; names the option.
+    """
+    make_folder(folder, option)
+    try:
+        yield
+    except OSError as error:
+        raise AtodError(
+            f"{error.filename or folder} could not be written: {error.strerror or error}; make room, or choose another folder with {option}"
+        ) from error
+
+
+@contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """A file next to ``path`` that takes its place once it is whole; a pipe or a device is written to itself."""
     if path.exists() and not path.is_file():
@@ -245,6 +295,22 @@ def written_aside(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file; nothing of it stays where it cannot be written whole, so that the next one stands alone.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with open(path, "ab", buffering=0) as out:
+        before, left = out.tell(), memoryview(line.encode() + b"\n")
+        try:
+            while left:
+                left = left[out.write(left) :]
+        except OSError:
+            out.truncate(before)
+            raise
 
 
 def as_text(value: object) -> str:
@@ -281,6 +347,8 @@ def load_array(path: Path, advice: str = AGAIN) -> npt.NDArray[Any]:
     except FileNotFoundError:
         raise DataError(f"{path} is missing; {advice}") from None
     except _NO_ARRAY as error:
+        if isinstance(error, OSError) and error.strerror:  # nothing is wrong with the file, such as too many open ones
+            raise _unreadable(path, error, advice) from None
         raise DataError(f"{path}: expected an array ({str(error).partition(chr(10))[0]}); {advice}") from None
     if not isinstance(mapped, np.ndarray):
         raise DataError(f"{path}: expected an array, found {type(mapped).__name__}; {advice}")

@@ -34,8 +34,8 @@ from atod_algos.grpo import GRPO
 from atod_algos.training.checkpoint import latest_checkpoint
 from atod_algos.training.cli import train
 from atod_algos.training.config import TrainConfig, builtin_profile, resolve
+from atod_algos.training.imitation import imitate
 from atod_algos.training.presets import override
-from atod_algos.training.sft import imitate
 
 FILES = ("config.json", "model.safetensors")
 """What a shipped model consists of, besides its tokenizer."""

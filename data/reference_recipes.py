@@ -14,8 +14,7 @@ import gymnasium as gym
 from agents.chat import ChatFormat
 from agents.reference.tokenizer import train_tokenizer
 from atod_algos.training.config import builtin_profile
-from atod_algos.training.demonstrations import demonstrate
-from atod_algos.training.sft import ImitationOptions
+from atod_algos.training.demonstrations import ImitationOptions, demonstrate
 from atod_envs.alfworld.household import tables
 from atod_envs.options import read_options
 from atod_envs.searchqa.generate import name_parts

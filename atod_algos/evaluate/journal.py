@@ -6,13 +6,14 @@ and nothing is counted that was not played.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from atod_algos.training.run_dir import replace_text
 from atod_envs.errors import DataError
-from atod_envs.files import parse_json
+from atod_envs.files import append_line, parse_json
 from atod_envs.trajectory import Trajectory, from_record, to_record
 
 
@@ -27,21 +28,18 @@ class EpisodeJournal:
         self.path = path
 
     def read(self) -> list[Trajectory]:
-        """What was played before; a line that was cut off is dropped."""
+        """What was played before; a line that is broken, such as one that was cut off, is dropped and played again."""
         kept: list[Trajectory] = []
         if self.path.exists():
             for line in self.path.read_bytes().splitlines():
-                try:
+                with contextlib.suppress(DataError):
                     kept.append(from_record(parse_json(line, str(self.path)), str(self.path)))
-                except DataError:
-                    break
-            replace_text(self.path, "".join(_line(trajectory) for trajectory in kept))
+            replace_text(self.path, "".join(f"{_line(trajectory)}\n" for trajectory in kept))
         return kept
 
     def add(self, trajectory: Trajectory) -> None:
         """Append an episode."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(_line(trajectory))
+        append_line(self.path, _line(trajectory))
 
     def drop(self) -> None:
         """Delete the journal: its episodes are stored elsewhere."""
@@ -50,4 +48,4 @@ class EpisodeJournal:
 
 def _line(trajectory: Trajectory) -> str:
     record: dict[str, Any] = to_record(trajectory)
-    return json.dumps(record, ensure_ascii=True, separators=(",", ":")) + "\n"
+    return json.dumps(record, ensure_ascii=True, separators=(",", ":"))

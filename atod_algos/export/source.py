@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atod_algos.evaluate import Evaluation
+from atod_algos.evaluate.paired_command import load_evaluation
 from atod_algos.evaluate.settings import weights_digest
 from atod_algos.report.data import flat_table
 from atod_algos.training.checkpoint import latest_checkpoint, require_whole
@@ -169,7 +170,7 @@ def _evaluated(source: Source, folder: Path) -> list[PanelRow]:
             f"{folder} is an evaluation of other weights ({settings.get('agent')}) than those of {source.checkpoint}; evaluate that "
             "folder: atod eval --agent"
         )
-    panels = read_object(folder / "result.json", _ADVICE, panels=dict)["panels"]
+    panels = {name: found.summary() for name, found in load_evaluation(folder).items()}
     sampling = ", ".join(f"{name} {value}" for name, value in settings["sampling"].items() if value is not None)
     seeds = ", ".join(map(str, settings.get("seeds", ())))
     how = ", ".join(part for part in (sampling, f"seeds {seeds}" if seeds else "", *settings.get("option", ())) if part)

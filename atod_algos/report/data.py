@@ -5,14 +5,13 @@ The invariant: only complete files are read, so a run may be read while it is be
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atod_algos.evaluate.paired_command import load_evaluation
 from atod_algos.evaluate.settings import episodes_path
 from atod_algos.training.run_dir import FREE_SETTINGS, read_metrics, read_object
 from atod_envs import files
@@ -24,6 +23,7 @@ KINDS = {"train": "trajectories", "valid": "validation"}
 
 _NAMES = {"grpo": "GRPO", "opd": "OPD", "atod": "ATOD", "sdar": "SDAR", "sod": "SOD", "tcod": "TCOD", "gigpo": "GiGPO"}
 _NOT_IN_A_RECIPE = {"seed", "run", *FREE_SETTINGS} - {"steps"}
+_ADVICE = "restore or delete it"
 _SAID = 2
 """Most options in a line's name."""
 
@@ -166,12 +166,17 @@ class Run:
         return sorted(int(path.name.removeprefix("step_").removesuffix(".jsonl.gz")) for path in found)
 
     def episodes(self, kind: str, step: int) -> list[Trajectory]:
-        """The episodes of a step; none if the file is not complete yet."""
+        """The episodes of a step."""
         return read_episodes(self.path / KINDS[kind] / f"step_{step:06d}.jsonl.gz")
 
     def turn_table(self, step: int) -> dict[str, list[Any]] | None:
-        """Columns, one entry a turn, of a training step (``atod_algos.metrics.turn_table``)."""
-        return read_packed(self.path / "turns" / f"step_{step:06d}.json.gz")
+        """Columns, one entry a turn, of a training step (``atod_algos.metrics.turn_table``); None if there is no file.
+
+        Raises:
+            DataError: it is broken.
+        """
+        path = self.path / "turns" / f"step_{step:06d}.json.gz"
+        return files.read_object(path, _ADVICE) if path.exists() else None
 
     def scores_path(self, kind: str, step: int) -> Path:
         """Where the scores of single tokens are kept."""
@@ -315,13 +320,10 @@ def read_run(path: Path) -> Run:
         raise DataError(f"{path} is not a run's folder, nor an evaluation's: no config.json of either in it")
     metrics = read_metrics(path)
     result = path / "result.json"
-    run = kind(
-        path,
-        settings,
-        known.get("versions", {}),
-        metrics,
-        read_object(result, "restore or delete it") if result.exists() else None,
-    )
+    found: dict[str, Any] | None = read_object(result, _ADVICE) if result.exists() else None
+    if found is not None and kind is StoredEvaluation:
+        found = {**found, "panels": {name: one.summary() for name, one in load_evaluation(path).items()}}
+    run = kind(path, settings, known.get("versions", {}), metrics, found)
     broken = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
     try:  # all that is asked of them later
         _ = (run.env, run.teacher, run.gap_clip, run.name, run.said, run.recipe, run.tokenizers, run.steps("panel"))
@@ -333,27 +335,17 @@ def read_run(path: Path) -> Run:
         for row in (run.table or {}).values():
             _ = [float(row[name]) for name in ("success", "low", "high", "n", "length")]
     except broken as error:
-        raise DataError(f"{result}: expected the numbers of policies ({error!r}); restore or delete it") from None
+        raise DataError(f"{result}: expected the numbers of policies ({error!r}); {_ADVICE}") from None
     return run
 
 
 def read_episodes(path: Path) -> list[Trajectory]:
-    """Stored episodes; none if the file is the newest of its kind and not complete yet.
+    """Stored episodes; a run puts a file into place when it is whole.
 
     Raises:
-        DataError: an older file is broken.
+        DataError: the file is broken.
     """
     try:
         return list(read_jsonl(path))
-    except (EOFError, zlib.error, gzip.BadGzipFile, DataError) as error:
-        if path == max(path.parent.glob("*.jsonl.gz")):
-            return []
-        raise DataError(f"{path} is broken ({error}); restore or delete it") from error
-
-
-def read_packed(path: Path) -> dict[str, list[Any]] | None:
-    """A compressed JSON file, or None where it is missing or not complete yet."""
-    try:
-        return files.read_object(path)
-    except DataError:
-        return None
+    except DataError as error:
+        raise DataError(f"{path} is broken ({error}); {_ADVICE}") from error

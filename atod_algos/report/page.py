@@ -18,6 +18,7 @@ from atod_algos.report.data import Run
 from atod_algos.report.tokens import Scorer, TurnScores, token_texts
 from atod_algos.report.weights import before_and_after, by_turn_index, weight_distribution
 from atod_algos.training.run_dir import replace_text
+from atod_envs.caches import one_at_a_time
 from atod_envs.trajectory import Trajectory
 
 _FOLDER = Path(__file__).parent
@@ -95,7 +96,8 @@ def write_page(
     data = page_data(runs, scorers=scorers, turns=turns) | {"live": live, "stamp": stamp}
     packed = base64.b64encode(gzip.compress(json.dumps(data, separators=(",", ":")).encode(), 6, mtime=0)).decode()
     before, _, after = template().partition("@DATA@")
-    replace_text(path, before.replace("@TITLE@", html.escape(data["title"])) + packed + after)
+    with one_at_a_time(path.parent):  # a run that ends, and a command that looks at it, may write at once
+        replace_text(path, before.replace("@TITLE@", html.escape(data["title"])) + packed + after)
     return data
 
 

@@ -8,6 +8,7 @@ at, with the bound on the gap that the run trained with.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -20,9 +21,10 @@ import numpy as np
 
 from atod_algos.advantages import min_max_by_trajectory, soft_or
 from atod_algos.batch import make_batch
-from atod_algos.report.data import Run, read_packed
+from atod_algos.report.data import Run
 from atod_envs import environment_class
-from atod_envs.errors import AtodError
+from atod_envs.errors import AtodError, DataError
+from atod_envs.files import read_object
 from atod_envs.trajectory import Group, Trajectory
 
 log = logging.getLogger(__name__)
@@ -99,7 +101,9 @@ class Scorer:
         if self.teacher is None and table is not None and "token_teacher" in table:
             return dict(zip(_places(table), table["token_teacher"], strict=True))
         path = self.run.scores_path(kind, step)
-        stored = read_packed(path)
+        stored: dict[str, Any] | None = None
+        with contextlib.suppress(DataError):  # missing or broken: computed again
+            stored = read_object(path)
         name = self.teacher or self.run.teacher
         if name is None:
             return None

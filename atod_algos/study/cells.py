@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from agents.weights import DONE
 from atod_algos.algorithm import find_algorithm
 from atod_algos.evaluate.settings import EvaluateConfig, agent_digest, make_env, sampling_of
 from atod_algos.evaluate.settings import settings_of as evaluated
@@ -231,7 +232,7 @@ def _require_same_cell(
 ) -> None:
     """Refuse a finished cell of another study: other models, data, options or rules in the same folder."""
     if method.algorithm:
-        from atod_algos.training.checkpoint import DONE, model_digests, require_same_models
+        from atod_algos.training.checkpoint import model_digests, require_same_models
 
         config, algorithm = config_of(world, seed, tuned, folder), algorithm_of(method, world, rules)
         require_settings(folder, settings_of(config, algorithm, rules), "--out")

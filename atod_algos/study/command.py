@@ -23,6 +23,7 @@ from atod_algos.study.outcomes import (
     joined,
     name_of,
     read_published,
+    require_its_numbers,
     require_shared,
     shared_settings,
 )
@@ -134,6 +135,7 @@ def run(config: StudyConfig) -> None:
     cells = joined(own, published)
     for cell in cells:
         require_whole_cell(cell)
+        require_its_numbers(cell)
     with one_at_a_time(out):
         write_tables(out, cells, preset)
     console.print(f"{out / 'tables.md'} and {out / 'study-results.json'}", highlight=False)

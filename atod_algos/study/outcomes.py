@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agents.weights import DONE
 from atod_algos.evaluate.paired_command import load_evaluation
 from atod_algos.study import place
 from atod_algos.study.checks import RESULTS, is_number
-from atod_algos.training.checkpoint import DONE
 from atod_algos.training.run_dir import FREE_SETTINGS, read_metrics, read_object, read_settings
 from atod_envs.errors import AtodError, DataError
 
@@ -69,6 +69,28 @@ def outcomes_of(cell: Mapping[str, Any]) -> Outcomes:
     digest = hashlib.sha256(json.dumps([[t.task_id, t.task, t.data_version] for t in played]).encode()).hexdigest()[:16]
     labels = tuple(next(iter(t.labels.values()), "all") for t in played)
     return Outcomes(Panel(tuple(t.task_id for t in played), labels, digest), tuple(t.success for t in played))
+
+
+def require_its_numbers(cell: Mapping[str, Any]) -> None:
+    """Refuse a cell of the study's own folder that says other numbers than its evaluations.
+
+    Args:
+        cell: of :func:`joined`; whole.
+
+    Raises:
+        DataError: names the cell's file.
+    """
+    if "folder" not in cell:
+        return
+    advice = "delete it to evaluate the cell again"
+    solved = cell["outcomes"].solved
+    same = abs(sum(solved) / len(solved) - cell["last"]["success"]) < 1e-9
+    for which in ("last", "best"):
+        if which in cell:
+            file = Path(cell["folder"]) / f"evaluation-{which}" / "result.json"
+            same = same and list(read_object(file, advice, panels=dict)["panels"].values()) == [cell[which]]
+    if not same:
+        raise DataError(f"{cell['folder']}/cell.json has other numbers than the cell's evaluations; {advice}")
 
 
 def groups_of(cell: Mapping[str, Any]) -> dict[str, float]:

@@ -8,7 +8,6 @@ needed: every random choice of a step is derived from the run's seed and the ste
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from agents.models import model_digest
+from agents.weights import DONE, checksum_of
 from atod_algos.algorithm import Algorithm
 from atod_algos.learner import distributed
 from atod_algos.learner.lora import base_model, load_adapters
@@ -34,7 +34,6 @@ from atod_envs.errors import AtodError, DataError
 log = logging.getLogger(__name__)
 
 _STATE = "trainer_state.pt"
-DONE = "complete.json"
 _SHARDS = "shards"
 _ADVICE = "delete it to go back to an earlier one"
 
@@ -103,7 +102,7 @@ def save_checkpoint(
 def _finish(target: Path, part: Path, old: Path, extra: Mapping[str, Any]) -> None:
     """List the files, have them on the disk, and put the folder in its place."""
     written = sorted(path for path in part.rglob("*") if path.is_file())
-    files = {path.relative_to(part).as_posix(): _checksum(path) for path in written}
+    files = {path.relative_to(part).as_posix(): checksum_of(path) for path in written}
     (part / DONE).write_text(json.dumps({**extra, "files": files}))
     for path in (*part.rglob("*"), part):
         _fsync(path)
@@ -210,7 +209,7 @@ def require_whole(path: Path) -> dict[str, Any]:
     extra = read_object(path / DONE, _ADVICE, files=dict, step=int)
     for name, checksum in extra.pop("files").items():
         try:
-            same = _checksum(path / name) == checksum
+            same = checksum_of(path / name) == checksum
         except OSError as error:
             raise DataError(f"{path} is not a complete checkpoint ({error}); {_ADVICE}") from error
         if not same:
@@ -358,11 +357,6 @@ def prune(folder: Path, keep: int) -> None:
         # The list of files goes first: what is left of a deletion cut short is then no checkpoint.
         (path / DONE).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 
 def _fsync(path: Path) -> None:

@@ -17,7 +17,6 @@ with the process are dropped before they are written again.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import fcntl
 import gzip
 import json
@@ -36,7 +35,7 @@ from atod_algos.training.config import RunConfig, TrainConfig
 from atod_algos.training.source import source_commit
 from atod_algos.training.writers import TensorBoard, Writer, open_writers
 from atod_envs import files
-from atod_envs.errors import AtodError, DataError
+from atod_envs.errors import FULL, AtodError, DataError
 from atod_envs.files import make_folder, parse_json, read_text
 from atod_envs.trajectory import Trajectory, write_jsonl
 
@@ -149,7 +148,8 @@ class RunFolder:
         packed = gzip.compress(json.dumps(turns).encode(), 3, mtime=0)
         with written(self.path / "turns" / f"step_{step:06d}.json.gz") as path:
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(packed)
+            with files.written_aside(path) as part:
+                part.write_bytes(packed)
 
     def store_validation(self, step: int, trajectories: Iterable[Trajectory]) -> None:
         """Keep the episodes of a validation."""
@@ -330,8 +330,7 @@ def written(path: Path) -> Iterator[Path]:
     try:
         yield path
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "Make room" if full else "Make it writable"
+        advice = "Make room" if error.errno in FULL else "Make it writable"
         raise AtodError(
             f"{path} could not be written: {error.strerror or error}. {advice}, and run the same command again to go on"
         ) from error

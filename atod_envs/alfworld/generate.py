@@ -25,7 +25,8 @@ from atod_envs.alfworld.generator.rendering import domain, game_data, grammar, t
 from atod_envs.alfworld.generator.rooms import RoomLayout, dice_of, make_layout
 from atod_envs.alfworld.generator.scenes import Scene, choose_goal, make_scene, possible_goals
 from atod_envs.alfworld.household import SIZES, TASK_TYPES, Room
-from atod_envs.errors import DataError
+from atod_envs.errors import AtodError, DataError
+from atod_envs.files import writing_into, written_aside
 from atod_envs.options import program
 from atod_envs.stopping import stoppable
 
@@ -93,12 +94,17 @@ def _layout(size: str, room: int, scene: int, unseen: bool, seed: int) -> RoomLa
 
 
 def write(made: Made, root: Path) -> Path:
-    """Write one game's three files under the data root; returns the trial folder."""
+    """Write one game's three files under the data root, each whole, the game last; returns the trial folder."""
     folder = root / made.folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "game.tw-pddl").write_text(json.dumps(made.game, indent=1), encoding="utf-8")
-    (folder / "traj_data.json").write_text(json.dumps(made.trajectory, indent=1), encoding="utf-8")
-    (folder / "initial_state.pddl").write_text(str(made.game["pddl_problem"]), encoding="utf-8")
+    texts = {
+        "initial_state.pddl": str(made.game["pddl_problem"]),
+        "traj_data.json": json.dumps(made.trajectory, indent=1),
+        "game.tw-pddl": json.dumps(made.game, indent=1),
+    }
+    for name, text in texts.items():
+        with written_aside(folder / name) as part:
+            part.write_text(text, encoding="utf-8")
     return folder
 
 
@@ -130,10 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     started = time.perf_counter()
     try:
-        for _ in write_split(options.out, options.split, options.games, seed=options.seed, size=options.size):
-            pass
-    except OSError as error:
-        sys.stderr.write(f"cannot write to {options.out}: {error.strerror}; give --out a folder that can be written\n")
+        with writing_into(options.out, "--out"):
+            for _ in write_split(options.out, options.split, options.games, seed=options.seed, size=options.size):
+                pass
+    except AtodError as error:
+        sys.stderr.write(f"error: {error}\n")
         return 1
     sys.stdout.write(
         f"{options.games} {options.size} games ({options.split}) under {options.out / DATA_FOLDER / options.split} "

@@ -12,6 +12,7 @@ that file (only the games were unpacked), the task type is taken from the folder
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from pathlib import Path
 from atod_envs.alfworld.engine.game import TASK_TYPES, Game
 from atod_envs.caches import cache_folder
 from atod_envs.errors import DataError
-from atod_envs.files import read_object, stamp_of
+from atod_envs.files import entries_below, read_object, stamp_of
 
 logger = logging.getLogger(__name__)
 
@@ -152,22 +153,13 @@ def _task_type(folder: Path, task_id: str, trajectory: Stamp) -> str:
 
 def _folders(root: Path, split: str) -> Iterator[tuple[str, Stamp, Stamp]]:
     """Folders that hold a game or a trajectory, with their files' stamps."""
-    pending = [root / "json_2.1.1" / split]
-    while pending:
-        folder = pending.pop()
-        stamps: dict[str, Stamp] = {}
-        with os.scandir(folder) as items:
-            for item in items:
-                if item.name in (GAME_FILE, TRAJECTORY_FILE):
-                    stamps[item.name] = stamp_of(item.stat())
-                elif item.is_dir():
-                    pending.append(Path(item.path))
-        if stamps:
-            yield (
-                folder.relative_to(root).as_posix(),
-                stamps.get(GAME_FILE, _NO_FILE),
-                stamps.get(TRAJECTORY_FILE, _NO_FILE),
-            )
+    found: dict[str, dict[str, Stamp]] = {}
+    for file in entries_below(root / "json_2.1.1" / split):
+        if file.name in (GAME_FILE, TRAJECTORY_FILE):
+            found.setdefault(os.path.dirname(file.path), {})[file.name] = stamp_of(file.stat())
+    for folder, stamps in found.items():
+        task_id = Path(folder).relative_to(root).as_posix()
+        yield task_id, stamps.get(GAME_FILE, _NO_FILE), stamps.get(TRAJECTORY_FILE, _NO_FILE)
 
 
 def _read(cache: Path) -> dict[str, Entry]:
@@ -191,10 +183,12 @@ def _write(cache: Path, entries: list[Entry]) -> None:
         values = asdict(entry)
         del values["passing"]
         rows.append([values.pop("task_id"), *values.pop("game"), *values.pop("trajectory"), *values.values()])
+    partial = cache.with_name(f"{cache.name}.{os.getpid()}")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_name(f"{cache.name}.{os.getpid()}")
         partial.write_text(json.dumps({"format": FORMAT, "digest": _digest(rows), "entries": rows}), encoding="utf-8")
         partial.replace(cache)  # In one move: another process never reads half a file.
     except OSError as error:
         logger.warning("the list of ALFWorld games cannot be kept in %s: %s", cache, error)
+        with contextlib.suppress(OSError):
+            partial.unlink()

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -58,9 +58,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return _get(given.name, given.bundle, given.to, given.mirror, given.like)
             names = [given.name] if getattr(given, "name", None) else list(DATASETS)
             action = {"status": _status, "verify": _verify, "build": _build}[given.command]
-            return max(action(name) for name in names)
+            return max(_tried(action, name) for name in names)
     except AtodError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _tried(action: Callable[[str], int], name: str) -> int:
+    """What an action says of an environment's data; what is wrong with them is no reason to leave the others out."""
+    try:
+        return action(name)
+    except AtodError as error:
+        print(f"error: {name}: {error}", file=sys.stderr)
         return 1
 
 

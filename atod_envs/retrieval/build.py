@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from atod_envs.caches import one_at_a_time
-from atod_envs.errors import AtodError, DataError
+from atod_envs.errors import AtodError, DataError, file_trouble
 from atod_envs.options import program
 from atod_envs.stopping import stoppable
 
@@ -183,7 +183,8 @@ def _run(options: argparse.Namespace) -> int:
         build_index(passages, options.out, options.backend, model=options.model, kind=options.kind, half=options.half)
         opened = open_index(Path(options.out) / options.backend)
     except (AtodError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        trouble = file_trouble(error) if isinstance(error, OSError) else None
+        print(f"error: {trouble or error}", file=sys.stderr)
         return 1
     print(f"{options.out}/{options.backend}: {len(opened.corpus):,} passages, corpus {opened.corpus.checksum[:12]}")
     return 0

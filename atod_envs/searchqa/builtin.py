@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from atod_envs.dice import Dice
+from atod_envs.errors import AtodError
+from atod_envs.files import writing_into, written_aside
 from atod_envs.options import program
 from atod_envs.retrieval.corpus import contents_of
 from atod_envs.stopping import stoppable
@@ -148,10 +150,14 @@ def write_encyclopedia(made: Encyclopedia, directory: str | Path) -> None:
     """Write a world as data files: `corpus.jsonl` and `questions.jsonl`, to be given as `data=`."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as out:
+    with (
+        written_aside(folder / "corpus.jsonl") as corpus,  # neither is put into place before both are whole
+        written_aside(folder / "questions.jsonl") as questions,
+        corpus.open("w", encoding="utf-8") as passages_out,
+        questions.open("w", encoding="utf-8") as out,
+    ):
         for docid, contents in made.passages():
-            out.write(json.dumps({"id": docid, "contents": contents}, ensure_ascii=False) + "\n")
-    with (folder / "questions.jsonl").open("w", encoding="utf-8") as out:
+            passages_out.write(json.dumps({"id": docid, "contents": contents}, ensure_ascii=False) + "\n")
         for question in made.questions:
             row = {
                 "id": question.question_id,
@@ -171,8 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=SEED, help="default: %(default)s, the built-in world")
     parser.add_argument("--scale", type=float, default=1.0, help="size; default: %(default)s, about 3,300 passages")
     options = parser.parse_args(arguments)
-    made = make_encyclopedia(options.seed, options.scale)
-    write_encyclopedia(made, options.out)
+    try:
+        made = make_encyclopedia(options.seed, options.scale)
+        with writing_into(Path(options.out), "--out"):
+            write_encyclopedia(made, options.out)
+    except (AtodError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"{options.out}: {sum(1 for _ in made.passages()):,} passages, {len(made.questions):,} questions")
     return 0
 

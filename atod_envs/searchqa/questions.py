@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from atod_envs.errors import DataError
-from atod_envs.files import AGAIN, json_lines, parquet_rows, read_json
+from atod_envs.files import AGAIN, entries_below, json_lines, parquet_rows, read_json
 
 DATASETS: Final = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 """The seven sets of the published evaluation, in its order."""
@@ -118,8 +118,14 @@ def question_files(path: Path) -> list[Path]:
 
 
 def candidate_files(folder: Path) -> list[Path]:
-    """Every file below a folder that may hold questions, sorted; a corpus is known by its name."""
-    found = sorted(file for file in folder.rglob("*") if file.name.endswith(_SUFFIXES) and file.is_file())
+    """Every file below a folder that may hold questions, sorted; a corpus is known by its name.
+
+    Raises:
+        DataError: not all of them can be found; see :func:`atod_envs.files.entries_below`.
+    """
+    found = sorted(
+        Path(file.path) for file in entries_below(folder) if file.name.endswith(_SUFFIXES) and file.is_file()
+    )
     return [file for file in found if file.name.partition(".")[0] not in CORPUS_NAMES]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from atod_envs.dice import Dice
+from atod_envs.errors import AtodError
+from atod_envs.files import writing_into
 from atod_envs.stopping import stoppable
 from atod_envs.webshop.product_types import (
     MAKER_ENDS,
@@ -238,8 +241,8 @@ def write_catalogue(spec: CatalogueSpec, folder: str | Path) -> None:
             written.close()
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``python -m atod_envs.webshop.generate``."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m atod_envs.webshop.generate``; returns its exit status."""
     parser = argparse.ArgumentParser(description="Write a generated WebShop catalogue in the official format.")
     parser.add_argument("--products", type=int, default=BUILT_IN.products, help="number of products (%(default)s)")
     parser.add_argument("--seed", type=int, default=BUILT_IN.seed, help="seed of the catalogue (%(default)s)")
@@ -255,10 +258,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--products {given.products}: at least 1")
     if not 0 <= given.instructed <= 1:
         parser.error(f"--instructed {given.instructed}: a share between 0 and 1")
-    write_catalogue(CatalogueSpec(given.products, given.seed, given.instructed), given.out)
+    try:
+        with writing_into(given.out, "--out"):
+            write_catalogue(CatalogueSpec(given.products, given.seed, given.instructed), given.out)
+    except AtodError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(f"{given.products} products in {given.out}")
+    return 0
 
 
 if __name__ == "__main__":
     with stoppable():
-        main()
+        sys.exit(main())

@@ -25,6 +25,7 @@ import gymnasium as gym
 
 import atod_envs
 from atod_envs.errors import AtodError
+from atod_envs.files import append_line
 from atod_envs.http.messages import Refused
 from atod_envs.options import needed_imports, program
 from atod_envs.recording import RecordTurns
@@ -113,11 +114,10 @@ class ShopServer(HttpServer):
         visit.understood, visit.last = visit.info["valid"], action
         visit.over = terminated or truncated
         if visit.over and self.record is not None:
-            line = json.dumps(to_record(visit.info["trajectory"])) + "\n"
+            line = json.dumps(to_record(visit.info["trajectory"]))
             try:
                 self.record.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.record, "a", encoding="utf-8") as out:
-                    out.write(line)
+                append_line(self.record, line)
                 visit.kept = f"Recorded in {self.record}."
             except OSError as error:
                 visit.kept = f"Not recorded in {self.record}: {error.strerror}."

@@ -136,6 +136,12 @@ def test_plays_through_a_pipe():
     assert "> " not in done.stdout
 
 
+def test_a_closed_input_leaves_at_once():
+    words = ["/bin/sh", "-c", '"$@" <&-', "sh", *COMMAND]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith("Not solved after 0 turns (left)"), done
+
+
 def test_hints_alone_win():
     env = gym.make("atod/ALFWorld-v0", data="builtin", split="valid_seen")
     told: list[str] = []

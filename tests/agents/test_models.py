@@ -29,6 +29,7 @@ from agents.reference.tokenizer import train_tokenizer
 from atod_algos.learner.logprobs import compare, entropies, score
 from atod_algos.learner.lora import add_adapters, merged_weights
 from atod_algos.teachers.server import row_batch
+from atod_algos.training.checkpoint import save_checkpoint
 from atod_envs.errors import AtodError
 
 
@@ -300,6 +301,24 @@ def test_adapters_leave_routers_alone_and_their_sums_reach_the_engine(kind, opti
     assert set(merged) == names
     engine.load_weights(merged.items())
     assert verify_weights(engine, model) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_checkpoint_that_was_changed_is_refused_wherever_it_is_read(name, tokenizer, tmp_path):
+    model = small("Qwen3", vocab_size=len(tokenizer))
+    folder = save_checkpoint(
+        tmp_path, "step_1", model=model, tokenizer=tokenizer, state={"x": torch.zeros(1)}, extra={"step": 1}
+    )
+    (folder / "trainer_state.pt").unlink()  # of no use to a reader
+    load_model(str(folder), "student")
+    data = bytearray((folder / name).read_bytes())
+    data[-9] ^= 1 if name == "model.safetensors" else 0
+    (folder / name).write_bytes(bytes(data) if name == "model.safetensors" else data + b"\n")
+    with pytest.raises(AtodError, match=f"its file {name} is not as the training wrote it; restore it"):
+        load_model(str(folder), "student")
+    (folder / "complete.json").write_text("{")
+    with pytest.raises(AtodError, match=r"complete\.json: broken JSON"):
+        load_model(str(folder), "student")
 
 
 def test_adapters_find_their_model_from_any_folder_and_never_ask_a_hub(saved, tokenizer, tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ from atod_algos.teachers.local import StepScorer
 from atod_algos.teachers.routing import scaled_gaps
 from atod_algos.training.config import TrainConfig, resolve
 from atod_algos.training.demonstrations import ImitationOptions
-from atod_algos.training.sft import Imitator
+from atod_algos.training.imitation import Imitator
 from atod_algos.training.terms import loss_terms
 from atod_envs.tasks import TaskSet
 from atod_envs.trajectory import Group, StopReason, Trajectory, Turn

@@ -1,6 +1,7 @@
 """The `atod` command: what it runs, what it answers to mistakes, and that the shell completes it."""
 
 import dataclasses
+import errno
 import importlib
 import os
 import shlex
@@ -161,6 +162,42 @@ def test_a_command_that_moved_says_where_it_is(capsys):
     assert main(["plan", "--preset", "paper-4b"]) == 2
     said = capsys.readouterr().err
     assert "atod plan is python benchmarks/cluster_plan.py" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("make", "encyclopedia", "--scale", "0.02", "--out"),
+        ("make", "catalogue", "--products", "3", "--out"),
+        ("make", "recipes", "--out"),
+        ("make", "games", "--games", "1", "--seed", "1", "--size", "small", "--out"),
+        ("report", "--no-figures"),
+        ("export", "RUN", "--to"),
+    ],
+)
+def test_a_place_that_cannot_be_is_one_line(words, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to("loop")
+    for place in ("file/x", "loop", "x" * 300):
+        assert main([*words, str(tmp_path / place)]) == 1
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("error: ")
+
+
+def test_an_encyclopedia_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    words = ["make", "encyclopedia", "--out", str(tmp_path), "--scale", "0.02"]
+    assert main(words) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def cut_short(made):
+        yield "0", "a passage"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("atod_envs.searchqa.builtin.Encyclopedia.passages", cut_short)
+    capsys.readouterr()
+    assert main([*words, "--seed", "9"]) == 1
+    assert "No space left on device; make room, or choose another folder with --out" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_reader_that_stops_early_is_no_error():

@@ -1,5 +1,6 @@
 """Caches that are killed, shared, read-only or full of something else, and places with awkward names."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from atod_envs.alfworld.generate import main as make_games
-from atod_envs.caches import build_once, home_cache
+from atod_envs.caches import build_once, cache_folder, home_cache
 from atod_envs.errors import DataError
 from atod_envs.retrieval import build as retrieval_build
 from atod_envs.searchqa import sources
@@ -74,9 +75,22 @@ def test_a_cache_that_cannot_be_written_is_named_with_what_to_do(tmp_path, monke
     write_catalogue(CatalogueSpec(5), tmp_path / "shop")
     with pytest.raises(DataError, match="cannot be written"):
         open_store(tmp_path / "shop")
+    monkeypatch.setenv("ATOD_CACHE", "~not-a-user/cache")
+    with pytest.raises(DataError, match=r"\$ATOD_CACHE='~not-a-user/cache'; Could not determine home directory"):
+        cache_folder()
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     with pytest.raises(DataError, match=r"no home folder to keep caches in; set \$ATOD_CACHE"):
         home_cache()
+
+
+def test_a_full_disk_while_a_cache_is_built_says_where(tmp_path):
+    def build(scratch):
+        (scratch / "half").write_text("x")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DataError, match=r"thing: cannot be written \(No space left on device\); make room, or set"):
+        build_once(tmp_path / "thing", build)
+    assert not list(tmp_path.glob("thing*.part-*")) and not (tmp_path / "thing").exists()
 
 
 def test_an_index_over_a_corpus_file_is_built_by_one_process_only(tmp_path, monkeypatch):

@@ -384,6 +384,10 @@ def test_wrong_folder_and_names_are_answered(alone, monkeypatch, capsys, tmp_pat
     assert command.main(["status"]) == 1
     out = capsys.readouterr().out
     assert "problem     $WEBSHOP_DATA='nowhere'" in out and "is not an ALFWorld data root" in out
+    assert command.main(["verify"]) == 1
+    said = capsys.readouterr()
+    assert "error: alfworld: " in said.err and "error: webshop: $WEBSHOP_DATA='nowhere'" in said.err
+    assert "searchqa: built in, nothing to verify" in said.out, "the others are looked at all the same"
     assert command.main(["get", "webshop", "--bundle", "smal"]) == 1
     assert "did you mean 'small'" in capsys.readouterr().err
     with pytest.raises(UnknownName):

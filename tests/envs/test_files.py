@@ -1,11 +1,14 @@
 """Files that may hold anything: every reader reads what is there, or names the file and place that it cannot read."""
 
+import errno
 import gzip
 import json
 import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -18,7 +21,7 @@ from atod_envs.alfworld.generate import generate
 from atod_envs.alfworld.index import TRAJECTORY_FILE, read_trajectory
 from atod_envs.datasets.download import RECORD, read_record
 from atod_envs.errors import DataError
-from atod_envs.files import json_lines, load_array, parquet_rows, read_json, read_object, read_text
+from atod_envs.files import append_line, json_lines, load_array, parquet_rows, read_json, read_object, read_text
 from atod_envs.retrieval import build
 from atod_envs.retrieval.bm25 import BM25Index
 from atod_envs.retrieval.corpus import Corpus, read_passages
@@ -293,7 +296,7 @@ def test_compressed_files_that_are_cut_or_changed_are_named(tmp_path):
     data = gzip.compress(b'{"a": 1}\n' * 1000, mtime=0)
     path = tmp_path / "a.jsonl.gz"
     flipped = bytes([*data[:40], data[40] ^ 4, *data[41:]])
-    for broken in (data[:-4], data[:20], flipped, b"plain text"):
+    for broken in (data[:-4], data[:20], b"", flipped, b"plain text"):
         path.write_bytes(broken)
         with pytest.raises(DataError, match=r"a\.jsonl\.gz, line \d+: broken JSON"):
             list(json_lines(path))
@@ -301,6 +304,35 @@ def test_compressed_files_that_are_cut_or_changed_are_named(tmp_path):
         list(json_lines(tmp_path / "missing.jsonl"))
     with pytest.raises(DataError, match="cannot be read"):
         read_json(tmp_path)
+
+
+def test_an_array_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", np.arange(99))
+    monkeypatch.setattr(
+        np, "load", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EMFILE, "Too many open files"))
+    )
+    with pytest.raises(DataError, match=r"a\.npy: cannot be read \(Too many open files\); expected a readable file$"):
+        load_array(tmp_path / "a.npy", "delete the folder")
+
+
+def test_a_line_that_cannot_be_written_whole_leaves_nothing(tmp_path):
+    path = tmp_path / "a.jsonl"
+    append_line(path, '{"a": 1}')
+    code = f"""if True:
+        import resource, signal
+        from pathlib import Path
+        from atod_envs.files import append_line
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
+        try:
+            append_line(Path({str(path)!r}), "x" * 99)
+        except OSError as error:
+            print(error.strerror)
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.stdout == "File too large\n", done.stderr
+    append_line(path, '{"a": 2}')
+    assert [row for _, row in json_lines(path)] == [{"a": 1}, {"a": 2}]
 
 
 def test_a_consumers_error_is_not_taken_for_the_files(tmp_path):

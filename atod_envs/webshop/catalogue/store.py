@@ -12,8 +12,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atod_envs.caches import check_sealed
+from atod_envs.caches import build_once, check_sealed, sealed
 from atod_envs.errors import DataError
 from atod_envs.files import load_array, read_object
 from atod_envs.webshop.catalogue.blobs import Blobs
@@ -154,21 +152,25 @@ class Store:
         """A derived array, computed once and kept next to the store where that is writable.
 
         Args:
-            name: file name without ending; must determine the content.
+            name: of its folder; must determine the content.
             make: computes it.
+
+        Raises:
+            DataError: what was kept is not what was computed.
         """
-        path = self.folder / "tables" / f"{name}.npy"
-        if not path.is_file():
-            array = make()
-            try:
-                path.parent.mkdir(exist_ok=True)
-                with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-                    np.save(part, array)
-                os.chmod(part.name, 0o644)  # temporary files are private, tables are for everybody on the node
-                os.replace(part.name, path)
-            except OSError:
-                return array
-        return load_array(path, f"delete {path} to have it made anew")
+        folder = self.folder / "tables" / name
+        about = folder / "table.json"
+
+        def build(scratch: Path) -> None:
+            np.save(scratch / "table.npy", make())
+            (scratch / "table.json").write_text(json.dumps(sealed(scratch, {}, ["table.npy"])), encoding="utf-8")
+
+        try:
+            build_once(folder, build, about.name)
+        except (DataError, OSError):  # a store that cannot be written, or a full disk
+            return make()
+        check_sealed(folder, read_object(about, _ANEW), about, _ANEW)
+        return load_array(folder / "table.npy", _ANEW)
 
 
 def digest(value: object) -> str:

@@ -13,7 +13,7 @@ from tinymodel import tiny_qwen3
 
 from agents.models import load_model
 from atod_algos.evaluate import Evaluation
-from atod_algos.evaluate.settings import weights_digest
+from atod_algos.evaluate.settings import episodes_path, weights_digest
 from atod_algos.export.command import main
 from atod_algos.learner.lora import add_adapters
 from atod_algos.training.checkpoint import save_checkpoint
@@ -182,18 +182,19 @@ def test_the_card_holds_the_numbers_with_their_intervals(students, tmp_path, cap
 def test_an_evaluation_of_other_weights_is_refused(students, tmp_path, capsys):
     run_of(tmp_path / "run", students["qwen3"])
     run_of(tmp_path / "other", students["llama"])
-    summary = Evaluation(tuple(outcome(f"t{i}", i < 7) for i in range(10))).summary()
     for name, run in (("own", "run"), ("strange", "other")):
         folder = tmp_path / name
-        folder.mkdir()
+        (folder / "episodes").mkdir(parents=True)
+        write_jsonl(episodes_path(folder, "valid_seen/10", 0), [outcome(f"t{i}", i < 7) for i in range(10)])
         weights = weights_digest(str(tmp_path / run / "checkpoints" / "step_000003"))
         settings = {"env": "atod/ALFWorld-v0", "agent": run, "weights": weights, "sampling": {"temperature": 0.5}}
+        settings |= {"panels": [{"name": "valid_seen/10", "tasks": 10}], "seeds": [0]}
         (folder / "config.json").write_text(json.dumps({"settings": settings}))
-        (folder / "result.json").write_text(json.dumps({"panels": {"valid_seen/10": summary}}))
+        (folder / "result.json").write_text("{}")  # the numbers are those of the episodes
     main([str(tmp_path / "run"), "--to", str(tmp_path / "out"), "--card", "--evaluation", str(tmp_path / "own")])
     text = (tmp_path / "out" / "README.md").read_text()
     assert (
-        "atod/ALFWorld-v0, valid_seen/10, temperature 0.5:" in text
+        "atod/ALFWorld-v0, valid_seen/10, temperature 0.5, seeds 0:" in text
         and "| this model | 70.0% | 39.7 - 89.2 | 10 |" in text
     )
     err = refused(capsys, tmp_path / "run", "--to", tmp_path / "x", "--card", "--evaluation", tmp_path / "strange")

@@ -171,13 +171,20 @@ def test_a_page_holds_whole_groups_up_to_its_limit(folders):
 
 def test_what_is_being_written_is_left_alone(folders, tmp_path):
     shutil.copytree(folders / "atod", tmp_path / "r")
-    path = tmp_path / "r" / "trajectories" / "step_000004.jsonl.gz"
-    path.write_bytes(path.read_bytes()[:200])
+    for name in ("trajectories/.step_000005.jsonl.gz.part", "turns/.step_000005.json.gz.part"):
+        (tmp_path / "r" / name).write_bytes(b"half")
     with open(tmp_path / "r" / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "epis')
     run = read_run(tmp_path / "r")
-    assert len(run.metrics) == 4 and run.episodes("train", 4) == []
+    assert len(run.metrics) == 4 and run.steps("train")[-1] == 4
     page_data([run], scorers={run.path: Scorer(run, compute=False)})
+    for name in ("validation/step_000000.jsonl.gz", "trajectories/step_000004.jsonl.gz", "turns/step_000004.json.gz"):
+        path = tmp_path / "r" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:200])  # whole files are put into place, so this one was damaged, be it the newest
+        with pytest.raises(DataError, match=f"{path.name}.*; restore or delete it"):
+            page_data([run], scorers={run.path: Scorer(run, compute=False)})
+        path.write_bytes(whole)
     with pytest.raises(DataError, match="is not a run's folder, nor an evaluation's"):
         read_run(tmp_path)
 

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from agents.models import REFERENCE
+from atod_algos.evaluate import Evaluation
 from atod_algos.evaluate.settings import sampling_of
 from atod_algos.study import METHODS, PRESETS, Preset
 from atod_algos.study.cells import (
@@ -30,6 +31,7 @@ from atod_algos.training.run_dir import Busy
 from atod_algos.training.trainer import Trainer
 from atod_envs import ROOMS
 from atod_envs.errors import AtodError, DataError
+from atod_envs.trajectory import StopReason, read_jsonl, write_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +41,15 @@ NAMES = ("vanilla", "teacher", "grpo", "atod", "atod-uniform")
 def results(folder):
     cells = json.loads((folder / "study-results.json").read_text())["cells"]
     return [{k: v for k, v in cell.items() if not k.startswith("seconds") and k != "commits"} for cell in cells]
+
+
+def solve_all(evaluation):
+    """Store an evaluation as if every task had been solved."""
+    (path,) = (evaluation / "episodes").glob("*.jsonl.gz")
+    solved = [dataclasses.replace(t, success=True, stop_reason=StopReason.SUCCESS) for t in read_jsonl(path)]
+    write_jsonl(path, solved)
+    summary = json.loads(json.dumps(Evaluation(tuple(solved)).summary()))
+    (evaluation / "result.json").write_text(json.dumps({"panels": {"test/4": summary}}))
 
 
 def test_a_study_runs_every_method_and_goes_on_where_it_stopped(preset, tmp_path, monkeypatch, capsys):
@@ -87,7 +98,8 @@ def test_a_study_runs_every_method_and_goes_on_where_it_stopped(preset, tmp_path
         level = tmp_path / "whole" / "toy" / "atod-level" / f"seed{seed}"
         shutil.copytree(tmp_path / "whole" / "toy" / "atod" / f"seed{seed}", level)
         cell = json.loads((level / "cell.json").read_text())
-        best = {"last": cell["last"] | {"success": 1.0}}
+        solve_all(level / "evaluation-last")
+        best = {"last": json.loads((level / "evaluation-last" / "result.json").read_text())["panels"]["test/4"]}
         (level / "cell.json").write_text(json.dumps(cell | {"method": "atod-level"} | best))
     run(StudyConfig("toy", out=tmp_path / "whole", tables_only=True))
     assert "the first, ATOD, weights" not in (tmp_path / "whole" / "tables.md").read_text()  # a variant is no method
@@ -340,6 +352,25 @@ def test_a_broken_cell_is_named(content, tmp_path):
     path.write_text(content)
     with pytest.raises(DataError, match=r"cell\.json.*delete it to evaluate the cell again"):
         read_study(tmp_path)
+
+
+def test_numbers_of_a_cell_that_are_not_its_evaluations_are_refused(preset, tmp_path):
+    finish_cell(tmp_path, METHODS["vanilla"], preset.worlds[0], "paper", 0, Tuned(1e-3), "test")
+    folder = tmp_path / "toy" / "vanilla" / "seed0"
+    path, result = folder / "cell.json", folder / "evaluation-last" / "result.json"
+    run(StudyConfig("toy", out=tmp_path, tables_only=True))
+    whole = json.loads(path.read_text())
+    for name, value in (("success", 0.875), ("length", 2.5)):
+        path.write_text(json.dumps(whole | {"last": whole["last"] | {name: value}}))
+        with pytest.raises(DataError, match=r"cell\.json has other numbers than the cell's evaluations; delete it"):
+            run(StudyConfig("toy", out=tmp_path, tables_only=True))
+    both = whole["last"] | {"success": 0.875}  # its episodes say otherwise
+    result.write_text(json.dumps({"panels": {"test/4": both}}))
+    with pytest.raises(DataError, match="other numbers"):
+        run(StudyConfig("toy", out=tmp_path, tables_only=True))
+    path.unlink()
+    finish_cell(tmp_path, METHODS["vanilla"], preset.worlds[0], "paper", 0, Tuned(1e-3), "test")
+    assert json.loads(path.read_text())["last"] == whole["last"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from agents.chat import ChatFormat
 from agents.engines.transformers import TransformersEngine
 from agents.reference.tokenizer import train_tokenizer
 from atod_algos.training.demonstrations import ImitationOptions, demonstrate
-from atod_algos.training.sft import Imitator, imitate
+from atod_algos.training.imitation import Imitator, imitate
 
 pytestmark = pytest.mark.slow
 

@@ -8,6 +8,7 @@ import signal
 import gymnasium as gym
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from toyworld import small_model
 
@@ -19,7 +20,8 @@ from atod_algos.evaluate.command import run as evaluate
 from atod_algos.evaluate.settings import EvaluateConfig
 from atod_algos.rollout.episodes import EpisodeSpec, Rollout
 from atod_algos.training.demonstrations import demonstrate, read_recorded, require_episodes_of, tokenized
-from atod_algos.training.sft import Imitator, SftCommand, main, train_sft
+from atod_algos.training.imitation import Imitator
+from atod_algos.training.sft import SftCommand, main, train_sft
 from atod_envs.errors import AtodError
 from atod_envs.styles import as_conversation
 from atod_envs.trajectory import read_jsonl, write_jsonl
@@ -106,6 +108,35 @@ def test_a_signal_is_one_line_and_the_same_command_goes_on(student, tmp_path, nu
     assert stop.value.code == 128 + number and f"kept in {tmp_path / 'parts'}" in said and "finished rounds 1" in said
     parts = sft(student, tmp_path / "parts", *options)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_place_that_cannot_hold_the_model_is_refused_before_training(student, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(Imitator, "fit", lambda *_: pytest.fail("trained"))
+    for out, said in (("file", "File exists"), ("file/x", "Not a directory"), ("x" * 300, "File name too long")):
+        with pytest.raises(SystemExit):
+            main(["--student", str(student), "--out", str(tmp_path / out), "--run", str(tmp_path / "run"), *SHORT])
+        assert f"cannot be made: {said}; choose another with --out" in capsys.readouterr().err
+
+
+def test_a_model_that_could_not_be_written_is_written_by_the_same_command(student, tmp_path, monkeypatch, capsys):
+    words = ["--student", str(student), "--out", str(tmp_path / "out"), "--rounds", "1", *SHORT]
+
+    def no_space(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as full:
+        model = type(load_model(str(student), "student").model)
+        honest = model.save_pretrained
+        full.setattr(
+            model, "save_pretrained", lambda self, to: no_space() if str(to).endswith("out") else honest(self, to)
+        )
+        with pytest.raises(SystemExit):
+            main(words)
+    err = capsys.readouterr().err
+    assert "out could not be written: I/O error: No space left" in err and "every round is kept in" in err
+    main(words)
+    assert "going on after round 1" in capsys.readouterr().out and load_model(str(tmp_path / "out"), "student")
 
 
 def test_episodes_of_another_environment_are_refused_and_held_out_ones_named(evaluation, caplog):

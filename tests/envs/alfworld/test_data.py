@@ -72,6 +72,23 @@ def test_the_reference_loaders_filters(root):
     assert len(ids(root, strict=True)) == 3
 
 
+def test_links_are_followed_and_no_game_is_missed(root, tmp_path):
+    whole = ids(root)
+    put(tmp_path / "other", "pick_and_place_simple-A-None-B-7", number=5)
+    split = root / "json_2.1.1" / SPLIT
+    (split / "more").symlink_to(tmp_path / "other" / "json_2.1.1" / SPLIT)
+    assert len(ids(root)) == len(whole) + 1
+    for place, target, said in (
+        (split / "gone", tmp_path / "gone", r"gone: cannot be read \(No such file"),
+        (split / "again", root, "again is a link to a folder that it lies in"),
+        (tmp_path / "other" / "json_2.1.1" / SPLIT / "back", split, "back is a link to a folder that it lies in"),
+    ):
+        place.symlink_to(target)
+        with pytest.raises(DataError, match=said):
+            ids(root)
+        place.unlink()
+
+
 def test_without_a_trajectory_the_folders_name_decides(root):
     put(root, "pick_cool_then_place_in_recep-A-None-B-9", trajectory=False)
     put(root, "pick_and_wait-A-None-B-9", trajectory=False)

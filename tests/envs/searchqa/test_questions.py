@@ -69,6 +69,26 @@ def test_flashrag_folders(tmp_path):
     }
 
 
+def test_links_are_followed_and_nothing_is_missed(tmp_path):
+    for dataset in ("nq", "popqa"):
+        (tmp_path / dataset).mkdir()
+        (tmp_path / dataset / "test.jsonl").write_text(json.dumps({"question": dataset, "answer": "A"}))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "nq").symlink_to(tmp_path / "nq")
+    (folder / "popqa").symlink_to(tmp_path / "popqa")
+    assert [question.dataset for question in load_questions(folder)] == ["nq", "popqa"]
+    for place, target, said in (
+        (folder / "hotpotqa", tmp_path / "gone", r"hotpotqa: cannot be read \(No such file"),
+        (folder / "musique.jsonl", "musique.jsonl", r"musique\.jsonl: cannot be read \(Too many levels"),
+        (tmp_path / "nq" / "again", folder, "again is a link to a folder that it lies in"),
+    ):
+        place.symlink_to(target)
+        with pytest.raises(DataError, match=said):
+            load_questions(folder)
+        place.unlink()
+
+
 def test_search_r1_parquet(tmp_path):
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq

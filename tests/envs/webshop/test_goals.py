@@ -8,6 +8,7 @@ from shops import item, options, write_shop
 
 from atod_envs.errors import DataError, UnknownName
 from atod_envs.webshop.catalogue.cache import open_store
+from atod_envs.webshop.generate import CatalogueSpec, write_catalogue
 from atod_envs.webshop.goals import Goals, combination
 from atod_envs.webshop.splits import GoalIds, read_task_id, split_goals
 
@@ -103,6 +104,22 @@ def test_human_splits_are_the_originals():
     goals = Goals(open_store(), "human")
     assert [len(split_goals(goals, split)) for split in ("test", "dev", "train")] == [500, 1000, len(goals) - 1500]
     assert split_goals(goals, "dev")[0] == "human/500"
+
+
+def test_kept_tables_are_compared_with_what_was_computed(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATOD_CACHE", str(tmp_path / "cache"))
+    write_catalogue(CatalogueSpec(30, seed=2), tmp_path / "shop")
+    store = open_store(tmp_path / "shop")
+    first = Goals(store, "synthetic")
+    monkeypatch.setattr("atod_envs.webshop.goals._make_goals", lambda *_: pytest.fail("made again"))
+    assert [Goals(store, "synthetic")[n] for n in range(9)] == [first[n] for n in range(9)]
+    for path in sorted((store.folder / "tables").rglob("*.*")):
+        whole = path.read_bytes()
+        for changed in (whole[:-1], whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:], b""):
+            path.write_bytes(changed)
+            with pytest.raises(DataError, match=rf"{path.name}.*delete the folder to have it built anew"):
+                Goals(store, "synthetic")
+        path.write_bytes(whole)
 
 
 def test_an_empty_split_is_refused(real_store):
