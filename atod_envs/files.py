@@ -14,7 +14,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -295,6 +295,26 @@ def written_aside(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_texts(folder: Path, texts: Mapping[str, str], option: str) -> None:
+    """Write a command's files into a folder, each whole.
+
+    Args:
+        folder: made where it is missing.
+        texts: by the files' names.
+        option: the option that named the folder.
+
+    Raises:
+        SystemExit: says in a line what cannot be written.
+    """
+    try:
+        with writing_into(folder, option):
+            for name, text in texts.items():
+                with written_aside(folder / name) as part:
+                    part.write_text(text, encoding="utf-8")
+    except AtodError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def append_line(path: Path, line: str) -> None:

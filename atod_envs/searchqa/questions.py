@@ -124,7 +124,9 @@ def candidate_files(folder: Path) -> list[Path]:
         DataError: not all of them can be found; see :func:`atod_envs.files.entries_below`.
     """
     found = sorted(
-        Path(file.path) for file in entries_below(folder) if file.name.endswith(_SUFFIXES) and file.is_file()
+        Path(file.path)
+        for file in (entries_below(folder) if folder.is_dir() else ())
+        if file.name.endswith(_SUFFIXES) and file.is_file()
     )
     return [file for file in found if file.name.partition(".")[0] not in CORPUS_NAMES]
 

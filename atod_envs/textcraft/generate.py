@@ -8,13 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from atod_envs.errors import AtodError
-from atod_envs.files import writing_into, written_aside
+from atod_envs.files import write_texts
 from atod_envs.options import program
 from atod_envs.stopping import stoppable
 
@@ -81,25 +79,17 @@ def _named(use: str, names: dict[str, str]) -> dict[str, str]:
     return {"item": NAMESPACE + names.get("first" if use != kind else use, use)}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write a world's recipes to a folder; returns the exit status."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write a world's recipes to a folder."""
     parser = argparse.ArgumentParser(program("atod_envs.textcraft.generate"), description="Write a world of recipes.")
     parser.add_argument("--out", required=True, type=Path, help="data folder; the files go to its folder 'recipes'")
     parser.add_argument("--seed", type=int, default=SEED, help="default: %(default)s, the built-in world")
     given = parser.parse_args(arguments)
     folder, files = given.out / "recipes", make_recipes(given.seed)
-    try:
-        with writing_into(folder, "--out"):
-            for name, file in files.items():
-                with written_aside(folder / name) as part:
-                    part.write_text(json.dumps(file, indent=1), encoding="utf-8")
-    except AtodError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    write_texts(folder, {name: json.dumps(file, indent=1) for name, file in files.items()}, "--out")
     print(f"{folder}: {len(files):,} recipes")
-    return 0
 
 
 if __name__ == "__main__":
     with stoppable():
-        sys.exit(main())
+        main()

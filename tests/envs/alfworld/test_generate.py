@@ -148,7 +148,7 @@ def test_command_line_says_what_is_wrong(tmp_path, capsys):
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert main(["--out", str(blocked), "--games", "1", "--seed", "1"]) == 1
-    assert "give --out a folder" in capsys.readouterr().err
+    assert "choose another with --out" in capsys.readouterr().err
     with pytest.raises(ValueError, match="size 'huge'"):
         generate("train", 0, seed=1, size="huge")
 

@@ -141,7 +141,7 @@ def test_two_that_build_in_one_folder_take_turns(tmp_path, capsys):
     assert main(["--verify", "--out", str(tmp_path)]) == 0
     (tmp_path / "file").write_text("")
     assert main(["--corpus", str(tmp_path / "file"), "--out", str(tmp_path / "file" / "below")]) == 1
-    assert "error: [Errno 20] Not a directory" in capsys.readouterr().err
+    assert "below: Not a directory; give another path" in capsys.readouterr().err
 
 
 def test_what_a_killed_build_left_goes_with_the_next(tmp_path):
