@@ -202,7 +202,7 @@ def test_a_silent_worker_counts_as_lost(pool, config, expected, monkeypatch):
 
 
 def test_too_many_losses_end_the_run_with_advice(pool, config, monkeypatch):
-    monkeypatch.setattr(pool, "losses", 0)
+    monkeypatch.setattr("atod_algos.rollout.ray_pool._LOSSES", 0)
     os.kill(pool.pids[0], signal.SIGKILL)
     time.sleep(0.2)
     with pytest.raises(AtodError, match=r"1 rollout workers were lost in one step.*goes on from the last checkpoint"):
