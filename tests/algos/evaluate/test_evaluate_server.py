@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from toyworld import TOY
 
-from agents.api import ChatClient
+from agents.api import ApiClient
 from atod_algos.evaluate.command import run
 from atod_algos.evaluate.settings import EvaluateConfig, episodes_path
 from atod_envs.errors import AtodError, DataError
@@ -83,7 +83,7 @@ def config_of(server, out, **changes):
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     waits = []
-    monkeypatch.setitem(ChatClient.__init__.__kwdefaults__, "wait", waits.append)
+    monkeypatch.setitem(ApiClient.__init__.__kwdefaults__, "wait", waits.append)
     return waits
 
 
