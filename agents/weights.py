@@ -32,7 +32,10 @@ def require_as_written(folder: Path, kinds: Iterable[str]) -> None:
     files = read_object(folder / DONE).get("files") if (folder / DONE).is_file() else None
     for name, checksum in files.items() if isinstance(files, dict) else ():
         if any(Path(name).match(kind) for kind in kinds) and checksum_of(folder / name) != checksum:
-            raise OSError(f"its file {name} is not as the training wrote it; restore it, or take another checkpoint")
+            raise OSError(
+                f"its file {name} is not as the training wrote it; restore it, or take another checkpoint (a model that is meant to be "
+                "changed is exported first: atod export)"
+            )
 
 
 def checksum_of(path: Path) -> str:
