@@ -307,7 +307,7 @@ def _try(model: Any) -> bool:
             got = states.float()[torch.from_numpy(packed.place_R).to(device)]
         error = float((got - torch.cat(expected)).norm() / torch.cat(expected).norm())
         half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
-        good = error < (0.1 if half else 1e-3)  # rounding of SmolLM2-135M: 0.02 in bfloat16
+        good = error < (0.05 if half else 1e-3)  # rounding of SmolLM2-135M: 0.02 in bfloat16
     except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as reason:
         log.info("packed rows fail on %s: %s", type(model).__name__, reason)
         good = False
